@@ -1,0 +1,67 @@
+"""What a finished study leaves in the Prefect UI: the table, the plots, a link. Never an activation, never a secret."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
+
+from outliers.outcome import Outcome
+
+TABLE_ROWS = 50
+
+
+def show_outcome(outcome: Outcome, folder: Path) -> None:
+    """Create the artifacts of a study."""
+    create_markdown_artifact(markdown(outcome), key=f"study-{outcome.study_id}", description=outcome.title)
+    for plot in sorted((folder / "plots").glob("*.png")):
+        data = base64.b64encode(plot.read_bytes()).decode()
+        create_image_artifact(
+            image_url=f"data:image/png;base64,{data}",
+            key=f"{plot.stem.replace('_', '-')}-{outcome.study_id}",
+            description=f"{outcome.title}: {plot.stem.replace('_', ' ')}",
+        )
+    if outcome.published:
+        create_link_artifact(
+            link=outcome.published,
+            link_text="manifest.json",
+            key=f"manifest-{outcome.study_id}",
+            description=outcome.title,
+        )
+
+
+def markdown(outcome: Outcome) -> str:
+    """The answer and the table of systematic features, as Markdown."""
+    count = len(outcome.systematic)
+    lines = [
+        f"# {escape(outcome.title)}",
+        "",
+        f"**{count} systematic outlier feature{'' if count == 1 else 's'}**"
+        + (" (published before: nothing was run)" if outcome.cached else ""),
+        "",
+    ]
+    if outcome.systematic:
+        lines += [
+            "| feature | max magnitude | min | max | % of layers | % of tokens | sequences |",
+            "|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        lines += [_row(feature) for feature in outcome.systematic[:TABLE_ROWS]]
+    if count > TABLE_ROWS:
+        lines += ["", f"and {count - TABLE_ROWS} more: see report.html"]
+    place = outcome.published or outcome.results
+    return "\n".join([*lines, "", f"Study `{outcome.study_id}`, capture `{outcome.capture_id}`", "", f"`{place}`"])
+
+
+def _row(feature: dict[str, float]) -> str:
+    share = feature["position_fraction"]
+    return (
+        f"| {feature['feature']} | {feature['max_magnitude']:g} | {feature['min']:g} | {feature['max']:g} "
+        f"| {100 * feature['layer_fraction']:.1f} | {'' if share is None else f'{100 * share:.1f}'} "
+        f"| {feature['sequences']}/{feature['of_sequences']} |"
+    )
+
+
+def escape(text: str) -> str:
+    """Text from a model's name, harmless in Markdown."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in text)

@@ -1,0 +1,294 @@
+"""The command `outliers`: study, plan, captures.
+
+Bad input is refused here, before Prefect is even imported, and so is a study that is published already answered.
+Exit codes: 0 done, 2 refused before anything ran, 1 failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outliers import __version__
+from outliers.errors import BadInput, OutliersError, PlanRefused
+from outliers.spec import StudySpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outliers.outcome import Outcome
+    from outliers.prepare import Prepared
+    from outliers.workspace import Workspace
+
+DONE, FAILED, REFUSED = 0, 1, 2
+
+_EXAMPLES = """examples:
+  outliers study --model builtin:smollm2 --corpus builtin:python-docs --num-sequences 8 --sequence-length 512
+  outliers study --model ./my-model --corpus notes.txt --num-sequences 16 --publish-to s3://atlas/runs
+  outliers plan  --model Qwen/Qwen3-30B-A3B --num-sequences 4
+  outliers captures list
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    from flows.options import add_spec_options
+
+    parser = argparse.ArgumentParser(
+        prog="outliers",
+        description="Find the systematic outlier features of a large language model, exactly.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"outliers {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    for verb, text in (
+        ("study", "run a study, or show the one that is there already"),
+        ("plan", "say what a study would take; nothing is run or spent"),
+    ):
+        sub = verbs.add_parser(
+            verb, help=text, description=text, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.add_argument(
+            "--json", action="store_true", help="print one JSON object on standard output, and nothing else there"
+        )
+        if verb == "study":
+            sub.add_argument("--print-spec", action="store_true", help="print the StudySpec as JSON and stop")
+        add_spec_options(sub)
+    captures = verbs.add_parser("captures", help="list the captures on this disk, or remove one")
+    actions = captures.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action, text in (("list", "what is held, and how much of the disk"), ("rm", "remove captures by their ids")):
+        sub = actions.add_parser(action, help=text, description=text)
+        sub.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
+        sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        if action == "rm":
+            sub.add_argument("capture_id", nargs="+", help="as `outliers captures list` shows them")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    if importlib.util.find_spec("rich") is None or importlib.util.find_spec("prefect") is None:
+        print("the command needs the control side: pip install 'outlier-features[flows]'", file=sys.stderr)
+        return REFUSED
+    arguments = build_parser().parse_args(argv)
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    verbs = {"study": study_command, "plan": plan_command, "captures": captures_command}
+    try:
+        return verbs[arguments.verb](arguments, console, list(sys.argv[1:] if argv is None else argv))
+    except BadInput as error:
+        console.print(Text(f"refused: {error}", style="red"), soft_wrap=True)
+        return REFUSED
+    except OutliersError as error:
+        console.print(Text(f"failed: {error}", style="red"), soft_wrap=True)
+        return FAILED
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on where this one stopped")
+        return 130
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars would tear ours; Prefect's console repeats what is shown here already."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
+
+
+def study_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers study`."""
+    from flows.options import read_spec
+
+    _quiet_libraries()
+    spec = read_spec(arguments)
+    if arguments.print_spec:
+        print(spec.model_dump_json(indent=1))
+        return DONE
+    from outliers.outcome import find_outcome
+    from outliers.workspace import open_workspace
+
+    workspace = open_workspace(spec.compute.workspace)
+    with _busy(console, "looking at the model, the corpus and the target"):
+        prepared = _prepare(spec, workspace, console)
+        outcome = find_outcome(prepared, workspace)
+        if outcome is None:
+            _check(prepared, workspace, console, argv)
+    if outcome is None:
+        outcome = run_flow(spec, workspace, console)
+    _finish(outcome, prepared, workspace, console, as_json=arguments.json)
+    return DONE
+
+
+def _prepare(spec: StudySpec, workspace: Workspace, console: Console) -> Prepared:
+    import logging
+
+    from rich.logging import RichHandler
+
+    from outliers.prepare import prepare
+
+    logger = logging.getLogger("outliers")
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return prepare(spec, workspace)
+    finally:
+        logger.removeHandler(handler)
+
+
+def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: list[str]) -> None:
+    """Refuse what can't work before anything heavy starts: the machine, the disk, the memory, the target."""
+    from outliers.machines import provider
+    from outliers.plan import bytes_left, check_plan
+    from outliers.publish import check_target
+
+    compute = prepared.spec.compute
+    try:
+        check_plan(
+            prepared.spec, prepared.model, provider(compute.provider, workspace.root), bytes_left(prepared, workspace)
+        )
+    except PlanRefused:
+        if compute.gpu_count or compute.gpu_filter or compute.min_vram or compute.min_cpu_ram:
+            command = shlex.join(["outliers", *argv, "--provider", "sky"])
+            console.print("on a rented machine (provider sky, which is not in this version yet) the command would be:")
+            console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
+        raise
+    if prepared.spec.publish_to is not None:
+        check_target(prepared.spec.publish_to)
+
+
+@contextlib.contextmanager
+def _busy(console: Console, text: str) -> Iterator[None]:
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        yield
+
+
+def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome:
+    """Run the very flow that the deployment runs, in this process; its own Prefect, where no server is configured."""
+    settle_prefect(workspace.root)
+    from flows.console import Steps
+
+    steps = Steps(console)
+    with _busy(console, "starting Prefect (10 to 20 seconds)"):
+        if not console.is_terminal:
+            console.print("  starting Prefect (10 to 20 seconds)")
+        from flows.study import study
+        from outliers.outcome import Outcome
+        from tasks.watch import LISTENERS
+
+    parameters: dict[str, Any] = {name: getattr(spec, name) for name in StudySpec.model_fields}
+    parameters["compute"] = spec.compute.model_copy(update={"workspace": str(workspace.root)})
+    LISTENERS.append(steps.listen)
+    try:
+        with steps.shown():
+            return Outcome.model_validate(study(**parameters))
+    finally:
+        LISTENERS.remove(steps.listen)
+
+
+def settle_prefect(root: Path) -> None:
+    """Where the user has configured no Prefect, ours lives in the workspace and tells nobody anything."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    configured = {"PREFECT_HOME", "PREFECT_API_URL", "PREFECT_PROFILE"} & os.environ.keys()
+    if not configured and not (Path.home() / ".prefect" / "profiles.toml").exists():
+        os.environ["PREFECT_HOME"] = str(root / "prefect")
+
+
+def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console: Console, *, as_json: bool) -> None:
+    from flows.console import show_outcome
+    from outliers.outcome import held_bytes
+
+    held = held_bytes(workspace.capture(outcome.capture_id))
+    if as_json:
+        print(json.dumps(outcome.model_dump() | {"capture_bytes": held}))
+        return
+    criteria = prepared.spec.criteria
+    answer = (
+        f"by the reading {criteria.reading} at {prepared.site}: abs(x) >= {criteria.magnitude:g} in at least "
+        f"{100 * criteria.layer_fraction:g}% of {len(prepared.layers)} layers and {100 * criteria.position_fraction:g}% of "
+        f"{prepared.corpus.num_tokens:,} tokens"
+    )
+    show_outcome(console, outcome, held, answer)
+
+
+def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers plan`."""
+    from flows.console import show_plan
+    from flows.options import read_spec
+    from outliers.machines import provider
+    from outliers.plan import make_plan
+    from outliers.prepare import model_info
+    from outliers.workspace import open_workspace
+
+    _quiet_libraries()
+    spec = read_spec(arguments)
+    workspace = open_workspace(spec.compute.workspace)
+    with _busy(console, "counting parameters"):
+        plan = make_plan(spec, model_info(spec, workspace), provider(spec.compute.provider, workspace.root))
+    if arguments.json:
+        print(plan.model_dump_json())
+    else:
+        show_plan(console, plan)
+    return REFUSED if plan.refusals and not plan.offers else DONE
+
+
+def captures_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers captures list|rm`."""
+    from outliers.workspace import open_workspace
+
+    workspace = open_workspace(arguments.workspace)
+    return (_list_captures if arguments.action == "list" else _remove_captures)(workspace, arguments, console)
+
+
+def _list_captures(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> int:
+    from rich.table import Table
+
+    from flows.console import size
+    from outliers.captures import list_captures
+
+    held = list_captures(workspace)
+    if arguments.json:
+        print(json.dumps({"captures": [item.model_dump() for item in held]}))
+        return DONE
+    table = Table(box=None, header_style="bold")
+    for name in ("capture", "model", "sequences", "size"):
+        table.add_column(name)
+    for item in held:
+        table.add_row(item.capture_id, item.model, f"{item.done} of {item.of_sequences}", size(item.bytes))
+    console.print(table if held else f"no captures in {workspace.root}")
+    return DONE
+
+
+def _remove_captures(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> int:
+    from flows.console import size
+    from outliers.captures import remove_capture
+
+    freed = {name: remove_capture(workspace, name) for name in arguments.capture_id}
+    if arguments.json:
+        print(json.dumps({"removed": freed}))
+        return DONE
+    for name, held in freed.items():
+        console.print(f"removed {name}, {size(held)}")
+    console.print(f"{size(shutil.disk_usage(workspace.root).free)} free")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The steps themselves, on the machine that has the data, without Prefect.
+
+    python -m outliers extract SPEC.json --workspace DIR
+    python -m outliers analyze SPEC.json --workspace DIR
+    python -m outliers report  SPEC.json --workspace DIR
+    python -m outliers verify  SPEC.json --workspace DIR
+
+SPEC.json is a StudySpec (`outliers study ... --print-spec`), or what the flow has made of one. A study is the first
+three in this order; each can be run again and does what is missing. Exit codes: 0 done, 1 failed, 2 refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from outliers.errors import BadInput, OutliersError
+from outliers.events import reporter_from_environment, send_logs_to
+from outliers.files import write_atomic
+from outliers.jobs import JOB_VARIABLE, record_error
+
+_HELP = {
+    "extract": "read the activations of every layer in one pass into the workspace; goes on where it was stopped",
+    "analyze": "count, from the finished capture; the model is not loaded",
+    "report": "write the results folder: JSON, Parquet, plots, report.html, manifest",
+    "verify": "check every checksum of the capture",
+    "state": "say what of the study is here and finished",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m outliers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in _HELP.items():
+        sub = verbs.add_parser(verb, help=text, description=text)
+        sub.add_argument("spec", type=Path, metavar="SPEC.json", help="the study")
+        sub.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
+    return parser
+
+
+def deliver(result: dict[str, Any]) -> None:
+    """Leave a step's result in the folder of its job, or print it for whoever typed the command."""
+    text = json.dumps(result)
+    if folder := os.environ.get(JOB_VARIABLE):
+        write_atomic(Path(folder) / "result.json", text.encode())
+    else:
+        print(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one step; prints what it did as JSON on standard output."""
+    arguments = _parser().parse_args(argv)
+    reporter = reporter_from_environment()
+    send_logs_to(reporter)
+    # progress is ours to show: a library's bars would be torn lines in a job's log
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from outliers.prepare import read_prepared
+    from outliers.steps import STEPS
+    from outliers.workspace import open_workspace
+
+    try:
+        workspace = open_workspace(arguments.workspace)
+        prepared = read_prepared(arguments.spec, workspace)
+        deliver(STEPS[arguments.verb](prepared, workspace, reporter))
+    except OutliersError as error:
+        record_error(error)
+        reporter.log("error", str(error))
+        return 2 if isinstance(error, BadInput) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Every error this project raises, as one tree.
+
+    OutliersError
+    ├── PermanentError            trying again changes nothing
+    │   ├── BadInput              refused before anything ran (exit code 2)
+    │   │   ├── UnknownModel          no such model, or it can't be read here
+    │   │   ├── UnknownArchitecture   the sites of this family can't be named with certainty
+    │   │   ├── CorpusError           unreadable text, or fewer tokens than asked
+    │   │   ├── PlanRefused           does not fit the machine, the disk or the price
+    │   │   ├── WorkspaceError        the workspace can't be written, or is of a newer format
+    │   │   └── TargetError           the artifact store's URL is malformed or not usable
+    │   ├── CaptureError          a capture on disk contradicts itself or the study
+    │   │   ├── CaptureMismatch       it was begun under other conditions
+    │   │   └── CorruptCapture        its bytes are not the bytes that were journaled
+    │   ├── SiteError             a forward pass did not give exactly one tensor a site and layer
+    │   ├── PublishRefused        the artifact store must not, or will not, take this
+    │   │   ├── ForbiddenFile         not on the allow-list by name, content or size
+    │   │   ├── AccessDenied          wrong key, no rights, no such bucket
+    │   │   └── DigestConflict        this study is published there with other numbers
+    │   ├── SummaryMismatch       two summaries that are not of disjoint parts of one study
+    │   ├── Busy                  another process is writing this very capture
+    │   └── JobFailed             a step ended with an error that is not one of these
+    └── TransientError            the same call may succeed later
+        ├── StoreUnavailable      the artifact store did not answer
+        ├── HubUnavailable        the model or data set hub did not answer
+        └── MachineLost           the machine or its job vanished
+
+The retry policy is one isinstance: `TransientError` is tried again, nothing else is.
+A message gives the actual value, the limit, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class OutliersError(Exception):
+    """Base of all errors of this project; str() is one message for a person."""
+
+
+class PermanentError(OutliersError):
+    """Trying again without changing something gives the same error."""
+
+
+class TransientError(OutliersError):
+    """The same call may succeed later."""
+
+
+class BadInput(PermanentError):
+    """What was asked for can't be done; nothing was run or spent."""
+
+
+class UnknownModel(BadInput):
+    """The model does not exist, is gated, or can't be read here."""
+
+
+class UnknownArchitecture(BadInput):
+    """The model family is not in the resolver's table."""
+
+
+class CorpusError(BadInput):
+    """The corpus can't be read or is too small."""
+
+
+class PlanRefused(BadInput):
+    """The study does not fit the machine, the disk, the memory or the price."""
+
+
+class WorkspaceError(BadInput):
+    """The workspace can't be used."""
+
+
+class TargetError(BadInput):
+    """The URL of the artifact store can't be used."""
+
+
+class CaptureError(PermanentError):
+    """A capture on disk contradicts itself or the study."""
+
+
+class CaptureMismatch(CaptureError):
+    """The capture on disk was begun under other conditions."""
+
+
+class CorruptCapture(CaptureError):
+    """Bytes on disk are not the bytes that were journaled."""
+
+
+class SiteError(PermanentError):
+    """A forward pass did not give exactly one tensor for each site and layer."""
+
+
+class PublishRefused(PermanentError):
+    """The results can't be published as they are, or not there."""
+
+
+class ForbiddenFile(PublishRefused):
+    """A file that may not leave the machine."""
+
+
+class AccessDenied(PublishRefused):
+    """The artifact store refuses these credentials or this place."""
+
+
+class DigestConflict(PublishRefused):
+    """The study is published there already, with other numbers."""
+
+
+class SummaryMismatch(PermanentError):
+    """Two summaries can't be merged."""
+
+
+class Busy(PermanentError):
+    """Another process holds the capture."""
+
+
+class JobFailed(PermanentError):
+    """A step on a machine ended with an unforeseen error; its log says which."""
+
+
+class StoreUnavailable(TransientError):
+    """The artifact store did not answer."""
+
+
+class HubUnavailable(TransientError):
+    """The model or data set hub did not answer."""
+
+
+class MachineLost(TransientError):
+    """The machine, or the job on it, vanished."""
+
+
+def _family(root: type[OutliersError]) -> dict[str, type[OutliersError]]:
+    names = {root.__name__: root}
+    for child in root.__subclasses__():
+        names |= _family(child)
+    return names
+
+
+def from_record(kind: str, message: str) -> OutliersError:
+    """The error that a job on a machine recorded as (class name, message); an unknown class becomes JobFailed."""
+    cause = _family(OutliersError).get(kind)
+    return cause(message) if cause else JobFailed(f"{kind}: {message}")

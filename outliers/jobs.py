@@ -1,0 +1,414 @@
+"""A detached job: a command that outlives who started it, and is found again, followed, cancelled, asked how it ended.
+
+    <workspace>/jobs/<name>/lock             held while somebody starts an attempt
+    <workspace>/jobs/<name>/<attempt>/       0001, 0002, ...; the newest counts
+        job.json       what was started: argv, and the names (never the values) of its extra environment
+        lock           an flock that the supervisor and its child share: free exactly when both have ended
+        started.json   pgid and child: the supervisor runs the command
+        events.jsonl   the stream (see `events`): what the command printed, what it reported, heartbeats
+        error.json     the OutliersError that the command recorded before it ended, if it did
+        cancel.json    somebody asked for its end
+        exit.json      how it ended; absent after a power cut or a SIGKILL of the supervisor
+
+`python -m outliers.jobs FOLDER LOCK_FD` is the supervisor: the leader of a session of its own, which runs the command
+as its child in the same process group. It knows nothing of studies, models or machines. Whether a job lives is asked
+of its lock and of no process id: ids are reused, and an flock ends with its holders, however they die. So the
+workspace must be on a disk of this machine; NFS gives an flock other rules. Before it: whoever has a command to run.
+After it: `machines`, and through them the tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from outliers import events
+from outliers.errors import BadInput, JobFailed, MachineLost, OutliersError, from_record
+from outliers.events import EVENTS_VARIABLE, Event, JsonReporter
+from outliers.files import write_atomic
+
+Status = Literal["running", "done", "failed", "cancelled", "lost"]
+
+JOB_VARIABLE = "OUTLIERS_JOB"
+"""Names the folder of the job that a command runs in."""
+HEARTBEAT_VARIABLE = "OUTLIERS_HEARTBEAT_SECONDS"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_START_SECONDS = 60.0
+_KILL_SECONDS = 10.0
+_LAST_LINES = 15
+_LINE_BYTES = 1 << 16
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What to run. `env` is added to the environment and may hold secrets: it is written nowhere and not shown."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class JobHandle:
+    """One attempt at a job; only names, so it can be kept, sent and made again."""
+
+    name: str
+    attempt: int
+    folder: Path
+
+
+def start(workspace: Path, job: JobSpec) -> JobHandle:
+    """Starts `job` in `<workspace>/jobs`, detached, and returns once it runs; or the handle of the one that still runs.
+
+    Any number of callers at once start one job. Raises BadInput for a name or command that can't be,
+    MachineLost where the supervisor did not come up.
+    """
+    if not _NAME.fullmatch(job.name):
+        raise BadInput(f"'{job.name}' is no name for a job: letters, digits, . _ - and at most 128 of them")
+    if not job.argv or any("\0" in part for part in job.argv):
+        raise BadInput(f"job '{job.name}' has no command that could be run: {list(job.argv)}")
+    home = (workspace / "jobs" / job.name).absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("ab") as starters:
+        fcntl.flock(starters, fcntl.LOCK_EX)
+        last = newest(workspace, job.name)
+        if last and status(last.folder) == "running":
+            if not (last.folder / "cancel.json").exists():
+                return last
+            # Who cancels and starts again wants another attempt, not the one that is ending.
+            cancel(last.folder)
+        folder, lock = _new_attempt(home, job, last.attempt + 1 if last else 1)
+        try:
+            supervisor = _spawn_supervisor(folder, lock, job)
+        finally:
+            os.close(lock)
+        _await_start(folder, supervisor)
+    return JobHandle(job.name, int(folder.name), folder)
+
+
+def newest(workspace: Path, name: str) -> JobHandle | None:
+    """The latest attempt at the job of that name, whatever became of it; None if there was none."""
+    home = (workspace / "jobs" / name).absolute()
+    attempts = [int(path.name) for path in home.glob("[0-9]*") if path.name.isdigit()]
+    return JobHandle(name, max(attempts), home / f"{max(attempts):04d}") if attempts else None
+
+
+def _new_attempt(home: Path, job: JobSpec, attempt: int) -> tuple[Path, int]:
+    """The folder of a new attempt and its held lock; under its name the folder was never seen without either."""
+    draft, folder = home / ".new", home / f"{attempt:04d}"
+    # A starter that was killed here left it; the lock on the name says that no other is at work.
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    record = {"name": job.name, "attempt": attempt, "argv": job.argv, "env": sorted(job.env), "created": time.time()}
+    _write_json(draft / "job.json", record)
+    lock = os.open(draft / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    draft.rename(folder)
+    return folder, lock
+
+
+def _spawn_supervisor(folder: Path, lock: int, job: JobSpec) -> subprocess.Popen[bytes]:
+    # -P: a file called json.py in the folder where the command was typed must not become a module of ours.
+    argv = [sys.executable, "-P", "-m", "outliers.jobs", str(folder), str(lock)]
+    null = subprocess.DEVNULL
+    try:
+        supervisor = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True, pass_fds=(lock,)
+        )
+    except OSError as error:
+        raise MachineLost(f"job '{job.name}' can't be started: {error}") from error
+    if supervisor.stdin:
+        # A broken pipe is a supervisor that died at once; _await_start says so.
+        with contextlib.suppress(BrokenPipeError), supervisor.stdin as pipe:
+            pipe.write(json.dumps(dict(job.env)).encode())
+    # Nobody waits for it, and a starter that lives on would keep it as a zombie.
+    threading.Thread(target=supervisor.wait, name=f"reap-{job.name}", daemon=True).start()
+    return supervisor
+
+
+def _await_start(folder: Path, supervisor: subprocess.Popen[bytes]) -> None:
+    def reported() -> bool:
+        return (folder / "started.json").exists() or (folder / "exit.json").exists()
+
+    _until(lambda: reported() or not _held(folder), _START_SECONDS)
+    if not reported():
+        what = f"is stuck in process {supervisor.pid}" if _held(folder) else "ended before it began"
+        raise MachineLost(f"the job in {folder} {what}: is the disk full? does {sys.executable} have outliers?")
+
+
+def status(folder: Path) -> Status:
+    """How the job in `folder` stands; lost: it ended and nobody was left to say how. BadInput where there is no job."""
+    exit_record = _read_json(folder / "exit.json")
+    if exit_record is None:
+        if _held(folder):
+            return "running"
+        # It may have ended between the two looks.
+        exit_record = _read_json(folder / "exit.json")
+    if exit_record is None:
+        if not (folder / "job.json").exists():
+            raise BadInput(f"there is no job in {folder}")
+        return "cancelled" if (folder / "cancel.json").exists() else "lost"
+    if exit_record.get("cancelled"):
+        return "cancelled"
+    return "done" if exit_record.get("code") == 0 else "failed"
+
+
+def read_events(folder: Path, offset: int = 0) -> tuple[list[Event], int]:
+    """Whole events from byte `offset` of the job's stream, about 1 MiB at most, and the offset to go on from."""
+    return events.read(folder / "events.jsonl", offset)
+
+
+def follow(folder: Path, offset: int = 0, poll_seconds: float = 0.2) -> Iterator[Event]:
+    """Each event from byte `offset` on, once and in order, until the job has ended and all is read.
+
+    To go on after a break, call it again with the last event's `end`.
+    """
+    while True:
+        # Asked first: what is written before the end is then on disk when the stream is read.
+        ended = status(folder) != "running"
+        while True:
+            found, offset = read_events(folder, offset)
+            if not found:
+                break
+            yield from found
+        if ended:
+            return
+        time.sleep(poll_seconds)
+
+
+def wait(folder: Path, timeout_seconds: float | None = None) -> Status:
+    """The status once the job has ended, or at the latest after `timeout_seconds` ("running" then)."""
+    seconds = float("inf") if timeout_seconds is None else timeout_seconds
+    _until(lambda: status(folder) != "running", seconds, poll_seconds=0.1)
+    return status(folder)
+
+
+def result(folder: Path) -> None:
+    """Waits for the end and returns if the job did what it should.
+
+    Raises the OutliersError that the command recorded; JobFailed, with the end of its log, for an end without one;
+    JobFailed where it was cancelled; MachineLost where it vanished.
+    """
+    how, name = wait(folder), f"job '{folder.parent.name}' (attempt {folder.name})"
+    if how == "done":
+        return
+    if how == "lost":
+        raise MachineLost(f"{name} vanished: its machine was stopped, or its supervisor killed; start it again")
+    if how == "cancelled":
+        raise JobFailed(f"{name} was cancelled")
+    record = _read_json(folder / "exit.json") or {}
+    if error := record.get("error"):
+        raise from_record(str(error.get("kind")), str(error.get("message")))
+    raise JobFailed(f"{name} {_describe(record)}{_last_lines(folder)}")
+
+
+def _describe(record: Mapping[str, Any]) -> str:
+    number = record.get("signal")
+    if number == signal.SIGKILL:
+        ram_gb = record.get("ram_bytes", 0) / 1e9
+        return f"was killed (signal 9), most likely because memory ran out: this machine has {ram_gb:.1f} GB of RAM"
+    if number:
+        return f"was ended by signal {number} ({signal.strsignal(number) or 'unknown'}), not by a cancel"
+    return f"failed with exit code {record.get('code')}"
+
+
+def _last_lines(folder: Path) -> str:
+    lines = [event.message for event in events.read_tail(folder / "events.jsonl") if event.kind == "log"]
+    return "\nThe last lines of its log:\n  " + "\n  ".join(lines[-_LAST_LINES:]) if lines else "; it printed nothing"
+
+
+def recorded_error(folder: Path) -> OutliersError | None:
+    """The error that the command of this job recorded, as it was raised; None if it recorded none."""
+    record = _read_json(folder / "error.json")
+    return from_record(str(record.get("kind")), str(record.get("message"))) if record else None
+
+
+def record_error(error: OutliersError) -> None:
+    """Called by a step before it exits: leaves its error for whoever asks for the result; outside a job, nothing."""
+    if folder := os.environ.get(JOB_VARIABLE):
+        _write_json(Path(folder) / "error.json", {"kind": type(error).__name__, "message": str(error)})
+
+
+def cancel(folder: Path, grace_seconds: float = 10.0) -> Status:
+    """Ends the job and all its processes: SIGTERM, after `grace_seconds` SIGKILL; returns when they are gone.
+
+    A job that has ended is left as it is, so calling it again changes nothing. Nothing is signalled once the lock is
+    free, since the process group's number may by then be somebody else's. Raises JobFailed if it can't be ended.
+    """
+    if _held(folder) and not (folder / "exit.json").exists():
+        _write_json(folder / "cancel.json", {"requested": time.time()})
+    # The number is known a moment after the lock is held.
+    _until(lambda: not _held(folder) or (folder / "started.json").exists(), _START_SECONDS)
+    pgid = (_read_json(folder / "started.json") or {}).get("pgid")
+    for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, _KILL_SECONDS)):
+        if not _held(folder):
+            break
+        if pgid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pgid, number)
+        _until(lambda: not _held(folder), seconds)
+    if _held(folder):
+        raise JobFailed(f"the job in {folder} can't be ended: process group {pgid} outlives SIGKILL")
+    if (folder / "cancel.json").exists() and not (folder / "exit.json").exists():
+        _write_exit(folder, None, signal.SIGKILL, None)
+    return status(folder)
+
+
+def supervise(folder: Path, lock: int) -> None:
+    """Runs the job's command to its end and writes how it ended.
+
+    `lock`: the inherited descriptor of the held lock. The extra environment comes over standard input.
+    """
+    if os.getpgrp() != os.getpid():
+        os.setsid()
+    # A cancel signals the whole group; this process stays to write the end.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    reporter = JsonReporter(folder / "events.jsonl")
+    try:
+        child = _spawn_child(folder, lock, json.loads(sys.stdin.buffer.read()))
+    except (OSError, ValueError) as error:
+        kind, message = "JobFailed", f"the command can't be run: {error}"
+        if isinstance(error, json.JSONDecodeError):
+            kind, message = (
+                "MachineLost",
+                "who started the job ended before handing its environment over; start it again",
+            )
+        reporter.log("error", message)
+        _write_exit(folder, 127, None, {"kind": kind, "message": message})
+        return
+    _write_json(folder / "started.json", {"pgid": os.getpgrp(), "child": child.pid, "started": time.time()})
+    pump = threading.Thread(target=_pump, args=(child, reporter), daemon=True)
+    pump.start()
+    threading.Thread(target=_beat, args=(reporter,), daemon=True).start()
+    code = child.wait()
+    # A grandchild that lives on keeps the pipe open; its lines are not waited for.
+    pump.join(timeout=5.0)
+    reporter.close()
+    _write_exit(folder, code if code >= 0 else None, -code if code < 0 else None, _read_json(folder / "error.json"))
+
+
+def _spawn_child(folder: Path, lock: int, extra: dict[str, str]) -> subprocess.Popen[bytes]:
+    record = _read_json(folder / "job.json") or {}
+    own = {EVENTS_VARIABLE: str(folder / "events.jsonl"), JOB_VARIABLE: str(folder)}
+    # Without it Python keeps what a step prints until a block is full, or loses it in a crash.
+    environment = {"PYTHONUNBUFFERED": "1", **os.environ, **extra, **own}
+    return subprocess.Popen(
+        record["argv"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        # One pipe for both: a traceback then stands where it happened.
+        stderr=subprocess.STDOUT,
+        pass_fds=(lock,),
+        preexec_fn=_end_with_parent(),
+    )
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child runs before its command to get SIGTERM if the supervisor dies, for nobody else writes its end."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
+
+    def ask_for_signal() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask_for_signal
+
+
+def _pump(child: subprocess.Popen[bytes], reporter: JsonReporter) -> None:
+    """Each line that the command prints becomes a log event; of a bar drawn over with returns, its last state."""
+    pipe = child.stdout
+    while pipe and (raw := pipe.readline(_LINE_BYTES)):
+        reporter.log("info", raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
+
+
+def _beat(reporter: JsonReporter) -> None:
+    seconds = float(os.environ.get(HEARTBEAT_VARIABLE) or 5.0)
+    while True:
+        reporter.heartbeat()
+        time.sleep(seconds)
+
+
+def _write_exit(folder: Path, code: int | None, number: int | None, error: Mapping[str, Any] | None) -> None:
+    cancelled = (folder / "cancel.json").exists()
+    record = {"code": code, "signal": number, "error": error, "cancelled": cancelled, "ended": time.time()}
+    _write_json(folder / "exit.json", {**record, "ram_bytes": total_ram_bytes()})
+
+
+def total_ram_bytes() -> int:
+    """The memory that this process may use at most: the machine's, or its container's limit where that is lower."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    with contextlib.suppress(OSError):
+        own = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+        group = Path("/sys/fs/cgroup") / own
+        limits += [parent / "memory.max" for parent in (group, *group.parents)]
+    for path in limits:
+        # "max" is no number: no limit at this level.
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(path.read_text()))
+    return total
+
+
+def _until(condition: Callable[[], bool], seconds: float, poll_seconds: float = 0.02) -> bool:
+    """Waits for `condition`, at most `seconds`; whether it came true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(poll_seconds)
+    return True
+
+
+def _held(folder: Path) -> bool:
+    """Whether somebody holds the job's lock. Asked with a shared lock: those who ask don't see one another."""
+    try:
+        with (folder / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value).encode())
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def main() -> None:
+    """Entry of `python -m outliers.jobs FOLDER LOCK_FD`; what is left of its process group ends with it."""
+    supervise(Path(sys.argv[1]), int(sys.argv[2]))
+    # Workers that outlive their command would keep the lock, and the GPU.
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""The seam to machines: what a study asks of one, what one has, whether the two fit, and what can be done with it.
+
+It knows no cloud, no ssh and no study; it does no I/O. Before it: `plan`, which computes the bytes a study needs. After
+it: one module a provider (`local`), and the tasks, which see nothing but these protocols. `fits` is the
+one place where a machine is refused, the same for this computer and for one at a dollar an hour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from outliers.errors import BadInput
+from outliers.events import Event
+from outliers.jobs import JobHandle, JobSpec, Status
+from outliers.spec import ComputeSpec
+
+GB = 1_000_000_000
+"""10^9 bytes, as in min_vram, min_cpu_ram and disk. Makers count memory in 2^30 bytes: an "80 GB" card reports 79 to 80
+GiB, which is 85 of these, a "64 GB" machine about 66 after its kernel's share. So no tolerance is needed or given."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineRequest:
+    """What a machine must have; None or 0: no demand.
+
+    `gpu_count`: None takes whatever is there, 0 uses none. `min_...`: what the user asked for, against totals (the
+    disk: against what is free). `needed_...`: what the study was computed to take, against what is free now.
+    `max_price`: dollars an hour of the whole machine; the provider's business, `fits` does not look at it.
+    """
+
+    gpu_count: int | None = None
+    gpu_filter: str | None = None
+    min_vram_bytes: int = 0
+    min_ram_bytes: int = 0
+    min_disk_bytes: int = 0
+    needed_ram_bytes: int = 0
+    needed_disk_bytes: int = 0
+    max_price: float | None = None
+
+    @classmethod
+    def from_spec(cls, compute: ComputeSpec, needed_ram_bytes: int = 0, needed_disk_bytes: int = 0) -> MachineRequest:
+        """The request of a spec and of what its plan came to; BadInput where it wants no GPU and a kind of GPU."""
+        if compute.gpu_count == 0 and (compute.gpu_filter or compute.min_vram):
+            raise BadInput(
+                "--gpu-count 0 uses no GPU, but --gpu-filter or --min-vram asks for one: leave one of them out"
+            )
+        return cls(
+            gpu_count=compute.gpu_count,
+            gpu_filter=compute.gpu_filter,
+            min_vram_bytes=_bytes(compute.min_vram),
+            min_ram_bytes=_bytes(compute.min_cpu_ram),
+            min_disk_bytes=_bytes(compute.disk),
+            needed_ram_bytes=needed_ram_bytes,
+            needed_disk_bytes=needed_disk_bytes,
+            max_price=compute.max_price,
+        )
+
+
+def _bytes(gb: float | None) -> int:
+    return round((gb or 0) * GB)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU; `total_bytes` as its driver reports it, 0 where the driver doesn't tell."""
+
+    name: str
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a machine has. No host name, user or path: it may stand in a published manifest. `python`: its version."""
+
+    cpus: int
+    ram_bytes: int
+    ram_available_bytes: int
+    disk_free_bytes: int
+    gpus: tuple[Gpu, ...]
+    python: str
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A machine that fits; `price_per_hour` in dollars, of the whole machine."""
+
+    provider: str
+    name: str
+    facts: Facts
+    price_per_hour: float
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """A machine that doesn't fit; `reason` carries what was asked and what there is."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """How a short command ended; `returncode` is minus the signal's number where one ended it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Machine(Protocol):
+    """A machine one can work on. Every call but `start` may be repeated; all may raise MachineLost."""
+
+    @property
+    def name(self) -> str:
+        """Unique within its provider."""
+
+    @property
+    def provider(self) -> str:
+        """The provider's name."""
+
+    @property
+    def instance_id(self) -> str:
+        """Changes whenever the workspace's disk is another one: what was cached for the old one is gone."""
+
+    @property
+    def price_per_hour(self) -> float:
+        """In dollars, of the whole machine."""
+
+    @property
+    def python(self) -> tuple[str, ...]:
+        """The beginning of a command line: the interpreter that has this package."""
+
+    @property
+    def workspace(self) -> str:
+        """The full path of the workspace on that machine."""
+
+    def facts(self) -> Facts:
+        """What it has now."""
+
+    def run(self, argv: Sequence[str], timeout_seconds: float) -> Completed:
+        """Runs a short command to its end, whatever its exit code; JobFailed if it can't be run or takes longer."""
+
+    def upload(self, local: Path, remote: str) -> None:
+        """Copies a file or folder to `remote`, relative to the workspace or full; files appear whole or not at all."""
+
+    def download(self, remote: str, local: Path) -> None:
+        """The way back of `upload`; BadInput where there is nothing at `remote`."""
+
+    def start(self, job: JobSpec) -> JobHandle:
+        """Starts a detached job, or finds the one of that name that still runs."""
+
+    def follow(self, handle: JobHandle, offset: int = 0) -> Iterator[Event]:
+        """Its events from byte `offset` on, until it has ended; `Event.end` is where to go on after a break."""
+
+    def status(self, handle: JobHandle) -> Status:
+        """Whether it runs, or how it ended."""
+
+    def result(self, handle: JobHandle) -> None:
+        """Waits for its end; raises what it raised (`jobs.result`)."""
+
+    def cancel(self, handle: JobHandle, grace_seconds: float = 10.0) -> Status:
+        """Ends it and all its processes."""
+
+
+class Provider(Protocol):
+    """Where machines come from."""
+
+    def offers(self, request: MachineRequest) -> tuple[tuple[Offer, ...], tuple[Excluded, ...]]:
+        """What fits, cheapest first, and what doesn't, with the reasons; costs nothing."""
+
+    def ensure(self, name: str, request: MachineRequest) -> Machine:
+        """The machine of that name, found or made; PlanRefused, with every reason, where none fits."""
+
+    def find(self, name: str) -> Machine | None:
+        """The machine of that name, if there is one; makes none."""
+
+    def list(self) -> tuple[Machine, ...]:
+        """The machines that are rented now."""
+
+    def release(self, name: str) -> str:
+        """Ends a rented machine, if it is there; returns a sentence that says what was done."""
+
+
+def fits(facts: Facts, request: MachineRequest) -> tuple[str, ...]:
+    """Every reason why `request` can't be met by a machine with `facts`, each with both numbers; empty: it fits."""
+    demands = (
+        ("{asked} of memory asked (--min-cpu-ram), the machine has {has}", request.min_ram_bytes, facts.ram_bytes),
+        ("the study needs {asked} of memory, {has} is free", request.needed_ram_bytes, facts.ram_available_bytes),
+        ("{asked} of free disk asked (--disk), {has} is free", request.min_disk_bytes, facts.disk_free_bytes),
+        ("the study needs {asked} of disk, {has} is free", request.needed_disk_bytes, facts.disk_free_bytes),
+    )
+    short = [_versus(text, asked, has) for text, asked, has in demands if has < asked]
+    return (*_gpu_reasons(facts.gpus, request), *short)
+
+
+def _gpu_reasons(gpus: tuple[Gpu, ...], request: MachineRequest) -> list[str]:
+    particular = bool(request.gpu_filter or request.min_vram_bytes)
+    # Without a count a kind of GPU was asked for all the same: one of them is the least.
+    wanted = request.gpu_count if request.gpu_count is not None else int(particular)
+    if not wanted:
+        return []
+    named = [gpu for gpu in gpus if (request.gpu_filter or "").lower() in gpu.name.lower()]
+    if len(named) < wanted:
+        kind = f" named like '{request.gpu_filter}' (--gpu-filter)" if request.gpu_filter else ""
+        present = ", ".join(gpu.name for gpu in gpus) or "none"
+        return [f"{wanted} GPU{'s' * (wanted > 1)}{kind} asked, the machine has {len(named)} (its GPUs: {present})"]
+    large = sorted((gpu.total_bytes for gpu in named), reverse=True)
+    if large[wanted - 1] < request.min_vram_bytes:
+        which = "the largest" if wanted == 1 else f"the smallest of the {wanted} largest"
+        text = f"{wanted} GPU{'s' * (wanted > 1)} with {{asked}} each asked (--min-vram), {which} has {{has}}"
+        return [_versus(text, request.min_vram_bytes, large[wanted - 1])]
+    return []
+
+
+def _versus(text: str, asked: int, has: int) -> str:
+    """`text` with both amounts in GB, with as many digits as it takes to tell them apart."""
+    for digits in range(1, 10):
+        left, right = f"{asked / GB:.{digits}f} GB", f"{has / GB:.{digits}f} GB"
+        if left != right:
+            break
+    return text.format(asked=left, has=right)

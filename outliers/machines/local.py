@@ -1,0 +1,222 @@
+"""Provider `local`: this computer, at no price, with real detached jobs.
+
+It knows nothing of renting: nothing is made by `ensure` and nothing is ended by `release`. GPUs are asked of
+nvidia-smi, not of torch, whose import takes seconds and a context on every card. Before it: the tasks, through
+`base`'s protocols. After it: `jobs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+from outliers import jobs
+from outliers.errors import BadInput, JobFailed, PlanRefused, WorkspaceError
+from outliers.events import Event
+from outliers.files import temporary_for, write_new
+from outliers.jobs import JobHandle, JobSpec, Status
+from outliers.machines.base import Completed, Excluded, Facts, Gpu, Machine, MachineRequest, Offer, fits
+
+NAME = "local"
+_MIB = 1 << 20
+_QUERY_SECONDS = 20.0
+
+_log = logging.getLogger(__name__)
+
+
+def find_gpus(executable: str = "nvidia-smi", visible: str | None = None) -> tuple[Gpu, ...]:
+    """The GPUs that a CUDA program may use here; none where there is no `executable`, or it fails (which is logged).
+
+    `visible`: as CUDA_VISIBLE_DEVICES, None for all. Raises nothing.
+    """
+    path = shutil.which(executable)
+    if path is None:
+        return ()
+    query = [path, "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("%s is here but does not work, so no GPU is used: %s", executable, error)
+        return ()
+    found = []
+    for line in done.stdout.splitlines():
+        if line.count(",") >= 2:
+            identity, _, rest = line.partition(",")
+            name, _, mib = rest.rpartition(",")
+            # A GPU that shares the machine's memory answers [N/A].
+            total = int(mib) * _MIB if mib.strip().isdigit() else 0
+            found.append((identity.strip(), Gpu(name.strip(), total)))
+    return _visible(found, visible)
+
+
+def _visible(found: list[tuple[str, Gpu]], visible: str | None) -> tuple[Gpu, ...]:
+    """What CUDA shows of (uuid, GPU): those named by number or beginning of the uuid, up to the first unknown."""
+    if visible is None:
+        return tuple(gpu for _, gpu in found)
+    chosen: list[Gpu] = []
+    for token in (part.strip() for part in visible.split(",")):
+        named = [gpu for identity, gpu in found if token and identity.startswith(token)]
+        if token.isdigit() and int(token) < len(found):
+            named = [found[int(token)][1]]
+        if len(named) != 1:
+            break
+        chosen += named
+    return tuple(chosen)
+
+
+def instance_id(workspace: Path) -> str:
+    """The id of the disk that `workspace` is on: random, made once; WorkspaceError where it can't be written."""
+    path = workspace / "instance"
+    try:
+        workspace.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            draft = temporary_for(path)
+            write_new(draft, uuid.uuid4().hex.encode())
+            try:
+                # Unlike a rename, a link leaves the id of another process that was faster.
+                with contextlib.suppress(FileExistsError):
+                    os.link(draft, path)
+            finally:
+                draft.unlink()
+        return path.read_text()
+    except OSError as error:
+        raise WorkspaceError(
+            f"the workspace {workspace} can't be used: {error}; name another with --workspace"
+        ) from error
+
+
+class LocalMachine:
+    """This computer; `workspace` need not exist yet."""
+
+    provider = NAME
+    price_per_hour = 0.0
+    # -P: a file called json.py in the folder where the command was typed must not become a module of ours.
+    python: tuple[str, ...] = (sys.executable, "-P")
+
+    def __init__(self, workspace: Path, name: str = NAME, nvidia_smi: str = "nvidia-smi") -> None:
+        self.name = name
+        self._root = workspace.expanduser().absolute()
+        self._nvidia_smi = nvidia_smi
+
+    @property
+    def workspace(self) -> str:
+        return str(self._root)
+
+    @property
+    def instance_id(self) -> str:
+        return instance_id(self._root)
+
+    def facts(self) -> Facts:
+        existing = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
+        total = jobs.total_ram_bytes()
+        return Facts(
+            cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            ram_bytes=total,
+            ram_available_bytes=min(total, psutil.virtual_memory().available),
+            disk_free_bytes=shutil.disk_usage(existing).free,
+            gpus=find_gpus(self._nvidia_smi, os.environ.get("CUDA_VISIBLE_DEVICES")),
+            python=platform.python_version(),
+        )
+
+    def run(self, argv: Sequence[str], timeout_seconds: float) -> Completed:
+        pipe = subprocess.PIPE
+        try:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True, errors="replace"
+            )
+        except (OSError, ValueError) as error:
+            raise JobFailed(f"{argv[0]} can't be run: {error}") from error
+        try:
+            stdout, stderr = process.communicate(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired as error:
+            raise JobFailed(f"{argv[0]} took longer than {timeout_seconds:g} s and was ended") from error
+        finally:
+            # Also on Ctrl-C: its own session did not get that. Once it was waited for, its number may be another's.
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        return Completed(process.returncode, stdout, stderr)
+
+    def upload(self, local: Path, remote: str) -> None:
+        _copy(local, self._root / remote)
+
+    def download(self, remote: str, local: Path) -> None:
+        _copy(self._root / remote, local)
+
+    def start(self, job: JobSpec) -> JobHandle:
+        return jobs.start(self._root, job)
+
+    def follow(self, handle: JobHandle, offset: int = 0) -> Iterator[Event]:
+        return jobs.follow(handle.folder, offset)
+
+    def status(self, handle: JobHandle) -> Status:
+        return jobs.status(handle.folder)
+
+    def result(self, handle: JobHandle) -> None:
+        jobs.result(handle.folder)
+
+    def cancel(self, handle: JobHandle, grace_seconds: float = 10.0) -> Status:
+        return jobs.cancel(handle.folder, grace_seconds)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A file or a folder's files, each appearing whole; onto itself: nothing. BadInput where there is no source."""
+    if not source.exists():
+        raise BadInput(f"there is nothing to copy at {source}")
+    files = [path for path in sorted(source.rglob("*")) if path.is_file()] if source.is_dir() else [source]
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        place = target / path.relative_to(source) if path != source else target
+        if place.exists() and place.samefile(path):
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft = temporary_for(place)
+        try:
+            shutil.copyfile(path, draft)
+            draft.replace(place)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+class LocalProvider:
+    """The one machine there is, whatever it is called; the name only tells captures apart on rented ones."""
+
+    def __init__(self, workspace: Path, nvidia_smi: str = "nvidia-smi") -> None:
+        self._workspace = workspace
+        self._nvidia_smi = nvidia_smi
+
+    def _machine(self, name: str) -> LocalMachine:
+        return LocalMachine(self._workspace, name, self._nvidia_smi)
+
+    def offers(self, request: MachineRequest) -> tuple[tuple[Offer, ...], tuple[Excluded, ...]]:
+        facts = self._machine(NAME).facts()
+        if reasons := fits(facts, request):
+            return (), (Excluded(NAME, "; ".join(reasons)),)
+        return (Offer(NAME, NAME, facts, 0.0),), ()
+
+    def ensure(self, name: str, request: MachineRequest) -> Machine:
+        machine = self._machine(name)
+        if reasons := fits(machine.facts(), request):
+            raise PlanRefused(f"this machine does not fit: {'; '.join(reasons)}")
+        return machine
+
+    def find(self, name: str) -> Machine | None:
+        return self._machine(name)
+
+    def list(self) -> tuple[Machine, ...]:
+        return ()
+
+    def release(self, name: str) -> str:
+        return f"{name} is this computer, which is not rented: there is nothing to release"

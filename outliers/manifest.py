@@ -1,0 +1,221 @@
+"""The manifest: what a published study consists of, byte for byte, and the few numbers by which it is listed.
+
+It is written last, into the results folder and at the target: a study without a manifest is not finished. The
+`results_digest` in it is over the numbers, not the bytes, so that two runs of one study can be compared.
+It knows nothing of targets. Before it: `results`, `report` and `allowlist`. After it: `publish`, `compare`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from outliers.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, SUMMARY, TOKENS, AllowedFile, check_results
+from outliers.errors import PublishRefused
+from outliers.files import write_atomic
+from outliers.schema import FEATURES_SCHEMA, MOMENT_COLUMNS
+from outliers.spec import digest
+
+MANIFEST_VERSION = 1
+MAX_MANIFEST_BYTES = 256_000
+HEADLINE_FEATURES = 20
+FOLDER_CHARACTERS = 12
+
+_Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class _File(_Part):
+    path: str
+    size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+    sha256: _Hex
+
+
+class _Headline(_Part):
+    model: str
+    num_systematic: int
+    systematic: Annotated[list[int], Field(max_length=HEADLINE_FEATURES)]
+    reading: str
+    site: str
+    num_tokens: int
+    num_layers: int
+    hidden_size: int
+
+
+class _Manifest(_Part):
+    schema_version: Literal[1]
+    study_id: _Id
+    capture_id: _Id
+    results_digest: _Hex
+    folder: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+    files: list[_File]
+    headline: _Headline
+    spec: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def results_digest(results: Path) -> str:
+    """sha256 (hex) of a study's numbers: equal for equal results, whatever wrote the files.
+
+    Covers summary.json and tokens.json as parsed, and the integer and selection columns of features.parquet in row
+    order; not the moments, which agree to 1e-12 only. Raises PublishRefused where a file is missing or unreadable.
+    """
+    try:
+        return digest_of({name: (results / name).read_bytes() for name in (SUMMARY, TOKENS, FEATURES)})
+    except OSError as error:
+        raise PublishRefused(f"{error.filename} can't be read: {error.strerror}; analyze the capture again") from error
+
+
+def digest_of(contents: dict[str, bytes]) -> str:
+    """`results_digest` from the bytes of the three files, by name."""
+    payload: dict[str, Any] = {}
+    for name in (SUMMARY, TOKENS):
+        try:
+            payload[name] = json.loads(contents[name])
+        except ValueError as error:
+            raise PublishRefused(f"{name} is not readable JSON: {error}; analyze the capture again") from error
+    try:
+        table = pq.read_table(io.BytesIO(contents[FEATURES]))
+        kept = [name for name in FEATURES_SCHEMA.names if name not in MOMENT_COLUMNS]
+        payload[FEATURES] = [table.num_rows, *([name, _column_digest(table[name])] for name in kept)]
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise PublishRefused(f"{FEATURES} is not a table of features: {error}; analyze the capture again") from error
+    return digest(payload)
+
+
+def _column_digest(column: Any) -> str:
+    """sha256 (hex) of a column's values in row order, independent of chunks, encoding and this machine's byte order."""
+    if column.null_count:
+        raise ValueError("a column of counts has nulls")
+    flat = column.combine_chunks()
+    hasher = hashlib.sha256()
+    if pa.types.is_list(flat.type):
+        lengths = np.asarray([len(row) for row in flat.to_pylist()], dtype="<i8")
+        hasher.update(lengths.tobytes())
+        flat = flat.flatten()
+    if pa.types.is_string(flat.type):
+        hasher.update(json.dumps(flat.to_pylist()).encode())
+    else:
+        values = flat.to_numpy(zero_copy_only=False)
+        hasher.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+    return hasher.hexdigest()
+
+
+def build_manifest(
+    results: Path, *, spec: dict[str, Any], provenance: dict[str, Any], include_log: bool = False
+) -> dict[str, Any]:
+    """The manifest of the folder `results`; `spec` and `provenance` are published in it as they are.
+
+    Raises ForbiddenFile for a file that may not be published, PublishRefused where the study is not complete or
+    `spec` and `provenance` are more than metadata.
+    """
+    files = check_results(results, include_log)
+    contents = {file.path: file.data for file in files}
+    summary = json.loads(contents[SUMMARY])
+    listed = file_list(files)
+    manifest = {
+        "schema_version": MANIFEST_VERSION,
+        "study_id": summary["study_id"],
+        "capture_id": summary["capture_id"],
+        "results_digest": digest_of(contents),
+        "folder": folder_of(listed),
+        "files": listed,
+        "headline": {
+            "model": summary["model"]["id"],
+            "num_systematic": len(summary["systematic"]),
+            "systematic": [row["feature"] for row in summary["systematic"][:HEADLINE_FEATURES]],
+            "reading": summary["criteria"]["reading"],
+            "site": summary["criteria"]["site"],
+            "num_tokens": summary["corpus"]["num_tokens"],
+            "num_layers": summary["model"]["num_layers"],
+            "hidden_size": summary["model"]["hidden_size"],
+        },
+        "spec": spec,
+        "provenance": provenance,
+    }
+    return parse_manifest(dump_manifest(manifest), str(results))
+
+
+def file_list(files: tuple[AllowedFile, ...]) -> list[dict[str, Any]]:
+    """The manifest's `files`, by path."""
+    return [
+        {"path": file.path, "size": file.size, "sha256": file.sha256} for file in sorted(files, key=lambda f: f.path)
+    ]
+
+
+def folder_of(listed: list[dict[str, Any]]) -> str:
+    """The name of the published folder of exactly these files."""
+    return digest(listed)[:FOLDER_CHARACTERS]
+
+
+def dump_manifest(manifest: dict[str, Any]) -> bytes:
+    """The bytes of a manifest, as written and published; PublishRefused where it is not plain JSON of limited size."""
+    try:
+        data = json.dumps(manifest, sort_keys=True, indent=1, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise PublishRefused(f"the manifest is not plain JSON: {error}; give spec and provenance as such") from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise PublishRefused(
+            f"the manifest has {len(data):,} bytes, at most {MAX_MANIFEST_BYTES:,} are published; shorten provenance"
+        )
+    return data
+
+
+def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
+    """The manifest in `data`; PublishRefused, naming `origin`, where it is malformed or of a newer version."""
+    try:
+        found = json.loads(data)
+        version = found.get("schema_version") if isinstance(found, dict) else None
+        if isinstance(version, int) and version > MANIFEST_VERSION:
+            raise PublishRefused(
+                f"the manifest of {origin} has schema_version {version}, this program reads up to {MANIFEST_VERSION}; "
+                "update outlier-features"
+            )
+        _Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(step) for step in first["loc"]) or "it"
+        raise PublishRefused(
+            f"the manifest of {origin} is malformed: {place}: {first['msg']}; remove it and run again"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise PublishRefused(f"the manifest of {origin} is no JSON: {error}; remove it and run again") from error
+    return dict(found)
+
+
+def write_manifest(results: Path, manifest: dict[str, Any]) -> Path:
+    """Writes manifest.json into `results`, last and whole; returns its path. PublishRefused for a malformed one."""
+    data = dump_manifest(manifest)
+    parse_manifest(data, str(results))
+    write_atomic(results / MANIFEST, data)
+    return results / MANIFEST
+
+
+def read_manifest(results: Path) -> dict[str, Any] | None:
+    """The manifest in `results`; None where there is none. Raises PublishRefused where it is malformed."""
+    path = results / MANIFEST
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise PublishRefused(f"{path} can't be read: {error.strerror or error}") from error
+    return parse_manifest(data, str(path))
+
+
+def slug_safe(name: str) -> bool:
+    """Whether `name` can be one step of a published path: no slash, no dots that lead elsewhere."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name) is not None

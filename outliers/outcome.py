@@ -1,0 +1,86 @@
+"""How a study ended, and whether it was there before anything ran.
+
+`find_outcome` looks at the artifact store first (or at the workspace, where nothing is published) and answers before
+a machine is asked for. It decides nothing about machines. Before it: `prepare`. After it: the command and the flow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from outliers.manifest import read_manifest
+from outliers.prepare import Prepared
+from outliers.publish import fetch, model_slug, published_manifest
+from outliers.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(BaseModel):
+    """A finished study: where its results are, and its answer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    study_id: str
+    capture_id: str
+    title: str
+    results: str
+    """Folder in the workspace."""
+    report: str
+    published: str | None
+    """URL of the published manifest."""
+    published_bytes: int
+    """Of all files the manifest names."""
+    systematic: list[dict[str, Any]]
+    cached: bool
+    """The study was there already: nothing ran."""
+
+
+def find_outcome(prepared: Prepared, workspace: Workspace) -> Outcome | None:
+    """The outcome of a study that is published at its target already, or, without a target, finished in the workspace.
+
+    The few published kilobytes are fetched where the workspace doesn't have them. Raises AccessDenied, StoreUnavailable.
+    """
+    folder = workspace.study(prepared.study_id)
+    local = read_manifest(folder)
+    target = prepared.spec.publish_to
+    if target is None:
+        return make_outcome(prepared, workspace, published=None, cached=True) if local else None
+    slug = model_slug(prepared.model.source.id)
+    found = published_manifest(target, slug, prepared.study_id)
+    if found is None:
+        return None
+    if local is None or local["results_digest"] != found["results_digest"]:
+        log.info("fetching the published results of %s", prepared.title)
+        fetch(target, slug, prepared.study_id, folder)
+    return make_outcome(
+        prepared, workspace, published=f"{target}/{slug}/{prepared.study_id}/manifest.json", cached=True
+    )
+
+
+def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | None, cached: bool) -> Outcome:
+    """The outcome of a study whose results folder is finished."""
+    folder = workspace.study(prepared.study_id)
+    summary = json.loads((folder / "summary.json").read_text())
+    manifest = read_manifest(folder) or {"files": []}
+    return Outcome(
+        study_id=prepared.study_id,
+        capture_id=prepared.capture_id,
+        title=prepared.title,
+        results=str(folder),
+        report=str(folder / "report.html"),
+        published=published,
+        published_bytes=sum(int(item["size"]) for item in manifest["files"]),
+        systematic=summary["systematic"],
+        cached=cached,
+    )
+
+
+def held_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,159 @@
+"""StudySpec -> Prepared: everything that a name leaves open is settled, and both ids are known, before a machine is asked for.
+
+The revision becomes a commit or a hash, `auto` and `all` become values, the text becomes token ids on disk.
+Before it: `spec`. After it: `plan`, `capture`, `results`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from outliers.architectures import family, site_modules
+from outliers.corpus import CorpusInfo, prepare_corpus
+from outliers.errors import BadInput
+from outliers.models import ModelInfo, describe_model, find_model
+from outliers.spec import ANALYSIS_VERSION, FORMAT_VERSION, StudySpec, digest
+from outliers.workspace import Workspace
+
+ID_LENGTH = 16
+"""Hex digits of an id: 64 bits, far beyond any number of studies one store will hold."""
+
+
+class Prepared(BaseModel):
+    """A study with nothing left open. It is `spec.json` on the machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: StudySpec
+    model: ModelInfo
+    corpus: CorpusInfo
+    layers: tuple[int, ...]
+    site: str
+    """The deciding site, or `block`."""
+    text: bool
+    """Whether the results show text of the corpus."""
+    capture_id: str
+    study_id: str
+
+    @property
+    def title(self) -> str:
+        """How a person recognises the study: `SmolLM2-135M 8x512`."""
+        return f"{self.model.source.name} {self.corpus.num_sequences}x{self.corpus.sequence_length}"
+
+    def public_spec(self) -> dict[str, object]:
+        """The spec as results may carry it: ids in the place of paths, no machine, no workspace, no target."""
+        spec = self.spec.model_dump(mode="json", exclude={"compute", "publish_to"})
+        spec["model"] |= {"id": self.model.source.id, "revision": self.model.source.revision, "dtype": self.model.dtype}
+        spec["corpus"]["source"] = self.corpus.source
+        return spec
+
+
+def model_info(spec: StudySpec, workspace: Workspace) -> ModelInfo:
+    """The model of a spec, described; also checks what only the config can tell."""
+    info = describe_model(find_model(spec.model, workspace), spec.model.dtype, workspace)
+    if info.max_positions is not None and spec.corpus.sequence_length > info.max_positions:
+        raise BadInput(
+            f"--sequence-length {spec.corpus.sequence_length} is more than the {info.max_positions} positions that "
+            f"{info.source.name} was made for"
+        )
+    resolve_layers(spec, info)
+    return info
+
+
+def resolve_layers(spec: StudySpec, info: ModelInfo) -> tuple[int, ...]:
+    """The layers of a spec as numbers; BadInput for one that the model doesn't have."""
+    if isinstance(spec.capture.layers, str):
+        return tuple(range(info.num_layers))
+    beyond = [layer for layer in spec.capture.layers if layer >= info.num_layers]
+    if beyond:
+        raise BadInput(f"layer {beyond[0]} was asked, and {info.source.name} has layers 0 to {info.num_layers - 1}")
+    return spec.capture.layers
+
+
+def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
+    """Settle a spec. Raises BadInput and its kinds for what can't be had, HubUnavailable when the hub is silent."""
+    info = model_info(spec, workspace)
+    corpus = prepare_corpus(spec.corpus, info.source, workspace)
+    layers = resolve_layers(spec, info)
+    text = spec.publish_text == "context" or (spec.publish_text == "auto" and corpus.public)
+    capture = capture_digest(spec, info, corpus, layers)
+    criteria = spec.criteria.model_dump(mode="json") | {
+        "site": spec.deciding_site,
+        "ladder": list(spec.criteria.magnitudes),
+    }
+    study = digest(
+        {
+            "capture": capture,
+            "criteria": criteria,
+            "label": spec.label,
+            "text": text,
+            "analysis_version": ANALYSIS_VERSION,
+        }
+    )
+    return Prepared(
+        spec=spec,
+        model=info,
+        corpus=corpus,
+        layers=layers,
+        site=spec.deciding_site,
+        text=text,
+        capture_id=capture[:ID_LENGTH],
+        study_id=study[:ID_LENGTH],
+    )
+
+
+def capture_digest(spec: StudySpec, info: ModelInfo, corpus: CorpusInfo, layers: tuple[int, ...]) -> str:
+    """Digest of what determines the activations, and of nothing else."""
+    modules = site_modules(family(info.architecture), spec.capture.sites, layers)
+    return digest(
+        {
+            "format": FORMAT_VERSION,
+            "model": [info.source.id, info.source.revision, info.architecture],
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+            "attention": info.attention_implementation,
+            "experts": info.experts_implementation,
+            "tokens": corpus.token_sha256,
+            "shape": [corpus.num_sequences, corpus.sequence_length],
+            "batch_sequences": spec.capture.batch_sequences,
+            "sites": [[m.site, m.layer, m.path, m.side] for m in modules],
+        }
+    )
+
+
+def read_prepared(path: Path, workspace: Workspace) -> Prepared:
+    """A file with a Prepared, or with a plain StudySpec, which is then prepared here. Raises BadInput."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise BadInput(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON: {error}") from error
+    if isinstance(content, dict) and "capture_id" in content:
+        try:
+            return Prepared.model_validate(content)
+        except ValidationError as error:
+            raise BadInput(f"{path}: {explain(error)}") from error
+    return prepare(parse_spec(content, str(path)), workspace)
+
+
+def parse_spec(content: object, place: str) -> StudySpec:
+    """A StudySpec from parsed JSON; BadInput with one line a mistake."""
+    try:
+        return StudySpec.model_validate(content)
+    except ValidationError as error:
+        raise BadInput(f"{place}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one line a person can act on: field, what is wrong, what was given."""
+    lines = []
+    for item in error.errors(include_url=False):
+        field = ".".join(str(step) for step in item["loc"]) or "spec"
+        message = item["msg"].removeprefix("Value error, ")
+        given = "" if item["type"] in ("value_error", "missing") else f" (given: {item['input']!r})"
+        lines.append(f"{field}: {message}{given}")
+    return "; ".join(lines)

@@ -1,0 +1,237 @@
+"""StudySpec: all that a study is, as one frozen value.
+
+The same model is the options of the command, the parameters of the Prefect deployment and `spec.json` on a machine.
+It knows nothing of files, models or machines beyond their names; `prepare` resolves those and gives the ids.
+Before it: what a person typed. After it: `prepare`, `plan`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+SiteName = Literal["attn_in", "mlp_in", "o_in", "resid"]
+ReadingName = Literal["pooled", "union", "per_layer", "affected"]
+
+SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in", "o_in", "resid")
+READINGS: tuple[ReadingName, ...] = ("pooled", "union", "per_layer", "affected")
+BLOCK = "block"
+BLOCK_SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in")
+
+FORMAT_VERSION = 1
+"""Of the capture on disk; part of capture_id."""
+ANALYSIS_VERSION = 1
+"""Raised whenever a number's meaning or value changes; part of study_id, so no mended bug is answered from old results."""
+
+
+def digest(payload: Any) -> str:
+    """sha256 (hex) of `payload` as JSON with sorted keys: the same on every machine, day and hash seed."""
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Part(BaseModel):
+    """A frozen part of a spec: unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelSpec(Part):
+    """Which model, and in which arithmetic."""
+
+    id: str = Field(
+        min_length=1,
+        description="a hub id such as Qwen/Qwen3-30B-A3B, a folder, a .gguf file, or builtin:smollm2",
+    )
+    revision: str | None = Field(
+        None, description="branch, tag or commit on the hub; resolved to a commit before anything runs (default: main)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="what the model computes in; auto is the checkpoint's own (bfloat16 for a GGUF file)"
+    )
+
+
+class CorpusSpec(Part):
+    """Which tokens the model reads."""
+
+    source: str = Field(
+        "HuggingFaceFW/fineweb-edu",
+        min_length=1,
+        description="a text file, a folder, a data set's name on the hub, or builtin:python-docs",
+    )
+    num_sequences: int = Field(4, ge=1, le=1_000_000, description="sequences to read")
+    sequence_length: int = Field(2048, ge=2, le=1_048_576, description="tokens in each sequence")
+    seed: int = Field(0, ge=0, description="order in which the documents are taken; the same seed gives the same ids")
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto", description="begin each sequence with the BOS token; auto does what the model's tokenizer does"
+    )
+    subset: str | None = Field(None, description="configuration of a hub data set, such as sample-10BT")
+    split: str = Field("train", description="split of a hub data set")
+    corpus_revision: str | None = Field(None, description="branch, tag or commit of a hub data set (default: main)")
+
+
+class CaptureSpec(Part):
+    """Which activations are kept on the machine's disk."""
+
+    sites: tuple[SiteName, ...] = Field(
+        BLOCK_SITES, min_length=1, description="places in every layer: attn_in, mlp_in, o_in, resid"
+    )
+    layers: Literal["all"] | tuple[int, ...] = Field("all", description="all, or 0-based layers such as 0,5,11")
+    codec: Literal["none", "zstd"] = Field("none", description="compression of the capture: none, or shuffled zstd")
+    batch_sequences: int = Field(
+        1, ge=1, le=4096, description="sequences in one forward pass; part of a result, for it moves the last bits"
+    )
+
+    @field_validator("sites")
+    @classmethod
+    def _canonical(cls, sites: tuple[SiteName, ...]) -> tuple[SiteName, ...]:
+        return tuple(site for site in SITES if site in sites)
+
+    @field_validator("layers")
+    @classmethod
+    def _sorted(cls, layers: Literal["all"] | tuple[int, ...]) -> Literal["all"] | tuple[int, ...]:
+        if isinstance(layers, str):
+            return layers
+        if not layers or min(layers) < 0:
+            raise ValueError(f"layers are 0-based numbers, or all; got {layers}")
+        return tuple(sorted(set(layers)))
+
+
+class CriteriaSpec(Part):
+    """What counts as a systematic outlier feature (LLM.int8(), arXiv 2208.07339, section 4.1)."""
+
+    magnitude: float = Field(6.0, gt=0, allow_inf_nan=False, description="a hit is abs(x) >= this")
+    layer_fraction: float = Field(0.25, gt=0, le=1, description="of the layers, at least this share is affected")
+    position_fraction: float = Field(0.06, gt=0, le=1, description="of the tokens, at least this share is affected")
+    reading: ReadingName = Field("pooled", description="which reading of the paper's rule decides")
+    site: Literal["block", "attn_in", "mlp_in", "o_in", "resid"] | None = Field(
+        None, description="which site decides (default: block where attn_in and mlp_in are read, else the only one)"
+    )
+    ladder: tuple[float, ...] = Field(
+        (3.0, 4.5, 6.0, 8.0, 12.0, 20.0, 50.0, 100.0),
+        max_length=32,
+        description="further magnitudes at which hits are counted in the same pass",
+    )
+
+    @field_validator("ladder")
+    @classmethod
+    def _ascending(cls, ladder: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < step < float("inf") for step in ladder):
+            raise ValueError(f"magnitudes are positive finite numbers; got {ladder}")
+        return tuple(sorted(set(ladder)))
+
+    @property
+    def magnitudes(self) -> tuple[float, ...]:
+        """The ladder with the deciding magnitude in it, ascending."""
+        return tuple(sorted({*self.ladder, self.magnitude}))
+
+    @property
+    def layer_rule(self) -> Fraction:
+        """layer_fraction as the decimal that was written, not as the float next to it: 6% of 100 is 6 exactly."""
+        return Fraction(repr(self.layer_fraction))
+
+    @property
+    def position_rule(self) -> Fraction:
+        """position_fraction as the decimal that was written."""
+        return Fraction(repr(self.position_fraction))
+
+
+class ComputeSpec(Part):
+    """Which machine, and for how much; never part of an id."""
+
+    provider: str = Field("", description="whose machine: local (default: $OUTLIERS_PROVIDER, else local)")
+    machine: str | None = Field(None, description="name of the machine (default: made from the capture's id)")
+    gpu_count: int | None = Field(None, ge=0, le=8, description="GPUs to use, 0 to 8 (default: what the machine has)")
+    gpu_filter: str | None = Field(None, description="part of the GPU's name, such as A100 or H100")
+    min_vram: float | None = Field(None, gt=0, description="memory of each GPU, in GB (10^9 bytes)")
+    min_cpu_ram: float | None = Field(None, gt=0, description="the machine's own memory, in GB (10^9 bytes)")
+    max_price: float | None = Field(None, gt=0, description="highest price of the whole machine, in dollars an hour")
+    disk: float | None = Field(None, gt=0, description="free disk the machine must have, in GB (10^9 bytes)")
+    keep_running: bool = Field(False, description="keep a rented machine after success, for keep_seconds")
+    keep_seconds: int = Field(43_200, ge=60, le=7 * 86_400, description="how long keep_running keeps it, in seconds")
+    workspace: str | None = Field(
+        None, description="folder for captures, results and jobs (default: $OUTLIERS_WORKSPACE, else ~/.outliers)"
+    )
+
+
+def _bare(field: str) -> BeforeValidator:
+    """A part written as a bare string stands for its first field."""
+    return BeforeValidator(lambda value: {field: value} if isinstance(value, str) else value)
+
+
+class StudySpec(Part):
+    """One study: a model, a corpus, what to keep, what to look for, where to run, where to publish."""
+
+    model: Annotated[ModelSpec, _bare("id")] = Field(description="the model")
+    corpus: Annotated[CorpusSpec, _bare("source")] = Field(default_factory=CorpusSpec, description="the text it reads")
+    capture: CaptureSpec = Field(default_factory=CaptureSpec, description="the activations kept on disk")
+    criteria: CriteriaSpec = Field(default_factory=CriteriaSpec, description="what is looked for")
+    compute: ComputeSpec = Field(default_factory=ComputeSpec, description="the machine")
+    publish_to: str | None = Field(
+        None,
+        description="artifact store: s3://bucket/prefix or file:///folder (default: results stay in the workspace)",
+    )
+    label: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="becomes part of the study's id: a second publication of the same study, from other hardware",
+    )
+    publish_text: Literal["auto", "none", "context"] = Field(
+        "auto", description="publish the text around outliers; auto: context for public text, none for your own files"
+    )
+    publish_log: bool = Field(False, description="publish run.log too, with paths and host names taken out")
+
+    @field_validator("publish_to")
+    @classmethod
+    def _plain_url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.username or parts.password or re.search(r"://[^/]*@", url):
+            raise ValueError(
+                "a URL must not carry a user or password: keys come from the environment (AWS_ACCESS_KEY_ID)"
+            )
+        if parts.scheme not in ("file", "s3"):
+            raise ValueError(f"'{url}' is not s3://bucket/prefix or file:///folder")
+        if parts.query or parts.fragment:
+            raise ValueError(f"'{url}' has a query or fragment; give s3://bucket/prefix or file:///folder")
+        if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/") or parts.path == "/"):
+            raise ValueError(f"'{url}' is not file:///folder (three slashes and a full path)")
+        if parts.scheme == "s3" and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", parts.netloc):
+            raise ValueError(f"'{url}' has no valid bucket name: s3://bucket/prefix")
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudySpec:
+        self.deciding_site  # noqa: B018 - raises where it can't be told
+        return self
+
+    @property
+    def deciding_site(self) -> str:
+        """The site whose list is `systematic`."""
+        return deciding_site(self.capture.sites, self.criteria.site)
+
+
+def has_block(sites: tuple[str, ...]) -> bool:
+    """Whether both sites of the block were captured."""
+    return set(BLOCK_SITES) <= set(sites)
+
+
+def deciding_site(sites: tuple[str, ...], asked: str | None) -> str:
+    """`asked`, or block where it can be had, or the only site; ValueError where that leaves a choice."""
+    options = [*sites, *([BLOCK] if has_block(sites) else [])]
+    if asked is not None:
+        if asked not in options:
+            raise ValueError(f"criteria site '{asked}' is not captured; captured: {', '.join(options)}")
+        return asked
+    if has_block(sites):
+        return BLOCK
+    if len(sites) == 1:
+        return sites[0]
+    raise ValueError(f"sites {', '.join(sites)} leave open which one decides: name it with --site")

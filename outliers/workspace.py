@@ -1,0 +1,99 @@
+"""The workspace: one folder that holds everything large or resumable, on the machine that works.
+
+    captures/<capture_id>/   activations, journal, private summaries (gigabytes)
+    results/<study_id>/      what may be published (kilobytes)
+    jobs/<name>/<attempt>/   detached steps: events, exit
+    models/<key>/            what is known of a model; converted GGUF weights
+    corpora/<key>/           token ids, made once
+
+Nothing here knows a model or a study; it only names places. `open_workspace` refuses a folder that can't be written
+or that a newer version of this program made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from outliers.errors import WorkspaceError
+from outliers.files import write_atomic
+
+WORKSPACE_FORMAT = 1
+_MARK = "workspace.json"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Names of places below `root` (absolute); it creates nothing but what is asked for."""
+
+    root: Path
+
+    @property
+    def captures(self) -> Path:
+        return self.root / "captures"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def jobs(self) -> Path:
+        return self.root / "jobs"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def corpora(self) -> Path:
+        return self.root / "corpora"
+
+    def capture(self, capture_id: str) -> Path:
+        """The folder of one capture."""
+        return self.captures / capture_id
+
+    def study(self, study_id: str) -> Path:
+        """The results folder of one study."""
+        return self.results / study_id
+
+    def summary(self, capture_id: str, study_id: str) -> Path:
+        """The private summary of one study, beside its capture: never published."""
+        return self.capture(capture_id) / "summaries" / study_id
+
+
+def default_root() -> Path:
+    """$OUTLIERS_WORKSPACE, else ~/.outliers."""
+    return Path(os.environ.get("OUTLIERS_WORKSPACE") or Path.home() / ".outliers")
+
+
+def open_workspace(path: str | Path | None = None) -> Workspace:
+    """The workspace at `path` (default: `default_root()`), made if absent.
+
+    Raises WorkspaceError where the folder can't be made or written, or is of a newer format.
+    """
+    root = Path(path).expanduser().absolute() if path else default_root().expanduser().absolute()
+    remedy = "give another folder with --workspace"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=root, prefix=".writable-") as probe:
+            probe.write(b"x" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise WorkspaceError(f"the workspace {root} can't be written: {error.strerror or error}; {remedy}") from error
+    mark = root / _MARK
+    if not mark.exists():
+        write_atomic(mark, json.dumps({"format": WORKSPACE_FORMAT}).encode())
+    try:
+        found = json.loads(mark.read_text())["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WorkspaceError(f"{mark} is not a workspace's mark; {remedy}, or remove that file") from error
+    if not isinstance(found, int) or found > WORKSPACE_FORMAT:
+        raise WorkspaceError(
+            f"the workspace {root} has format {found}, this version reads up to {WORKSPACE_FORMAT}: "
+            f"upgrade outlier-features, or {remedy}"
+        )
+    return Workspace(root)

@@ -1,0 +1,31 @@
+"""Count on the machine that has the capture, and bring the results home: kilobytes, never activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+
+from outliers.machines.base import Machine
+from outliers.prepare import Prepared
+from outliers.workspace import Workspace
+from tasks.policies import RETRIES, RETRY_SECONDS, analyze_key, is_transient
+from tasks.watch import run_step
+
+
+@task(
+    name="analyze",
+    task_run_name="analyze {prepared.title}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_SECONDS,
+    retry_condition_fn=is_transient,
+    persist_result=True,
+    result_serializer="json",
+    cache_key_fn=analyze_key,
+)
+def analyze(prepared: Prepared, machine: Machine, workspace: Workspace) -> dict[str, Any]:
+    """What was found: the digest of the results, seconds, files."""
+    counted = run_step(machine, prepared, "analyze", f"analyze-{prepared.study_id}")
+    written = run_step(machine, prepared, "report", f"report-{prepared.study_id}")
+    machine.download(f"results/{prepared.study_id}", workspace.study(prepared.study_id))
+    return counted | written

@@ -1,0 +1,23 @@
+"""What of a study is on a machine now: read from the world before any cached answer is believed."""
+
+from __future__ import annotations
+
+import json
+
+from outliers.errors import JobFailed
+from outliers.machines.base import Machine
+from outliers.prepare import Prepared
+from tasks.watch import send_spec
+
+SECONDS = 120
+
+
+def machine_state(machine: Machine, prepared: Prepared) -> dict[str, bool]:
+    """{"capture": complete?, "summary": finished?, "results": finished?}. Raises MachineLost, JobFailed."""
+    place = send_spec(machine, prepared)
+    argv = (*machine.python, "-m", "outliers", "state", place, "--workspace", machine.workspace)
+    done = machine.run(argv, SECONDS)
+    if done.returncode != 0:
+        raise JobFailed(f"{machine.name} can't say what it has: {done.stderr.strip() or done.stdout.strip()}")
+    found: dict[str, bool] = json.loads(done.stdout)
+    return found

@@ -1,0 +1,36 @@
+"""Publish the results folder at the artifact store: from the control side, where the store's keys are."""
+
+from __future__ import annotations
+
+from prefect import task
+
+from outliers.machines.base import Machine
+from outliers.manifest import build_manifest, read_manifest, write_manifest
+from outliers.prepare import Prepared
+from outliers.publish import model_slug, publish
+from outliers.workspace import Workspace
+from tasks.policies import RETRIES, RETRY_SECONDS, is_transient, sync_key
+
+
+@task(
+    name="sync",
+    task_run_name="sync {prepared.title}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_SECONDS,
+    retry_condition_fn=is_transient,
+    persist_result=True,
+    result_serializer="json",
+    cache_key_fn=sync_key,
+)
+def sync(prepared: Prepared, machine: Machine, workspace: Workspace) -> str | None:
+    """The URL of the published manifest, or None where the study has no target."""
+    folder = workspace.study(prepared.study_id)
+    known = (read_manifest(folder) or {}).get("provenance", {})
+    known |= {"machine": {"provider": machine.provider, "price_per_hour": machine.price_per_hour}}
+    manifest = build_manifest(
+        folder, spec=prepared.public_spec(), provenance=known, include_log=prepared.spec.publish_log
+    )
+    write_manifest(folder, manifest)
+    if prepared.spec.publish_to is None:
+        return None
+    return publish(folder, prepared.spec.publish_to, model_slug(prepared.model.source.id))

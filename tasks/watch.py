@@ -1,0 +1,110 @@
+"""A step of a study as a job on a machine: started or found, followed live, ended when the run is.
+
+What the job says goes to the run's log, its progress to an artifact, and both to whoever listens in this process (the
+command's progress bars). A broken connection leaves the job alone; a cancelled run takes it along.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.logging import get_run_logger
+
+from outliers.errors import JobFailed
+from outliers.events import Event
+from outliers.jobs import JobHandle, JobSpec
+from outliers.machines.base import Machine
+from outliers.prepare import Prepared
+
+ARTIFACT_SECONDS = 2.0
+"""Progress artifacts are updated at most this often: each is a call to the server."""
+
+LISTENERS: list[Callable[[str, Event], None]] = []
+"""Called with (step, event) in the process of the flow; the command hangs its progress bars here."""
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+def run_step(machine: Machine, prepared: Prepared, verb: str, job_name: str) -> dict[str, Any]:
+    """Run `python -m outliers VERB` for a study on `machine` to its end; returns what the step reports.
+
+    Raises the step's own error. A job of that name that still runs is joined, not started again.
+    """
+    handle = start_step(machine, prepared, verb, job_name)
+    progress = _Progress(f"{verb}-{prepared.study_id}", f"{verb} {prepared.title}")
+    logger = get_run_logger()
+    try:
+        for event in machine.follow(handle):
+            if event.kind == "log":
+                logger.log(_LEVELS[event.level], event.message)
+            elif event.kind == "progress":
+                progress.show(event)
+            for listen in LISTENERS:
+                listen(verb, event)
+    except Exception:
+        raise
+    except BaseException:
+        # cancelled, or Ctrl-C: what was paid for is in the journal, and nothing may go on unseen
+        logger.warning("cancelled: ending %s on %s", job_name, machine.name)
+        machine.cancel(handle)
+        raise
+    machine.result(handle)
+    return _result(machine, handle)
+
+
+def start_step(machine: Machine, prepared: Prepared, verb: str, job_name: str) -> JobHandle:
+    """Send the study to the machine and start (or find) the job."""
+    place = send_spec(machine, prepared)
+    argv = (*machine.python, "-m", "outliers", verb, place, "--workspace", machine.workspace)
+    return machine.start(JobSpec(name=job_name, argv=argv))
+
+
+def send_spec(machine: Machine, prepared: Prepared) -> str:
+    """Put the study on the machine as the file that every step reads; returns its path there."""
+    place = f"studies/{prepared.study_id}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "spec.json"
+        local.write_text(prepared.model_dump_json())
+        machine.upload(local, place)
+    return f"{machine.workspace}/{place}"
+
+
+def _result(machine: Machine, handle: JobHandle) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "result.json"
+        machine.download(f"{handle.folder}/result.json", local)
+        try:
+            content: dict[str, Any] = json.loads(local.read_text())
+        except ValueError as error:
+            raise JobFailed(f"job {handle.name} left no readable result: {error}") from error
+        return content
+
+
+class _Progress:
+    """One progress artifact, made at the first event and updated now and then."""
+
+    def __init__(self, key: str, description: str) -> None:
+        self._key, self._description = key, description
+        self._artifact: UUID | None = None
+        self._told = float("-inf")
+
+    def show(self, event: Event) -> None:
+        if not event.total:
+            return
+        finished = event.done >= event.total
+        if not finished and time.monotonic() - self._told < ARTIFACT_SECONDS:
+            return
+        self._told = time.monotonic()
+        share = min(100.0, 100.0 * event.done / event.total)
+        if self._artifact is None:
+            made = create_progress_artifact(progress=share, key=self._key, description=self._description)
+            self._artifact = made if isinstance(made, UUID) else None
+        else:
+            update_progress_artifact(self._artifact, progress=share)

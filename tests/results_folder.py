@@ -1,0 +1,181 @@
+"""A small finished study, written by code: what `results` and `report` leave behind, without a model.
+
+Two folders of one `seed` are equal in every number and byte; another seed is other hardware: the same study, other
+values.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from outliers.manifest import build_manifest, write_manifest
+from outliers.schema import FEATURES_SCHEMA
+
+STUDY_ID = "a" * 24
+CAPTURE_ID = "b" * 24
+SLUG = "Qwen--Qwen3-0.6B"
+LADDER = [3.0, 6.0, 12.0]
+LAYERS, HIDDEN, TOKENS = 4, 32, 256
+
+
+def feature(number: int, magnitude: float) -> dict[str, Any]:
+    """FEATURE, one of the lists of summary.json."""
+    return {
+        "feature": number,
+        "layer_fraction": 0.75,
+        "position_fraction": 0.25,
+        "layers": [0, 1, 3],
+        "hits": 210,
+        "max_magnitude": magnitude,
+        "min": -magnitude,
+        "max": 1.5,
+        "sequences": 2,
+        "of_sequences": 2,
+        "first_token_hits": 2,
+    }
+
+
+def summary(seed: int = 0, study_id: str = STUDY_ID) -> dict[str, Any]:
+    """summary.json of a model with LAYERS x HIDDEN, two sites and two systematic features."""
+    found = [feature(7, 33.75 + seed), feature(3, 12.5)]
+    readings: dict[str, Any] = {
+        site: {"pooled": found, "union": found, "per_layer": found[:1], "affected": found}
+        for site in ("attn_in", "mlp_in", "block")
+    }
+    readings["block"]["legacy"] = {"feature_sequence_pairs": 4, "features": found}
+    layer = {"max_magnitude": 33.75, "hits": 210, "nonfinite": 0, "kurtosis": 61.5, "median_magnitude": None}
+    return {
+        "schema_version": 1,
+        "study_id": study_id,
+        "capture_id": CAPTURE_ID,
+        "model": {
+            "id": "Qwen/Qwen3-0.6B",
+            "revision": "c1899de289a04d12100db370d81485cdf75e47ca",
+            "architecture": "qwen3",
+            "total_parameters": 596_049_920,
+            "active_parameters": 596_049_920,
+            "num_layers": LAYERS,
+            "hidden_size": HIDDEN,
+            "dtype": "bfloat16",
+            "num_experts": None,
+            "quantization": None,
+        },
+        "corpus": {
+            "source": "HuggingFaceFW/fineweb-edu",
+            "num_sequences": 2,
+            "sequence_length": TOKENS // 2,
+            "num_tokens": TOKENS,
+            "num_documents": 2,
+            "token_sha256": "0" * 64,
+            "publish_text": "context",
+        },
+        "criteria": {
+            "magnitude": 6.0,
+            "layer_fraction": 0.25,
+            "position_fraction": 0.06,
+            "reading": "pooled",
+            "site": "block",
+            "sites": ["attn_in", "mlp_in"],
+            "ladder": LADDER,
+        },
+        "readings": readings,
+        "systematic": found,
+        "layers": [{"site": site, "layer": n, **layer} for site in ("attn_in", "mlp_in") for n in range(LAYERS)],
+        "massive": None,
+        "massive_count": None,
+        "sweep": {"magnitudes": LADDER, "counts": {"block": {"pooled": [9, 2, 1], "union": [9, 2, 1]}}},
+        "histogram": {"attn_in": {"lower_edges": [0.5, 1.0, 2.0], "counts": [900, 80, 4]}},
+        "notes": [],
+    }
+
+
+def tokens(study_id: str = STUDY_ID) -> dict[str, Any]:
+    """tokens.json, with text."""
+    place = {"sequence": 1, "position": 0, "layer": 3, "site": "mlp_in", "value": -33.75}
+    return {
+        "schema_version": 1,
+        "study_id": study_id,
+        "site": "block",
+        "text": True,
+        "features": [
+            {
+                "feature": 7,
+                "tokens": 64,
+                "first_token_share": 0.03125,
+                "delimiter_share": None,
+                "positions": {"bin_tokens": 32, "counts": [40, 10, 8, 6]},
+                "top": [{**place, "token": "The", "before": "", "after": " url is data:text/plain,hi"}],
+            }
+        ],
+        "massive": [],
+    }
+
+
+def features(seed: int = 0) -> pa.Table:
+    """features.parquet: five features in every layer of both sites and of block."""
+    places = [(site, n, j) for site in ("attn_in", "mlp_in", "block") for n in range(LAYERS) for j in range(5)]
+    values = np.random.default_rng(seed).uniform(6, 40, len(places)).astype(np.float32)
+    columns: dict[str, list[Any]] = {name: [] for name in FEATURES_SCHEMA.names}
+    for (site, n, j), value in zip(places, values, strict=True):
+        moments = [None] * 3 if site == "block" else [0.1, 1.0 + seed, 40.0]
+        row = [site, n, j, TOKENS, 20, [60, 20, 3], 1, -1.0, float(value), float(value), *moments]
+        for name, cell in zip(columns, row, strict=True):
+            columns[name].append(cell)
+    return pa.table(columns, schema=FEATURES_SCHEMA)
+
+
+def png(seed: int = 0, width: int = 48, height: int = 32) -> bytes:
+    """A picture of noise, which no compression makes small."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    target = io.BytesIO()
+    Image.fromarray(pixels).save(target, "PNG")
+    return target.getvalue()
+
+
+def page(plots: list[bytes]) -> str:
+    """report.html with the pictures in it."""
+    images = "".join(
+        f'<img src="data:image/png;base64,{base64.b64encode(p).decode()}" alt="data: a plot">' for p in plots
+    )
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:">'
+        "<style>body { color: #123 }</style></head>"
+        f"<body><p>a url is data:text/plain,hi</p>{images}<a href='https://arxiv.org/abs/2208.07339'>paper</a></body></html>"
+    )
+
+
+def make_results(
+    folder: Path, *, seed: int = 0, plots: int = 3, log: bool = False, study_id: str = STUDY_ID, manifest: bool = True
+) -> Path:
+    """Writes the study into `folder` and returns it; `log` adds run.log to what is published."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary(seed, study_id)))
+    (folder / "tokens.json").write_text(json.dumps(tokens(study_id)))
+    pq.write_table(features(seed), folder / "features.parquet", compression="zstd")
+    pictures = [png(n) for n in range(plots)]
+    for n, picture in enumerate(pictures):
+        (folder / "plots" / f"plot_{n:03}.png").write_bytes(picture)
+    (folder / "report.html").write_text(page(pictures))
+    (folder / "run.log").write_text("12:00:00 read 256 tokens\n\x1b[32mdone\x1b[0m\n")
+    if manifest:
+        finish(folder, log=log)
+    return folder
+
+
+def finish(folder: Path, *, log: bool = False) -> dict[str, Any]:
+    """Writes the manifest that fits the folder as it now is."""
+    made = build_manifest(
+        folder, spec={"model": {"id": "Qwen/Qwen3-0.6B"}}, provenance={"seconds": 1.5}, include_log=log
+    )
+    write_manifest(folder, made)
+    return made

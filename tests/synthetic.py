@@ -1,0 +1,149 @@
+"""Captures made of given numbers: the real layout on disk, without a model, so that counting can be tested alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from outliers.analyze import analyze, read_summary
+from outliers.corpus import Corpus, CorpusInfo, _write, token_hash
+from outliers.models import ModelInfo, ModelSource
+from outliers.prepare import ID_LENGTH, Prepared
+from outliers.results import count_votes, summarize_study
+from outliers.spec import StudySpec, deciding_site, digest
+from outliers.store import STORAGE, ChunkFiles, Journal, Layout, create_arrays, shapes_of, write_fingerprint
+
+
+class Silent:
+    """A Reporter that nobody reads."""
+
+    def log(self, level, message):
+        pass
+
+    def progress(self, step, done, total, unit):
+        pass
+
+
+def store(values, dtype):
+    """float32 array -> (array in the storage dtype, the same values as float64 after rounding to `dtype`)."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(getattr(torch, dtype))
+    exact = tensor.to(torch.float64).numpy()
+    bits = tensor.view(torch.uint16).numpy() if dtype == "bfloat16" else tensor.numpy()
+    return bits.astype(STORAGE[dtype], copy=False), exact
+
+
+def prepared_for(acts, dtype, criteria=None, layers=None, **spec):
+    """A Prepared whose capture would hold `acts`: {site: (layer, sequence, position, feature)}."""
+    num_layers, num_sequences, positions, _ = next(iter(acts.values())).shape
+    sites = tuple(acts)
+    full = StudySpec.model_validate(
+        {
+            "model": "synthetic",
+            "corpus": {"source": "synthetic", "num_sequences": num_sequences, "sequence_length": positions},
+            "capture": {"sites": sites},
+            "criteria": criteria or {},
+            **spec,
+        }
+    )
+    ids = np.arange(num_sequences * positions, dtype=np.int32).reshape(num_sequences, positions)
+    lengths = np.full(num_sequences, positions, np.int32)
+    corpus = CorpusInfo(
+        source="synthetic",
+        public=True,
+        key=f"synthetic-{num_sequences}x{positions}",
+        num_sequences=num_sequences,
+        sequence_length=positions,
+        num_tokens=num_sequences * positions,
+        num_documents=1,
+        token_sha256=token_hash(ids, lengths),
+    )
+    widths = {site: array.shape[-1] for site, array in acts.items()}
+    hidden = next(iter(widths.values()))
+    model = ModelInfo(
+        source=ModelSource(kind="folder", id="local:synthetic", name="synthetic", revision="0", path="/nowhere"),
+        architecture="LlamaForCausalLM",
+        dtype=dtype,
+        quantization=None,
+        attention_implementation="sdpa",
+        experts_implementation=None,
+        num_layers=num_layers,
+        hidden_size=hidden,
+        site_widths=widths,
+        vocab_size=100,
+        max_positions=None,
+        total_parameters=1000,
+        active_parameters=1000,
+        num_experts=None,
+        experts_per_token=None,
+        weight_bytes=2000,
+    )
+    study = digest({"criteria": full.criteria.model_dump(mode="json"), "dtype": dtype, "shape": list(widths.items())})
+    return Prepared(
+        spec=full,
+        model=model,
+        corpus=corpus,
+        layers=tuple(range(num_layers)) if layers is None else layers,
+        site=deciding_site(sites, full.criteria.site),
+        text=True,
+        capture_id=digest([dtype, num_sequences, positions, list(widths.items())])[:ID_LENGTH],
+        study_id=study[:ID_LENGTH],
+    )
+
+
+def write_capture(prepared, workspace, acts, *, chunk_bytes=8 * 2**20, codec="none", order=None):
+    """Write `acts` (storage dtype) as a finished capture; sequences are written in `order`."""
+    first = next(iter(acts.values()))
+    num_layers, num_sequences, positions, _ = first.shape
+    layout = Layout(
+        widths={site: array.shape[-1] for site, array in acts.items()},
+        layers=prepared.layers,
+        num_sequences=num_sequences,
+        positions=positions,
+        dtype=prepared.model.dtype,
+        codec=codec,
+        chunk_bytes=chunk_bytes,
+    )
+    folder = workspace.capture(prepared.capture_id)
+    folder.mkdir(parents=True)
+    ids = np.arange(num_sequences * positions, dtype=np.int32).reshape(num_sequences, positions)
+    lengths = np.full(num_sequences, positions, np.int32)
+    create_arrays(folder, layout, ids, lengths)
+    write_fingerprint(folder, {"fixed": {"format": 1}, "layout": shapes_of(layout), "threads": 1})
+    files, journal = ChunkFiles(folder, layout), Journal(folder / "journal.jsonl")
+    for sequence in order if order is not None else range(num_sequences):
+        entry = {"sequence": int(sequence), "crc32": {}, "sizes": {}, "bytes": 0}
+        for site, array in acts.items():
+            chunks = [
+                c
+                for layer in range(num_layers)
+                for c in files.write(site, layer, int(sequence), array[layer, sequence])
+            ]
+            entry["crc32"][site], entry["sizes"][site] = [c for c, _ in chunks], [n for _, n in chunks]
+        journal.append([entry])
+    _write_corpus(prepared, workspace, ids, lengths)
+    return layout
+
+
+def _write_corpus(prepared, workspace, ids, lengths):
+    if (workspace.corpora / prepared.corpus.key).exists():
+        return
+    pieces = ["." if number % 5 == 0 else f" w{number}" for number in range(ids.shape[1])]
+    starts = np.cumsum([0, *map(len, pieces[:-1])]).astype(np.int32)
+    corpus = Corpus(
+        info=prepared.corpus,
+        token_ids=ids,
+        lengths=lengths,
+        starts=np.tile(starts, (ids.shape[0], 1)),
+        sequence_texts=tuple("".join(pieces) for _ in range(ids.shape[0])),
+    )
+    _write(corpus, workspace)
+
+
+def study(prepared, workspace, **options):
+    """Analyze the capture: (Summary, content of summary.json)."""
+    from outliers.corpus import load_corpus
+
+    folder = analyze(prepared, workspace, Silent(), **options)
+    summary = read_summary(folder)
+    corpus = load_corpus(prepared.corpus, workspace)
+    return summary, summarize_study(prepared, summary, count_votes(prepared, folder, summary), corpus)
