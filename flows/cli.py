@@ -56,7 +56,13 @@ def build_parser() -> argparse.ArgumentParser:
         ("plan", "say what a study would take; nothing is run or spent"),
     ):
         sub = verbs.add_parser(
-            verb, help=text, description=text, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+            verb,
+            help=text,
+            description=text,
+            usage=f"outliers {verb} --model MODEL [options]",
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         sub.add_argument(
             "--json", action="store_true", help="print one JSON object on standard output, and nothing else there"
@@ -162,7 +168,10 @@ def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: lis
     except PlanRefused:
         if compute.gpu_count or compute.gpu_filter or compute.min_vram or compute.min_cpu_ram:
             command = shlex.join(["outliers", *argv, "--provider", "sky"])
-            console.print("on a rented machine (provider sky, which is not in this version yet) the command would be:")
+            console.print(
+                "on a rented machine (provider sky, which is not in this version yet) the command would be:",
+                soft_wrap=True,
+            )
             console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
         raise
     if prepared.spec.publish_to is not None:

@@ -82,21 +82,23 @@ def show_outcome(console: Console, outcome: Outcome, held: int, answer: str) -> 
     console.print()
     if outcome.cached:
         console.print(f"[bold]{outcome.title}[/bold] was there already: nothing had to run")
-    console.print(
-        f"[bold]{count} systematic outlier feature{'' if count == 1 else 's'}[/bold] {answer}", highlight=False
-    )
+    plural = "" if count == 1 else "s"
+    console.print(f"[bold]{count} systematic outlier feature{plural}[/bold] {answer}", highlight=False, soft_wrap=True)
     if outcome.systematic:
         console.print(feature_table(outcome.systematic))
     if count > TABLE_ROWS:
         console.print(f"and {count - TABLE_ROWS} more, in the report")
-    places = Table.grid(padding=(0, 2))
-    places.add_row("report", Text(outcome.report))
-    places.add_row("results", Text(outcome.results))
+    line(console, "report", outcome.report)
+    line(console, "results", outcome.results)
     if outcome.published:
-        places.add_row("published", Text(f"{outcome.published} ({outcome.published_bytes / 1000:.0f} KB)"))
+        line(console, "published", f"{outcome.published} ({outcome.published_bytes / 1000:.0f} KB)")
     if held:
-        places.add_row("capture", Text(f"{outcome.capture_id}, {held / 1e6:,.0f} MB (`outliers captures rm` frees it)"))
-    console.print(places, soft_wrap=True)
+        line(console, "capture", f"{outcome.capture_id}, {size(held)} (`outliers captures rm` frees it)")
+
+
+def line(console: Console, name: str, text: str, style: str = "") -> None:
+    """One named fact; never broken into lines, so that a path can be copied."""
+    console.print(Text(f"{name:<11} ", style="bold"), Text(text, style=style), sep="", soft_wrap=True)
 
 
 def feature_table(features: list[dict[str, Any]]) -> Table:
@@ -120,31 +122,25 @@ def feature_table(features: list[dict[str, Any]]) -> Table:
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """A plan as a table: what, how much, and where it would run."""
-    table = Table.grid(padding=(0, 2))
+    """A plan: what, how much, and where it would run."""
     experts = f", {plan.num_experts} experts a layer" if plan.num_experts else ""
-    table.add_row("model", Text(f"{plan.model}: {plan.architecture}, {plan.num_layers} layers{experts}, {plan.dtype}"))
-    table.add_row("parameters", f"{count(plan.total_parameters)} total, {count(plan.active_parameters)} active")
-    table.add_row("weights", size(plan.weight_bytes))
-    table.add_row("memory", f"{size(plan.ram_bytes)} without a GPU; {size(plan.vram_bytes)} of GPU memory with one")
-    table.add_row("disk", f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)")
-    if plan.capture_bytes_left != plan.capture_bytes:
-        table.add_row("", f"{size(plan.capture_bytes_left)} of it still to write")
-    table.add_row("tokens", f"{plan.tokens:,}")
-    if plan.seconds:
-        table.add_row("time", ", ".join(f"{step} about {seconds:g} s" for step, seconds in plan.seconds.items()))
+    line(console, "model", f"{plan.model}: {plan.architecture}, {plan.num_layers} layers{experts}, {plan.dtype}")
+    line(console, "parameters", f"{count(plan.total_parameters)} total, {count(plan.active_parameters)} active")
+    line(console, "weights", size(plan.weight_bytes))
+    line(console, "memory", f"{size(plan.ram_bytes)} without a GPU; {size(plan.vram_bytes)} of GPU memory with one")
+    line(console, "tokens", f"{plan.tokens:,}")
+    line(console, "disk", f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)")
+    for step, seconds in plan.seconds.items():
+        line(console, step, f"about {seconds:g} s")
+    for text in plan.assumptions:
+        line(console, "", text, style="dim")
     for offer in plan.offers:
         gpus = ", ".join(f"{gpu['name']} ({size(gpu['total_bytes'])})" for gpu in offer["gpus"]) or "no GPU"
-        table.add_row(
-            "machine",
-            f"{offer['name']}: ${offer['price_per_hour']:.2f} an hour, {offer['cpus']} cores, {gpus}, "
-            f"{size(offer['ram_available_bytes'])} of memory and {size(offer['disk_free_bytes'])} of disk free",
-        )
-    console.print(table, highlight=False, soft_wrap=True)
-    for line in plan.assumptions:
-        console.print(Text(f"  {line}", style="dim"))
-    for line in plan.refusals:
-        console.print(Text(f"does not fit: {line}", style="red"))
+        free = f"{size(offer['ram_available_bytes'])} of memory and {size(offer['disk_free_bytes'])} of disk free"
+        price = f"${offer['price_per_hour']:.2f} an hour"
+        line(console, "machine", f"{offer['name']}: {price}, {offer['cpus']} cores, {gpus}, {free}")
+    for text in plan.refusals:
+        line(console, "refused", text, style="red")
 
 
 def count(number: int) -> str:

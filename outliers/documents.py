@@ -138,6 +138,7 @@ def _hub(spec: CorpusSpec) -> DocumentSource:
 
 
 def _hub_commit(spec: CorpusSpec) -> str:
+    import httpx
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -155,8 +156,10 @@ def _hub_commit(spec: CorpusSpec) -> str:
         raise CorpusError(
             f"'{spec.source}' is no file, folder or data set of the hub that this account may see"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise HubUnavailable(f"the hub did not answer for {spec.source}: {type(error).__name__}") from error
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise HubUnavailable(
+            f"'{spec.source}' is no folder, file or built-in, and the hub did not answer: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _rows(rows: Any, spec: CorpusSpec, place: str) -> Iterator[str]:

@@ -151,6 +151,7 @@ def _folder(path: Path, workspace: Workspace) -> ModelSource:
 
 def _hub(spec: ModelSpec) -> ModelSource:
     """Resolve branch or tag to a commit; what is cached here serves when the hub is switched off."""
+    import httpx
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -174,8 +175,10 @@ def _hub(spec: ModelSpec) -> ModelSource:
         raise UnknownModel(
             f"'{spec.id}' is no folder, file or built-in, and no model of the hub that this account may see"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise HubUnavailable(f"the hub did not answer for {spec.id}: {type(error).__name__}") from error
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise HubUnavailable(
+            f"'{spec.id}' is no folder, file or built-in, and the hub did not answer: {type(error).__name__}: {error}"
+        ) from error
     return ModelSource(kind="hub", id=spec.id, name=name, revision=str(commit), path=spec.id)
 
 

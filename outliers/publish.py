@@ -85,10 +85,8 @@ def publish(results: Path, target: str, model_slug: str) -> str:
         there = _manifest_at(store, place)
         if there is None:
             _upload(store, f"{place}/{manifest['folder']}", files)
-            if store.create(f"{place}/{MANIFEST}", dump_manifest(manifest)):
-                there = manifest
-            else:
-                there = _manifest_at(store, place)
+            created = store.create(f"{place}/{MANIFEST}", dump_manifest(manifest))
+            there = manifest if created else _manifest_at(store, place)
         url = f"{store.url}/{place}/{MANIFEST}"
         if there is None:
             raise StoreUnavailable(f"{url} was there and is gone: somebody removes it; run the same again")

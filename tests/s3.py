@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 import pytest
+import s3fs
 
 BUCKET = "atlas"
 GRPC_OFFSET = 10_000
@@ -189,12 +190,22 @@ class S3Server:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while self.running and time.monotonic() < deadline:
-            if self._answers() == 403:
+            if self._answers() == 403 and self._has_bucket():
                 return
             time.sleep(0.05)
         log = (self.folder / "weed.log").read_text(errors="replace")[-3000:]
         self.kill()
-        raise RuntimeError(f"weed did not answer 403 on {self.endpoint} within {START_SECONDS} s; its log ends:\n{log}")
+        raise RuntimeError(f"weed was not ready on {self.endpoint} within {START_SECONDS} s; its log ends:\n{log}")
+
+    def _has_bucket(self) -> bool:
+        """Whether the bucket is there: weed makes it a moment after it first answers."""
+        keys = {"key": self.admin.access_key, "secret": self.admin.secret_key, "endpoint_url": self.endpoint}
+        admin = s3fs.S3FileSystem(**keys, client_kwargs={"region_name": "us-east-1"}, skip_instance_cache=True)
+        try:
+            admin.call_s3("list_objects_v2", Bucket=BUCKET, MaxKeys=1)
+        except OSError:
+            return False
+        return True
 
     def _answers(self) -> int | None:
         """The status of an unsigned GET /: 403 once the identities are loaded."""

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -458,10 +459,11 @@ class TestServerGone:
     def test_silent(self, own_server: S3Server, results: Path) -> None:
         """A server that accepts and never answers ends in an error too, also under data that fill every buffer."""
         own_server.freeze()
-        for step in (lambda: check_target(self.TARGET), lambda: Objects(self.TARGET).put("a", bytes(8_000_000))):
-            with pytest.raises(StoreUnavailable):
-                step()
+        steps = (lambda: check_target(self.TARGET), lambda: Objects(self.TARGET).put("a", bytes(1_000_000)))
+        with ThreadPoolExecutor() as pool:
+            errors = [asked.exception() for asked in [pool.submit(step) for step in steps]]
         own_server.thaw()
+        assert [type(error) for error in errors] == [StoreUnavailable] * 2
         publish(results, self.TARGET, SLUG)
 
     def test_killed_between_two_objects(self, own_server: S3Server, tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""A real Prefect server and a worker of its own, on loopback and free ports, in a folder of the test's; both end with the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tests.s3 import _DIES_WITH_PARENT, free_ports
+
+ROOT = Path(__file__).resolve().parent.parent
+START_SECONDS = 180
+
+
+class PrefectHome:
+    """Server, work pool, deployments and worker, with `environment` for whatever talks to them or runs in them."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        (self.port,) = free_ports(1)
+        self.api = f"http://127.0.0.1:{self.port}/api"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PREFECT_"))}
+        self.environment = kept | {
+            "PREFECT_HOME": str(folder / "home"),
+            "PREFECT_API_URL": self.api,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_API_HOST": "127.0.0.1",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_WORKER_PREFETCH_SECONDS": "1",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+            **environment,
+        }
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> PrefectHome:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._spawn("server", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))
+        self._await(lambda: self._get("/health") is True, "server")
+        self.prefect("work-pool", "create", "outliers", "--type", "process")
+        self.prefect("--no-prompt", "deploy", "--all")
+        self._spawn("worker", "worker", "start", "--pool", "outliers")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._processes):
+            process.terminate()
+        for process in reversed(self._processes):
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def prefect(self, *arguments: str, check: bool = True) -> str:
+        """Run the `prefect` command; returns what it printed."""
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("prefect")), *arguments],
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"prefect {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done.stdout + done.stderr
+
+    def run(self, **parameters: object) -> str:
+        """`prefect deployment run study/study`; returns the id of the flow run."""
+        before = {run["id"] for run in self.flow_runs()}
+        options = [part for name, value in parameters.items() for part in ("-p", f"{name}={json.dumps(value)}")]
+        self.prefect("deployment", "run", "study/study", *options)
+        (made,) = {run["id"] for run in self.flow_runs()} - before
+        return made
+
+    def flow_runs(self) -> list[dict]:
+        return self.post("/flow_runs/filter", {})
+
+    def wait(self, flow_run: str, *states: str, seconds: float = 240) -> dict:
+        """The flow run, once it is in one of `states`."""
+        found: dict = {}
+
+        def there() -> bool:
+            nonlocal found
+            found = self._get(f"/flow_runs/{flow_run}") or {}
+            return found.get("state_name") in states
+
+        self._await(there, f"{states}", seconds, lambda: f"{found.get('state')}\n{self.logs(flow_run)}")
+        return found
+
+    def task_runs(self, flow_run: str) -> dict[str, dict]:
+        """Task runs of a flow run, by the task's name."""
+        runs = self.post("/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}})
+        return {run["task_key"].rsplit(".", 1)[-1].split("-")[0]: run for run in runs}
+
+    def logs(self, flow_run: str) -> str:
+        rows = self.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run]}}, "sort": "TIMESTAMP_ASC"})
+        return "\n".join(row["message"] for row in rows)
+
+    def artifacts(self, flow_run: str) -> list[dict]:
+        return self.post("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}})
+
+    def post(self, path: str, body: object):
+        request = urllib.request.Request(
+            self.api + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def _get(self, path: str):
+        try:
+            with urllib.request.urlopen(self.api + path, timeout=5) as answer:
+                return json.load(answer)
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return None
+
+    def _spawn(self, name: str, *arguments: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            command = [str(Path(sys.executable).with_name("prefect")), *arguments]
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", _DIES_WITH_PARENT, str(os.getpid()), *command],
+                    env=self.environment,
+                    cwd=ROOT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+
+    def _await(self, condition, what: str, seconds: float = START_SECONDS, explain=lambda: "") -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            for process in self._processes:
+                if process.poll() is not None:
+                    raise RuntimeError(f"a Prefect process ended while waiting for {what}: {self._tail()}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {what} within {seconds} s: {explain()}\n{self._tail()}")
+            time.sleep(0.3)
+
+    def _tail(self) -> str:
+        return "\n".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob("*.log"))
