@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import Any, Literal
 
 from prefect import flow
 from prefect.logging import get_run_logger
@@ -40,7 +41,7 @@ def study(
     compute: ComputeSpec = ComputeSpec(),  # noqa: B008
     publish_to: str | None = None,
     label: str | None = None,
-    publish_text: str = "auto",
+    publish_text: Literal["auto", "none", "context"] = "auto",
     publish_log: bool = False,
 ) -> dict[str, Any]:
     """Find the systematic outlier features of a language model, exactly.
@@ -72,10 +73,18 @@ def study(
             "publish_log": publish_log,
         }
     )
+    # the library's own lines (PREFECT_LOGGING_EXTRA_LOGGERS=outliers) from INFO up
+    logging.getLogger("outliers").setLevel(logging.INFO)
     workspace = open_workspace(spec.compute.workspace)
     prepared = prepare(spec, workspace)
     outcome = find_outcome(prepared, workspace) or run(prepared, workspace)
     show_outcome(outcome, workspace.study(prepared.study_id))
+    get_run_logger().info(
+        "%d systematic outlier features%s; %s",
+        len(outcome.systematic),
+        " (the study was there already)" if outcome.cached else "",
+        outcome.published or outcome.results,
+    )
     return outcome.model_dump()
 
 
@@ -86,7 +95,7 @@ def run(prepared: Prepared, workspace: Workspace) -> Outcome:
         check_target(prepared.spec.publish_to)
     machine = provision(prepared, workspace)
     state = machine_state(machine, prepared)
-    extract.with_options(refresh_cache=not state["capture"])(prepared, machine)
-    analyze.with_options(refresh_cache=not state["results"])(prepared, machine, workspace)
-    published = sync.with_options(refresh_cache=True)(prepared, machine, workspace)
+    extracted = extract.with_options(refresh_cache=not state["capture"])(prepared, machine, workspace)
+    analyzed = analyze.with_options(refresh_cache=not state["results"])(prepared, machine, workspace, extracted)
+    published = sync.with_options(refresh_cache=True)(prepared, machine, workspace, analyzed)
     return make_outcome(prepared, workspace, published=published, cached=False)

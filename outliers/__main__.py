@@ -12,16 +12,20 @@ three in this order; each can be run again and does what is missing. Exit codes:
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from outliers.errors import BadInput, OutliersError
-from outliers.events import reporter_from_environment, send_logs_to
+from outliers.errors import BadInput, DiskFull, OutliersError
+from outliers.events import Reporter, reporter_from_environment, send_logs_to
 from outliers.files import write_atomic
 from outliers.jobs import JOB_VARIABLE, record_error
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _HELP = {
     "extract": "read the activations of every layer in one pass into the workspace; goes on where it was stopped",
@@ -67,13 +71,33 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         workspace = open_workspace(arguments.workspace)
+    except OutliersError as error:
+        return fail(error, reporter)
+    try:
         prepared = read_prepared(arguments.spec, workspace)
         deliver(STEPS[arguments.verb](prepared, workspace, reporter))
     except OutliersError as error:
-        record_error(error)
-        reporter.log("error", str(error))
-        return 2 if isinstance(error, BadInput) else 1
+        return fail(error, reporter)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        return fail(DiskFull(_no_room(error, workspace.root)), reporter)
     return 0
+
+
+def fail(error: OutliersError, reporter: Reporter) -> int:
+    """Say it, leave it for whoever waits for the job, and give the exit code."""
+    record_error(error)
+    reporter.log("error", str(error))
+    return 2 if isinstance(error, BadInput) else 1
+
+
+def _no_room(error: OSError, root: Path) -> str:
+    free = shutil.disk_usage(root).free
+    return (
+        f"the disk of {root} takes no more ({error.strerror}, {free / 1e6:,.0f} MB free): free some (`outliers captures list`), "
+        "or use another --workspace, and run the same again: it goes on after what is journaled"
+    )
 
 
 if __name__ == "__main__":

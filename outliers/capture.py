@@ -198,14 +198,17 @@ def _run(
             hooked.forward(base, Batch(run, len(modules) * len(run), journal, files), ids)
             progress.finished(len(run))
     ended = time.monotonic()
+    tokens, written = todo * layout.positions, sum(journal.done[s]["bytes"] for run in batches for s in run)
+    rate = tokens / (ended - loaded)
+    log.info("read %d tokens in %.1f s (%.0f a second), %.1f MB", tokens, ended - loaded, rate, written / 1e6)
     return {
         "sequences": todo,
         "of_sequences": layout.num_sequences,
-        "tokens": todo * layout.positions,
-        "bytes": sum(journal.done[s]["bytes"] for run in batches for s in run),
+        "tokens": tokens,
+        "bytes": written,
         "load_seconds": round(loaded - began, 3),
         "seconds": round(ended - began, 3),
-        "tokens_per_second": round(todo * layout.positions / (ended - loaded), 1),
+        "tokens_per_second": round(rate, 1),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "ring_bytes": ring.total_bytes,

@@ -18,6 +18,7 @@
     │   │   ├── AccessDenied          wrong key, no rights, no such bucket
     │   │   └── DigestConflict        this study is published there with other numbers
     │   ├── SummaryMismatch       two summaries that are not of disjoint parts of one study
+    │   ├── DiskFull              the workspace's disk took no more; what is journaled stays
     │   ├── Busy                  another process is writing this very capture
     │   └── JobFailed             a step ended with an error that is not one of these
     └── TransientError            the same call may succeed later
@@ -106,6 +107,10 @@ class DigestConflict(PublishRefused):
 
 class SummaryMismatch(PermanentError):
     """Two summaries can't be merged."""
+
+
+class DiskFull(PermanentError):
+    """The disk of the workspace takes no more bytes; what is journaled stays."""
 
 
 class Busy(PermanentError):

@@ -23,9 +23,9 @@ from tasks.watch import run_step
     result_serializer="json",
     cache_key_fn=analyze_key,
 )
-def analyze(prepared: Prepared, machine: Machine, workspace: Workspace) -> dict[str, Any]:
-    """What was found: the digest of the results, seconds, files."""
-    counted = run_step(machine, prepared, "analyze", f"analyze-{prepared.study_id}")
-    written = run_step(machine, prepared, "report", f"report-{prepared.study_id}")
+def analyze(prepared: Prepared, machine: Machine, workspace: Workspace, extracted: dict[str, Any]) -> dict[str, Any]:
+    """What was found: the digest of the results, seconds, files. `extracted` only shows the order in the run's graph."""
+    counted = run_step(machine, prepared, "analyze", f"analyze-{prepared.study_id}", workspace)
+    written = run_step(machine, prepared, "report", f"report-{prepared.study_id}", workspace)
     machine.download(f"results/{prepared.study_id}", workspace.study(prepared.study_id))
     return counted | written

@@ -8,6 +8,7 @@ from prefect import task
 
 from outliers.machines.base import Machine
 from outliers.prepare import Prepared
+from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, extract_key, is_transient
 from tasks.watch import run_step
 
@@ -22,6 +23,6 @@ from tasks.watch import run_step
     result_serializer="json",
     cache_key_fn=extract_key,
 )
-def extract(prepared: Prepared, machine: Machine) -> dict[str, Any]:
+def extract(prepared: Prepared, machine: Machine, workspace: Workspace) -> dict[str, Any]:
     """What was read: sequences, tokens, bytes, seconds, device."""
-    return run_step(machine, prepared, "extract", f"extract-{prepared.capture_id}")
+    return run_step(machine, prepared, "extract", f"extract-{prepared.capture_id}", workspace)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import task
 
+from outliers.errors import PublishRefused
 from outliers.machines.base import Machine
 from outliers.manifest import build_manifest, read_manifest, write_manifest
 from outliers.prepare import Prepared
@@ -22,8 +25,11 @@ from tasks.policies import RETRIES, RETRY_SECONDS, is_transient, sync_key
     result_serializer="json",
     cache_key_fn=sync_key,
 )
-def sync(prepared: Prepared, machine: Machine, workspace: Workspace) -> str | None:
-    """The URL of the published manifest, or None where the study has no target."""
+def sync(prepared: Prepared, machine: Machine, workspace: Workspace, analyzed: dict[str, Any]) -> str | None:
+    """The URL of the published manifest, or None where the study has no target.
+
+    `analyzed` shows the order in the run's graph, and names the results that are to be published.
+    """
     folder = workspace.study(prepared.study_id)
     known = (read_manifest(folder) or {}).get("provenance", {})
     known |= {"machine": {"provider": machine.provider, "price_per_hour": machine.price_per_hour}}
@@ -31,6 +37,11 @@ def sync(prepared: Prepared, machine: Machine, workspace: Workspace) -> str | No
         folder, spec=prepared.public_spec(), provenance=known, include_log=prepared.spec.publish_log
     )
     write_manifest(folder, manifest)
+    if manifest["results_digest"] != analyzed["results_digest"]:
+        raise PublishRefused(
+            f"the results in {folder} have digest {manifest['results_digest'][:12]}, the analysis made "
+            f"{analyzed['results_digest'][:12]}: they were changed since; run the study again"
+        )
     if prepared.spec.publish_to is None:
         return None
     return publish(folder, prepared.spec.publish_to, model_slug(prepared.model.source.id))

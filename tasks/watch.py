@@ -1,7 +1,7 @@
 """A step of a study as a job on a machine: started or found, followed live, ended when the run is.
 
-What the job says goes to the run's log, its progress to an artifact, and both to whoever listens in this process (the
-command's progress bars). A broken connection leaves the job alone; a cancelled run takes it along.
+What the job says goes to the run's log and to run.log, its progress to an artifact, and both to whoever listens in this
+process (the command's progress bars). A broken connection leaves the job alone; a cancelled run takes it along.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
+from outliers import runlog
 from outliers.errors import JobFailed
 from outliers.events import Event
 from outliers.jobs import JobHandle, JobSpec
 from outliers.machines.base import Machine
 from outliers.prepare import Prepared
+from outliers.workspace import Workspace
 
 ARTIFACT_SECONDS = 2.0
 """Progress artifacts are updated at most this often: each is a call to the server."""
@@ -29,21 +31,26 @@ ARTIFACT_SECONDS = 2.0
 LISTENERS: list[Callable[[str, Event], None]] = []
 """Called with (step, event) in the process of the flow; the command hangs its progress bars here."""
 
+_SEEN: dict[JobHandle, int] = {}
+"""How far each job was followed in this process: a retried task goes on there, so no line is said twice."""
+
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
-def run_step(machine: Machine, prepared: Prepared, verb: str, job_name: str) -> dict[str, Any]:
+def run_step(machine: Machine, prepared: Prepared, verb: str, job_name: str, workspace: Workspace) -> dict[str, Any]:
     """Run `python -m outliers VERB` for a study on `machine` to its end; returns what the step reports.
 
     Raises the step's own error. A job of that name that still runs is joined, not started again.
     """
     handle = start_step(machine, prepared, verb, job_name)
     progress = _Progress(f"{verb}-{prepared.study_id}", f"{verb} {prepared.title}")
-    logger = get_run_logger()
+    logger, said = get_run_logger(), []
     try:
-        for event in machine.follow(handle):
+        for event in machine.follow(handle, _SEEN.get(handle, 0)):
+            _SEEN[handle] = event.end
             if event.kind == "log":
                 logger.log(_LEVELS[event.level], event.message)
+                said.append(runlog.line(event, verb))
             elif event.kind == "progress":
                 progress.show(event)
             for listen in LISTENERS:
@@ -55,6 +62,8 @@ def run_step(machine: Machine, prepared: Prepared, verb: str, job_name: str) -> 
         logger.warning("cancelled: ending %s on %s", job_name, machine.name)
         machine.cancel(handle)
         raise
+    finally:
+        runlog.append(workspace.study(prepared.study_id), said, workspace.root)
     machine.result(handle)
     return _result(machine, handle)
 

@@ -1,4 +1,4 @@
-"""A real Prefect server and a worker of its own, on loopback and free ports, in a folder of the test's; both end with the test."""
+"""A real Prefect server and a worker, on loopback and free ports, in a folder of the test's; both end with the test."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class PrefectHome:
             check=False,
         )
         if check and done.returncode:
-            raise RuntimeError(f"prefect {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+            raise RuntimeError(
+                f"prefect {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+            )
         return done.stdout + done.stderr
 
     def run(self, **parameters: object) -> str:

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -71,6 +71,13 @@ def free_ports(count: int) -> tuple[int, ...]:
     raise RuntimeError(f"found {len(found)} of {count} free ports from {start} on")
 
 
+def remove_sockets(ports: Iterable[int]) -> None:
+    """Removes what weed leaves behind: it puts sockets into /tmp, whatever TMPDIR says."""
+    for port in (port + offset for port in ports for offset in (0, GRPC_OFFSET)):
+        for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            leftover.unlink(missing_ok=True)
+
+
 class S3Server:
     """`weed mini` on `folder`: `admin` may do all, `writer` and `reader` what they are called, in BUCKET alone."""
 
@@ -91,10 +98,7 @@ class S3Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
-        # weed leaves its sockets behind, and puts them into /tmp whatever TMPDIR says.
-        for port in (port + offset for port in self.ports.values() for offset in (0, GRPC_OFFSET)):
-            for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                leftover.unlink(missing_ok=True)
+        remove_sockets(self.ports.values())
 
     @property
     def running(self) -> bool:

@@ -263,6 +263,7 @@ class TestParquet:
             (lambda t: put(t, "site", 0, "activations"), "activations"),
             (lambda t: put(t, "hits", 0, None), "nulls"),
             (lambda t: put(t, "ladder_hits", 0, list(range(500))), "ladder_hits"),
+            (lambda t: put(t, "ladder_hits", 0, list(range(3_000))), "values in a column"),
             (lambda t: put(t, "mean", t.num_rows - 1, 1.0), "block"),
             (lambda t: t.replace_schema_metadata({"activations": b"x" * 70_000}), "metadata"),
         ],

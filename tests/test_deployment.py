@@ -75,7 +75,9 @@ def test_a_deployed_study_is_published_and_a_second_run_is_answered_at_once(home
     manifest = json.loads(bucket.cat(f"{slug}/{study_id}/manifest.json"))
     summary = json.loads(bucket.cat(f"{slug}/{study_id}/{manifest['folder']}/summary.json"))
     assert [feature["feature"] for feature in summary["systematic"]] == [tiny.PLANTED]
-    stored = {path.split(f"{manifest['folder']}/")[1] for path in bucket.find(f"{slug}/{study_id}/{manifest['folder']}")}
+    stored = {
+        path.split(f"{manifest['folder']}/")[1] for path in bucket.find(f"{slug}/{study_id}/{manifest['folder']}")
+    }
     assert stored == {item["path"] for item in manifest["files"]}
     assert stored >= {"summary.json", "features.parquet", "tokens.json", "report.html", "plots/heatmap.png"}
     assert str(folder) not in json.dumps(manifest)
@@ -125,7 +127,7 @@ def test_retry_goes_on_without_extracting_again(home, study):
 
 
 def test_bad_parameters_are_refused_before_a_run_exists(home, study):
-    folder, parameters = study
+    _, parameters = study
     before = len(home.flow_runs())
     bad = parameters | {"corpus": parameters["corpus"] | {"num_sequences": 0}}
     options = [part for name, value in bad.items() for part in ("-p", f"{name}={json.dumps(value)}")]

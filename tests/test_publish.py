@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ from outliers.manifest import read_manifest, write_manifest
 from outliers.publish import check_target, fetch, model_slug, publish, published_manifest
 from outliers.targets import Stored, opened
 from tests.results_folder import SLUG, STUDY_ID, finish, make_results, png
-from tests.s3 import BUCKET, Keys, S3Server, environment, s3_server
+from tests.s3 import BUCKET, Keys, S3Server, environment, remove_sockets, s3_server
 
 __all__ = ["s3_server"]  # the fixture, found by name
 pytestmark = pytest.mark.servers
@@ -327,6 +328,15 @@ class TestTwoAtOnce:
         assert sorted(won) == [False] * 7 + [True]
 
 
+def first_request(listener: socket.socket) -> str:
+    """The first request that arrives, answered with 403."""
+    connection, _ = listener.accept()
+    with connection:
+        request = connection.recv(65_536).decode()
+        connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    return request
+
+
 class TestRights:
     def refusal(self, results: Path, target: str, settings: dict[str, str], *, reads: bool = False) -> list[str]:
         """What each step says to these keys; `reads` where they may look."""
@@ -391,6 +401,18 @@ class TestRights:
         )
         with environment(settings):
             check_target(s3)
+
+    def test_region(self, s3_server: S3Server) -> None:
+        """AWS_REGION is what requests are signed for; our server takes any region, so a listener looks at the request."""
+        with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+            endpoint = {
+                "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{listener.getsockname()[1]}",
+                "AWS_REGION": "eu-west-3",
+            }
+            heard = pool.submit(first_request, listener)
+            with environment(s3_server.environment() | endpoint), pytest.raises(AccessDenied):
+                published_manifest("s3://bucket/atlas", SLUG, STUDY_ID)
+            assert "/eu-west-3/s3/aws4_request" in heard.result(60)
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -492,14 +514,15 @@ class TestServerGone:
             early += 1
             assert publisher.poll() in (None, 0), publisher.communicate()[0]
         fetch(self.TARGET, SLUG, STUDY_ID, tmp_path / "back")
-        assert publisher.wait(timeout=60) == 0
+        assert publisher.communicate(timeout=60)[0].startswith(self.TARGET)
         assert early > 0
 
     def test_server_dies_with_who_started_it(self, tmp_path: Path) -> None:
         """What the other tests rely on, so that a killed test run leaves no server."""
         program = (
             "import sys, time; from pathlib import Path; from tests.s3 import S3Server\n"
-            "server = S3Server(Path(sys.argv[1])); server.start(); print(server.pid, flush=True); time.sleep(600)"
+            "server = S3Server(Path(sys.argv[1])); server.start(); "
+            "print(server.pid, *server.ports.values(), flush=True); time.sleep(600)"
         )
         parent = subprocess.Popen(
             [sys.executable, "-c", program, str(tmp_path)],
@@ -508,13 +531,14 @@ class TestServerGone:
             cwd=Path(__file__).parents[1],
         )
         assert parent.stdout is not None
-        server = int(parent.stdout.readline())
+        server, *ports = map(int, parent.stdout.readline().split())
         parent.kill()
         parent.communicate()
         deadline = time.monotonic() + 30
         while Path(f"/proc/{server}/cmdline").exists() and Path(f"/proc/{server}/cmdline").read_bytes():
             assert time.monotonic() < deadline, f"server {server} lives on"
             time.sleep(0.05)
+        remove_sockets(ports)
 
 
 @pytest.mark.parametrize(
