@@ -1,0 +1,170 @@
+"""Models: which one exactly, what is counted from the config alone, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from outliers.errors import BadInput, UnknownArchitecture, UnknownModel
+from outliers.models import describe_model, find_model, load_model
+from outliers.plan import needs, planned_layout
+from outliers.prepare import model_info, prepare
+from outliers.spec import ModelSpec, StudySpec
+from tests import tiny
+
+
+def describe(workspace, folder, dtype="auto"):
+    return describe_model(find_model(ModelSpec(id=str(folder)), workspace), dtype, workspace)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_parameters_are_those_of_the_real_model(tmp_path, workspace, family):
+    info = describe(workspace, tiny.make_model(tmp_path, family))
+    model = load_model(info, workspace, "cpu")
+    assert info.total_parameters == sum(p.numel() for p in model.parameters())
+    assert info.weight_bytes == 4 * info.total_parameters
+    if info.num_experts is None:
+        assert info.active_parameters == info.total_parameters
+        return
+    # two of four experts: half of the fused 3-D parameters rest
+    fused = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    assert fused > 0
+    assert info.active_parameters == info.total_parameters - fused // 2
+    assert (info.num_experts, info.experts_per_token) == (4, 2)
+
+
+def test_o_in_has_the_width_of_the_heads(tmp_path, workspace):
+    info = describe(workspace, tiny.make_model(tmp_path, "Qwen3"))
+    assert (info.hidden_size, info.site_widths["o_in"]) == (32, 64)
+
+
+def test_dtype_auto_is_the_checkpoints_own(tmp_path, workspace):
+    assert describe(workspace, tiny.make_model(tmp_path, dtype="bfloat16")).dtype == "bfloat16"
+    assert describe(workspace, tmp_path, "float16").dtype == "float16"
+
+
+def test_revision_of_a_folder_is_the_hash_of_its_files(tmp_path, workspace):
+    one = find_model(ModelSpec(id=tiny.make_model(tmp_path / "a", seed=1)), workspace)
+    same = find_model(ModelSpec(id=tiny.make_model(tmp_path / "b", seed=1)), workspace)
+    other = find_model(ModelSpec(id=tiny.make_model(tmp_path / "c", seed=2)), workspace)
+    assert one.revision == same.revision != other.revision
+    assert one.id == f"local:{one.revision[:12]}"
+
+
+def test_unknown_family_lists_the_known(tmp_path, workspace):
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=260)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        UnknownArchitecture, match=r"GPT2LMHeadModel are not known: this version reads LlamaForCausalLM"
+    ):
+        describe(workspace, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("builtin:gpt5", "built in: builtin:smollm2"),
+        ("/no/such/folder", "there is no model at"),
+        ("./nothing", "there is no model at"),
+        ("model.gguf", "there is no file"),
+        ("Org/NotCached", "the hub is switched off"),
+    ],
+)
+def test_models_that_are_not_there(workspace, name, message):
+    with pytest.raises(UnknownModel, match=message):
+        find_model(ModelSpec(id=name), workspace)
+
+
+def test_pickled_weights_are_never_loaded(tmp_path, workspace):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnknownModel, match="pickled weights"):
+        find_model(ModelSpec(id=str(tmp_path)), workspace)
+
+
+def test_remote_code_is_not_run(tmp_path, workspace):
+    folder = tiny.make_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_type"] = "mystery"
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    with pytest.raises(UnknownModel):
+        describe(workspace, folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_not_a_gguf_and_a_revision_for_files(tmp_path, workspace):
+    (tmp_path / "x.gguf").write_bytes(b"nope")
+    with pytest.raises(UnknownModel, match="is not a GGUF file"):
+        find_model(ModelSpec(id=str(tmp_path / "x.gguf")), workspace)
+    with pytest.raises(UnknownModel, match="known by its files' hash"):
+        find_model(ModelSpec(id=tiny.make_model(tmp_path / "m"), revision="main"), workspace)
+
+
+def test_positions_and_layers_beyond_the_model_are_refused(tmp_path, workspace):
+    folder = tiny.make_model(tmp_path)
+    for part, message in (
+        ({"corpus": {"sequence_length": 600}}, "--sequence-length 600 is more than the 512 positions"),
+        ({"capture": {"layers": (0, 3)}}, "layer 3 was asked, and .* has layers 0 to 2"),
+    ):
+        spec = StudySpec.model_validate(
+            {"model": folder, "corpus": {"source": "builtin:python-docs", "sequence_length": 8}} | part
+        )
+        with pytest.raises(BadInput, match=message):
+            model_info(spec, workspace)
+
+
+@pytest.mark.parametrize("length", [64, 100])
+def test_planned_bytes_are_the_bytes_on_disk(tmp_path, workspace, length):
+    from outliers.capture import extract
+    from tests.synthetic import Silent
+
+    spec = StudySpec.model_validate(
+        tiny.spec_for(
+            tiny.make_model(tmp_path), "builtin:python-docs", 3, length, capture={"sites": ("attn_in", "o_in", "resid")}
+        )
+        | {"criteria": {"site": "attn_in"}}
+    )
+    prepared = prepare(spec, workspace)
+    extract(prepared, workspace, Silent())
+    root = workspace.capture(prepared.capture_id) / "activations.zarr"
+    found = sum(p.stat().st_size for p in root.rglob("*") if p.is_file() and p.name != "zarr.json")
+    assert found == planned_layout(spec, prepared.model).total_bytes
+
+
+def test_memory_grows_with_what_it_is_made_of(tmp_path, workspace):
+    folder = tiny.make_model(tmp_path)
+
+    def ram(**corpus):
+        spec = StudySpec.model_validate(tiny.spec_for(folder, "builtin:python-docs", **corpus))
+        return needs(spec, model_info(spec, workspace))["ram_bytes"]
+
+    assert ram(sequences=4, length=64) == ram(sequences=4000, length=64), "memory does not grow with the corpus"
+    assert ram(length=64) < ram(length=512)
+
+
+@pytest.mark.servers
+def test_the_builtin_model_keeps_the_values_of_its_file(workspace):
+    """The converted copy computes what the GGUF file computes, and its tokenizer has the file's special tokens."""
+    from pathlib import Path
+
+    from outliers.models import load_tokenizer
+
+    source = find_model(ModelSpec(id="builtin:smollm2"), workspace)
+    info = describe_model(source, "float32", workspace)
+    assert (info.total_parameters, info.num_layers, info.hidden_size) == (134_515_008, 30, 576)
+    assert describe_model(source, "auto", workspace).dtype == "bfloat16"
+    model = load_model(info, workspace, "cpu")
+    tokenizer = load_tokenizer(source, workspace)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    ids = torch.tensor([tokenizer("The capital of France is").input_ids])
+    path = Path(source.path)
+    direct = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with torch.inference_mode():
+        ours, theirs = model(ids).logits, direct(ids).logits
+    assert torch.equal(ours, theirs)
+    assert tokenizer.decode(int(ours[0, -1].argmax())).strip() == "Paris"

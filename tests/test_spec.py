@@ -1,0 +1,155 @@
+"""StudySpec and the ids: what is allowed, what is refused in which words, what changes an id and what must not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+from pydantic import ValidationError
+
+from outliers.prepare import prepare
+from outliers.spec import CriteriaSpec, StudySpec, digest
+from outliers.workspace import open_workspace
+from tests import tiny
+
+
+def test_bare_strings_stand_for_model_and_corpus():
+    spec = StudySpec(model="builtin:smollm2", corpus="notes.txt")
+    assert (spec.model.id, spec.corpus.source) == ("builtin:smollm2", "notes.txt")
+    assert StudySpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"compute": {"gpu_count": 9}}, "less than or equal to 8"),
+        ({"capture": {"sites": ["attn_out"]}}, "'attn_in', 'mlp_in', 'o_in' or 'resid'"),
+        ({"capture": {"sites": []}}, "at least 1 item"),
+        ({"capture": {"layers": [-1]}}, "0-based"),
+        ({"captures": {}}, "Extra inputs are not permitted"),
+        ({"corpus": {"num_sequence": 4}}, "Extra inputs are not permitted"),
+        ({"criteria": {"position_fraction": 6}}, "less than or equal to 1"),
+        ({"criteria": {"ladder": [3.0, float("inf")]}}, "positive finite numbers"),
+        ({"criteria": {"site": "resid"}}, "'resid' is not captured; captured: attn_in, mlp_in, block"),
+        ({"capture": {"sites": ["o_in", "resid"]}}, "leave open which one decides"),
+        ({"publish_to": "s3://user:key@bucket/x"}, "must not carry a user or password"),
+        ({"publish_to": "http://host/x"}, "is not s3://bucket/prefix or file:///folder"),
+        ({"publish_to": "s3:bucket"}, "no valid bucket name"),
+        ({"publish_to": "file://folder/x"}, "three slashes"),
+        ({"label": "a/b"}, "match pattern"),
+        ({"compute": {"keep_seconds": 10**9}}, "less than or equal to 604800"),
+    ],
+)
+def test_refused(given, message):
+    with pytest.raises(ValidationError) as caught:
+        StudySpec.model_validate({"model": "m", **given})
+    assert message in str(caught.value)
+
+
+def test_every_field_says_what_it_is():
+    def fields(model, path=""):
+        for name, field in model.model_fields.items():
+            assert field.description, f"{path}{name} has no description"
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                fields(field.annotation, f"{path}{name}.")
+
+    fields(StudySpec)
+
+
+def test_fractions_are_the_decimals_that_were_written():
+    assert CriteriaSpec().position_rule == Fraction(6, 100)
+    assert CriteriaSpec(layer_fraction=0.1).layer_rule == Fraction(1, 10)
+
+
+def test_deciding_site():
+    def site(*sites):
+        return StudySpec(model="m", capture={"sites": sites}).deciding_site
+
+    assert site("mlp_in", "attn_in", "resid") == "block"
+    assert site("resid") == "resid"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    model = tiny.make_model(folder / "model")
+    (folder / "text.txt").write_text("one two three four five six seven eight nine ten. " * 50)
+    return folder, tiny.spec_for(model, folder / "text.txt")
+
+
+def ids(base, **changes):
+    folder, spec = base
+    merged = dict(spec)
+    for name, value in changes.items():
+        merged[name] = {**spec.get(name, {}), **value} if isinstance(value, dict) else value
+    prepared = prepare(StudySpec.model_validate(merged), open_workspace(folder / "ws"))
+    return prepared.capture_id, prepared.study_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "capture", "study"),
+    [
+        # machine, workspace, codec and target are in no id
+        ({"compute": {"gpu_count": 0, "keep_running": True, "machine": "x"}}, False, False),
+        ({"capture": {"codec": "zstd"}}, False, False),
+        ({"publish_to": "s3://bucket/x"}, False, False),
+        ({"criteria": {"ladder": (3.0, 4.5, 8.0, 12.0, 20.0, 50.0, 100.0)}}, False, False),
+        # what is looked for changes the study alone
+        ({"criteria": {"magnitude": 5.0}}, False, True),
+        ({"criteria": {"reading": "union"}}, False, True),
+        ({"label": "b200"}, False, True),
+        ({"publish_text": "context"}, False, True),
+        # what determines the activations changes both
+        ({"capture": {"sites": ("attn_in", "mlp_in", "resid")}}, True, True),
+        ({"capture": {"layers": (0, 1)}}, True, True),
+        ({"capture": {"batch_sequences": 2}}, True, True),
+        ({"model": {"dtype": "bfloat16"}}, True, True),
+        ({"corpus": {"sequence_length": 23}}, True, True),
+        ({"corpus": {"bos": "always"}}, True, True),
+    ],
+)
+def test_what_an_id_covers(base, changes, capture, study):
+    before, after = ids(base), ids(base, **changes)
+    assert (before[0] != after[0], before[1] != after[1]) == (capture, study)
+
+
+def test_auto_and_all_are_resolved_before_the_digest(base):
+    assert ids(base) == ids(base, model={"dtype": "float32"}, capture={"layers": (0, 1, 2)})
+
+
+def test_ids_are_the_same_in_another_process_with_another_hash_seed(base):
+    folder, spec = base
+    script = (
+        "import json,sys; from outliers.prepare import *; from outliers.workspace import open_workspace;"
+        "p = prepare(StudySpec.model_validate(json.loads(sys.argv[1])), open_workspace(sys.argv[2])); print(p.capture_id, p.study_id)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(spec), str(folder / "other")],
+        env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "99", "HF_HUB_OFFLINE": "1", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert tuple(done.stdout.split()) == ids(base)
+
+
+def test_a_moved_model_and_text_keep_their_ids(base, tmp_path):
+    import shutil
+
+    folder, _ = base
+    shutil.copytree(folder / "model", tmp_path / "elsewhere")
+    shutil.copy(folder / "text.txt", tmp_path / "renamed.txt")
+    spec = tiny.spec_for(tmp_path / "elsewhere", tmp_path / "renamed.txt")
+    moved = prepare(StudySpec.model_validate(spec), open_workspace(tmp_path / "ws"))
+    assert moved.capture_id == ids(base)[0]
+    assert moved.model.source.id.startswith("local:")
+    assert str(tmp_path) not in json.dumps(moved.public_spec())
+
+
+def test_digest_is_sorted_and_plain():
+    assert digest({"b": 1, "a": (2,)}) == digest({"a": [2], "b": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        digest(float("nan"))
