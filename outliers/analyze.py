@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from outliers.accumulate import SequenceAccumulator, SequenceCounts
 from outliers.corpus import Corpus, load_corpus
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.events import Reporter
 from outliers.prepare import Prepared
 from outliers.store import ChunkFiles, Journal, Layout, layout_from, read_fingerprint
-from outliers.summary import Frame, SequenceAccumulator, SequenceCounts, SiteTotals, Summary, merge
+from outliers.summary import Frame, SiteTotals, Summary, merge
 from outliers.workspace import Workspace
 
 GROUPS_PER_WORKER = 4

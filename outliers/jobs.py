@@ -10,7 +10,7 @@
         cancel.json    somebody asked for its end
         exit.json      how it ended; absent after a power cut or a SIGKILL of the supervisor
 
-`python -m outliers.jobs FOLDER LOCK_FD` is the supervisor: the leader of a session of its own, which runs the command
+`python -m outliers.supervisor FOLDER LOCK_FD` is the supervisor: the leader of a session of its own, which runs the command
 as its child in the same process group. It knows nothing of studies, models or machines. Whether a job lives is asked
 of its lock and of no process id: ids are reused, and an flock ends with its holders, however they die. So the
 workspace must be on a disk of this machine; NFS gives an flock other rules. Before it: whoever has a command to run.
@@ -20,7 +20,6 @@ After it: `machines`, and through them the tasks.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -38,7 +37,7 @@ from typing import Any, Literal
 
 from outliers import events
 from outliers.errors import BadInput, JobFailed, MachineLost, OutliersError, from_record
-from outliers.events import EVENTS_VARIABLE, Event, JsonReporter
+from outliers.events import Event
 from outliers.files import write_atomic
 
 Status = Literal["running", "done", "failed", "cancelled", "lost"]
@@ -51,8 +50,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _START_SECONDS = 60.0
 _KILL_SECONDS = 10.0
 _LAST_LINES = 15
-_LINE_BYTES = 1 << 16
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +113,7 @@ def _new_attempt(home: Path, job: JobSpec, attempt: int) -> tuple[Path, int]:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     record = {"name": job.name, "attempt": attempt, "argv": job.argv, "env": sorted(job.env), "created": time.time()}
-    _write_json(draft / "job.json", record)
+    write_json(draft / "job.json", record)
     lock = os.open(draft / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     fcntl.flock(lock, fcntl.LOCK_EX)
     draft.rename(folder)
@@ -125,7 +122,7 @@ def _new_attempt(home: Path, job: JobSpec, attempt: int) -> tuple[Path, int]:
 
 def _spawn_supervisor(folder: Path, lock: int, job: JobSpec) -> subprocess.Popen[bytes]:
     # -P: a file called json.py in the folder where the command was typed must not become a module of ours.
-    argv = [sys.executable, "-P", "-m", "outliers.jobs", str(folder), str(lock)]
+    argv = [sys.executable, "-P", "-m", "outliers.supervisor", str(folder), str(lock)]
     null = subprocess.DEVNULL
     try:
         supervisor = subprocess.Popen(
@@ -154,12 +151,12 @@ def _await_start(folder: Path, supervisor: subprocess.Popen[bytes]) -> None:
 
 def status(folder: Path) -> Status:
     """How the job in `folder` stands; lost: it ended and nobody was left to say how. BadInput where there is no job."""
-    exit_record = _read_json(folder / "exit.json")
+    exit_record = read_json(folder / "exit.json")
     if exit_record is None:
         if _held(folder):
             return "running"
         # It may have ended between the two looks.
-        exit_record = _read_json(folder / "exit.json")
+        exit_record = read_json(folder / "exit.json")
     if exit_record is None:
         if not (folder / "job.json").exists():
             raise BadInput(f"there is no job in {folder}")
@@ -212,7 +209,7 @@ def result(folder: Path) -> None:
         raise MachineLost(f"{name} vanished: its machine was stopped, or its supervisor killed; start it again")
     if how == "cancelled":
         raise JobFailed(f"{name} was cancelled")
-    record = _read_json(folder / "exit.json") or {}
+    record = read_json(folder / "exit.json") or {}
     if error := record.get("error"):
         raise from_record(str(error.get("kind")), str(error.get("message")))
     raise JobFailed(f"{name} {_describe(record)}{_last_lines(folder)}")
@@ -235,14 +232,14 @@ def _last_lines(folder: Path) -> str:
 
 def recorded_error(folder: Path) -> OutliersError | None:
     """The error that the command of this job recorded, as it was raised; None if it recorded none."""
-    record = _read_json(folder / "error.json")
+    record = read_json(folder / "error.json")
     return from_record(str(record.get("kind")), str(record.get("message"))) if record else None
 
 
 def record_error(error: OutliersError) -> None:
     """Called by a step before it exits: leaves its error for whoever asks for the result; outside a job, nothing."""
     if folder := os.environ.get(JOB_VARIABLE):
-        _write_json(Path(folder) / "error.json", {"kind": type(error).__name__, "message": str(error)})
+        write_json(Path(folder) / "error.json", {"kind": type(error).__name__, "message": str(error)})
 
 
 def cancel(folder: Path, grace_seconds: float = 10.0) -> Status:
@@ -252,10 +249,10 @@ def cancel(folder: Path, grace_seconds: float = 10.0) -> Status:
     free, since the process group's number may by then be somebody else's. Raises JobFailed if it can't be ended.
     """
     if _held(folder) and not (folder / "exit.json").exists():
-        _write_json(folder / "cancel.json", {"requested": time.time()})
+        write_json(folder / "cancel.json", {"requested": time.time()})
     # The number is known a moment after the lock is held.
     _until(lambda: not _held(folder) or (folder / "started.json").exists(), _START_SECONDS)
-    pgid = (_read_json(folder / "started.json") or {}).get("pgid")
+    pgid = (read_json(folder / "started.json") or {}).get("pgid")
     for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, _KILL_SECONDS)):
         if not _held(folder):
             break
@@ -266,92 +263,15 @@ def cancel(folder: Path, grace_seconds: float = 10.0) -> Status:
     if _held(folder):
         raise JobFailed(f"the job in {folder} can't be ended: process group {pgid} outlives SIGKILL")
     if (folder / "cancel.json").exists() and not (folder / "exit.json").exists():
-        _write_exit(folder, None, signal.SIGKILL, None)
+        write_exit(folder, None, signal.SIGKILL, None)
     return status(folder)
 
 
-def supervise(folder: Path, lock: int) -> None:
-    """Runs the job's command to its end and writes how it ended.
-
-    `lock`: the inherited descriptor of the held lock. The extra environment comes over standard input.
-    """
-    if os.getpgrp() != os.getpid():
-        os.setsid()
-    # A cancel signals the whole group; this process stays to write the end.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    reporter = JsonReporter(folder / "events.jsonl")
-    try:
-        child = _spawn_child(folder, lock, json.loads(sys.stdin.buffer.read()))
-    except (OSError, ValueError) as error:
-        kind, message = "JobFailed", f"the command can't be run: {error}"
-        if isinstance(error, json.JSONDecodeError):
-            kind, message = (
-                "MachineLost",
-                "who started the job ended before handing its environment over; start it again",
-            )
-        reporter.log("error", message)
-        _write_exit(folder, 127, None, {"kind": kind, "message": message})
-        return
-    _write_json(folder / "started.json", {"pgid": os.getpgrp(), "child": child.pid, "started": time.time()})
-    pump = threading.Thread(target=_pump, args=(child, reporter), daemon=True)
-    pump.start()
-    threading.Thread(target=_beat, args=(reporter,), daemon=True).start()
-    code = child.wait()
-    # A grandchild that lives on keeps the pipe open; its lines are not waited for.
-    pump.join(timeout=5.0)
-    reporter.close()
-    _write_exit(folder, code if code >= 0 else None, -code if code < 0 else None, _read_json(folder / "error.json"))
-
-
-def _spawn_child(folder: Path, lock: int, extra: dict[str, str]) -> subprocess.Popen[bytes]:
-    record = _read_json(folder / "job.json") or {}
-    own = {EVENTS_VARIABLE: str(folder / "events.jsonl"), JOB_VARIABLE: str(folder)}
-    # Without it Python keeps what a step prints until a block is full, or loses it in a crash.
-    environment = {"PYTHONUNBUFFERED": "1", **os.environ, **extra, **own}
-    return subprocess.Popen(
-        record["argv"],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        # One pipe for both: a traceback then stands where it happened.
-        stderr=subprocess.STDOUT,
-        pass_fds=(lock,),
-        preexec_fn=_end_with_parent(),
-    )
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """What a child runs before its command to get SIGTERM if the supervisor dies, for nobody else writes its end."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
-
-    def ask_for_signal() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return ask_for_signal
-
-
-def _pump(child: subprocess.Popen[bytes], reporter: JsonReporter) -> None:
-    """Each line that the command prints becomes a log event; of a bar drawn over with returns, its last state."""
-    pipe = child.stdout
-    while pipe and (raw := pipe.readline(_LINE_BYTES)):
-        reporter.log("info", raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
-
-
-def _beat(reporter: JsonReporter) -> None:
-    seconds = float(os.environ.get(HEARTBEAT_VARIABLE) or 5.0)
-    while True:
-        reporter.heartbeat()
-        time.sleep(seconds)
-
-
-def _write_exit(folder: Path, code: int | None, number: int | None, error: Mapping[str, Any] | None) -> None:
+def write_exit(folder: Path, code: int | None, number: int | None, error: Mapping[str, Any] | None) -> None:
+    """Write how a job ended: exit code or signal, and the error that it recorded."""
     cancelled = (folder / "cancel.json").exists()
     record = {"code": code, "signal": number, "error": error, "cancelled": cancelled, "ended": time.time()}
-    _write_json(folder / "exit.json", {**record, "ram_bytes": total_ram_bytes()})
+    write_json(folder / "exit.json", {**record, "ram_bytes": total_ram_bytes()})
 
 
 def total_ram_bytes() -> int:
@@ -391,24 +311,15 @@ def _held(folder: Path) -> bool:
     return False
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all."""
     write_atomic(path, json.dumps(value).encode())
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file or no object."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def main() -> None:
-    """Entry of `python -m outliers.jobs FOLDER LOCK_FD`; what is left of its process group ends with it."""
-    supervise(Path(sys.argv[1]), int(sys.argv[2]))
-    # Workers that outlive their command would keep the lock, and the GPU.
-    os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()

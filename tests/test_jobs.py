@@ -323,7 +323,7 @@ def test_a_starter_that_dies_before_the_hand_over(tmp_path, said):
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps({"argv": ["touch", str(tmp_path / "ran")]}))
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    argv = [sys.executable, "-m", "outliers.jobs", str(folder), str(lock)]
+    argv = [sys.executable, "-m", "outliers.supervisor", str(folder), str(lock)]
     subprocess.run(argv, input=said, pass_fds=(lock,), start_new_session=True, timeout=20)
     os.close(lock)
     with pytest.raises(errors.MachineLost, match="environment"):
@@ -459,7 +459,7 @@ def test_a_secret_is_in_no_file_and_on_no_command_line(workspace):
     fingerprint = hashlib.sha256(secret.encode()).hexdigest()
     until(lambda: fingerprint in (handle.folder / "events.jsonl").read_text())
     command_lines = b"".join(_bytes(path) for path in Path("/proc").glob("[0-9]*/cmdline"))
-    assert b"outliers.jobs" in command_lines and secret.encode() not in command_lines
+    assert b"outliers.supervisor" in command_lines and secret.encode() not in command_lines
     jobs.cancel(handle.folder)
     files = [path for path in workspace.rglob("*") if path.is_file()]
     assert len(files) >= 6 and not [path for path in files if secret.encode() in path.read_bytes()]

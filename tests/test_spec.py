@@ -124,7 +124,8 @@ def test_ids_are_the_same_in_another_process_with_another_hash_seed(base):
     folder, spec = base
     script = (
         "import json,sys; from outliers.prepare import *; from outliers.workspace import open_workspace;"
-        "p = prepare(StudySpec.model_validate(json.loads(sys.argv[1])), open_workspace(sys.argv[2])); print(p.capture_id, p.study_id)"
+        "p = prepare(StudySpec.model_validate(json.loads(sys.argv[1])), open_workspace(sys.argv[2]));"
+        "print(p.capture_id, p.study_id)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(spec), str(folder / "other")],

@@ -1,0 +1,75 @@
+"""A Summary -> features.parquet: a row for each site, layer and feature.
+
+Columns are described in docs/results.md and held by `schema.FEATURES_SCHEMA`. Before it: `summary`. After it: `results`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from outliers.files import write_atomic
+from outliers.schema import FEATURES_SCHEMA
+from outliers.summary import Summary
+
+
+def feature_table(summary: Summary, layers: tuple[int, ...]) -> pa.Table:
+    """A row for each site, layer and feature, in that order; see `schema.FEATURES_SCHEMA`."""
+    parts = [_site_rows(summary, site, layers) for site in summary.frame.sites]
+    return pa.concat_tables(parts)
+
+
+def _site_rows(summary: Summary, site: str, numbers: tuple[int, ...]) -> pa.Table:
+    frame, totals = summary.frame, summary.sites[site]
+    step = frame.deciding_step
+    layers, width = totals.max.shape
+    count = layers * width
+    ladder = np.moveaxis(totals.ladder_hits, 0, -1).reshape(count, -1)
+    offsets = np.arange(count + 1, dtype=np.int32) * ladder.shape[1]
+    finite = np.isfinite(totals.max)
+    high = np.where(finite, totals.max, np.nan).ravel()
+    low = np.where(finite, totals.min, np.nan).ravel()
+    columns: dict[str, Any] = {
+        "site": pa.array([site] * count, pa.string()),
+        "layer": np.repeat(np.array(numbers, dtype=np.int32), width),
+        "feature": np.tile(np.arange(width, dtype=np.int32), layers),
+        "tokens": totals.finite.ravel() if totals.finite.size else np.full(count, summary.tokens, np.int64),
+        "hits": totals.ladder_hits[step].ravel(),
+        "ladder_hits": pa.ListArray.from_arrays(offsets, pa.array(ladder.ravel())),
+        "first_token_hits": totals.first_token_hits.ravel(),
+        "min": low,
+        "max": high,
+        "max_magnitude": np.maximum(np.abs(high), np.abs(low)),
+        **_moments(summary, site, count),
+    }
+    arrays = [pa.array(columns[field.name], type=field.type, from_pandas=True) for field in FEATURES_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=FEATURES_SCHEMA)
+
+
+def _moments(summary: Summary, site: str, count: int) -> dict[str, Any]:
+    """mean, std, kurtosis (Pearson) of each feature as float32, from float64 sums; null for block and constants."""
+    totals = summary.sites[site]
+    if not totals.moments.size:
+        return {name: pa.nulls(count, pa.float32()) for name in ("mean", "std", "kurtosis")}
+    counted = np.maximum(totals.finite.ravel(), 1)
+    s1, s2, s3, s4 = (total.ravel() / counted for total in totals.moments)
+    variance = np.maximum(s2 - s1**2, 0)
+    fourth = s4 - 4 * s1 * s3 + 6 * s1**2 * s2 - 3 * s1**4
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tail = np.where(variance > 0, fourth / variance**2, np.nan)
+    return {
+        "mean": s1.astype(np.float32),
+        "std": np.sqrt(variance).astype(np.float32),
+        "kurtosis": tail.astype(np.float32),
+    }
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file whole."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomic(path, sink.getvalue().to_pybytes())
