@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from tests.s3 import _DIES_WITH_PARENT, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,3 +151,10 @@ class PrefectHome:
 
     def _tail(self) -> str:
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob("*.log"))
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory, s3_server):
+    """One server and worker for all tests that need them, with the keys of the S3 server's writer."""
+    with PrefectHome(tmp_path_factory.mktemp("prefect"), s3_server.environment()) as running:
+        yield running

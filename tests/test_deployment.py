@@ -11,7 +11,6 @@ from outliers.prepare import prepare
 from outliers.spec import StudySpec
 from outliers.workspace import open_workspace
 from tests import tiny
-from tests.prefect_home import PrefectHome
 
 pytestmark = pytest.mark.servers
 
@@ -27,12 +26,6 @@ def study(tmp_path_factory):
         "corpus": {"source": str(folder / "book.txt"), "num_sequences": 3, "sequence_length": 32},
         "compute": {"workspace": str(folder / "workspace")},
     }
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory, s3_server):
-    with PrefectHome(tmp_path_factory.mktemp("prefect"), s3_server.environment()) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +53,15 @@ def ids(folder, parameters):
     return prepared.capture_id, prepared.study_id
 
 
-def test_a_deployed_study_is_published_and_a_second_run_is_answered_at_once(home, study, bucket):
+def test_a_deployed_study_is_published_and_a_second_run_is_answered_at_once(prefect_home, study, bucket):
     from tests.s3 import BUCKET
 
     folder, parameters = study
     parameters = parameters | {"publish_to": f"s3://{BUCKET}/atlas"}
     capture_id, study_id = ids(folder, parameters)
-    flow_run = home.run(**parameters)
-    done = home.wait(flow_run, "Completed", "Failed", "Crashed")
-    assert done["state_name"] == "Completed", home.logs(flow_run)
+    flow_run = prefect_home.run(**parameters)
+    done = prefect_home.wait(flow_run, "Completed", "Failed", "Crashed")
+    assert done["state_name"] == "Completed", prefect_home.logs(flow_run)
     assert done["name"] == "study model 3x32"
 
     (slug,) = bucket.ls(f"{BUCKET}/atlas", detail=False)
@@ -82,24 +75,24 @@ def test_a_deployed_study_is_published_and_a_second_run_is_answered_at_once(home
     assert stored >= {"summary.json", "features.parquet", "tokens.json", "report.html", "plots/heatmap.png"}
     assert str(folder) not in json.dumps(manifest)
 
-    tasks = home.task_runs(flow_run)
+    tasks = prefect_home.task_runs(flow_run)
     assert set(tasks) == {"provision", "extract", "analyze", "sync"}
     assert tasks["extract"]["name"] == "extract model 3x32"
-    log = home.logs(flow_run)
+    log = prefect_home.logs(flow_run)
     assert "one pass over 3 sequences" in log, "the job's own lines belong in the run's log"
-    kinds = {(a["type"], a["key"]) for a in home.artifacts(flow_run)}
+    kinds = {(a["type"], a["key"]) for a in prefect_home.artifacts(flow_run)}
     assert ("progress", f"extract-{study_id}") in kinds
     assert ("markdown", f"study-{study_id}") in kinds
     assert ("image", f"heatmap-{study_id}") in kinds
     assert extractions(folder, capture_id) == [3]
 
-    again = home.run(**parameters)
-    assert home.wait(again, "Completed", "Failed", "Crashed")["state_name"] == "Completed"
-    assert home.task_runs(again) == {}, "a published study asks for no machine"
+    again = prefect_home.run(**parameters)
+    assert prefect_home.wait(again, "Completed", "Failed", "Crashed")["state_name"] == "Completed"
+    assert prefect_home.task_runs(again) == {}, "a published study asks for no machine"
     assert extractions(folder, capture_id) == [3]
 
 
-def test_retry_goes_on_without_extracting_again(home, study):
+def test_retry_goes_on_without_extracting_again(prefect_home, study):
     """analyze fails for real (its plots have no place), the run fails, the cause is removed, Retry completes it."""
     folder, parameters = study
     parameters = parameters | {"corpus": parameters["corpus"] | {"num_sequences": 4}}
@@ -108,17 +101,17 @@ def test_retry_goes_on_without_extracting_again(home, study):
     obstacle.parent.mkdir(parents=True)
     obstacle.write_text("in the way")
 
-    flow_run = home.run(**parameters)
-    failed = home.wait(flow_run, "Completed", "Failed", "Crashed")
+    flow_run = prefect_home.run(**parameters)
+    failed = prefect_home.wait(flow_run, "Completed", "Failed", "Crashed")
     assert failed["state_name"] == "Failed"
-    assert home.task_runs(flow_run)["analyze"]["state_name"] == "Failed"
-    assert home.task_runs(flow_run)["analyze"]["run_count"] == 1, "a permanent error is not tried again"
+    assert prefect_home.task_runs(flow_run)["analyze"]["state_name"] == "Failed"
+    assert prefect_home.task_runs(flow_run)["analyze"]["run_count"] == 1, "a permanent error is not tried again"
     assert extractions(folder, capture_id) == [4]
 
     obstacle.unlink()
-    home.prefect("flow-run", "retry", flow_run)
-    done = home.wait(flow_run, "Completed", "Crashed")
-    assert done["state_name"] == "Completed", home.logs(flow_run)
+    prefect_home.prefect("flow-run", "retry", flow_run)
+    done = prefect_home.wait(flow_run, "Completed", "Crashed")
+    assert done["state_name"] == "Completed", prefect_home.logs(flow_run)
     assert done["id"] == flow_run
     assert extractions(folder, capture_id) == [4]
     attempts = sorted((folder / "workspace" / "jobs" / f"extract-{capture_id}").glob("[0-9]*"))
@@ -126,11 +119,11 @@ def test_retry_goes_on_without_extracting_again(home, study):
     assert (folder / "workspace" / "results" / study_id / "manifest.json").exists()
 
 
-def test_bad_parameters_are_refused_before_a_run_exists(home, study):
+def test_bad_parameters_are_refused_before_a_run_exists(prefect_home, study):
     _, parameters = study
-    before = len(home.flow_runs())
+    before = len(prefect_home.flow_runs())
     bad = parameters | {"corpus": parameters["corpus"] | {"num_sequences": 0}}
     options = [part for name, value in bad.items() for part in ("-p", f"{name}={json.dumps(value)}")]
-    said = home.prefect("deployment", "run", "study/study", *options, check=False)
+    said = prefect_home.prefect("deployment", "run", "study/study", *options, check=False)
     assert "num_sequences" in said
-    assert len(home.flow_runs()) == before
+    assert len(prefect_home.flow_runs()) == before

@@ -148,12 +148,13 @@ def test_memory_grows_with_what_it_is_made_of(tmp_path, workspace):
 
 
 @pytest.mark.servers
-def test_the_builtin_model_keeps_the_values_of_its_file(workspace):
+def test_the_builtin_model_keeps_the_values_of_its_file(smollm2_workspace):
     """The converted copy computes what the GGUF file computes, and its tokenizer has the file's special tokens."""
     from pathlib import Path
 
     from outliers.models import load_tokenizer
 
+    workspace = smollm2_workspace
     source = find_model(ModelSpec(id="builtin:smollm2"), workspace)
     info = describe_model(source, "float32", workspace)
     assert (info.total_parameters, info.num_layers, info.hidden_size) == (134_515_008, 30, 576)

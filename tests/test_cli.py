@@ -1,0 +1,264 @@
+"""The command, as a person and a script use it: what it refuses, what it prints, where it leaves things."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from outliers.publish import model_slug
+from tests import tiny
+
+OUTLIERS = str(Path(sys.executable).with_name("outliers"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a space in its name, a tiny model with a planted feature, and a text."""
+    folder = tmp_path_factory.mktemp("a person's") / "my studies"
+    folder.mkdir()
+    tiny.make_model(folder / "model", "Llama", dtype="bfloat16")
+    (folder / "notes.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 60)
+    return folder
+
+
+def run(folder, *arguments, **environment):
+    """`outliers ...` in `folder`, with a home of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "OUTLIERS_", "HF_TOKEN"))}
+    return subprocess.run(
+        [OUTLIERS, *map(str, arguments)],
+        cwd=folder,
+        env=clean | {"HOME": str(folder / "home"), "OUTLIERS_WORKSPACE": str(folder / "ws"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+TINY = ("--model", "./model", "--corpus", "notes.txt", "--num-sequences", 3, "--sequence-length", 32)
+
+REFUSED = [
+    # what was typed, what the one message must say
+    (("study",), "--model is missing"),
+    (("study", *TINY, "--gpu-count", 9), "--gpu-count: Input should be less than or equal to 8 (given: 9)"),
+    (("study", *TINY, "--gpu-count", "two"), "--gpu-count: Input should be a valid integer"),
+    (
+        ("study", *TINY, "--sites", "attn_in,attention"),
+        "--sites: Input should be 'attn_in', 'mlp_in', 'o_in' or 'resid'",
+    ),
+    (("study", *TINY, "--publish-to", "http://host/bucket"), "is not s3://bucket/prefix or file:///folder"),
+    (("study", *TINY, "--publish-to", "s3://me:secret@bucket/x"), "must not carry a user or password"),
+    (("study", *TINY, "--publish-to", "file:///proc/no/atlas"), "/proc/no"),
+    (("study", *TINY, "--workspace", "/proc/no"), "the workspace /proc/no can't be written"),
+    (("study", *TINY, "--layers", "0,7"), "layer 7 was asked"),
+    (("study", *TINY, "--sequence-length", "600"), "--sequence-length 600 is more than the 512 positions"),
+    (("study", *TINY, "--num-sequences", "5000"), "5000 sequences of 32 need 160,000"),
+    (("study", *TINY, "--model", "./nothing"), "there is no model at ./nothing"),
+    (("study", *TINY, "--model", "Some/Model"), "'Some/Model' is no folder, file or built-in"),
+    (("study", *TINY, "--corpus", "missing.txt"), "there is no text at missing.txt"),
+    (("study", *TINY, "--provider", "azure"), "provider 'azure' is not known: use local"),
+    (("study", "--spec", "bad.json"), "corpuss: Extra inputs are not permitted"),
+    (("study", "--spec", "missing.json"), "--spec missing.json can't be read"),
+    (("plan", *TINY, "--num-sequences", 1_000_000, "--sequence-length", 512), "of disk"),
+    (("plan", *TINY, "--min-cpu-ram", 99_000), "99000.0 GB of memory asked (--min-cpu-ram), the machine has"),
+    (("captures", "rm", "0123"), "there is no capture 0123"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda value: str(value)[:60])
+def test_bad_input_is_refused_before_anything_runs(place, arguments, message):
+    (place / "bad.json").write_text(json.dumps({"model": "m", "corpuss": "x"}))
+    done = run(place, *arguments)
+    said = " ".join(done.stderr.split())
+    assert message in said, done.stderr
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert not list((place / "ws").glob("jobs/*")), "something ran"
+
+
+def test_a_url_with_a_password_is_not_repeated(place):
+    done = run(place, "study", *TINY, "--publish-to", "s3://me:hunter2@bucket/x")
+    assert "hunter2" not in done.stderr + done.stdout
+
+
+def test_workspace_of_a_newer_format_is_refused(place):
+    (place / "newer").mkdir(exist_ok=True)
+    (place / "newer" / "workspace.json").write_text('{"format": 99}')
+    done = run(place, "study", *TINY, "--workspace", "newer")
+    assert (done.returncode, "has format 99, this version reads up to 1" in " ".join(done.stderr.split())) == (2, True)
+
+
+def test_gpu_options_that_this_machine_can_not_meet_print_the_command_to_rent(place):
+    asked = (
+        "--gpu-count",
+        2,
+        "--gpu-filter",
+        "H100-NOT-HERE",
+        "--min-vram",
+        80,
+        "--min-cpu-ram",
+        80,
+        "--max-price",
+        5,
+        "--keep-running",
+    )
+    done = run(place, "study", *TINY, *asked)
+    assert done.returncode == 2
+    assert (
+        "--gpu-filter H100-NOT-HERE --min-vram 80 --min-cpu-ram 80 --max-price 5 --keep-running --provider sky"
+        in done.stderr
+    )
+    assert "2 GPUs named like 'H100-NOT-HERE' (--gpu-filter) asked, the machine has 0" in done.stderr
+
+
+def test_help_describes_every_option(place):
+    from outliers.spec import StudySpec
+
+    text = " ".join(run(place, "study", "--help").stdout.split())
+    for part in ("model", "corpus", "capture", "criteria", "compute"):
+        kind = StudySpec.model_fields[part].annotation
+        for name, field in kind.model_fields.items():
+            option = {"id": "model", "source": "corpus"}.get(name, name).replace("_", "-")
+            assert f"--{option}" in text
+            assert " ".join(field.description.split())[:40] in text, name
+
+
+def test_plan_counts_and_spends_nothing(place):
+    done = run(place, "plan", *TINY, "--json")
+    plan = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert plan["capture_bytes"] == 3 * 2 * 3 * 32 * 32 * 2 + 3 * (32 * 5 + 4)
+    assert plan["offers"][0]["provider"] == "local"
+    assert plan["total_parameters"] == plan["active_parameters"] > 0
+    assert not (place / "ws" / "captures").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """One study with every option working together, published to a folder; (process, its JSON)."""
+    done = run(
+        place, "study", *TINY, "--gpu-count", 0, "--min-cpu-ram", 0.5, "--max-price", 3, "--keep-running",
+        "--sites", "attn_in,mlp_in,resid", "--dtype", "bfloat16", "--magnitude", 6, "--reading", "pooled", "--json",
+        "--publish-to", f"file://{place}/atlas",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done, json.loads(done.stdout)
+
+
+@pytest.mark.servers
+def test_study_prints_one_json_object_and_leaves_a_whole_study(place, finished):
+    done, outcome = finished
+    assert [feature["feature"] for feature in outcome["systematic"]] == [tiny.PLANTED]
+    assert outcome["cached"] is False
+    results = Path(outcome["results"])
+    assert {"summary.json", "features.parquet", "tokens.json", "report.html", "manifest.json", "run.log"} <= {
+        path.name for path in results.iterdir()
+    }
+    manifest = json.loads((results / "manifest.json").read_text())
+    assert outcome["published"].endswith(f"{outcome['study_id']}/manifest.json")
+    slug = model_slug(manifest["headline"]["model"])
+    published = place / "atlas" / slug / outcome["study_id"]
+    objects = published / manifest["folder"]
+    assert {str(p.relative_to(objects)) for p in objects.rglob("*") if p.is_file()} == {
+        f["path"] for f in manifest["files"]
+    }
+    assert json.loads((published / "manifest.json").read_text())["results_digest"] == manifest["results_digest"]
+    assert not list(published.rglob("run.log")), "the log is published only when asked"
+    assert "extract" in done.stderr
+    summary = json.loads((results / "summary.json").read_text())
+    assert summary["massive"] is not None
+    assert summary["corpus"]["publish_text"] == "none", "a user's own text is not published unasked"
+    assert "bright cold day" not in (results / "tokens.json").read_text() + (results / "report.html").read_text()
+
+
+@pytest.mark.servers
+def test_no_path_host_or_user_is_in_what_is_published(place, finished):
+    _, outcome = finished
+    for path in Path(outcome["results"]).rglob("*"):
+        if path.is_file():
+            assert str(place).encode() not in path.read_bytes(), path
+
+
+@pytest.mark.servers
+def test_a_second_run_is_answered_without_prefect(place, finished):
+    _, outcome = finished
+    script = (
+        "import sys; from flows.cli import main; code = main(sys.argv[1:]);"
+        "print('prefect' in sys.modules, 'torch' in sys.modules, file=sys.stderr); sys.exit(code)"
+    )
+    arguments = [*map(str, TINY), "--sites", "attn_in,mlp_in,resid", "--publish-to", f"file://{place}/atlas", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "study", *arguments],
+        cwd=place,
+        env=os.environ | {"HOME": str(place / "home"), "OUTLIERS_WORKSPACE": str(place / "ws")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.strip().splitlines()[-1] == "False False"
+    again = json.loads(done.stdout)
+    assert again == outcome | {"cached": True}
+
+
+@pytest.mark.servers
+def test_results_lost_here_are_fetched_from_where_they_were_published(place, finished):
+    import shutil
+
+    _, outcome = finished
+    shutil.rmtree(outcome["results"])
+    arguments = (*TINY, "--sites", "attn_in,mlp_in,resid", "--publish-to", f"file://{place}/atlas", "--json")
+    again = json.loads(run(place, "study", *arguments).stdout)
+    assert (again["cached"], again["systematic"]) == (True, outcome["systematic"])
+    assert (Path(again["results"]) / "report.html").exists()
+
+
+@pytest.mark.servers
+def test_captures_are_listed_and_removed(place, finished):
+    _, outcome = finished
+    listed = json.loads(run(place, "captures", "list", "--json").stdout)["captures"]
+    (one,) = [held for held in listed if held["capture_id"] == outcome["capture_id"]]
+    assert (one["done"], one["of_sequences"]) == (3, 3)
+    assert one["bytes"] > 3 * 3 * 3 * 32 * 32 * 2
+    assert run(place, "captures", "rm", outcome["capture_id"]).returncode == 0
+    assert not (place / "ws" / "captures" / outcome["capture_id"]).exists()
+
+
+@pytest.mark.servers
+def test_nothing_is_written_outside_the_workspace(place, finished):
+    """The study's own home folder stayed empty, but for what libraries keep in ~/.cache."""
+    left = [path for path in (place / "home").rglob("*") if path.is_file()] if (place / "home").exists() else []
+    assert [path for path in left if ".cache" not in path.parts] == []
+
+
+@pytest.mark.servers
+def test_a_full_disk_in_the_middle_is_one_clear_error_and_then_a_resume(place, tmp_path):
+    """A small tmpfs: the writers fail, the step says so, and with room the journal's work is not done again."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        spec = tmp_path / "spec.json"
+        made = tiny.spec_for(place / "model", place / "notes.txt", 12, 340)
+        made["capture"]["sites"] = ["attn_in", "mlp_in", "o_in", "resid"]
+        spec.write_text(json.dumps(made))
+        command = [sys.executable, "-m", "outliers", "extract", str(spec), "--workspace", str(disk / "ws")]
+        (disk / "ballast").write_bytes(b"x" * 2_500_000)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "takes no more (No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        (disk / "ballast").unlink()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["sequences"] < 12
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

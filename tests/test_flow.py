@@ -1,0 +1,131 @@
+"""What the flow adds to the steps: retries of the right errors, a cancel that ends the job, a cache that believes the world."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import pytest
+
+from outliers import jobs
+from outliers.prepare import prepare
+from outliers.spec import StudySpec
+from outliers.workspace import open_workspace
+from tests import tiny
+
+pytestmark = pytest.mark.servers
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flow")
+    model = tiny.make_model(
+        folder / "model", "Llama", hidden_size=64, num_hidden_layers=8, max_position_embeddings=2048
+    )
+    return folder, {
+        "model": model,
+        "corpus": {"source": "builtin:python-docs", "num_sequences": 3, "sequence_length": 32},
+        "compute": {"workspace": str(folder / "workspace")},
+    }
+
+
+def settle(folder, parameters):
+    return prepare(StudySpec.model_validate(parameters), open_workspace(folder / "workspace"))
+
+
+def test_cancel_ends_the_job_and_a_new_run_goes_on(prefect_home, study):
+    folder, parameters = study
+    parameters = parameters | {"corpus": parameters["corpus"] | {"num_sequences": 200, "sequence_length": 512}}
+    prepared = settle(folder, parameters)
+    workspace = open_workspace(folder / "workspace")
+    journal = workspace.capture(prepared.capture_id) / "journal.jsonl"
+    flow_run = prefect_home.run(**parameters)
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    prefect_home.prefect("flow-run", "cancel", flow_run)
+    prefect_home.wait(flow_run, "Cancelled", seconds=60)
+    job = jobs.newest(workspace.root, f"extract-{prepared.capture_id}")
+    assert job is not None
+    assert jobs.wait(job.folder, 30) == "cancelled"
+    done = len(journal.read_text().splitlines())
+    assert 0 < done < 200, "cancelled too late to show anything"
+
+    again = prefect_home.run(**parameters)
+    assert prefect_home.wait(again, "Completed", "Failed", "Crashed")["state_name"] == "Completed", prefect_home.logs(
+        again
+    )
+    record = workspace.capture(prepared.capture_id) / "extractions.jsonl"
+    assert [json.loads(line)["sequences"] for line in record.read_text().splitlines()] == [200 - done]
+
+
+def test_a_cached_extraction_does_not_outlive_its_capture(prefect_home, study):
+    """The capture and the results are gone, Prefect still remembers both: the world is believed, not the memory."""
+    folder, parameters = study
+    prepared = settle(folder, parameters)
+    workspace = open_workspace(folder / "workspace")
+    first = prefect_home.run(**parameters)
+    assert prefect_home.wait(first, "Completed", "Failed", "Crashed")["state_name"] == "Completed", prefect_home.logs(
+        first
+    )
+    summary = (workspace.study(prepared.study_id) / "summary.json").read_bytes()
+
+    shutil.rmtree(workspace.study(prepared.study_id))
+    second = prefect_home.run(**parameters)
+    assert prefect_home.wait(second, "Completed", "Failed", "Crashed")["state_name"] == "Completed", prefect_home.logs(
+        second
+    )
+    states = {name: run["state_name"] for name, run in prefect_home.task_runs(second).items()}
+    assert states == {"provision": "Completed", "extract": "Cached", "analyze": "Completed", "sync": "Completed"}
+
+    shutil.rmtree(workspace.study(prepared.study_id))
+    shutil.rmtree(workspace.capture(prepared.capture_id))
+    third = prefect_home.run(**parameters)
+    assert prefect_home.wait(third, "Completed", "Failed", "Crashed")["state_name"] == "Completed", prefect_home.logs(
+        third
+    )
+    assert prefect_home.task_runs(third)["extract"]["state_name"] == "Completed"
+    assert (workspace.study(prepared.study_id) / "summary.json").read_bytes() == summary
+
+
+def test_transient_errors_are_tried_again_and_others_are_not(prefect_home):
+    """The policy on a real task in a real flow: two StoreUnavailable, then success; one AccessDenied, then the end."""
+    import subprocess
+    import sys
+
+    script = """
+from prefect import flow, task
+from outliers.errors import AccessDenied, StoreUnavailable
+from tasks.policies import RETRIES, is_transient
+
+tries = {"transient": 0, "permanent": 0}
+
+@task(retries=RETRIES, retry_delay_seconds=[0, 0, 0], retry_condition_fn=is_transient)
+def transient():
+    tries["transient"] += 1
+    if tries["transient"] < 3:
+        raise StoreUnavailable("not yet")
+
+@task(retries=RETRIES, retry_delay_seconds=[0, 0, 0], retry_condition_fn=is_transient)
+def permanent():
+    tries["permanent"] += 1
+    raise AccessDenied("never")
+
+@flow
+def both():
+    transient()
+    permanent(return_state=True)
+
+both(return_state=True)
+print(tries)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=prefect_home.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.stdout.strip().splitlines()[-1:] == ["{'transient': 3, 'permanent': 1}"], done.stderr
