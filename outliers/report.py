@@ -116,6 +116,8 @@ def render(summary: Json, tokens: Json, cells: Cells, plots: Sequence[Plot], pro
         nonfinite_total=sum(row["nonfinite"] for row in summary["layers"]),
         plots=[(*PLOT_TEXTS[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots],
         contexts=_contexts(tokens),
+        max_tokens=MAX_CONTEXTS,
+        num_features=len(summary["systematic"]),
         max_contexts=MAX_CONTEXT_FEATURES,
         massive=_massive_rows(summary, tokens),
         notes=[clip(str(note), MAX_TEXT_CHARACTERS) for note in summary["notes"]],

@@ -13,10 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.s3 import _DIES_WITH_PARENT, free_ports
+from tests.s3 import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 180
+
+_ENDS_WITH_PARENT = """
+import ctypes, os, signal, sys
+# SIGTERM, on which Prefect's commands end the processes that they started themselves
+ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class PrefectHome:
@@ -130,7 +139,7 @@ class PrefectHome:
             command = [str(Path(sys.executable).with_name("prefect")), *arguments]
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", _DIES_WITH_PARENT, str(os.getpid()), *command],
+                    [sys.executable, "-c", _ENDS_WITH_PARENT, str(os.getpid()), *command],
                     env=self.environment,
                     cwd=ROOT,
                     stdin=subprocess.DEVNULL,
