@@ -104,8 +104,8 @@ def line(console: Console, name: str, text: str, style: str = "") -> None:
 def feature_table(features: list[dict[str, Any]]) -> Table:
     """FEATUREs, the largest first."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("feature", "max magnitude", "min", "max", "% of layers", "% of tokens", "sequences", "hits"):
-        table.add_column(name, justify="right")
+    for name in ("feature", "magnitude", "min", "max", "% layers", "% tokens", "sequences", "hits"):
+        table.add_column(name, justify="right", no_wrap=True)
     for item in features[:TABLE_ROWS]:
         share = item["position_fraction"]
         table.add_row(

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import CaptureError, PlanRefused
-from outliers.machines.base import Excluded, MachineRequest, Offer, Provider
+from outliers.machines.base import GB, Excluded, MachineRequest, Offer, Provider
 from outliers.models import ModelInfo
 from outliers.prepare import Prepared, resolve_layers
 from outliers.ring_size import ring_slots
@@ -110,7 +110,7 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
     layout = planned_layout(spec, info)
     left = layout.total_bytes if left is None else left
     request = request_for(spec, info, left)
-    offers, excluded = provider.offers(request)
+    offers, excluded = suitable(spec, info, provider, request)
     memory = needs(spec, info)
     tokens = layout.num_sequences * layout.positions
     seconds, assumptions = _seconds(info, tokens, left, bool(offers and offers[0].facts.gpus))
@@ -137,10 +137,31 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
 def check_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int) -> MachineRequest:
     """The request of a study that fits some machine; PlanRefused with every reason where none does."""
     request = request_for(spec, info, left)
-    offers, excluded = provider.offers(request)
+    offers, excluded = suitable(spec, info, provider, request)
     if not offers:
         raise PlanRefused("no machine fits: " + "; ".join(refusals(excluded)))
     return request
+
+
+def suitable(
+    spec: StudySpec, info: ModelInfo, provider: Provider, request: MachineRequest
+) -> tuple[tuple[Offer, ...], tuple[Excluded, ...]]:
+    """A provider's offers, less those whose GPU is too small: this version does not split a model over several."""
+    offers, excluded = provider.offers(request)
+    needed = needs(spec, info)["vram_bytes"]
+    kept, small = [], []
+    for offer in offers:
+        largest = max((gpu.total_bytes for gpu in offer.facts.gpus), default=0)
+        # a driver that doesn't tell its memory (0) is not refused for it
+        if spec.compute.gpu_count != 0 and 0 < largest < needed:
+            reason = (
+                f"the study needs {needed / GB:.1f} GB on one GPU, the largest has {largest / GB:.1f} GB: choose a larger one "
+                "(--min-vram), or --gpu-count 0 to compute without"
+            )
+            small.append(Excluded(offer.name, reason))
+        else:
+            kept.append(offer)
+    return tuple(kept), (*excluded, *small)
 
 
 def refusals(excluded: tuple[Excluded, ...]) -> tuple[str, ...]:

@@ -147,6 +147,24 @@ def test_memory_grows_with_what_it_is_made_of(tmp_path, workspace):
     assert ram(length=64) < ram(length=512)
 
 
+def test_a_gpu_that_is_too_small_is_refused_with_both_numbers(tmp_path, workspace):
+    """A machine with one GPU of 1 MiB, as its nvidia-smi tells; without the GPU the study fits."""
+    from outliers.errors import PlanRefused
+    from outliers.machines.local import LocalProvider
+    from outliers.plan import check_plan
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU-1, Toy 1, 1'\n")
+    smi.chmod(0o755)
+    provider = LocalProvider(workspace.root, str(smi))
+    made = tiny.spec_for(tiny.make_model(tmp_path / "m"), "builtin:python-docs", length=512)
+    spec = StudySpec.model_validate(made | {"capture": {"batch_sequences": 64}})
+    with pytest.raises(PlanRefused, match=r"needs 0\.1 GB on one GPU, the largest has 0\.0 GB"):
+        check_plan(spec, model_info(spec, workspace), provider, 0)
+    without = StudySpec.model_validate(made | {"compute": {"gpu_count": 0}})
+    assert check_plan(without, model_info(without, workspace), provider, 0).gpu_count == 0
+
+
 @pytest.mark.servers
 def test_the_builtin_model_keeps_the_values_of_its_file(smollm2_workspace):
     """The converted copy computes what the GGUF file computes, and its tokenizer has the file's special tokens."""
