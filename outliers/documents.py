@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outliers.errors import CorpusError, HubUnavailable
+from outliers.errors import CorpusError
+from outliers.hub import resolve_commit
 from outliers.spec import CorpusSpec
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _tables(path: Path, files: list[Path]) -> DocumentSource:
 
 
 def _hub(spec: CorpusSpec) -> DocumentSource:
-    commit = _hub_commit(spec)
+    commit = resolve_commit("dataset", spec.source, spec.corpus_revision, CorpusError)
 
     def texts(spec: CorpusSpec) -> Iterator[str]:
         try:
@@ -135,31 +136,6 @@ def _hub(spec: CorpusSpec) -> DocumentSource:
 
     identity = ("hub", spec.source, commit, str(spec.subset), spec.split)
     return DocumentSource(name=spec.source, identity=identity, public=True, texts=texts)
-
-
-def _hub_commit(spec: CorpusSpec) -> str:
-    import httpx
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-    asked = spec.corpus_revision or "main"
-    if constants.is_offline_mode():
-        raise CorpusError(
-            f"'{spec.source}' is no file or folder, and the hub is switched off (HF_HUB_OFFLINE): "
-            "give a file, a folder or builtin:python-docs"
-        )
-    try:
-        return str(HfApi().dataset_info(spec.source, revision=asked, timeout=20).sha)
-    except RevisionNotFoundError as error:
-        raise CorpusError(f"the data set {spec.source} has no revision '{asked}'") from error
-    except RepositoryNotFoundError as error:
-        raise CorpusError(
-            f"'{spec.source}' is no file, folder or data set of the hub that this account may see"
-        ) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise HubUnavailable(
-            f"'{spec.source}' is no folder, file or built-in, and the hub did not answer: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _rows(rows: Any, spec: CorpusSpec, place: str) -> Iterator[str]:

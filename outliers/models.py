@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from outliers.architectures import expert_counts, family, site_width
-from outliers.errors import HubUnavailable, UnknownModel
+from outliers.errors import UnknownModel
 from outliers.files import write_atomic
+from outliers.hub import resolve_commit
 from outliers.spec import SITES, ModelSpec
 from outliers.workspace import Workspace
 
@@ -150,43 +151,8 @@ def _folder(path: Path, workspace: Workspace) -> ModelSource:
 
 
 def _hub(spec: ModelSpec) -> ModelSource:
-    """Resolve branch or tag to a commit; what is cached here serves when the hub is switched off."""
-    import httpx
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-    asked = spec.revision or "main"
-    name = spec.id.rsplit("/", 1)[-1]
-    if constants.is_offline_mode():
-        commit = _cached_commit(spec.id, asked)
-        if commit is None:
-            raise UnknownModel(
-                f"'{spec.id}' is no folder, file or built-in, and the hub is switched off (HF_HUB_OFFLINE) "
-                f"with nothing cached for revision '{asked}'"
-            )
-        return ModelSource(kind="hub", id=spec.id, name=name, revision=commit, path=spec.id)
-    try:
-        commit = HfApi().model_info(spec.id, revision=asked, timeout=20).sha
-    except GatedRepoError as error:
-        raise UnknownModel(f"{spec.id} is gated: accept its terms on the hub and set HF_TOKEN") from error
-    except RevisionNotFoundError as error:
-        raise UnknownModel(f"{spec.id} has no revision '{asked}'") from error
-    except RepositoryNotFoundError as error:
-        raise UnknownModel(
-            f"'{spec.id}' is no folder, file or built-in, and no model of the hub that this account may see"
-        ) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise HubUnavailable(
-            f"'{spec.id}' is no folder, file or built-in, and the hub did not answer: {type(error).__name__}: {error}"
-        ) from error
-    return ModelSource(kind="hub", id=spec.id, name=name, revision=str(commit), path=spec.id)
-
-
-def _cached_commit(repo: str, revision: str) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repo, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    commit = resolve_commit("model", spec.id, spec.revision, UnknownModel)
+    return ModelSource(kind="hub", id=spec.id, name=spec.id.rsplit("/", 1)[-1], revision=commit, path=spec.id)
 
 
 def _sha256_cached(path: Path, workspace: Workspace) -> str:
@@ -287,30 +253,25 @@ def load_config(source: ModelSource, workspace: Workspace) -> Any:
     """The transformers config of `source`; UnknownModel where there is none that can be read."""
     from transformers import AutoConfig
 
-    from outliers.gguf import gguf_folder
-
-    try:
-        if source.kind == "gguf":
-            return AutoConfig.from_pretrained(gguf_folder(source, workspace), trust_remote_code=False)
-        revision = source.revision if source.kind == "hub" else None
-        return AutoConfig.from_pretrained(source.path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnknownModel(f"the config of {source.name} can't be read: {error}") from error
+    return _read(AutoConfig, "config", source, workspace)
 
 
 def load_tokenizer(source: ModelSource, workspace: Workspace) -> Any:
     """The tokenizer of `source`; UnknownModel where it has none."""
     from transformers import AutoTokenizer
 
+    return _read(AutoTokenizer, "tokenizer", source, workspace)
+
+
+def _read(reader: Any, what: str, source: ModelSource, workspace: Workspace) -> Any:
     from outliers.gguf import gguf_folder
 
+    place = gguf_folder(source, workspace) if source.kind == "gguf" else source.path
+    revision = source.revision if source.kind == "hub" else None
     try:
-        if source.kind == "gguf":
-            return AutoTokenizer.from_pretrained(gguf_folder(source, workspace), trust_remote_code=False)
-        revision = source.revision if source.kind == "hub" else None
-        return AutoTokenizer.from_pretrained(source.path, revision=revision, trust_remote_code=False)
+        return reader.from_pretrained(place, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UnknownModel(f"the tokenizer of {source.name} can't be read: {error}") from error
+        raise UnknownModel(f"the {what} of {source.name} can't be read: {error}") from error
 
 
 def load_model(info: ModelInfo, workspace: Workspace, device: str) -> torch.nn.Module:
