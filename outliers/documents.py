@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from outliers.errors import CorpusError
-from outliers.hub import resolve_commit
+from outliers.hub import resolve
 from outliers.spec import CorpusSpec
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _tables(path: Path, files: list[Path]) -> DocumentSource:
 
 
 def _hub(spec: CorpusSpec) -> DocumentSource:
-    commit = resolve_commit("dataset", spec.source, spec.corpus_revision, CorpusError)
+    found = resolve("dataset", spec.source, spec.corpus_revision, CorpusError)
 
     def texts(spec: CorpusSpec) -> Iterator[str]:
         try:
@@ -129,13 +129,13 @@ def _hub(spec: CorpusSpec) -> DocumentSource:
         except ImportError as error:
             raise CorpusError("a data set of the hub needs: pip install 'outlier-features[flows]'") from error
         try:
-            rows = load_dataset(spec.source, spec.subset, split=spec.split, streaming=True, revision=commit)
+            rows = load_dataset(spec.source, spec.subset, split=spec.split, streaming=True, revision=found.commit)
         except (ValueError, OSError) as error:
             raise CorpusError(f"the data set {spec.source} can't be read: {error}") from error
         return _rows(rows, spec, spec.source)
 
-    identity = ("hub", spec.source, commit, str(spec.subset), spec.split)
-    return DocumentSource(name=spec.source, identity=identity, public=True, texts=texts)
+    identity = ("hub", spec.source, found.commit, str(spec.subset), spec.split)
+    return DocumentSource(name=spec.source, identity=identity, public=found.public, texts=texts)
 
 
 def _rows(rows: Any, spec: CorpusSpec, place: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ Knows names and revisions, nothing of what is in them. Before it: a spec. After 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,15 @@ from outliers.errors import BadInput, HubUnavailable
 SECONDS = 20
 
 
-def resolve_commit(kind: Literal["model", "dataset"], name: str, revision: str | None, refuse: type[BadInput]) -> str:
+@dataclass(frozen=True)
+class Resolved:
+    """What a name on the hub is now: its commit, and whether everybody may read it."""
+
+    commit: str
+    public: bool
+
+
+def resolve(kind: Literal["model", "dataset"], name: str, revision: str | None, refuse: type[BadInput]) -> Resolved:
     """The commit of `revision` (None: main) of a model or data set; what is cached here serves when the hub is off.
 
     Raises `refuse` where there is no such thing or this account may not see it, HubUnavailable when nothing answers.
@@ -28,10 +37,11 @@ def resolve_commit(kind: Literal["model", "dataset"], name: str, revision: str |
         commit = _cached_commit(kind, name, asked)
         if commit is None:
             raise refuse(f"{unknown}, and the hub is switched off (HF_HUB_OFFLINE) with nothing cached for '{asked}'")
-        return commit
+        return Resolved(commit, public=False)
     look_up = HfApi().model_info if kind == "model" else HfApi().dataset_info
     try:
-        return str(look_up(name, revision=asked, timeout=SECONDS).sha)
+        found = look_up(name, revision=asked, timeout=SECONDS)
+        return Resolved(str(found.sha), public=not found.private and not found.gated)
     except GatedRepoError as error:
         raise refuse(f"{name} is gated: accept its terms on the hub and set HF_TOKEN") from error
     except RevisionNotFoundError as error:

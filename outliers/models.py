@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from outliers.architectures import expert_counts, family, site_width
 from outliers.errors import UnknownModel
 from outliers.files import write_atomic
-from outliers.hub import resolve_commit
+from outliers.hub import resolve
 from outliers.spec import SITES, ModelSpec
 from outliers.workspace import Workspace
 
@@ -151,7 +151,7 @@ def _folder(path: Path, workspace: Workspace) -> ModelSource:
 
 
 def _hub(spec: ModelSpec) -> ModelSource:
-    commit = resolve_commit("model", spec.id, spec.revision, UnknownModel)
+    commit = resolve("model", spec.id, spec.revision, UnknownModel).commit
     return ModelSource(kind="hub", id=spec.id, name=spec.id.rsplit("/", 1)[-1], revision=commit, path=spec.id)
 
 
