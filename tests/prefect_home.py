@@ -45,6 +45,8 @@ class PrefectHome:
             "PREFECT_WORKER_PREFETCH_SECONDS": "1",
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
+            # a worker puts its runs below the temporary folder, in one that the first user of the machine owns
+            "TMPDIR": str(folder),
             **environment,
         }
         self._processes: list[subprocess.Popen[bytes]] = []
