@@ -37,7 +37,7 @@ def scrub(text: str, workspace: Path) -> str:
             text = text.replace(known, shown)
     text = re.sub(r"(?<![\w.:/>])/(?:[^\s/'\"]+/)+", "<path>/", text)
     for known, shown in ((socket.gethostname(), "<host>"), (_user(), "<user>")):
-        if len(known) > 2:
+        if len(known) > 1:  # a name of one letter would blot out ordinary words
             text = re.sub(rf"\b{re.escape(known)}\b", shown, text)
     return text
 
