@@ -90,7 +90,10 @@ class PrefectHome:
     def run(self, **parameters: object) -> str:
         """`prefect deployment run study/study`; returns the id of the flow run."""
         before = {run["id"] for run in self.flow_runs()}
-        options = [part for name, value in parameters.items() for part in ("-p", f"{name}={json.dumps(value)}")]
+        options = []
+        for name, value in parameters.items():
+            # as a person types it: text bare, the rest as JSON
+            options += ["-p", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
         self.prefect("deployment", "run", "study/study", *options)
         (made,) = {run["id"] for run in self.flow_runs()} - before
         return made

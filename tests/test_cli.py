@@ -262,3 +262,33 @@ def test_a_full_disk_in_the_middle_is_one_clear_error_and_then_a_resume(place, t
         assert json.loads(done.stdout)["sequences"] < 12
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("verb", "content", "code", "message"),
+    [
+        ("extract", None, 2, "can't be read: No such file"),
+        ("extract", "{", 2, "is not JSON"),
+        ("extract", '{"model": "x", "corpos": 1}', 2, "corpos: Extra inputs are not permitted"),
+        (
+            "extract",
+            '{"corpus": {"num_sequences": 0}}',
+            2,
+            "model: Field required; corpus.num_sequences: Input should be",
+        ),
+        ("analyze", "tiny", 1, "extract first"),
+        ("report", "tiny", 1, "analyze first"),
+        ("verify", "tiny", 1, "there is no capture"),
+    ],
+)
+def test_steps_say_what_is_missing(place, tmp_path, verb, content, code, message):
+    spec = tmp_path / "spec.json"
+    if content == "tiny":
+        content = json.dumps(tiny.spec_for(place / "model", place / "notes.txt"))
+    if content is not None:
+        spec.write_text(content)
+    command = [sys.executable, "-m", "outliers", verb, str(spec), "--workspace", str(tmp_path / "ws")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
