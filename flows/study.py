@@ -35,10 +35,10 @@ def run_name() -> str:
 @flow(name="study", flow_run_name=run_name, result_serializer="json", retries=0)
 def study(
     model: ModelSpec | str,
-    corpus: CorpusSpec | str = CorpusSpec(),  # noqa: B008 - frozen
-    capture: CaptureSpec = CaptureSpec(),  # noqa: B008
-    criteria: CriteriaSpec = CriteriaSpec(),  # noqa: B008
-    compute: ComputeSpec = ComputeSpec(),  # noqa: B008
+    corpus: CorpusSpec | str = CorpusSpec(),
+    capture: CaptureSpec = CaptureSpec(),
+    criteria: CriteriaSpec = CriteriaSpec(),
+    compute: ComputeSpec = ComputeSpec(),
     publish_to: str | None = None,
     label: str | None = None,
     publish_text: Literal["auto", "none", "context"] = "auto",

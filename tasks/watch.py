@@ -56,6 +56,7 @@ def run_step(machine: Machine, prepared: Prepared, verb: str, job_name: str, wor
             for listen in LISTENERS:
                 listen(verb, event)
     except Exception:
+        # the connection broke, or the step failed by itself: the job is left alone, and a retry joins it
         raise
     except BaseException:
         # cancelled, or Ctrl-C: what was paid for is in the journal, and nothing may go on unseen
