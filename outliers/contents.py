@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ValidationError
 
 from outliers.page import check_page
+from outliers.parquet import open_parquet
 from outliers.schema import FEATURES_SCHEMA, MAX_MAGNITUDES, MOMENT_COLUMNS, Summary, Tokens
 from outliers.spec import BLOCK
 
@@ -95,7 +95,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_features(data: bytes, summary: Summary) -> None:
     """features.parquet: exactly FEATURES_SCHEMA, at most one row a (site, layer, feature) of `summary`'s model."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = open_parquet(data)
         columns = {field.name: str(field.type) for field in file.schema_arrow}
         if list(columns) != FEATURES_SCHEMA.names or len(columns) != len(file.schema_arrow):
             raise NotAllowedError(f"has the columns {list(columns)[:20]}, not {FEATURES_SCHEMA.names}")
@@ -105,7 +105,7 @@ def check_features(data: bytes, summary: Summary) -> None:
         if file.metadata.num_rows > summary.max_rows:
             raise NotAllowedError(f"has {file.metadata.num_rows:,} rows, its model can have {summary.max_rows:,}")
         _check_extras(file.metadata, len(data))
-        _check_rows(file.read(), summary)
+        _check_rows(file.read(use_threads=False), summary)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise NotAllowedError(f"is not readable Parquet: {str(error)[:200]}") from error
 
@@ -146,7 +146,11 @@ def _check_rows(table: Any, summary: Summary) -> None:
         if low < 0 or high >= limit:
             raise NotAllowedError(f"has {name}s from {low} to {high}, its model has 0 to {limit - 1}")
     # counted, not compared: one row for each place is what bounds the table
-    places = table.select(["site", "layer", "feature"]).group_by(["site", "layer", "feature"]).aggregate([])
+    places = (
+        table.select(["site", "layer", "feature"])
+        .group_by(["site", "layer", "feature"], use_threads=False)
+        .aggregate([])
+    )
     if places.num_rows != table.num_rows:
         raise NotAllowedError(
             f"has {table.num_rows:,} rows for {places.num_rows:,} (site, layer, feature); one each is allowed"

@@ -8,7 +8,6 @@ It knows nothing of targets. Before it: `results`, `report` and `allowlist`. Aft
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from outliers.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, SUMMARY, TOKENS, AllowedFile, check_results
 from outliers.errors import PublishRefused
 from outliers.files import write_atomic
+from outliers.parquet import read_parquet
 from outliers.schema import FEATURES_SCHEMA, MOMENT_COLUMNS
 from outliers.spec import digest
 
@@ -88,7 +87,7 @@ def digest_of(contents: dict[str, bytes]) -> str:
         except ValueError as error:
             raise PublishRefused(f"{name} is not readable JSON: {error}; analyze the capture again") from error
     try:
-        table = pq.read_table(io.BytesIO(contents[FEATURES]))
+        table = read_parquet(contents[FEATURES])
         kept = [name for name in FEATURES_SCHEMA.names if name not in MOMENT_COLUMNS]
         payload[FEATURES] = [table.num_rows, *([name, _column_digest(table[name])] for name in kept)]
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:

@@ -208,11 +208,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_cells(path: Path, site: str) -> Cells:
     """The rows of features.parquet at `site` that have a hit."""
     import pyarrow
-    import pyarrow.parquet as parquet
+
+    from outliers.parquet import read_parquet
 
     columns = ["site", "layer", "feature", "hits", "min", "max"]
     try:
-        table = parquet.read_table(path, columns=columns)
+        table = read_parquet(path.read_bytes(), columns)
     except FileNotFoundError as error:
         raise BadInput(f"{path} does not exist; analyze the capture first (python -m outliers analyze)") from error
     except (OSError, pyarrow.ArrowException) as error:

@@ -21,10 +21,11 @@ from outliers.corpus import Corpus, load_corpus
 from outliers.criteria import Rules, Verdict, judge, kurtosis, legacy_passes, median_magnitude
 from outliers.files import write_atomic
 from outliers.massive import massive_activations
+from outliers.parquet import write_parquet
 from outliers.prepare import Prepared
 from outliers.spec import BLOCK, READINGS
 from outliers.summary import SiteTotals, Summary
-from outliers.tables import feature_table, write_table
+from outliers.tables import feature_table
 from outliers.workspace import Workspace
 
 SCHEMA_VERSION = 1
@@ -58,8 +59,8 @@ def write_results(prepared: Prepared, workspace: Workspace) -> Path:
     write_atomic(folder / "summary.json", _json(content))
     write_atomic(folder / "tokens.json", _json(describe_tokens(prepared, summary, content, corpus)))
     table = feature_table(summary, prepared.layers)
-    write_table(private / "features.parquet", table)
-    write_table(folder / "features.parquet", table.filter(pa.compute.greater(table["hits"], 0)))
+    write_parquet(private / "features.parquet", table)
+    write_parquet(folder / "features.parquet", table.filter(pa.compute.greater(table["hits"], 0)))
     return folder
 
 

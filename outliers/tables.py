@@ -5,14 +5,11 @@ Columns are described in docs/results.md and held by `schema.FEATURES_SCHEMA`. B
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from outliers.files import write_atomic
 from outliers.schema import FEATURES_SCHEMA
 from outliers.summary import Summary
 
@@ -66,10 +63,3 @@ def _moments(summary: Summary, site: str, count: int) -> dict[str, Any]:
         "std": np.sqrt(variance).astype(np.float32),
         "kurtosis": tail.astype(np.float32),
     }
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file whole."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_atomic(path, sink.getvalue().to_pybytes())
