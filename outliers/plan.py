@@ -22,9 +22,10 @@ from outliers.store import Journal, Layout, is_complete
 from outliers.workspace import Workspace
 
 PROCESS_BYTES = 1_000_000_000
-"""Python with torch and transformers loaded took 0.7 GB here (ru_maxrss of an extraction, less weights and ring)."""
+"""For the process itself: a forward pass of a tiny Llama took 0.37 GB here (ru_maxrss, torch 2.13, transformers 5.17), and
+the rest is a margin that was chosen, not measured."""
 ACTIVATION_WIDTHS = 24
-"""Temporary tensors of one layer, in hidden sizes a token: attention, MLP and their inputs, rounded up."""
+"""Temporary tensors of one layer, in hidden sizes a token: attention, MLP and their inputs. An estimate, not measured."""
 MEASURE_SIZE = 768
 PASS_EFFICIENCY = 0.5
 """SmolLM2's captured pass reached 874 tokens/s here, 235 GFLOP/s, where the product of matrices reached 448."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 RING_BYTES = 256 * 1024 * 1024
-"""Target size of the ring: enough to keep two writers busy while a layer is computed, small beside any model."""
+"""Target size of the ring: small beside any model. Not tuned."""
 MIN_SLOTS, MAX_SLOTS = 4, 64
 
 
