@@ -64,7 +64,11 @@ def run_step(machine: Machine, prepared: Prepared, verb: str, job_name: str, wor
         machine.cancel(handle)
         raise
     finally:
-        runlog.append(workspace.study(prepared.study_id), said, workspace.root)
+        try:
+            runlog.append(workspace.study(prepared.study_id), said, workspace.root)
+        except OSError as error:
+            # a full disk ends the step with its own error, which this must not hide; the lines are in the run's log
+            logger.warning("run.log could not be written: %s", error)
     machine.result(handle)
     return _result(machine, handle)
 
