@@ -191,7 +191,9 @@ def test_a_second_run_is_answered_without_prefect(place, finished):
         "import sys; from flows.cli import main; code = main(sys.argv[1:]);"
         "print('prefect' in sys.modules, 'torch' in sys.modules, file=sys.stderr); sys.exit(code)"
     )
-    arguments = [*map(str, TINY), "--sites", "attn_in,mlp_in,resid", "--publish-to", f"file://{place}/atlas", "--json"]
+    # asked just as the first was: another --dtype that comes to the same would be resolved anew, with torch
+    sites = ("--sites", "attn_in,mlp_in,resid", "--dtype", "bfloat16")
+    arguments = [*map(str, TINY), *sites, "--publish-to", f"file://{place}/atlas", "--json"]
     done = subprocess.run(
         [sys.executable, "-c", script, "study", *arguments],
         cwd=place,
