@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -22,9 +23,10 @@ from rich.text import Text
 
 from outliers.events import Event
 from outliers.outcome import Outcome
-from outliers.plan import Plan
+from outliers.plan import GpuShare, Plan
 
 TABLE_ROWS = 30
+MB = 1_000_000
 
 
 class Steps:
@@ -58,6 +60,7 @@ class Steps:
         if event.kind == "log":
             self.console.print(Text(f"  {step}: {event.message}", style="" if event.level == "info" else "yellow"))
         elif event.kind == "progress" and event.total:
+            event = _readable(event)
             if self.console.is_terminal:
                 self._bar(event)
             else:
@@ -74,6 +77,13 @@ class Steps:
         if tenth > self._tenth.get(event.step, -1):
             self._tenth[event.step] = tenth
             self.console.print(f"  {event.step} {event.done:,} of {event.total:,} {event.unit}")
+
+
+def _readable(event: Event) -> Event:
+    """Bytes as MB: whoever waits for sixty gigabytes can't read eleven digits."""
+    if event.unit != "bytes" or event.total is None:
+        return event
+    return replace(event, done=-(-event.done // MB), total=-(-event.total // MB), unit="MB")
 
 
 def show_outcome(console: Console, outcome: Outcome, held: int, answer: str) -> None:
@@ -126,8 +136,12 @@ def show_plan(console: Console, plan: Plan) -> None:
     experts = f", {plan.num_experts} experts a layer" if plan.num_experts else ""
     line(console, "model", f"{plan.model}: {plan.architecture}, {plan.num_layers} layers{experts}, {plan.dtype}")
     line(console, "parameters", f"{count(plan.total_parameters)} total, {count(plan.active_parameters)} active")
-    line(console, "weights", size(plan.weight_bytes))
-    line(console, "memory", f"{size(plan.ram_bytes)} without a GPU; {size(plan.vram_bytes)} of GPU memory with one")
+    line(console, "weights", f"{size(plan.weight_bytes)} in memory, {size(plan.checkpoint_bytes)} on disk")
+    if plan.download_bytes:
+        line(console, "download", f"{size(plan.download_bytes)} from the hub")
+    line(console, "memory", f"{size(plan.ram_bytes)} without a GPU, {size(plan.host_ram_bytes)} with")
+    for share in plan.gpus:
+        line(console, f"GPU {share.gpu}", gpu_share(share) + f": a GPU of {size(share.needed_bytes)}")
     line(console, "tokens", f"{plan.tokens:,}")
     line(console, "disk", f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)")
     for step, seconds in plan.seconds.items():
@@ -139,8 +153,18 @@ def show_plan(console: Console, plan: Plan) -> None:
         free = f"{size(offer['ram_available_bytes'])} of memory and {size(offer['disk_free_bytes'])} of disk free"
         price = f"${offer['price_per_hour']:.2f} an hour"
         line(console, "machine", f"{offer['name']}: {price}, {offer['cpus']} cores, {gpus}, {free}")
+        if offer["placement"]:
+            line(console, "", offer["placement"])
+        for share in map(GpuShare.model_validate, offer["shares"]):
+            total = size(offer["gpus"][share.gpu]["total_bytes"])
+            line(console, f"GPU {share.gpu}", f"{gpu_share(share)}, of {total}")
     for text in plan.refusals:
         line(console, "refused", text, style="red")
+
+
+def gpu_share(share: GpuShare) -> str:
+    """What one GPU holds: layers, weights, and the work of a layer."""
+    return f"layers {share.layers}, {size(share.weight_bytes)} of weights and {size(share.work_bytes)} of work"
 
 
 def count(number: int) -> str:

@@ -27,8 +27,9 @@ PARTS: dict[str, type[BaseModel]] = {
     "criteria": CriteriaSpec,
     "compute": ComputeSpec,
 }
-RENAMED = {("model", "id"): "model", ("corpus", "source"): "corpus"}
-"""Two fields bear the name of their part on the command line; all others their own."""
+RENAMED = {("model", "id"): "model", ("corpus", "source"): "corpus", ("capture", "site_modules"): "site_module"}
+"""Two fields bear the name of their part on the command line, and one is given once a site; all others bear their own."""
+REPEATED = ("site_modules",)
 
 
 def option_name(part: str, field: str) -> str:
@@ -63,6 +64,11 @@ def _add(group: Any, part: str, name: str, field: FieldInfo) -> None:
     if field.annotation is bool:
         group.add_argument(
             option_name(part, name), dest=dest, action="store_const", const=True, default=None, help=text
+        )
+    elif name in REPEATED:
+        text += " (may be given again)"
+        group.add_argument(
+            option_name(part, name), dest=dest, action="append", default=None, metavar="SITE=PATTERN", help=text
         )
     else:
         group.add_argument(
@@ -122,6 +128,8 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 def _split(field: FieldInfo, value: Any) -> Any:
     """A tuple is written with commas; `all` stands for itself."""
+    if isinstance(value, list):
+        return [item for text in value for item in _split(field, text)]
     takes_tuple = any(typing.get_origin(a) is tuple for a in _leaves(field.annotation))
     if not takes_tuple or not isinstance(value, str) or value == "all":
         return value

@@ -1,96 +1,116 @@
 """Where the sites are in each model family: a table by role, never a guess by a module's name.
 
-Knows module paths, nothing of weights or tokens. A family that is not in the table is refused with the table's
-contents. Before it: the model's config. After it: `capture`, which hooks what is named here.
-Source: the module trees of transformers 5, each checked in the tests against an independent hook on the
-attention's and the MLP's own input.
+Only paths: which child of a decoder layer plays which role. Knows nothing of weights, tokens or live modules; `sites`
+turns a row into the modules of one model and checks that each is there. A family that is not in the table is refused
+with what was found in it, and can be read by naming its modules (`--site-module`).
+Source: the module trees of transformers 5, each checked in the tests against independent hooks on what attention
+and MLP receive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from outliers.errors import UnknownArchitecture
+INPUT = ":input"
+"""Suffix of a module's path: its input is read, not its output. The same notation serves `--site-module`."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Paths of the modules that play each role; all but `layers` are relative to one decoder layer.
+    """Children that play each role, relative to one decoder layer; `layers` is relative to the backbone.
 
-    `layers` is relative to the base model, the one without the language-model head.
+    Alternatives are tried in order and the first that is a child of the layer is taken, layer by layer. The two norms
+    may be the same module (`alias_of`), or a path with `:input` where no norm comes before: what is read is always the
+    tensor that attention, or the MLP or router, receives.
     """
 
-    layers: str
-    attention_norm: str
-    mlp_norm: str
-    attention: str
-    mlp: str
-    attention_output: str
+    layers: str = "layers"
+    attention_norm: tuple[str, ...] = ("input_layernorm",)
+    mlp_norm: tuple[str, ...] = ("post_attention_layernorm",)
+    attention_output: tuple[str, ...] = ("self_attn.o_proj",)
+    router: str | None = None
+    experts: str | None = None
 
 
-@dataclass(frozen=True)
-class SiteModule:
-    """One tensor to read: the `output` or the `input` of the module at `path`, relative to the base model."""
-
-    site: str
-    layer: int
-    path: str
-    side: Literal["output", "input"]
-
-
-LLAMA = Family(
-    layers="layers",
-    attention_norm="input_layernorm",
-    mlp_norm="post_attention_layernorm",
-    attention="self_attn",
-    mlp="mlp",
-    attention_output="self_attn.o_proj",
+LLAMA = Family()
+GEMMA = Family(mlp_norm=("pre_feedforward_layernorm",))  # its post_attention_layernorm is on attention's own output
+GPT2 = Family(
+    layers="h", attention_norm=("ln_1",), mlp_norm=("ln_2",), attention_output=("attn.c_proj", "attn.out_proj")
 )
+NEOX = Family(attention_output=("attention.dense",))
+OPT = Family(
+    layers="decoder.layers",
+    attention_norm=("self_attn_layer_norm",),
+    mlp_norm=("final_layer_norm",),
+    attention_output=("self_attn.out_proj",),
+)
+# one norm for both, or one each, as the config has it
+FALCON = Family(
+    layers="h",
+    attention_norm=("ln_attn", "input_layernorm"),
+    mlp_norm=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
+    attention_output=("self_attention.dense",),
+)
+# post-norm: the norms are on the outputs of attention and MLP, which read the residual stream itself
+POST_NORM = Family(attention_norm=("self_attn:input",), mlp_norm=("mlp:input",))
+MOE = Family(router="mlp.gate", experts="mlp.experts")
+MOE_ROUTER = Family(router="mlp.router", experts="mlp.experts")
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
     "Qwen2ForCausalLM": LLAMA,
     "Qwen3ForCausalLM": LLAMA,
-    "MixtralForCausalLM": LLAMA,
-    "OlmoeForCausalLM": LLAMA,
-    "Qwen3MoeForCausalLM": LLAMA,
+    "Phi3ForCausalLM": LLAMA,
+    "OlmoForCausalLM": LLAMA,
+    "SmolLM3ForCausalLM": LLAMA,
+    "GraniteForCausalLM": LLAMA,
+    "Gemma2ForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA,
+    "Gemma3ForConditionalGeneration": GEMMA,
+    "GPT2LMHeadModel": GPT2,
+    "GPTNeoXForCausalLM": NEOX,
+    # one norm for both attention and MLP, which run side by side
+    "GPTJForCausalLM": replace(GPT2, mlp_norm=("ln_1",)),
+    "PhiForCausalLM": Family(mlp_norm=("input_layernorm",), attention_output=("self_attn.dense",)),
+    "OPTForCausalLM": OPT,
+    "FalconForCausalLM": FALCON,
+    "BloomForCausalLM": Family(layers="h", attention_output=("self_attention.dense",)),
+    "Olmo2ForCausalLM": POST_NORM,
+    "Olmo3ForCausalLM": POST_NORM,
+    "MixtralForCausalLM": MOE,
+    "OlmoeForCausalLM": MOE,
+    "Qwen2MoeForCausalLM": MOE,
+    "Qwen3MoeForCausalLM": MOE,
+    "Qwen3NextForCausalLM": replace(MOE, attention_output=("self_attn.o_proj", "linear_attn.out_proj")),
+    "Glm4MoeForCausalLM": MOE,
+    "DeepseekV3ForCausalLM": MOE,
+    "GptOssForCausalLM": MOE_ROUTER,
+    "PhimoeForCausalLM": MOE_ROUTER,
+    "Llama4ForCausalLM": replace(LLAMA, router="feed_forward.router", experts="feed_forward.experts"),
+    "GraniteMoeForCausalLM": replace(LLAMA, router="block_sparse_moe.router", experts="block_sparse_moe.experts"),
 }
 
 
-def family(architecture: str) -> Family:
-    """The family of a transformers class name; UnknownArchitecture where the table has none."""
+def family(architecture: str, config: Any) -> Family | None:
+    """The row of a transformers class, as its config has it; None where the table has none."""
     found = FAMILIES.get(architecture)
-    if found is None:
-        raise UnknownArchitecture(
-            f"the sites of {architecture} are not known: this version reads {', '.join(sorted(FAMILIES))}"
-        )
+    if found is OPT and not getattr(config, "do_layer_norm_before", True):
+        # OPT-350m: attention reads the residual stream, and the MLP what the norm after attention gives
+        return replace(OPT, attention_norm=("self_attn:input",), mlp_norm=("self_attn_layer_norm",))
     return found
 
 
-def site_modules(family: Family, sites: tuple[str, ...], layers: tuple[int, ...]) -> Iterator[SiteModule]:
-    """Every (site, layer) exactly once, in the order of a forward pass's layers."""
-    role: dict[str, tuple[str, Literal["output", "input"]]] = {
-        "attn_in": (family.attention_norm, "output"),
-        "mlp_in": (family.mlp_norm, "output"),
-        "o_in": (family.attention_output, "input"),
-        "resid": ("", "output"),
+def site_roles(row: Family) -> Mapping[str, tuple[str, ...]]:
+    """Site -> the alternatives of its module, relative to a layer; empty text is the layer itself."""
+    return {
+        "attn_in": row.attention_norm,
+        "mlp_in": row.mlp_norm,
+        "o_in": tuple(name + INPUT for name in row.attention_output),
+        "resid": ("",),
     }
-    for layer in layers:
-        for site in sites:
-            name, side = role[site]
-            path = f"{family.layers}.{layer}" + (f".{name}" if name else "")
-            yield SiteModule(site=site, layer=layer, path=path, side=side)
-
-
-def site_width(config: Any, site: str) -> int:
-    """Features of a site: the hidden size, but heads x head_dim where the attention's output is projected."""
-    if site != "o_in":
-        return int(config.hidden_size)
-    heads = int(config.num_attention_heads)
-    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def expert_counts(config: Any) -> tuple[int, int] | None:

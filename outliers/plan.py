@@ -6,33 +6,54 @@ but a config. Before it: `prepare`'s model_info. After it: a refusal with both n
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import CaptureError, PlanRefused
-from outliers.machines.base import GB, Excluded, MachineRequest, Offer, Provider
-from outliers.models import ModelInfo
-from outliers.prepare import Prepared, resolve_layers
-from outliers.ring_size import ring_slots
+from outliers.machines.base import GB, Excluded, Gpu, MachineRequest, Offer, Provider
+from outliers.memory import even_placement, needs, placement_for
+from outliers.model_info import ModelInfo
+from outliers.placement import Placement, total_needed
+from outliers.prepare import Prepared, layout_of
 from outliers.spec import StudySpec
 from outliers.store import Journal, Layout, is_complete
 from outliers.workspace import Workspace
 
-PROCESS_BYTES = 1_000_000_000
-"""For the process itself: a forward pass of a tiny Llama took 0.37 GB here (ru_maxrss, torch 2.13, transformers 5.17), and
-the rest is a margin that was chosen, not measured."""
-ACTIVATION_WIDTHS = 24
-"""Temporary tensors of one layer, in hidden sizes a token: attention, MLP and their inputs. An estimate, not measured."""
+__all__ = [
+    "Plan", "bytes_left", "check_plan", "make_plan", "needs", "placement_for", "planned_layout", "request_for", "suitable",
+]  # fmt: skip
+
 MEASURE_SIZE = 768
 PASS_EFFICIENCY = 0.5
 """SmolLM2's captured pass reached 874 tokens/s here, 235 GFLOP/s, where the product of matrices reached 448."""
 
 
+class GpuShare(BaseModel):
+    """What one GPU holds. `needed_bytes`: the memory it must have for that, with what is kept free."""
+
+    model_config = ConfigDict(frozen=True)
+
+    gpu: int
+    layers: str
+    """Decoder layers: `0-23`, `7`, or `none`."""
+    weight_bytes: int
+    work_bytes: int
+    needed_bytes: int
+
+
 class Plan(BaseModel):
-    """Numbers of bytes, seconds and parameters; `refusals` is empty where the study fits."""
+    """Numbers of bytes, seconds and parameters; `refusals` is empty where the study fits.
+
+    `ram_bytes`: memory of a machine without GPUs, `host_ram_bytes` of one with. `vram_bytes`: of one GPU that holds the
+    whole model; `gpus`: the shares of --gpu-count equal ones. `checkpoint_bytes`: the weights on disk, as they are
+    quantized; `download_bytes`: what of it is still on the hub alone.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -45,10 +66,14 @@ class Plan(BaseModel):
     num_layers: int
     tokens: int
     weight_bytes: int
+    checkpoint_bytes: int
+    download_bytes: int
     activation_bytes: int
     ring_bytes: int
     ram_bytes: int
+    host_ram_bytes: int
     vram_bytes: int
+    gpus: tuple[GpuShare, ...]
     capture_bytes: int
     capture_bytes_left: int
     seconds: dict[str, float]
@@ -59,38 +84,41 @@ class Plan(BaseModel):
 
 def planned_layout(spec: StudySpec, info: ModelInfo) -> Layout:
     """The shapes that the capture of a spec would have."""
-    return Layout(
-        widths={site: info.site_widths[site] for site in spec.capture.sites},
-        layers=resolve_layers(spec, info),
-        num_sequences=spec.corpus.num_sequences,
-        positions=spec.corpus.sequence_length,
-        dtype=info.dtype,
-        codec=spec.capture.codec,
-    )
-
-
-def needs(spec: StudySpec, info: ModelInfo) -> dict[str, int]:
-    """Bytes of memory a study takes: weights, ring, one layer's temporaries, and their sum with the process."""
-    layout = planned_layout(spec, info)
-    batch = spec.capture.batch_sequences * layout.positions
-    slot = batch * max(layout.widths.values()) * layout.itemsize
-    ring = slot * ring_slots(slot)
-    activations = batch * info.hidden_size * ACTIVATION_WIDTHS * layout.itemsize
-    # a GGUF file is dequantized to float32 before it is cast
-    weights = info.weight_bytes + (info.total_parameters * 4 if info.source.kind == "gguf" else 0)
-    return {
-        "ring_bytes": ring,
-        "activation_bytes": activations,
-        "vram_bytes": info.weight_bytes + activations,
-        "ram_bytes": weights + activations + ring + PROCESS_BYTES,
-    }
+    return layout_of(spec, info)
 
 
 def request_for(spec: StudySpec, info: ModelInfo, capture_bytes_left: int) -> MachineRequest:
-    """What a machine must have for this study."""
-    return MachineRequest.from_spec(
-        spec.compute, needed_ram_bytes=needs(spec, info)["ram_bytes"], needed_disk_bytes=capture_bytes_left
-    )
+    """What a machine must have for this study. Where GPUs are left open its memory is the lesser of both ways to compute;
+    `suitable` looks again once it is seen whether it has any."""
+    memory, count = needs(spec, info), spec.compute.gpu_count
+    both = (memory["ram_bytes"], memory["host_ram_bytes"])
+    least = min(both) if count is None else both[count > 0]
+    disk = capture_bytes_left + (download_bytes(info) if capture_bytes_left and not _cache_is_elsewhere() else 0)
+    return MachineRequest.from_spec(spec.compute, needed_ram_bytes=least, needed_disk_bytes=disk)
+
+
+def download_bytes(info: ModelInfo) -> int:
+    """Bytes of weights that a model of the hub still has to bring here; 0 for one that is here, or was never there."""
+    if info.source.kind != "hub":
+        return 0
+    from huggingface_hub import try_to_load_from_cache
+
+    def here(name: str) -> str | None:
+        found = try_to_load_from_cache(info.source.path, name, revision=info.source.revision)
+        return found if isinstance(found, str) else None
+
+    if here("model.safetensors"):
+        return 0
+    index = here("model.safetensors.index.json")
+    if index is None:
+        return info.weights.checkpoint_bytes
+    shards_there = map(here, set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return 0 if all(shards_there) else info.weights.checkpoint_bytes
+
+
+def _cache_is_elsewhere() -> bool:
+    """Whether the hub's cache was put somewhere, likely on another disk than the workspace: the download checks that one."""
+    return bool(os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE"))
 
 
 def bytes_left(prepared: Prepared, workspace: Workspace) -> int:
@@ -112,7 +140,6 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
     left = layout.total_bytes if left is None else left
     request = request_for(spec, info, left)
     offers, excluded = suitable(spec, info, provider, request)
-    memory = needs(spec, info)
     tokens = layout.num_sequences * layout.positions
     seconds, assumptions = _seconds(info, tokens, left, bool(offers and offers[0].facts.gpus))
     return Plan(
@@ -124,14 +151,17 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
         num_experts=info.num_experts,
         num_layers=info.num_layers,
         tokens=tokens,
-        weight_bytes=info.weight_bytes,
+        weight_bytes=info.weights.memory_bytes,
+        checkpoint_bytes=info.weights.checkpoint_bytes,
+        download_bytes=download_bytes(info),
+        gpus=shares(even_placement(info, spec)),
         capture_bytes=layout.total_bytes,
         capture_bytes_left=left,
         seconds=seconds,
         assumptions=assumptions,
-        offers=tuple(_offer(offer) for offer in offers),
+        offers=tuple(_offer(spec, info, offer) for offer in offers),
         refusals=refusals(excluded),
-        **memory,
+        **needs(spec, info),
     )
 
 
@@ -147,22 +177,50 @@ def check_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int) 
 def suitable(
     spec: StudySpec, info: ModelInfo, provider: Provider, request: MachineRequest
 ) -> tuple[tuple[Offer, ...], tuple[Excluded, ...]]:
-    """A provider's offers, less those whose GPU is too small: this version does not split a model over several."""
+    """A provider's offers, less those whose GPUs don't hold the model, or whose memory doesn't where there are none."""
     offers, excluded = provider.offers(request)
-    needed = needs(spec, info)["vram_bytes"]
     kept, small = [], []
     for offer in offers:
-        largest = max((gpu.total_bytes for gpu in offer.facts.gpus), default=0)
-        # a driver that doesn't tell its memory (0) is not refused for it
-        if spec.compute.gpu_count != 0 and 0 < largest < needed:
-            reason = (
-                f"the study needs {needed / GB:.1f} GB on one GPU, the largest has {largest / GB:.1f} GB: choose a larger one "
-                "(--min-vram), or --gpu-count 0 to compute without"
-            )
-            small.append(Excluded(offer.name, reason))
+        try:
+            place_on(spec, info, offer)
+        except PlanRefused as error:
+            small.append(Excluded(offer.name, str(error)))
         else:
             kept.append(offer)
     return tuple(kept), (*excluded, *small)
+
+
+def place_on(spec: StudySpec, info: ModelInfo, offer: Offer) -> Placement | None:
+    """Where the model lies on a machine's GPUs, None where none is used. Raises PlanRefused where it has no room."""
+    facts = offer.facts
+    gpus = bool(facts.gpus) and spec.compute.gpu_count != 0
+    needed, free = needs(spec, info)["host_ram_bytes" if gpus else "ram_bytes"], facts.ram_available_bytes
+    if needed > free:
+        raise PlanRefused(
+            f"the study needs {needed / GB:.2f} GB of memory with{'' if gpus else 'out'} a GPU, {free / GB:.2f} GB is free: "
+            "choose a machine with more (--min-cpu-ram)" + ("" if gpus else ", or with GPUs (--gpu-count)")
+        )
+    return placement_for(info, spec, usable_gpus(spec, facts.gpus)) if gpus else None
+
+
+def usable_gpus(spec: StudySpec, gpus: tuple[Gpu, ...]) -> tuple[int | None, ...]:
+    """Total bytes of each GPU for `placement_for`; None for one that --gpu-filter leaves out."""
+    wanted = (spec.compute.gpu_filter or "").lower()
+    return tuple(gpu.total_bytes if wanted in gpu.name.lower() else None for gpu in gpus)
+
+
+def shares(placement: Placement) -> tuple[GpuShare, ...]:
+    """A row for each GPU of a placement."""
+    return tuple(
+        GpuShare(
+            gpu=gpu,
+            layers=placement.layers(gpu),
+            weight_bytes=placement.weight_bytes(gpu),
+            work_bytes=placement.work_bytes,
+            needed_bytes=total_needed(placement.weight_bytes(gpu) + placement.work_bytes),
+        )
+        for gpu in placement.gpus
+    )
 
 
 def refusals(excluded: tuple[Excluded, ...]) -> tuple[str, ...]:
@@ -170,8 +228,8 @@ def refusals(excluded: tuple[Excluded, ...]) -> tuple[str, ...]:
     return tuple(f"{item.name}: {item.reason}" for item in excluded)
 
 
-def _offer(offer: Offer) -> dict[str, Any]:
-    facts = offer.facts
+def _offer(spec: StudySpec, info: ModelInfo, offer: Offer) -> dict[str, Any]:
+    facts, placed = offer.facts, place_on(spec, info, offer)
     return {
         "provider": offer.provider,
         "name": offer.name,
@@ -181,6 +239,8 @@ def _offer(offer: Offer) -> dict[str, Any]:
         "ram_available_bytes": facts.ram_available_bytes,
         "disk_free_bytes": facts.disk_free_bytes,
         "gpus": [{"name": gpu.name, "total_bytes": gpu.total_bytes} for gpu in facts.gpus],
+        "placement": placed.sentence if placed else None,
+        "shares": [share.model_dump() for share in shares(placed)] if placed else [],
     }
 
 
@@ -190,7 +250,7 @@ def _seconds(info: ModelInfo, tokens: int, left: int, gpu: bool) -> tuple[dict[s
         return {}, ("no time is estimated for a GPU or for a capture that is complete",) if gpu else ()
     rate = measure_flops(info.dtype)
     work = 2 * info.active_parameters * tokens / (rate * PASS_EFFICIENCY)
-    load = info.weight_bytes / 500e6 + 8
+    load = info.weights.memory_bytes / 500e6 + 8
     return (
         {"load": round(load, 1), "pass": round(work, 1)},
         (

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from outliers.architectures import family, site_modules
 from outliers.corpus import CorpusInfo, prepare_corpus
 from outliers.errors import BadInput
-from outliers.models import ModelInfo, describe_model, find_model
+from outliers.model_info import ModelInfo, describe_model
+from outliers.models import find_model
 from outliers.spec import ANALYSIS_VERSION, FORMAT_VERSION, StudySpec, digest
+from outliers.store import Layout
 from outliers.workspace import Workspace
 
 ID_LENGTH = 16
@@ -51,9 +52,16 @@ class Prepared(BaseModel):
         return spec
 
 
-def model_info(spec: StudySpec, workspace: Workspace) -> ModelInfo:
-    """The model of a spec, described; also checks what only the config can tell."""
-    info = describe_model(find_model(spec.model, workspace), spec.model.dtype, workspace)
+def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -> ModelInfo:
+    """The model of a spec, described; also checks what only the config can tell. A plan needs no `weights`."""
+    info = describe_model(
+        find_model(spec.model, workspace, weights=weights),
+        spec.model.dtype,
+        workspace,
+        quantization=spec.model.quantization,
+        named=spec.capture.site_modules,
+    )
+    _check_sites(spec, info)
     if info.max_positions is not None and spec.corpus.sequence_length > info.max_positions:
         raise BadInput(
             f"--sequence-length {spec.corpus.sequence_length} is more than the {info.max_positions} positions that "
@@ -61,6 +69,20 @@ def model_info(spec: StudySpec, workspace: Workspace) -> ModelInfo:
         )
     resolve_layers(spec, info)
     return info
+
+
+def _check_sites(spec: StudySpec, info: ModelInfo) -> None:
+    for site in spec.capture.sites:
+        if site not in info.anatomy.sites:
+            raise BadInput(
+                f"the site {site} of {info.architecture} is not known: name its module with --site-module {site}=PATTERN, "
+                "or leave it out of --sites"
+            )
+        if site not in info.anatomy.widths:
+            raise BadInput(
+                f"the site {site} of {info.source.name} has another width in some layers, and one array holds one width: "
+                "leave it out of --sites"
+            )
 
 
 def resolve_layers(spec: StudySpec, info: ModelInfo) -> tuple[int, ...]:
@@ -71,6 +93,21 @@ def resolve_layers(spec: StudySpec, info: ModelInfo) -> tuple[int, ...]:
     if beyond:
         raise BadInput(f"layer {beyond[0]} was asked, and {info.source.name} has layers 0 to {info.num_layers - 1}")
     return spec.capture.layers
+
+
+def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
+    """The shapes on disk of a study's capture."""
+    sites = spec.capture.sites
+    others = {site: info.anatomy.alias_of(site) for site in sites}
+    return Layout(
+        widths={site: info.site_widths[site] for site in sites},
+        layers=resolve_layers(spec, info),
+        num_sequences=spec.corpus.num_sequences,
+        positions=spec.corpus.sequence_length,
+        dtype=info.dtype,
+        codec=spec.capture.codec,
+        aliases={site: other for site, other in others.items() if other in sites},
+    )
 
 
 def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
@@ -84,15 +121,16 @@ def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
         "site": spec.deciding_site,
         "ladder": list(spec.criteria.magnitudes),
     }
-    study = digest(
-        {
-            "capture": capture,
-            "criteria": criteria,
-            "label": spec.label,
-            "text": text,
-            "analysis_version": ANALYSIS_VERSION,
-        }
-    )
+    payload: dict[str, object] = {
+        "capture": capture,
+        "criteria": criteria,
+        "label": spec.label,
+        "text": text,
+        "analysis_version": ANALYSIS_VERSION,
+    }
+    if spec.capture.perplexity:
+        payload["perplexity"] = True
+    study = digest(payload)
     return Prepared(
         spec=spec,
         model=info,
@@ -107,21 +145,22 @@ def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
 
 def capture_digest(spec: StudySpec, info: ModelInfo, corpus: CorpusInfo, layers: tuple[int, ...]) -> str:
     """Digest of what determines the activations, and of nothing else."""
-    modules = site_modules(family(info.architecture), spec.capture.sites, layers)
-    return digest(
-        {
-            "format": FORMAT_VERSION,
-            "model": [info.source.id, info.source.revision, info.architecture],
-            "dtype": info.dtype,
-            "quantization": info.quantization,
-            "attention": info.attention_implementation,
-            "experts": info.experts_implementation,
-            "tokens": corpus.token_sha256,
-            "shape": [corpus.num_sequences, corpus.sequence_length],
-            "batch_sequences": spec.capture.batch_sequences,
-            "sites": [[m.site, m.layer, m.path, m.side] for m in modules],
-        }
-    )
+    modules = info.anatomy.modules(spec.capture.sites, layers)
+    payload: dict[str, object] = {
+        "format": FORMAT_VERSION,
+        "model": [info.source.id, info.source.revision, info.architecture],
+        "dtype": info.dtype,
+        "quantization": info.quantization,
+        "attention": info.attention_implementation,
+        "experts": info.experts_implementation,
+        "tokens": corpus.token_sha256,
+        "shape": [corpus.num_sequences, corpus.sequence_length],
+        "batch_sequences": spec.capture.batch_sequences,
+        "sites": [[m.site, m.layer, m.path, m.side] for m in modules],
+    }
+    if corpus.lengths_sha256 is not None:
+        payload["lengths"] = corpus.lengths_sha256
+    return digest(payload)
 
 
 def read_prepared(path: Path, workspace: Workspace) -> Prepared:

@@ -55,6 +55,10 @@ class ModelSpec(Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="what the model computes in; auto is the checkpoint's own (bfloat16 for a GGUF file)"
     )
+    quantization: Literal["checkpoint", "none"] = Field(
+        "checkpoint",
+        description="checkpoint computes with the weights as they are stored (MXFP4, FP8...); none makes them plain on loading",
+    )
 
 
 class CorpusSpec(Part):
@@ -70,6 +74,11 @@ class CorpusSpec(Part):
     seed: int = Field(0, ge=0, description="order in which the documents are taken; the same seed gives the same ids")
     bos: Literal["auto", "always", "never"] = Field(
         "auto", description="begin each sequence with the BOS token; auto does what the model's tokenizer does"
+    )
+    packing: Literal["joined", "documents"] = Field(
+        "joined",
+        description="joined cuts documents joined by EOS into sequences of equal length; documents gives each document a "
+        "sequence of its own, cut at sequence_length, and padding that is never counted",
     )
     subset: str | None = Field(None, description="configuration of a hub data set, such as sample-10BT")
     split: str = Field("train", description="split of a hub data set")
@@ -88,6 +97,14 @@ class CaptureSpec(Part):
         1, ge=1, le=4096, description="sequences in one forward pass; part of a result, for it moves the last bits"
     )
 
+    perplexity: bool = Field(False, description="measure the model's perplexity on the corpus in the same pass")
+    site_modules: tuple[str, ...] = Field(
+        (),
+        max_length=len(SITES),
+        description="where a site is, for a family that is not known: SITE=PATTERN with * for the layer's number, such as "
+        "attn_in=layers.*.input_layernorm, or mlp_in=layers.*.mlp:input for what a module receives",
+    )
+
     @field_validator("sites")
     @classmethod
     def _canonical(cls, sites: tuple[SiteName, ...]) -> tuple[SiteName, ...]:
@@ -101,6 +118,14 @@ class CaptureSpec(Part):
         if not layers or min(layers) < 0:
             raise ValueError(f"layers are 0-based numbers, or all; got {layers}")
         return tuple(sorted(set(layers)))
+
+    @field_validator("site_modules")
+    @classmethod
+    def _named_once(cls, site_modules: tuple[str, ...]) -> tuple[str, ...]:
+        named = [item.partition("=")[0] for item in site_modules]
+        if len(set(named)) < len(named):
+            raise ValueError(f"each site is named once; got {', '.join(site_modules)}")
+        return tuple(sorted(site_modules))
 
 
 class CriteriaSpec(Part):
