@@ -1,7 +1,8 @@
 """Text -> token ids, once, on the control side: ids and not text cross every boundary.
 
 Documents are taken in an order that the seed fixes, tokenized singly without special tokens, joined by EOS and cut
-into sequences of equal length that do not overlap; BOS begins each sequence where the tokenizer would put one.
+into sequences of equal length that do not overlap; or, where asked, each has a sequence of its own and padding after it.
+BOS begins each sequence where the tokenizer would put one.
 The ids are named by their sha256. Knows tokenizers, nothing of models. Sources are in `documents`.
 """
 
@@ -50,6 +51,8 @@ class CorpusInfo(BaseModel):
     num_tokens: int
     num_documents: int
     token_sha256: str
+    lengths_sha256: str | None = None
+    """Of the sequences' lengths as little-endian int32; None where all have sequence_length."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,22 @@ class _Stream:
     documents: int = 0
 
 
+@dataclass
+class _Row:
+    """One sequence without BOS: ids and the text of each."""
+
+    ids: list[int]
+    pieces: list[str]
+
+
+@dataclass
+class _Rows:
+    """All sequences, and how many documents they were made of."""
+
+    rows: list[_Row]
+    documents: int
+
+
 def token_hash(token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> str:
     """sha256 of the ids as little-endian int32, sequence after sequence, padding left out."""
     hasher = hashlib.sha256()
@@ -105,6 +124,7 @@ def prepare_corpus(spec: CorpusSpec, source: ModelSource, workspace: Workspace) 
             "shape": [spec.num_sequences, spec.sequence_length],
             "seed": spec.seed,
             "bos": spec.bos,
+            "packing": spec.packing,
         }
     )[:16]
     memo = workspace.corpora / key / "corpus.json"
@@ -135,7 +155,36 @@ def load_corpus(info: CorpusInfo, workspace: Workspace) -> Corpus:
 
 def _build(spec: CorpusSpec, documents: DocumentSource, tokenizer: Any, key: str) -> Corpus:
     bos = _bos_id(tokenizer, spec.bos)
-    content = spec.sequence_length - (bos is not None)
+    make = _joined if spec.packing == "joined" else _single
+    rows = make(spec, documents, tokenizer, spec.sequence_length - (bos is not None))
+    shape = (spec.num_sequences, spec.sequence_length)
+    # padding has the EOS id here; the mask, not an id, says what is padding
+    ids, starts = np.full(shape, tokenizer.eos_token_id or 0, np.int32), np.zeros(shape, np.int32)
+    lengths = np.zeros(spec.num_sequences, np.int32)
+    texts = []
+    for number, row in enumerate(rows.rows):
+        row_ids, pieces = (row.ids, row.pieces) if bos is None else ([bos, *row.ids], ["", *row.pieces])
+        lengths[number] = len(row_ids)
+        ids[number, : len(row_ids)] = row_ids
+        starts[number, 1 : len(row_ids)] = np.cumsum([len(piece) for piece in pieces])[:-1]
+        texts.append("".join(pieces))
+    equal = bool((lengths == spec.sequence_length).all())
+    info = CorpusInfo(
+        source=documents.name,
+        public=documents.public,
+        key=key,
+        num_sequences=spec.num_sequences,
+        sequence_length=spec.sequence_length,
+        num_tokens=int(lengths.sum()),
+        num_documents=rows.documents,
+        token_sha256=token_hash(ids, lengths),
+        lengths_sha256=None if equal else hashlib.sha256(lengths.astype("<i4").tobytes()).hexdigest(),
+    )
+    return Corpus(info=info, token_ids=ids, lengths=lengths, starts=starts, sequence_texts=tuple(texts))
+
+
+def _joined(spec: CorpusSpec, documents: DocumentSource, tokenizer: Any, content: int) -> _Rows:
+    """Documents joined by EOS, cut into rows of `content` tokens."""
     needed = content * spec.num_sequences
     stream = _tokenize(documents.texts(spec), tokenizer, needed)
     if len(stream.ids) < needed:
@@ -145,29 +194,23 @@ def _build(spec: CorpusSpec, documents: DocumentSource, tokenizer: Any, key: str
             f"{spec.sequence_length} need {needed:,}: ask for {f'at most {fit} sequences' if fit else 'shorter sequences'}, "
             "or give more text"
         )
-    shape = (spec.num_sequences, spec.sequence_length)
-    ids, starts = np.empty(shape, np.int32), np.zeros(shape, np.int32)
-    texts = []
-    for row in range(spec.num_sequences):
-        cut = slice(row * content, (row + 1) * content)
-        row_ids, pieces = stream.ids[cut], stream.pieces[cut]
-        if bos is not None:
-            row_ids, pieces = [bos, *row_ids], ["", *pieces]
-        ids[row] = row_ids
-        starts[row, 1:] = np.cumsum([len(piece) for piece in pieces])[:-1]
-        texts.append("".join(pieces))
-    lengths = np.full(spec.num_sequences, spec.sequence_length, np.int32)
-    info = CorpusInfo(
-        source=documents.name,
-        public=documents.public,
-        key=key,
-        num_sequences=spec.num_sequences,
-        sequence_length=spec.sequence_length,
-        num_tokens=int(lengths.sum()),
-        num_documents=stream.documents,
-        token_sha256=token_hash(ids, lengths),
+    cuts = [slice(row * content, (row + 1) * content) for row in range(spec.num_sequences)]
+    return _Rows([_Row(stream.ids[cut], stream.pieces[cut]) for cut in cuts], stream.documents)
+
+
+def _single(spec: CorpusSpec, documents: DocumentSource, tokenizer: Any, content: int) -> _Rows:
+    """One document a row, cut at `content` tokens."""
+    rows: list[_Row] = []
+    for text in documents.texts(spec):
+        ids, pieces = _encode(tokenizer, text)
+        if ids:
+            rows.append(_Row(ids[:content], pieces[:content]))
+        if len(rows) == spec.num_sequences:
+            return _Rows(rows, len(rows))
+    raise CorpusError(
+        f"{documents.name} gives {len(rows):,} documents; {spec.num_sequences} sequences of one each were asked: ask for at "
+        f"most {len(rows)}, give more text, or join them (--packing joined)"
     )
-    return Corpus(info=info, token_ids=ids, lengths=lengths, starts=starts, sequence_texts=tuple(texts))
 
 
 def _bos_id(tokenizer: Any, policy: str) -> int | None:
@@ -193,18 +236,24 @@ def _tokenize(texts: Iterator[str], tokenizer: Any, needed: int) -> _Stream:
         if stream.ids and eos is not None:
             stream.ids.append(int(eos))
             stream.pieces.append(str(tokenizer.eos_token))
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts = [start for start, _ in encoded.offset_mapping]
-        if not starts:
+        ids, pieces = _encode(tokenizer, text)
+        if not ids:
             continue
-        # pieces tile the document: no character is lost between tokens or shown twice
-        edges = [0, *starts[1:], len(text)]
-        stream.ids.extend(encoded.input_ids)
-        stream.pieces.extend(text[a:b] for a, b in itertools.pairwise(edges))
+        stream.ids.extend(ids)
+        stream.pieces.extend(pieces)
         stream.documents += 1
         if len(stream.ids) >= needed:
             break
     return stream
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
+    """Ids of one document without special tokens, and the text of each."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = [start for start, _ in encoded.offset_mapping]
+    # pieces tile the document: no character is lost between tokens or shown twice
+    edges = [0, *starts[1:], len(text)]
+    return list(encoded.input_ids), [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def _write(corpus: Corpus, workspace: Workspace) -> None:

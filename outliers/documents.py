@@ -1,20 +1,24 @@
 """Where the text of a corpus comes from: CPython's own documentation, a file, a folder, a data set of the hub.
 
 Each source has a public name, an identity (what would change its text), and its documents in an order that the seed
-fixes. Nothing here knows tokens.
+fixes. The order is made here and not by `datasets`: between its versions 4 and 5 the same seed came to mean another
+one. Nothing here knows tokens. Before it: `hub`. After it: `corpus`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from outliers.errors import CorpusError
-from outliers.hub import resolve
+from outliers.hub import Patience, Resolved, plain, refusals, resolve, wait_as_told
 from outliers.spec import CorpusSpec
 
 log = logging.getLogger(__name__)
@@ -22,7 +26,9 @@ log = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json")
 SHUFFLE_BUFFER = 1_000
-"""Rows of a streamed data set among which the seed chooses: larger mixes better and starts later."""
+"""Rows of a data set among which the seed chooses: larger mixes better and starts later."""
+SHUFFLE_VERSION = 2
+"""Raised when the same rows, seed and buffer would come in another order."""
 
 
 @dataclass(frozen=True)
@@ -104,44 +110,131 @@ def _text_files(path: Path, files: list[Path]) -> DocumentSource:
     return DocumentSource(name=f"local:{content[:12]}", identity=("text", content), public=False, texts=texts)
 
 
+def shuffled(rows: Iterable[str], seed: int, buffer: int) -> Iterator[str]:
+    """`rows` in the order that `seed` fixes on every machine, no row earlier than `buffer` rows before its place.
+
+    Each row takes the place in the buffer of one that is given out; which one, the sha256 of seed and number says.
+    """
+    draws = (
+        int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:8], "big") for number in itertools.count()
+    )
+    held: list[str] = []
+    for row in rows:
+        if len(held) < buffer:
+            held.append(row)
+            continue
+        place = next(draws) % buffer
+        given, held[place] = held[place], row
+        yield given
+    while held:
+        place = next(draws) % len(held)
+        held[place], held[-1] = held[-1], held[place]
+        yield held.pop()
+
+
 def _tables(path: Path, files: list[Path]) -> DocumentSource:
     """Parquet or JSON-lines files with a text column, read as the hub's data sets are."""
     content = _content(files, path)
     kinds = {"parquet" if file.suffix == ".parquet" else "json" for file in files}
     if len(kinds) > 1:
         raise CorpusError(f"{path} mixes Parquet and JSON files: give one kind")
+    (kind,) = kinds
 
     def texts(spec: CorpusSpec) -> Iterator[str]:
-        from datasets import load_dataset
+        with _reading(str(path)):
+            data_set = _open(kind, data_files=[str(file) for file in files], split="train")
+        return shuffled(_rows(data_set, spec, str(path)), spec.seed, SHUFFLE_BUFFER)
 
-        rows = load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train", streaming=True)
-        return _rows(rows, spec, str(path))
-
-    return DocumentSource(name=f"local:{content[:12]}", identity=("table", content), public=False, texts=texts)
+    identity = ("table", content, *_ORDER)
+    return DocumentSource(name=f"local:{content[:12]}", identity=identity, public=False, texts=texts)
 
 
 def _hub(spec: CorpusSpec) -> DocumentSource:
     found = resolve("dataset", spec.source, spec.corpus_revision, CorpusError)
 
     def texts(spec: CorpusSpec) -> Iterator[str]:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise CorpusError("a data set of the hub needs: pip install 'outlier-features[flows]'") from error
-        try:
-            rows = load_dataset(spec.source, spec.subset, split=spec.split, streaming=True, revision=found.commit)
-        except (ValueError, OSError) as error:
-            raise CorpusError(f"the data set {spec.source} can't be read: {error}") from error
-        return _rows(rows, spec, spec.source)
+        wait_as_told()
+        data_set = _open_hub(spec, found)
+        return shuffled(_rows(data_set, spec, spec.source), spec.seed, SHUFFLE_BUFFER)
 
-    identity = ("hub", spec.source, found.commit, str(spec.subset), spec.split)
+    identity = ("hub", spec.source, found.commit, str(spec.subset), spec.split, *_ORDER)
     return DocumentSource(name=spec.source, identity=identity, public=found.public, texts=texts)
 
 
-def _rows(rows: Any, spec: CorpusSpec, place: str) -> Iterator[str]:
-    """The text column of a streamed data set, shuffled within a buffer by the seed."""
-    for row in rows.shuffle(seed=spec.seed, buffer_size=SHUFFLE_BUFFER):
-        text = row.get("text")
-        if not isinstance(text, str):
-            raise CorpusError(f"{place} has no column 'text'; its columns: {', '.join(sorted(row))}")
-        yield text
+_ORDER = ("shuffled", str(SHUFFLE_VERSION), str(SHUFFLE_BUFFER))
+
+
+def _open(path: str, **options: Any) -> Any:
+    """A data set that streams; nothing of it is read yet but its schema."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise CorpusError("a data set needs: pip install 'outlier-features[flows]'") from error
+    # what it can't reach it looks for among what it has prepared before, of any revision: an empty folder has none
+    with tempfile.TemporaryDirectory() as empty:
+        return load_dataset(path, streaming=True, cache_dir=empty, **options)
+
+
+def _open_hub(spec: CorpusSpec, found: Resolved) -> Any:
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise CorpusError(f"no ids were made of {spec.source} before, and the hub is switched off (HF_HUB_OFFLINE)")
+    patience = Patience(f"the data set {spec.source}")
+    while True:
+        try:
+            with _reading(spec.source):
+                return _open(spec.source, name=spec.subset, split=spec.split, revision=found.commit)
+        except _cuts() as error:
+            patience.wait(plain(error))
+
+
+def _rows(data_set: Any, spec: CorpusSpec, place: str) -> Iterator[str]:
+    """The text column, one shard after the other in the order that the seed fixes; a shard that is cut goes on."""
+    shards = int(data_set.num_shards)
+    for index in in_order([str(number) for number in range(shards)], spec.seed):
+        taken, patience = 0, Patience(f"part {index + 1} of {shards} of {place}")
+        while True:
+            try:
+                with _reading(place):
+                    for row in itertools.islice(data_set.shard(num_shards=shards, index=index), taken, None):
+                        yield _text(row, place)
+                        taken += 1
+                        patience.progress()
+                break
+            except _cuts() as error:
+                log.warning("%s was cut off after %d rows of part %d of %d", place, taken, index + 1, shards)
+                patience.wait(plain(error))
+
+
+def _text(row: dict[str, Any], place: str) -> str:
+    if "text" not in row:
+        raise CorpusError(f"{place} has no column 'text'; its columns: {', '.join(sorted(row))}")
+    text = row["text"]
+    if text is None:
+        return ""  # a row without text is a document without tokens
+    if not isinstance(text, str):
+        raise CorpusError(f"the column 'text' of {place} holds {type(text).__name__} and no text")
+    return text
+
+
+def _cuts() -> tuple[type[Exception], ...]:
+    """What a connection that broke while reading raises; what the hub answered is dealt with in `hub`."""
+    import httpx
+
+    return (httpx.TransportError, ConnectionError, TimeoutError)
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """What `datasets` raises within, as CorpusError with its own words: it lists the subsets and splits there are."""
+    try:
+        with refusals("dataset", place, "this revision", CorpusError):
+            yield
+    except _cuts():
+        raise
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+        hint = "; code of a data set is never run, but --corpus-revision refs/convert/parquet may have its rows"
+        script = "scripts are no longer supported" in str(error)
+        # a long limit: the subsets of a large data set are listed here
+        raise CorpusError(f"the data set {place} can't be read: {plain(error, 4000)}{hint * script}") from error

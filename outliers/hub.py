@@ -1,60 +1,346 @@
-"""A branch or tag of the Hugging Face hub -> the commit it is now, so that a study names what can't move.
+"""What the Hugging Face hub is asked: which commit a name is now, who may read it, and again when it says wait.
 
-Knows names and revisions, nothing of what is in them. Before it: a spec. After it: `models`, `documents`.
+`resolve` turns a branch or tag into a commit, so that a study names what can't move, and refuses on the control side
+what could not be read later. `wait_as_told` makes the requests of huggingface_hub, and through it those of datasets and
+transformers, wait as the hub tells. Knows names, revisions and files' names, nothing of what is in them. Before it: a
+spec. After it: `models`, `documents`, `download`.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import httpx
 
 from outliers.errors import BadInput, HubUnavailable
 
+log = logging.getLogger(__name__)
+
 SECONDS = 20
+"""For an answer to begin."""
+TRIES = 8
+"""In a row without progress; where the hub doesn't tell how long to wait, they take two minutes."""
+NAME_TRIES = 3
+"""For a name alone: somebody sits there and waits."""
+LONGEST_WAIT_SECONDS = 300
+"""Of one wait that the hub asks for: its rate limits count windows of five minutes."""
+LONGEST_GUESS_SECONDS = 60
+"""Of one wait where it doesn't tell."""
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
+"""Statuses that the next try may not get."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_tries: ContextVar[int] = ContextVar("tries", default=TRIES)
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a name on the hub is now: its commit, and whether everybody may read it."""
+    """What a name on the hub is now: its commit, whether everybody may read it, and how large its weights are."""
 
     commit: str
     public: bool
+    weight_bytes: int | None = None
+    """Of the safetensors files that a download fetches; None for a data set, and where the hub is switched off."""
+
+
+_commits: dict[tuple[str, str, str], Resolved] = {}  # a commit doesn't move: it is asked for once a process
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository at one commit. `blob` is its name in the cache, `sha256` is known of large files."""
+
+    name: str
+    size: int
+    blob: str | None = None
+    sha256: str | None = None
 
 
 def resolve(kind: Literal["model", "dataset"], name: str, revision: str | None, refuse: type[BadInput]) -> Resolved:
     """The commit of `revision` (None: main) of a model or data set; what is cached here serves when the hub is off.
 
-    Raises `refuse` where there is no such thing or this account may not see it, HubUnavailable when nothing answers.
+    Raises `refuse` where there is no such thing, this account may not read it, or a model has no safetensors weights;
+    HubUnavailable when nothing answers.
     """
-    import httpx
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import constants
 
     asked = revision or "main"
-    unknown = f"'{name}' is no folder, file or built-in"
     if constants.is_offline_mode():
-        commit = _cached_commit(kind, name, asked)
-        if commit is None:
-            raise refuse(f"{unknown}, and the hub is switched off (HF_HUB_OFFLINE) with nothing cached for '{asked}'")
-        return Resolved(commit, public=False)
-    look_up = HfApi().model_info if kind == "model" else HfApi().dataset_info
+        return _offline(kind, name, asked, refuse)
+    key = (kind, name, asked)
+    if key in _commits:
+        return _commits[key]
+    found = _resolve(kind, name, asked, refuse)
+    if found.commit == asked:
+        _commits[key] = found
+    return found
+
+
+def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolved:
+    from huggingface_hub import HfApi
+
+    wait_as_told()
+    api = HfApi()
     try:
-        found = look_up(name, revision=asked, timeout=SECONDS)
-        return Resolved(str(found.sha), public=not found.private and not found.gated)
+        with tries_in_a_row(NAME_TRIES), _asking(kind, name, asked, refuse):
+            if kind == "dataset":
+                found: Any = api.dataset_info(name, revision=asked, timeout=SECONDS)
+            else:
+                found = api.model_info(name, revision=asked, timeout=SECONDS, files_metadata=True)
+            if found.gated:
+                # anybody may see what a gated repository is; only its files are behind the gate
+                api.auth_check(name, repo_type=kind)
+    except HubUnavailable as error:
+        raise HubUnavailable(f"'{name}' is no folder, file or built-in, and {error}") from error
+    public = not found.private and not found.gated
+    if kind == "dataset" or found.siblings is None:
+        return Resolved(str(found.sha), public)
+    weights = [file for file in needed_files(_files(found)) if file.name.endswith(".safetensors")]
+    if not weights:
+        raise refuse(_no_weights(name, asked, [file.rfilename for file in found.siblings]))
+    return Resolved(str(found.sha), public, sum(file.size for file in weights) or None)
+
+
+def _offline(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolved:
+    # a streamed data set leaves nothing here, but under its commit the ids made of it may be found
+    pinned = kind == "dataset" and _COMMIT.fullmatch(asked)
+    commit = asked if pinned else _cached_commit(kind, name, asked)
+    if commit is None:
+        raise refuse(
+            f"'{name}' is no folder, file or built-in, and the hub is switched off (HF_HUB_OFFLINE) with nothing cached "
+            f"for '{asked}'"
+        )
+    return Resolved(commit, public=False)
+
+
+def _cached_commit(kind: str, name: str, revision: str) -> str | None:
+    """The commit of a model whose config is in the hub's cache here."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision) if kind == "model" else None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _no_weights(name: str, asked: str, files: list[str]) -> str:
+    gguf = sorted(file for file in files if file.endswith(".gguf"))
+    if gguf:
+        return f"{name} holds GGUF files alone: download one of them, such as {gguf[0]}, and pass its path"
+    return (
+        f"{name} has no safetensors weights at '{asked}' ({WHOLE}, or shards and {INDEX}); pickled weights (.bin, .pt) are "
+        "never loaded"
+    )
+
+
+def list_files(name: str, commit: str, refuse: type[BadInput]) -> tuple[HubFile, ...]:
+    """The files of a model at a commit. Raises `refuse`, HubUnavailable."""
+    from huggingface_hub import HfApi
+
+    wait_as_told()
+    with _asking("model", name, commit, refuse):
+        return _files(HfApi().model_info(name, revision=commit, timeout=SECONDS, files_metadata=True))
+
+
+def _files(found: Any) -> tuple[HubFile, ...]:
+    return tuple(
+        HubFile(
+            name=file.rfilename,
+            size=file.size or 0,
+            blob=file.lfs.sha256 if file.lfs else file.blob_id,
+            sha256=file.lfs.sha256 if file.lfs else None,
+        )
+        for file in found.siblings or ()
+    )
+
+
+def needed_files(files: tuple[HubFile, ...]) -> tuple[HubFile, ...]:
+    """Those that are read to load a model: config, tokenizer, and one copy of the weights, which come last.
+
+    That copy is what transformers looks for: `model.safetensors`, or shards and their index. Others lie in a subfolder
+    (`original/`) or beside it (`consolidated*.safetensors`, `model.fp16.safetensors`).
+    """
+    top = {file.name: file for file in files if "/" not in file.name}
+    weights: list[HubFile] = []
+    if WHOLE in top:
+        weights = [top[WHOLE]]
+    elif INDEX in top:
+        found = [file for name, file in top.items() if name.endswith(".safetensors") and "consolidated" not in name]
+        weights = [file for file in found if _SHARD.fullmatch(file.name)] or found
+    parts = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+    small = [file for name, file in top.items() if name.endswith(parts) and not name.endswith(".bin.index.json")]
+    return (*small, *weights)
+
+
+@contextmanager
+def refusals(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Iterator[None]:
+    """What the hub answers within, as errors of this project: `refuse` for good, HubUnavailable for now.
+
+    A connection that is cut is left to the caller, who knows how to go on.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
     except GatedRepoError as error:
         raise refuse(f"{name} is gated: accept its terms on the hub and set HF_TOKEN") from error
     except RevisionNotFoundError as error:
         raise refuse(f"{name} has no revision '{asked}'") from error
     except RepositoryNotFoundError as error:
-        raise refuse(f"{unknown}, and no {kind} of the hub that this account may see") from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise HubUnavailable(f"{unknown}, and the hub did not answer: {type(error).__name__}: {error}") from error
+        raise refuse(
+            f"'{name}' is no folder, file or built-in, and no {kind} of the hub that this account may see"
+        ) from error
+    except RemoteEntryNotFoundError as error:
+        raise refuse(f"{name} lacks a file at '{asked}': {plain(error)}") from error
+    except HFValidationError as error:
+        raise refuse(f"'{name}' is no folder, file or built-in, and no name that the hub could have") from error
+    except (httpx.LocalProtocolError, UnicodeEncodeError):
+        # what was raised shows the header with the token in it
+        raise refuse("HF_TOKEN holds characters that no token has: set it again") from None
+    except HfHubHTTPError as error:
+        raise _refusal(name, error, refuse) from error
 
 
-def _cached_commit(kind: str, name: str, revision: str) -> str | None:
-    """The commit of a model whose config is in the hub's cache here; a streamed data set leaves nothing there."""
-    from huggingface_hub import try_to_load_from_cache
+@contextmanager
+def _asking(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Iterator[None]:
+    """`refusals`, and HubUnavailable where there is no connection at all."""
+    try:
+        with refusals(kind, name, asked, refuse):
+            yield
+    except (httpx.HTTPError, ConnectionError) as error:
+        raise HubUnavailable(f"the hub did not answer: {plain(error)}") from error
 
-    found = try_to_load_from_cache(name, "config.json", revision=revision) if kind == "model" else None
-    return Path(found).parent.name if isinstance(found, str) else None
+
+def _refusal(name: str, error: Any, refuse: type[BadInput]) -> Exception:
+    status = error.response.status_code
+    if status == 401:
+        return refuse(f"the hub refuses the token it was given for {name} (401): set a valid HF_TOKEN, or none")
+    if 400 <= status < 500 and status not in MAY_PASS:
+        return refuse(f"the hub refuses {name} ({status}): {plain(error)}")
+    return HubUnavailable(f"the hub did not answer: {plain(error)}")
+
+
+def plain(error: BaseException, longest: int = 300) -> str:
+    """An error in one line, without the signatures that addresses of files carry."""
+    words = re.sub(r"\?[\w%]+=[^\s'\")]+", "?...", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {words[:longest]}"
+
+
+@contextmanager
+def tries_in_a_row(tries: int) -> Iterator[None]:
+    """Within, so many failures in a row are the end."""
+    token = _tries.set(min(tries, _tries.get()))
+    try:
+        yield
+    finally:
+        _tries.reset(token)
+
+
+class Patience:
+    """The waits between tries of one thing, until too many in a row have failed."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._tries = _tries.get()
+        self._failed = 0
+        self._began = 0.0
+
+    def progress(self) -> None:
+        """Something came: what failed before counts no more."""
+        self._failed = 0
+
+    def wait(self, reason: str, told_seconds: float | None = None) -> None:
+        """Sleep before the next try, as long as the hub told; HubUnavailable where that was the last one."""
+        self._began = time.monotonic() if self._failed == 0 else self._began
+        self._failed += 1
+        if self._failed >= self._tries:
+            seconds = time.monotonic() - self._began
+            raise HubUnavailable(
+                f"the hub did not answer in {self._failed} tries over {seconds:.0f} s, the last time with {reason}, for "
+                f"{self._what}: try again later" + (", or with an HF_TOKEN, which is allowed more" * ("429" in reason))
+            )
+        if told_seconds:
+            seconds = min(told_seconds, LONGEST_WAIT_SECONDS)
+            log.warning("the hub asks to wait %.0f s (%s)", seconds, reason)
+        else:
+            seconds = min(2.0 ** (self._failed - 1), LONGEST_GUESS_SECONDS)
+            log.warning("the hub did not answer (%s): trying again in %.0f s", reason, seconds)
+        time.sleep(seconds)
+
+
+def told_seconds(headers: Mapping[str, str]) -> float | None:
+    """How long an answer says to wait: `Retry-After` in seconds or as a date, or `RateLimit`; None where it doesn't.
+
+    `headers`: names in lower case, or a mapping that doesn't mind.
+    """
+    after = headers.get("retry-after", "").strip()
+    if after.isdigit():
+        return float(after)
+    if after:
+        try:
+            # against the hub's own clock: this machine's may be wrong
+            now = headers.get("date")
+            then = parsedate_to_datetime(after).timestamp()
+            return max(0.0, then - (parsedate_to_datetime(now).timestamp() if now else time.time()))
+        except ValueError:
+            pass  # not a date either: the other header may know
+    reset = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
+    return float(reset[1]) if reset else None
+
+
+class _PatientClient(httpx.Client):
+    """Repeats what the hub didn't answer. In here a wait is as told, and no caller takes a failure for an absence.
+
+    Other hosts are none of this: services that datasets can do without, and where files lie (`download` sees to those).
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(follow_redirects=True, timeout=SECONDS)
+        self._hub = httpx.URL(endpoint).netloc
+
+    def send(self, request: httpx.Request, *, stream: bool = False, **options: Any) -> httpx.Response:
+        if request.url.netloc != self._hub:
+            return super().send(request, stream=stream, **options)
+        patience = Patience(f"{request.method} {request.url.path}")
+        while True:
+            try:
+                response = super().send(request, stream=stream, **options)
+            except (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError) as error:
+                if request.method not in ("GET", "HEAD"):
+                    raise
+                patience.wait(type(error).__name__)
+                continue
+            # a request that changes something is repeated only where the hub says that it did nothing
+            if response.status_code not in (MAY_PASS if request.method in ("GET", "HEAD") else (429,)):
+                return response
+            response.close()
+            patience.wait(str(response.status_code), told_seconds(response.headers))
+
+
+@functools.cache
+def wait_as_told() -> None:
+    """From now on every request of huggingface_hub in this process waits as the hub tells, then HubUnavailable.
+
+    Its own repetitions know `RateLimit` but not `Retry-After`, give up after 25 s, and are not made for names and
+    listings; datasets waits a minute whatever it is told.
+    """
+    from huggingface_hub import constants, set_client_factory
+
+    set_client_factory(lambda: _PatientClient(constants.ENDPOINT))
