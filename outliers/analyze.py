@@ -88,7 +88,14 @@ def analyze(
     with ThreadPoolExecutor(workers) if executor is None else contextlib.nullcontext(executor) as pool:
         futures = deque(
             pool.submit(
-                summarize, folder, frame, layout, {int(s): journal.done[int(s)] for s in group}, marks[group], target
+                summarize,
+                folder,
+                frame,
+                layout,
+                {int(s): journal.done[int(s)] for s in group},
+                corpus.lengths[group],
+                marks[group],
+                target,
             )
             for group in groups
         )
@@ -105,43 +112,36 @@ def summarize(
     frame: Frame,
     layout: Layout,
     entries: dict[int, dict[str, Any]],
+    lengths: NDArray[np.int32],
     marks: NDArray[np.bool_],
     target: Path,
 ) -> Summary:
-    """The Summary of the sequences in `entries` (sequence -> its journal entry); marks: (sequence, position), delimiters.
+    """The Summary of the sequences in `entries` (sequence -> its journal entry).
 
-    Writes each sequence's sparse counts below `target`/sequences.
+    lengths: (sequence,), tokens that are not padding. marks: (sequence, position), delimiters. Writes each sequence's
+    sparse counts below `target`/sequences.
     """
     files, summary = ChunkFiles(folder, layout), Summary.zero(frame)
     for row, (sequence, entry) in enumerate(entries.items()):
         accumulator = SequenceAccumulator(summary, sequence, marks[row])
-        for chunk in range(layout.position_chunks):
-            accumulator.span(layout.span(chunk).start, _layers(files, layout, sequence, chunk, entry))
+        for chunk in range(layout.chunks_of(int(lengths[row]))):
+            blocks = _layers(files, layout, sequence, chunk, entry, int(lengths[row]))
+            accumulator.span(layout.span(chunk).start, blocks)
         write_counts(target / "sequences" / f"{sequence}.npz", accumulator.finish())
     return summary
 
 
 def _layers(
-    files: ChunkFiles, layout: Layout, sequence: int, chunk: int, entry: dict[str, Any]
+    files: ChunkFiles, layout: Layout, sequence: int, chunk: int, entry: dict[str, Any], length: int
 ) -> Iterator[dict[str, NDArray[Any]]]:
+    """For each layer, {site: (position, feature)} of one chunk, without the padding after `length` tokens."""
+    tokens = length - layout.span(chunk).start
     for layer in range(len(layout.layers)):
-        at = layer * layout.position_chunks + chunk
-        yield {site: files.read(site, layer, sequence, chunk, entry["crc32"][site][at]) for site in layout.widths}
-
-
-def verify(folder: Path, reporter: Reporter) -> int:
-    """Check every checksum of a capture, finished or not; returns the chunks checked. Raises CorruptCapture."""
-    fingerprint = read_fingerprint(folder)
-    if fingerprint is None:
-        raise CaptureError(f"there is no capture in {folder}")
-    layout, journal = layout_from(fingerprint), Journal.open(folder / "journal.jsonl")
-    files, checked = ChunkFiles(folder, layout), 0
-    for number, (sequence, entry) in enumerate(sorted(journal.done.items()), start=1):
-        for chunk in range(layout.position_chunks):
-            for values in _layers(files, layout, sequence, chunk, entry):
-                checked += len(values)
-        reporter.progress("verify", number, len(journal.done), "sequences")
-    return checked
+        at = layer * layout.chunks_of(length) + chunk
+        read = {
+            site: files.read(site, layer, sequence, chunk, entry["crc32"][site][at])[:tokens] for site in layout.stored
+        }
+        yield {site: read[layout.aliases.get(site, site)] for site in layout.widths}
 
 
 def delimiters(corpus: Corpus) -> NDArray[np.bool_]:

@@ -7,15 +7,12 @@ for bit as if nothing had happened; one that was begun under other conditions is
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
 import shutil
-import threading
+import stat
 import time
-from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,23 +21,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from outliers.architectures import family, site_modules
 from outliers.corpus import Corpus, load_corpus
-from outliers.errors import Busy, CaptureMismatch
+from outliers.devices import Devices, choose_devices
+from outliers.durable import drop_leftovers
+from outliers.errors import CaptureMismatch, CorruptCapture, MemoryFull
 from outliers.events import Reporter
 from outliers.forward import Batch, HookedPass, Progress
-from outliers.models import load_model
-from outliers.prepare import Prepared
+from outliers.load import fetch_weights, load_model
+from outliers.perplexity import Head, losses
+from outliers.prepare import Prepared, layout_of
 from outliers.ring import Ring
-from outliers.ring_size import ring_slots
+from outliers.ring_size import ring_slots, writers_bytes
 from outliers.spec import FORMAT_VERSION
 from outliers.store import (
+    ARRAYS,
     STORAGE,
     ChunkFiles,
     Journal,
     Layout,
+    NamedChunk,
     create_arrays,
+    hold,
     layout_from,
+    mend_arrays,
     read_fingerprint,
     shapes_of,
     write_fingerprint,
@@ -50,73 +53,53 @@ from outliers.workspace import Workspace
 log = logging.getLogger(__name__)
 
 
-def capture_layout(prepared: Prepared) -> Layout:
-    """The shapes on disk of a study's capture."""
-    widths = prepared.model.site_widths
-    return Layout(
-        widths={site: widths[site] for site in prepared.spec.capture.sites},
-        layers=prepared.layers,
-        num_sequences=prepared.corpus.num_sequences,
-        positions=prepared.corpus.sequence_length,
-        dtype=prepared.model.dtype,
-        codec=prepared.spec.capture.codec,
-    )
-
-
 def extract(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
     """Make or finish the capture of a study; returns what this call did (sequences, tokens, seconds, bytes, device).
 
-    Raises Busy where another process writes it, CaptureMismatch, CorruptCapture, SiteError, UnknownModel.
+    Raises Busy where another process writes it, CaptureMismatch, CorruptCapture, SiteError, UnknownModel,
+    PlanRefused and MemoryFull where the model does not fit the GPUs that are here, HubUnavailable.
     """
     folder = workspace.capture(prepared.capture_id)
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder / "lock"):
+    with hold(folder):
         corpus = load_corpus(prepared.corpus, workspace)
-        device = choose_device(prepared.spec.compute.gpu_count)
-        layout = _begin(prepared, corpus, folder, device)
+        devices = choose_devices(prepared.spec, prepared.model)
+        layout = _begin(prepared, corpus, folder, devices)
         journal = Journal.open(folder / "journal.jsonl", repair=True)
-        _drop_leftovers(folder, layout)
+        drop_leftovers(folder, ARRAYS)
         files = ChunkFiles(folder, layout)
-        batches = _missing(layout, journal, files, prepared.spec.capture.batch_sequences)
+        size = prepared.spec.capture.batch_sequences
+        missing = _missing(layout, journal, files, size)
+        batches = _todo(layout, journal, missing, size, prepared.spec.capture.perplexity)
         if not batches:
             log.info("the capture %s is complete: nothing to extract", prepared.capture_id)
             reporter.progress("extract", prepared.corpus.num_tokens, prepared.corpus.num_tokens, "tokens")
             return {"sequences": 0, "of_sequences": layout.num_sequences, "seconds": 0.0}
+        # a batch is computed whole or not at all: what of it is done is written anew, and not done until then
+        again = [s for run, read in batches if read for s in run if s in journal.done]
+        if again:
+            journal.redo(again)
         if journal.done:
             log.info("going on after %d of %d sequences", len(journal.done), layout.num_sequences)
-        result = _run(prepared, workspace, corpus, files, journal, batches, device, reporter)
+        result = _run(prepared, workspace, corpus, files, journal, batches, devices, reporter)
         with (folder / "extractions.jsonl").open("a") as record:
             record.write(json.dumps(result) + "\n")
         return result
 
 
-def choose_device(gpu_count: int | None) -> str:
-    """`cuda:0` where there is a GPU and none was not asked for, else `cpu`."""
-    return "cuda:0" if gpu_count != 0 and torch.cuda.is_available() else "cpu"
-
-
-@contextlib.contextmanager
-def _held(lock: Path) -> Iterator[None]:
-    """Hold the capture for this process: two writers would tear it."""
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(f"another process is writing {lock.parent}: wait for it, or end it") from error
-        yield
-
-
-def _begin(prepared: Prepared, corpus: Corpus, folder: Path, device: str) -> Layout:
+def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -> Layout:
     """Check the fingerprint of a capture that was begun, or begin one. The codec of a begun one stays."""
-    layout = capture_layout(prepared)
-    fixed = _conditions(prepared, device)
+    layout = layout_of(prepared.spec, prepared.model)
+    fixed = _conditions(prepared, devices)
     found = read_fingerprint(folder)
     if found is None:
-        # without a fingerprint nothing is done: what lies here was begun and never described
-        shutil.rmtree(folder / "activations.zarr", ignore_errors=True)
-        (folder / "journal.jsonl").unlink(missing_ok=True)
+        _clear(folder)
         create_arrays(folder, layout, corpus.token_ids, corpus.lengths)
-        free = {"threads": torch.get_num_threads(), "sequence_texts": list(corpus.sequence_texts)}
+        free = {
+            "threads": torch.get_num_threads(),
+            "batch_sequences": prepared.spec.capture.batch_sequences,
+            "sequence_texts": list(corpus.sequence_texts),
+        }
         write_fingerprint(folder, {"fixed": fixed, "layout": shapes_of(layout), **free})
         return layout
     for name, value in fixed.items():
@@ -127,10 +110,25 @@ def _begin(prepared: Prepared, corpus: Corpus, folder: Path, device: str) -> Lay
             )
     # other numbers of threads sum in another order: the rest is computed as the beginning was
     torch.set_num_threads(found["threads"])
-    return layout_from(found)
+    layout = layout_from(found)
+    for name in mend_arrays(folder, layout, corpus.token_ids, corpus.lengths):
+        log.warning("activations.zarr/%s was missing or changed: written again", name)
+    return layout
 
 
-def _conditions(prepared: Prepared, device: str) -> dict[str, Any]:
+def _clear(folder: Path) -> None:
+    """Remove what was begun and never described. Raises CorruptCapture where more than that lies here."""
+    journal, arrays = folder / "journal.jsonl", folder / "activations.zarr"
+    if journal.exists() and journal.stat().st_size:
+        raise CorruptCapture(
+            f"{folder / 'capture.json'} is gone, and the journal has {journal.stat().st_size} bytes: put it back, or "
+            f"`outliers captures rm {folder.name}` and extract again"
+        )
+    if arrays.is_dir():
+        shutil.rmtree(arrays)
+
+
+def _conditions(prepared: Prepared, devices: Devices) -> dict[str, Any]:
     """What must not change between the beginning of a capture and its end."""
     return {
         "format": FORMAT_VERSION,
@@ -139,35 +137,44 @@ def _conditions(prepared: Prepared, device: str) -> dict[str, Any]:
         "revision": prepared.model.source.revision,
         "dtype": prepared.model.dtype,
         "token_sha256": prepared.corpus.token_sha256,
-        "device": _device_name(device),
+        "lengths_sha256": prepared.corpus.lengths_sha256,
+        "device": devices.kind,
         **{name: metadata.version(name) for name in ("torch", "transformers", "numpy", "zarr")},
     }
 
 
-def _drop_leftovers(folder: Path, layout: Layout) -> None:
-    """Remove chunks that were being written when the process died."""
-    for site in layout.widths:
-        for torn in (folder / "activations.zarr" / site).glob(".*.tmp"):
-            torn.unlink()
+def _runs(layout: Layout, batch: int) -> list[range]:
+    """The fixed, aligned batches of a capture."""
+    return [range(start, min(start + batch, layout.num_sequences)) for start in range(0, layout.num_sequences, batch)]
 
 
 def _missing(layout: Layout, journal: Journal, files: ChunkFiles, batch: int) -> list[range]:
     """Batches that are not wholly journaled, or whose chunks are not all there in their size."""
-    runs = [range(start, min(start + batch, layout.num_sequences)) for start in range(0, layout.num_sequences, batch)]
-    return [run for run in runs if not all(_present(layout, journal.done.get(sequence), files) for sequence in run)]
+    return [run for run in _runs(layout, batch) if not all(_present(journal.done.get(s), files) for s in run)]
 
 
-def _present(layout: Layout, entry: dict[str, Any] | None, files: ChunkFiles) -> bool:
-    if entry is None:
+def _present(entry: dict[str, Any] | None, files: ChunkFiles) -> bool:
+    return entry is not None and all(_whole(chunk) for chunk in files.named_by(entry))
+
+
+def _whole(chunk: NamedChunk) -> bool:
+    try:
+        found = chunk.path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    for site in layout.widths:
-        sizes = iter(entry["sizes"][site])
-        for layer in range(len(layout.layers)):
-            for chunk in range(layout.position_chunks):
-                path = files.path(site, layer, entry["sequence"], chunk)
-                if not path.is_file() or path.stat().st_size != next(sizes):
-                    return False
-    return True
+    return stat.S_ISREG(found.st_mode) and found.st_size == chunk.size
+
+
+def _todo(
+    layout: Layout, journal: Journal, missing: list[range], batch: int, perplexity: bool
+) -> list[tuple[range, bool]]:
+    """Batches to run, and whether their activations are to be read: a finished one may lack the perplexity alone."""
+    runs = [(run, run in missing) for run in _runs(layout, batch)]
+    return [
+        (run, read)
+        for run, read in runs
+        if read or (perplexity and any("nll" not in journal.done[sequence] for sequence in run))
+    ]
 
 
 def _run(
@@ -176,29 +183,32 @@ def _run(
     corpus: Corpus,
     files: ChunkFiles,
     journal: Journal,
-    batches: list[range],
-    device: str,
+    batches: list[tuple[range, bool]],
+    devices: Devices,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Load the model and read the batches that are missing."""
+    """Load the model and run the batches that are missing."""
     began = time.monotonic()
-    model = load_model(prepared.model, workspace, device)
-    base: torch.nn.Module = model.base_model  # type: ignore[assignment]
+    info = prepared.model
+    fetch_weights(info, workspace, lambda done, total: reporter.progress("download", done, total, "bytes"))
+    fetched = time.monotonic()
+    model = load_model(info, workspace, devices.map(info))
     loaded = time.monotonic()
-    log.info("loaded %s on %s in %.1f s", prepared.model.source.name, device, loaded - began)
-    layout, todo = files.layout, sum(len(run) for run in batches)
+    placed = f"; {devices.placement.sentence}" if devices.placement else ""
+    log.info("loaded %s on %s in %.1f s%s", info.source.name, devices.kind, loaded - fetched, placed)
+    layout, todo = files.layout, sum(len(run) for run, _ in batches)
+    progress = Progress(reporter, layout, todo, corpus.info.num_tokens)
     slot = prepared.spec.capture.batch_sequences * layout.positions * max(layout.widths.values()) * layout.itemsize
-    modules = list(site_modules(family(prepared.model.architecture), tuple(layout.widths), layout.layers))
-    progress = Progress(reporter, layout, todo)
-    with Ring(slot, ring_slots(slot), _writer(files), pinned=device != "cpu") as ring:
-        log.info("one pass over %d sequences; ring of %.0f MB", todo, ring.total_bytes / 1e6)
-        hooked = HookedPass(base, modules, ring, layout, progress.during)
-        for run in batches:
-            ids = torch.from_numpy(corpus.token_ids[run.start : run.stop].astype(np.int64)).to(device)
-            hooked.forward(base, Batch(run, len(modules) * len(run), journal, files), ids)
-            progress.finished(len(run))
+    with Ring(slot, ring_slots(slot), write_parts, pinned=devices.placement is not None) as ring:
+        beside = writers_bytes(layout.largest_chunk_bytes, ring.writers, packed=layout.codec != "none")
+        log.info(
+            "one pass over %d sequences; beside the model at most %.0f MB of memory: a ring of %.0f MB and %d writers",
+            *(todo, (ring.total_bytes + beside) / 1e6, ring.total_bytes / 1e6, ring.writers),
+        )
+        _forward(prepared, model, devices, corpus, files, journal, batches, ring, progress)
     ended = time.monotonic()
-    tokens, written = todo * layout.positions, sum(journal.done[s]["bytes"] for run in batches for s in run)
+    tokens = sum(int(corpus.lengths[run.start : run.stop].sum()) for run, _ in batches)
+    written = sum(journal.done[s]["bytes"] for run, read in batches if read for s in run)
     rate = tokens / (ended - loaded)
     log.info("read %d tokens in %.1f s (%.0f a second), %.1f MB", tokens, ended - loaded, rate, written / 1e6)
     return {
@@ -206,32 +216,71 @@ def _run(
         "of_sequences": layout.num_sequences,
         "tokens": tokens,
         "bytes": written,
-        "load_seconds": round(loaded - began, 3),
+        "download_seconds": round(fetched - began, 3),
+        "load_seconds": round(loaded - fetched, 3),
         "seconds": round(ended - began, 3),
         "tokens_per_second": round(rate, 1),
-        "device": _device_name(device),
+        "device": devices.kind,
+        "gpus": len(devices.placement.gpus) if devices.placement else 0,
         "threads": torch.get_num_threads(),
         "ring_bytes": ring.total_bytes,
+        "ring_waited_seconds": round(ring.waited_seconds, 3),
         "process": os.getpid(),
     }
 
 
-def _writer(files: ChunkFiles) -> Callable[[Any, NDArray[Any]], None]:
-    """What the ring's threads do with a tensor (sequence, position, feature): write each sequence's part of it."""
-    lock = threading.Lock()
-    stored = STORAGE[files.layout.dtype]
+def _forward(
+    prepared: Prepared,
+    model: torch.nn.Module,
+    devices: Devices,
+    corpus: Corpus,
+    files: ChunkFiles,
+    journal: Journal,
+    batches: list[tuple[range, bool]],
+    ring: Ring,
+    progress: Progress,
+) -> None:
+    """Every batch through the model, its tensors into the ring. Raises MemoryFull, SiteError, and what a writer raises."""
+    layout, anatomy = files.layout, prepared.model.anatomy
+    modules = anatomy.modules(tuple(layout.stored), layout.layers)
+    head = Head(model) if prepared.spec.capture.perplexity else None
+    hooked = HookedPass(model.get_submodule(anatomy.backbone), modules, ring, layout, progress.during)
+    for run, read in batches:
+        lengths = tuple(int(length) for length in corpus.lengths[run.start : run.stop])
+        batch = Batch(run, lengths, len(modules) * len(run) * read + (head is not None), journal, files)
+        rows = corpus.token_ids[run.start : run.stop, : batch.positions].astype(np.int64)  # (sequence, position)
+        try:
+            ids = torch.from_numpy(rows).to(devices.first)
+            hidden = hooked.forward(batch, ids, read=read)
+            found = losses(head, hidden, ids, lengths) if head is not None else None
+        except torch.OutOfMemoryError as error:
+            raise MemoryFull(
+                f"the GPU has no memory left for {len(run)} x {batch.positions} tokens at once ({str(error).splitlines()[0]}): "
+                "give fewer --batch-sequences, a shorter --sequence-length, or larger GPUs (--min-vram)"
+            ) from error
+        if found is not None:
+            _measure(batch, found, read=read)
+        progress.finished(len(run))
 
-    def write(key: tuple[Batch, str, int], values: NDArray[Any]) -> None:
-        batch, site, layer = key
-        for row, sequence in enumerate(batch.sequences):
-            chunks = files.write(site, layer, sequence, values[row].view(stored))
-            with lock:
-                last = batch.add(site, layer, sequence, chunks)
-            if last:
-                batch.finish()
 
-    return write
+def _measure(batch: Batch, found: list[tuple[float, int]], *, read: bool) -> None:
+    """Hand the losses of a batch to its journal lines; where only they were missing, to new lines of what is there."""
+    lines = {s: {"nll": nll, "nll_tokens": count} for s, (nll, count) in zip(batch.sequences, found, strict=True)}
+    if not read:
+        batch.journal.append([batch.journal.done[sequence] | line for sequence, line in lines.items()])
+    elif batch.add_losses(lines):
+        batch.finish()
 
 
-def _device_name(device: str) -> str:
-    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
+def write_parts(key: tuple[Batch, str, int], values: NDArray[Any]) -> None:
+    """What the ring's threads do with a tensor: write each sequence's part of it, without padding.
+
+    key: the batch, the site, and the place of the layer among those captured. values: (sequence, position, feature).
+    """
+    batch, site, layer = key
+    stored = STORAGE[batch.files.layout.dtype]
+    for row, sequence in enumerate(batch.sequences):
+        tokens = values[row, : batch.lengths[row]].view(stored)  # (position, feature)
+        chunks = batch.files.write(site, layer, sequence, tokens, batch.unsynced())
+        if batch.add(site, layer, sequence, chunks):
+            batch.finish()

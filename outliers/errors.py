@@ -19,6 +19,7 @@
     │   │   └── DigestConflict        this study is published there with other numbers
     │   ├── SummaryMismatch       two summaries that are not of disjoint parts of one study
     │   ├── DiskFull              the workspace's disk took no more; what is journaled stays
+    │   ├── MemoryFull            a GPU's memory took no more; what is journaled stays
     │   ├── Busy                  another process is writing this very capture
     │   └── JobFailed             a step ended with an error that is not one of these
     └── TransientError            the same call may succeed later
@@ -111,6 +112,10 @@ class SummaryMismatch(PermanentError):
 
 class DiskFull(PermanentError):
     """The disk of the workspace takes no more bytes; what is journaled stays."""
+
+
+class MemoryFull(PermanentError):
+    """The memory of a GPU takes no more bytes; what is journaled stays."""
 
 
 class Busy(PermanentError):

@@ -245,9 +245,17 @@ def _facts(summary: Json) -> list[tuple[str, str]]:
         ("Sites", ", ".join(captured_sites(summary))),
         ("Corpus", corpus["source"]),
         ("Tokens", f"{corpus['num_tokens']:,} in {corpus['num_sequences']:,} sequences"),
+        ("Perplexity", _perplexity(summary)),
         ("Revision", (model["revision"] or "")[:12]),
     ]
     return [(name, clip(text, MAX_TEXT_CHARACTERS)) for name, text in pairs if text]
+
+
+def _perplexity(summary: Json) -> str:
+    found = summary.get("perplexity")
+    if found is None:
+        return ""
+    return "not a number" if found["value"] is None else f"{found['value']:.4g} over {found['tokens']:,} tokens"
 
 
 def _count(value: int | None) -> str:

@@ -7,6 +7,7 @@ The contents hold no clock, path or host, so that two runs of one study can be c
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from outliers.analyze import read_counts, read_summary
+from outliers.architectures import INPUT
 from outliers.bits import bits_to_float, pattern_values
 from outliers.corpus import Corpus, load_corpus
 from outliers.criteria import Rules, Verdict, judge, kurtosis, legacy_passes, median_magnitude
@@ -23,7 +25,8 @@ from outliers.files import write_atomic
 from outliers.massive import massive_activations
 from outliers.parquet import write_parquet
 from outliers.prepare import Prepared
-from outliers.spec import BLOCK, READINGS
+from outliers.spec import BLOCK, BLOCK_SITES, READINGS
+from outliers.store import Journal
 from outliers.summary import SiteTotals, Summary
 from outliers.tables import feature_table
 from outliers.workspace import Workspace
@@ -32,6 +35,10 @@ SCHEMA_VERSION = 1
 CONTEXT_CHARACTERS = 60
 TOKEN_FEATURES = 64
 """Systematic features that tokens.json shows, by magnitude: a model with more is no less described by its table."""
+
+
+LARGEST_LOSS = 700.0
+"""Nats a token above which the exponential leaves float64: no perplexity is told."""
 
 
 @dataclass
@@ -52,6 +59,11 @@ def write_results(prepared: Prepared, workspace: Workspace) -> Path:
     private = workspace.summary(prepared.capture_id, prepared.study_id)
     summary, corpus = read_summary(private), load_corpus(prepared.corpus, workspace)
     content = summarize_study(prepared, summary, count_votes(prepared, private, summary), corpus)
+    if prepared.spec.capture.perplexity:
+        journal = Journal.open(workspace.capture(prepared.capture_id) / "journal.jsonl")
+        content |= perplexity([journal.done[sequence] for sequence in sorted(journal.done)])
+        if content["perplexity"]["value"] is None:
+            content["notes"].append("perplexity is not a number: the model's logits are not finite on this corpus")
     folder = workspace.study(prepared.study_id)
     folder.mkdir(parents=True, exist_ok=True)
     # a manifest says that a study is finished: an older one must not speak for files that are being rewritten
@@ -141,6 +153,23 @@ def summarize_study(prepared: Prepared, summary: Summary, votes: Votes, corpus: 
         "sweep": _sweep(summary, rules),
         "histogram": {site: _magnitude_bins(summary.sites[site].histogram, frame.dtype) for site in frame.captured},
         "notes": _notes(prepared),
+    }
+
+
+def perplexity(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The key `perplexity` from journal lines in the order of the sequences: exp of the mean negative log-likelihood a token.
+
+    `loss` is that mean, in nats; `tokens` are those that were predicted, all but the first of each sequence.
+    """
+    tokens = sum(int(entry["nll_tokens"]) for entry in entries)
+    loss = math.fsum(entry["nll"] for entry in entries) / tokens
+    finite = math.isfinite(loss) and loss < LARGEST_LOSS
+    return {
+        "perplexity": {
+            "value": math.exp(loss) if finite else None,
+            "loss": loss if finite else None,
+            "tokens": tokens,
+        }
     }
 
 
@@ -273,6 +302,22 @@ def _notes(prepared: Prepared) -> list[str]:
         notes.append(
             f"{len(prepared.layers)} of {prepared.model.num_layers} layers were read: layer fractions are of those"
         )
+    anatomy = prepared.model.anatomy
+    sites = prepared.spec.capture.sites
+    for site in sites:
+        other = anatomy.alias_of(site)
+        if other in sites:
+            notes.append(f"{site} is the very same tensor as {other}: one norm feeds attention and MLP")
+    named = [item.partition("=")[0] for item in prepared.spec.capture.site_modules]
+    bare = [s for s in BLOCK_SITES if s not in named and s in sites and anatomy.sites[s][0].endswith(INPUT)]
+    if bare:
+        notes.append(
+            f"no norm comes before it in this family: {' and '.join(bare)} is the residual stream itself, whose scale grows "
+            "with depth"
+        )
+    notes.extend(f"a site was named by hand: {item}" for item in prepared.spec.capture.site_modules)
+    if prepared.corpus.lengths_sha256 is not None:
+        notes.append("sequences have unequal lengths: padding is masked and counted nowhere")
     if not prepared.text:
         notes.append("text of the corpus is left out (--publish-text context shows it)")
     return notes

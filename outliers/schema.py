@@ -226,6 +226,14 @@ def _few(items: dict[Any, Any], most: int, what: str) -> None:
         raise ValueError(f"{len(items)} {what}, at most {most}")
 
 
+class Perplexity(_Strict):
+    """exp of the mean negative log-likelihood a token; nulls where that is not a finite number."""
+
+    value: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    loss: Number | None
+    tokens: Count
+
+
 class Summary(_Strict):
     """summary.json, schema_version 1."""
 
@@ -243,6 +251,8 @@ class Summary(_Strict):
     sweep: Sweep
     histogram: dict[Site, Histogram]
     notes: Annotated[list[Note], Field(max_length=100)]
+    # there only where it was asked for
+    perplexity: Perplexity | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Summary:

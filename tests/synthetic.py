@@ -6,12 +6,16 @@ import numpy as np
 import torch
 
 from outliers.analyze import analyze, read_summary
+from outliers.anatomy import Anatomy
 from outliers.corpus import Corpus, CorpusInfo, _write, token_hash
-from outliers.models import ModelInfo, ModelSource
+from outliers.durable import Unsynced
+from outliers.model_info import ModelInfo
+from outliers.models import ModelSource
 from outliers.prepare import ID_LENGTH, Prepared
 from outliers.results import count_votes, summarize_study
 from outliers.spec import StudySpec, deciding_site, digest
 from outliers.store import STORAGE, ChunkFiles, Journal, Layout, create_arrays, shapes_of, write_fingerprint
+from outliers.weights import Weights
 
 
 class Silent:
@@ -32,8 +36,8 @@ def store(values, dtype):
     return bits.astype(STORAGE[dtype], copy=False), exact
 
 
-def prepared_for(acts, dtype, criteria=None, layers=None, **spec):
-    """A Prepared whose capture would hold `acts`: {site: (layer, sequence, position, feature)}."""
+def prepared_for(acts, dtype, criteria=None, layers=None, lengths=None, **spec):
+    """A Prepared whose capture would hold `acts`: {site: (layer, sequence, position, feature)}, padded after `lengths`."""
     num_layers, num_sequences, positions, _ = next(iter(acts.values())).shape
     sites = tuple(acts)
     full = StudySpec.model_validate(
@@ -46,14 +50,14 @@ def prepared_for(acts, dtype, criteria=None, layers=None, **spec):
         }
     )
     ids = np.arange(num_sequences * positions, dtype=np.int32).reshape(num_sequences, positions)
-    lengths = np.full(num_sequences, positions, np.int32)
+    lengths = np.full(num_sequences, positions, np.int32) if lengths is None else np.asarray(lengths, np.int32)
     corpus = CorpusInfo(
         source="synthetic",
         public=True,
-        key=f"synthetic-{num_sequences}x{positions}",
+        key=f"synthetic-{num_sequences}x{positions}-{int(lengths.sum())}",
         num_sequences=num_sequences,
         sequence_length=positions,
-        num_tokens=num_sequences * positions,
+        num_tokens=int(lengths.sum()),
         num_documents=1,
         token_sha256=token_hash(ids, lengths),
     )
@@ -68,7 +72,15 @@ def prepared_for(acts, dtype, criteria=None, layers=None, **spec):
         experts_implementation=None,
         num_layers=num_layers,
         hidden_size=hidden,
-        site_widths=widths,
+        anatomy=Anatomy(
+            backbone="model",
+            layers="layers",
+            sites={site: tuple(f"layers.{n}.{site}" for n in range(num_layers)) for site in widths},
+            widths=widths,
+            moe_layers=(),
+            router=None,
+            experts=None,
+        ),
         vocab_size=100,
         max_positions=None,
         total_parameters=1000,
@@ -76,6 +88,7 @@ def prepared_for(acts, dtype, criteria=None, layers=None, **spec):
         num_experts=None,
         experts_per_token=None,
         weight_bytes=2000,
+        weights=Weights.model_construct(),  # never asked of a capture that is there
     )
     study = digest({"criteria": full.criteria.model_dump(mode="json"), "dtype": dtype, "shape": list(widths.items())})
     return Prepared(
@@ -90,8 +103,8 @@ def prepared_for(acts, dtype, criteria=None, layers=None, **spec):
     )
 
 
-def write_capture(prepared, workspace, acts, *, chunk_bytes=8 * 2**20, codec="none", order=None):
-    """Write `acts` (storage dtype) as a finished capture; sequences are written in `order`."""
+def write_capture(prepared, workspace, acts, *, chunk_bytes=8 * 2**20, codec="none", order=None, lengths=None):
+    """Write `acts` (storage dtype) as a finished capture; sequences are written in `order`, without their padding."""
     first = next(iter(acts.values()))
     num_layers, num_sequences, positions, _ = first.shape
     layout = Layout(
@@ -106,19 +119,21 @@ def write_capture(prepared, workspace, acts, *, chunk_bytes=8 * 2**20, codec="no
     folder = workspace.capture(prepared.capture_id)
     folder.mkdir(parents=True)
     ids = np.arange(num_sequences * positions, dtype=np.int32).reshape(num_sequences, positions)
-    lengths = np.full(num_sequences, positions, np.int32)
+    lengths = np.full(num_sequences, positions, np.int32) if lengths is None else np.asarray(lengths, np.int32)
     create_arrays(folder, layout, ids, lengths)
     write_fingerprint(folder, {"fixed": {"format": 1}, "layout": shapes_of(layout), "threads": 1})
     files, journal = ChunkFiles(folder, layout), Journal(folder / "journal.jsonl")
     for sequence in order if order is not None else range(num_sequences):
+        unsynced = Unsynced(files.root)
         entry = {"sequence": int(sequence), "crc32": {}, "sizes": {}, "bytes": 0}
         for site, array in acts.items():
             chunks = [
                 c
                 for layer in range(num_layers)
-                for c in files.write(site, layer, int(sequence), array[layer, sequence])
+                for c in files.write(site, layer, int(sequence), array[layer, sequence, : lengths[sequence]], unsynced)
             ]
             entry["crc32"][site], entry["sizes"][site] = [c for c, _ in chunks], [n for _, n in chunks]
+        unsynced.sync()
         journal.append([entry])
     _write_corpus(prepared, workspace, ids, lengths)
     return layout

@@ -233,7 +233,11 @@ def parts(tmp_path_factory):
     (target / "sequences").mkdir()
     marks = delimiters(load_corpus(prepared.corpus, workspace))
     frame = frame_of(prepared, layout)
-    return [summarize(folder, frame, layout, {s: journal.done[s]}, marks[s : s + 1], target) for s in range(5)]
+    lengths = load_corpus(prepared.corpus, workspace).lengths
+    return [
+        summarize(folder, frame, layout, {s: journal.done[s]}, lengths[s : s + 1], marks[s : s + 1], target)
+        for s in range(5)
+    ]
 
 
 def test_merge_refuses_a_shared_sequence_and_another_study(parts):

@@ -1,0 +1,114 @@
+"""A described model -> its weights on the machine's devices. The only place that reads weights.
+
+Weights of the hub are fetched first, into the hub's own cache. Safetensors alone are read, no remote code is run. What the
+machine can't do as the description says (a quantization that needs a GPU, an implementation that is not there) is an
+error, never another arithmetic without a word. Before it: `model_info`, `devices`. After it: `capture`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from outliers.errors import MemoryFull, PlanRefused, UnknownModel
+from outliers.model_info import ModelInfo, method_of, quantization_of
+from outliers.models import load_config
+from outliers.workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+DeviceMap = Mapping[str, str | int]
+"""Module's name ("" for the whole model) -> torch device, or number of a GPU."""
+
+
+def load_model(info: ModelInfo, workspace: Workspace, devices: str | DeviceMap) -> torch.nn.Module:
+    """The model with its weights on `devices` (one, or a device map), ready for inference, in the arithmetic that `info` names.
+
+    Raises UnknownModel where the weights can't be read, PlanRefused where this machine can't compute with them, MemoryFull;
+    HubUnavailable and DiskFull of the download where they are not here yet.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    where = {"": devices} if isinstance(devices, str) else dict(devices)
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, info.dtype),
+        "attn_implementation": info.attention_implementation,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "device_map": where,
+    }
+    if info.experts_implementation:
+        options["experts_implementation"] = info.experts_implementation
+    options |= _quantization(info, workspace, on_cpu="cpu" in where.values())
+    place = fetch_weights(info, workspace)
+    try:
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(place, **options)
+    except torch.OutOfMemoryError as error:
+        raise MemoryFull(
+            f"the weights of {info.source.name} ({info.weight_bytes / 1e9:.1f} GB) do not fit the GPU's memory as it is now: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (OSError, ImportError) as error:
+        raise UnknownModel(f"the weights of {info.source.name} can't be read: {error}") from error
+    _check(model, info)
+    return model.eval()
+
+
+def fetch_weights(info: ModelInfo, workspace: Workspace, progress: Callable[[int, int], None] | None = None) -> str:
+    """The folder on this machine that has the weights; those of the hub are downloaded where they are not here yet.
+
+    `progress(done_bytes, total_bytes)` is told of a download. Raises as `download_model` does.
+    """
+    from outliers.download import download_model
+    from outliers.gguf import gguf_weights
+
+    source = info.source
+    if source.kind == "hub":
+        return str(download_model(source.path, source.revision, progress=progress))
+    return str(gguf_weights(source, workspace)) if source.kind == "gguf" else source.path
+
+
+def _quantization(info: ModelInfo, workspace: Workspace, *, on_cpu: bool) -> dict[str, Any]:
+    """Options that make a quantized checkpoint plain where that is asked; refuses what this device would make plain itself."""
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+    stored = method_of(quantization_of(load_config(info.source, workspace)))
+    if info.source.kind == "gguf" or stored is None:
+        return {}
+    if info.quantization is None:
+        configs = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+        return {"quantization_config": configs[stored](dequantize=True)}
+    if on_cpu:
+        raise PlanRefused(
+            f"{info.source.name} is stored in {stored}, which needs a GPU: --quantization none computes in {info.dtype} "
+            f"here, with {info.total_parameters * 2 / 1e9:.0f} GB of weights instead of {info.weight_bytes / 1e9:.0f} GB"
+        )
+    return {}
+
+
+def _check(model: Any, info: ModelInfo) -> None:
+    """What was loaded is what was described: transformers may have fallen back with a warning alone."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    undone = quantizer is not None and getattr(quantizer.quantization_config, "dequantize", False)
+    if info.quantization is not None and undone:
+        raise PlanRefused(
+            f"{info.source.name} is stored in {info.quantization}, and the libraries of this machine can only undo it: "
+            "install kernels and triton, or give --quantization none"
+        )
+    found = str(model.config._attn_implementation)
+    if found != info.attention_implementation:
+        raise PlanRefused(
+            f"attention runs as {found} here, the study was described with {info.attention_implementation}: "
+            "other values would come out"
+        )
+    experts = getattr(model.config, "_experts_implementation", None)
+    if info.experts_implementation is not None and str(experts) != info.experts_implementation:
+        raise PlanRefused(
+            f"experts run as {experts} here, the study was described with {info.experts_implementation}: other values would "
+            "come out"
+        )
