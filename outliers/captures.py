@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
+import os
 import shutil
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from outliers.errors import BadInput, Busy, CaptureError
+from outliers.errors import BadInput, CaptureError
 from outliers.outcome import held_bytes
-from outliers.store import Journal, layout_from, read_fingerprint
+from outliers.store import Journal, hold, layout_from, read_fingerprint
 from outliers.workspace import Workspace
 
 
@@ -27,32 +28,44 @@ class Held(BaseModel):
 
 def list_captures(workspace: Workspace) -> tuple[Held, ...]:
     """Every capture of a workspace, finished or not, by id."""
-    folders = sorted(path for path in workspace.captures.glob("*") if path.is_dir())
     found = []
-    for folder in folders:
+    for name in _ids(workspace):
+        folder = workspace.capture(name)
         model, done, total = "damaged", 0, 0
         try:
             fingerprint = read_fingerprint(folder)
             if fingerprint is not None:
-                model, total = str(fingerprint["fixed"].get("model", "?")), layout_from(fingerprint).num_sequences
                 done = len(Journal.open(folder / "journal.jsonl").done)
+                model, total = str(fingerprint["fixed"].get("model", "?")), layout_from(fingerprint).num_sequences
         except CaptureError:
-            pass  # shown as damaged, so that it can be removed
-        found.append(Held(capture_id=folder.name, model=model, done=done, of_sequences=total, bytes=held_bytes(folder)))
+            pass  # shown as damaged, so that it can be looked into or removed
+        found.append(Held(capture_id=name, model=model, done=done, of_sequences=total, bytes=held_bytes(folder)))
     return tuple(found)
+
+
+def find_capture(workspace: Workspace, name: str) -> Path:
+    """The folder of a capture, named by its id or by a path; the workspace is only read. Raises BadInput for an unknown one."""
+    folder = Path(name).expanduser().absolute() if os.sep in name else workspace.capture(name)
+    if os.sep in name and (folder / "capture.json").exists():
+        return folder
+    if folder.parent != workspace.captures or not folder.is_dir() or name in (os.curdir, os.pardir):
+        known = ", ".join(_ids(workspace)) or "none"
+        raise BadInput(f"there is no capture {name} in {workspace.root}; there is: {known}")
+    return folder
 
 
 def remove_capture(workspace: Workspace, capture_id: str) -> int:
     """Remove one capture; returns the bytes that this frees. Raises BadInput for an unknown one, Busy for one in use."""
-    folder = workspace.capture(capture_id)
-    if folder.parent != workspace.captures or not folder.is_dir():
-        known = ", ".join(held.capture_id for held in list_captures(workspace)) or "none"
-        raise BadInput(f"there is no capture {capture_id} in {workspace.root}; there is: {known}")
+    folder = find_capture(workspace, capture_id)
+    if folder.parent != workspace.captures:
+        raise BadInput(f"{folder} is not in {workspace.root}: give its workspace with --workspace, and its id")
     held = held_bytes(folder)
-    with (folder / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(f"the capture {capture_id} is being written: end that study first") from error
+    with hold(folder):
+        # first what says that anything is done: a removal that is cut short leaves nothing that could be believed
+        (folder / "journal.jsonl").unlink(missing_ok=True)
         shutil.rmtree(folder)
     return held
+
+
+def _ids(workspace: Workspace) -> list[str]:
+    return sorted(path.name for path in workspace.captures.glob("*") if path.is_dir())

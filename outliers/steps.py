@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from outliers.errors import CaptureError
+from outliers.errors import CaptureError, CorruptCapture
 from outliers.events import Reporter
 from outliers.files import write_atomic
 from outliers.prepare import Prepared
@@ -63,10 +63,13 @@ def run_report(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> 
 
 
 def run_verify(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    """Check every checksum of the capture."""
-    from outliers.analyze import verify
+    """Check the capture, every checksum of it. Raises CorruptCapture, which names the damage and the way out."""
+    from outliers.verify import verify
 
-    return {"chunks": verify(workspace.capture(prepared.capture_id), reporter)}
+    found = verify(workspace.capture(prepared.capture_id), reporter)
+    if not found.sound:
+        raise CorruptCapture(found.message())
+    return found.model_dump(include={"chunks", "bytes", "done", "of_sequences"})
 
 
 def provenance(prepared: Prepared, workspace: Workspace) -> dict[str, Any]:

@@ -1,30 +1,36 @@
-"""The capture on disk: a Zarr group of activations, and the journal that alone says what of it is done.
+"""The capture on disk: a Zarr group of activations, beside the journal that alone says what of it is done.
 
     <capture>/capture.json       the fingerprint that resume checks
     <capture>/activations.zarr/  one array a site (layer, sequence, position, feature), and token_ids, lengths, mask
-    <capture>/journal.jsonl      a line a finished sequence: checksums of its chunks, bytes
+    <capture>/journal.jsonl      a line a finished sequence: checksums of its chunks, bytes (`journal`)
     <capture>/lock               held by the process that writes
 
-An uncompressed chunk is just its bytes, so chunks are written here as files, whole and once, and fsynced, which
-zarr's own store does not do; zarr opens the result. bfloat16 is stored as its bits in uint16: zarr has no such dtype.
-Knows bytes and indices, nothing of models. Before it: `capture`. After it: `summary`.
+An uncompressed chunk is just its bytes, so chunks are written here as files, whole and once (`durable`), and are on the
+disk before the journal names them, which zarr's own store does not see to; zarr opens the result. bfloat16 is stored as its
+bits in uint16: zarr has no such dtype. Knows bytes and indices, nothing of models. Before it: `capture`. After it: `summary`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
-import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32 as crc32_of
 from numpy.typing import NDArray
 
-from outliers.errors import CaptureMismatch, CorruptCapture
+from outliers.durable import Unsynced, write_durably, write_soon
+from outliers.errors import Busy, CaptureError, CaptureMismatch, CorruptCapture
 from outliers.files import sync_folder, write_atomic
+from outliers.journal import Journal as Journal
+from outliers.journal import way_out
 from outliers.spec import FORMAT_VERSION
 
 CHUNK_BYTES = 8 * 1024 * 1024
@@ -40,6 +46,8 @@ STORAGE: dict[str, np.dtype[Any]] = {
 NAN_BITS = {"bfloat16": 0x7FC0}
 """Fill values: what was never written reads as NaN, not as a quiet zero."""
 
+ARRAYS = "activations.zarr"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -52,6 +60,13 @@ class Layout:
     dtype: str
     codec: str
     chunk_bytes: int = CHUNK_BYTES
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Site -> the captured site that is the same tensor and has its chunks: one norm that feeds attention and MLP."""
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Widths of the sites that have chunks of their own."""
+        return {site: width for site, width in self.widths.items() if site not in self.aliases}
 
     @property
     def itemsize(self) -> int:
@@ -69,9 +84,14 @@ class Layout:
         return math.ceil(self.positions / self.position_chunks)
 
     @property
+    def largest_chunk_bytes(self) -> int:
+        """Bytes of an uncompressed chunk of the widest site."""
+        return self.chunk_positions * max(self.widths.values()) * self.itemsize
+
+    @property
     def activation_bytes(self) -> int:
         """Bytes of all chunks, uncompressed, padding of the last ones included."""
-        per_token = len(self.layers) * sum(self.widths.values()) * self.itemsize
+        per_token = len(self.layers) * sum(self.stored.values()) * self.itemsize
         return self.num_sequences * self.position_chunks * self.chunk_positions * per_token
 
     @property
@@ -84,23 +104,74 @@ class Layout:
         """Exact bytes of an uncompressed capture, the few kilobytes of JSON apart."""
         return self.activation_bytes + self.side_bytes
 
+    def chunks_of(self, length: int) -> int:
+        """Chunks of a sequence of `length` tokens: none is written that would hold nothing but padding."""
+        return math.ceil(length / self.chunk_positions)
+
     def span(self, chunk: int) -> slice:
         """Positions of one chunk."""
         return slice(chunk * self.chunk_positions, min((chunk + 1) * self.chunk_positions, self.positions))
 
 
 def create_arrays(folder: Path, layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
-    """Write the group's metadata and side arrays into `folder`/activations.zarr."""
-    import zarr
+    """Write the group's metadata and side arrays into `folder`/activations.zarr, durably, the folders' names too."""
+    mend_arrays(folder, layout, token_ids, lengths)
+    for place in (folder.parent, folder.parent.parent):
+        sync_folder(place)
 
-    group = zarr.open_group(folder / "activations.zarr", mode="a")
+
+def mend_arrays(
+    folder: Path, layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]
+) -> tuple[str, ...]:
+    """Write what is missing of the metadata and side arrays, or is not what it was; returns the names of those files.
+
+    Raises CaptureError where something is in the way.
+    """
+    root, mended = folder / ARRAYS, []
+    for name, content in group_files(layout, token_ids, lengths).items():
+        path = root / name
+        if not (path.is_file() and same_file(name, path.read_bytes(), content)):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise CaptureError(f"{path.parent} is in the way of a folder of the capture: move it away") from error
+            write_durably(path, content)
+            mended.append(name)
+    written = [place for name in mended for place in (root / name).parents if place.is_relative_to(folder)]
+    for place in dict.fromkeys(written):
+        sync_folder(place)
+    return tuple(mended)
+
+
+def same_file(name: str, found: bytes, wanted: bytes) -> bool:
+    """Whether a file of the group says what it should: metadata in its meaning, foreign attributes allowed; others in bytes."""
+    if not name.endswith("zarr.json"):
+        return found == wanted
+    try:
+        there, should = json.loads(found), json.loads(wanted)
+        attributes = should.pop("attributes")
+        return bool(should.items() <= there.items() and attributes.items() <= there["attributes"].items())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def group_files(layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> dict[str, bytes]:
+    """Every file of the group but the chunks of activations: name below activations.zarr -> content."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(files))
     mask = np.arange(layout.positions)[None, :] < lengths[:, None]  # (sequence, position)
     names = {"token_ids": ("sequence", "position"), "lengths": ("sequence",), "mask": ("sequence", "position")}
     for name, values in (("token_ids", token_ids), ("lengths", lengths), ("mask", mask)):
-        array = group.create_array(name, data=values, compressors=None, dimension_names=names[name], overwrite=True)
+        array = group.create_array(name, data=values, compressors=None, dimension_names=names[name])
         array.attrs["unit"] = {"token_ids": "token id", "lengths": "tokens", "mask": "is a token"}[name]
-    for site, width in layout.widths.items():
+    for site, width in layout.stored.items():
         _create_site(group, site, width, layout)
+    if layout.aliases:
+        group.attrs["alias_of"] = layout.aliases
+    return {name: buffer.to_bytes() for name, buffer in files.items()}
 
 
 def _create_site(group: Any, site: str, width: int, layout: Layout) -> None:
@@ -116,9 +187,19 @@ def _create_site(group: Any, site: str, width: int, layout: Layout) -> None:
         compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")] if layout.codec == "zstd" else None,
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=("layer", "sequence", "position", "feature"),
-        overwrite=False,
     )
     array.attrs.update({"dtype": layout.dtype, "layers": list(layout.layers), "site": site})
+
+
+class NamedChunk(NamedTuple):
+    """A chunk that a journal line names; `layer` counts the captured layers from 0."""
+
+    site: str
+    layer: int
+    chunk: int
+    path: Path
+    crc32: int
+    size: int
 
 
 class ChunkFiles:
@@ -126,27 +207,31 @@ class ChunkFiles:
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.layout = layout
-        self.root = folder / "activations.zarr"
+        self.root = folder / ARRAYS
+        self._place = str(self.root)
 
     def path(self, site: str, layer: int, sequence: int, chunk: int) -> Path:
         """File of a chunk; `layer` counts the captured layers from 0."""
         return self.root / site / f"c.{layer}.{sequence}.{chunk}.0"
 
-    def write(self, site: str, layer: int, sequence: int, values: NDArray[Any]) -> list[tuple[int, int]]:
-        """Write one layer of one sequence.
+    def write(
+        self, site: str, layer: int, sequence: int, values: NDArray[Any], unsynced: Unsynced
+    ) -> list[tuple[int, int]]:
+        """Write one layer of one sequence; nothing is durable before `unsynced` was waited for.
 
-        values: (position, feature) in the storage dtype, all positions. Returns (crc32, bytes) of each chunk.
+        values: (position, feature) in the storage dtype, as many positions as the sequence has tokens; the rest of the
+        last chunk is filled with NaN. Returns (crc32, bytes) of each chunk.
         """
         written = []
-        for chunk in range(self.layout.position_chunks):
+        for chunk in range(self.layout.chunks_of(values.shape[0])):
             block = values[self.layout.span(chunk)]
             short = self.layout.chunk_positions - block.shape[0]
             if short:
                 fill = NAN_BITS.get(self.layout.dtype, np.nan)
                 block = np.concatenate([block, np.full((short, block.shape[1]), fill, block.dtype)])
             content = self._encode(np.ascontiguousarray(block))
-            write_durably(self.path(site, layer, sequence, chunk), content)
-            written.append((zlib.crc32(content), len(content)))
+            written.append((crc32_of(content), len(content)))
+            write_soon(f"{self._place}/{site}/c.{layer}.{sequence}.{chunk}.0", content, unsynced)
         return written
 
     def read(self, site: str, layer: int, sequence: int, chunk: int, crc32: int) -> NDArray[Any]:
@@ -155,23 +240,33 @@ class ChunkFiles:
         try:
             content = path.read_bytes()
         except FileNotFoundError as error:
-            raise CorruptCapture(
-                f"{path} is journaled and not there: `outliers captures rm` it and extract again"
-            ) from error
-        found = zlib.crc32(content)
+            raise CorruptCapture(f"{path} is journaled and not there: {way_out(self.root.parent)}") from error
+        except OSError as error:
+            raise CorruptCapture(f"{path} can't be read ({error.strerror}): {way_out(self.root.parent)}") from error
+        found = crc32_of(content)
         if found != crc32:
             raise CorruptCapture(
                 f"{path} has checksum {found:08x}, the journal says {crc32:08x}: its bytes changed after they were written; "
-                "`outliers captures rm` this capture and extract again"
+                f"{way_out(self.root.parent)}"
             )
         span = self.layout.span(chunk)
         values = self._decode(content).reshape(self.layout.chunk_positions, self.layout.widths[site])
         return values[: span.stop - span.start]
 
-    def sync(self) -> None:
-        """Make the names of the chunks durable too."""
-        for site in self.layout.widths:
-            sync_folder(self.root / site)
+    def named_by(self, entry: dict[str, Any]) -> Iterator[NamedChunk]:
+        """The chunks of a journal line. Raises CorruptCapture where it doesn't name them all."""
+        layers, sequence = len(self.layout.layers), entry["sequence"]
+        for site in self.layout.stored:
+            crcs, sizes = entry.get("crc32", {}).get(site, ()), entry.get("sizes", {}).get(site, ())
+            if not crcs or len(crcs) != len(sizes) or len(crcs) % layers:
+                raise CorruptCapture(
+                    f"the journal names {len(crcs)} checksums and {len(sizes)} sizes of {site} of sequence {sequence}, in "
+                    f"{layers} layers: {way_out(self.root.parent)}"
+                )
+            chunks = len(crcs) // layers
+            for at, (crc32, size) in enumerate(zip(crcs, sizes, strict=True)):
+                layer, chunk = divmod(at, chunks)
+                yield NamedChunk(site, layer, chunk, self.path(site, layer, sequence, chunk), crc32, size)
 
     def _encode(self, block: NDArray[Any]) -> bytes | memoryview:
         if self.layout.codec == "none":
@@ -188,64 +283,17 @@ class ChunkFiles:
         return np.frombuffer(blosc.decompress(content), STORAGE[self.layout.dtype])
 
 
-def write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole: temporary name, fsync, rename. The directory is synced once a batch, see `ChunkFiles.sync`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb", buffering=0) as file:
-        view = memoryview(content)
-        while view.nbytes:
-            view = view[file.write(view) :]
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-class Journal:
-    """What of a capture is done. Lines are appended and fsynced after the chunks they name; a torn last line is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.done: dict[int, dict[str, Any]] = {}
-
-    @classmethod
-    def open(cls, path: Path, *, repair: bool = False) -> Journal:
-        """Read the journal; with `repair` cut a torn last line off the file. Raises CorruptCapture."""
-        journal = cls(path)
-        content = path.read_bytes() if path.exists() else b""
-        whole = content.rfind(b"\n") + 1
-        if repair and whole < len(content):
-            with path.open("r+b") as file:
-                file.truncate(whole)
-                os.fsync(file.fileno())
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
-            entry = cls._parse(line, number, path)
-            journal.done[int(entry["sequence"])] = entry
-        return journal
-
-    @staticmethod
-    def _parse(line: bytes, number: int, path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a capture for this process: two writers would tear it. Raises Busy."""
+    with (folder / "lock").open("a") as file:
         try:
-            entry: dict[str, Any] = json.loads(line)
-            body = {key: value for key, value in entry.items() if key != "line_crc32"}
-            sound = entry["line_crc32"] == zlib.crc32(json.dumps(body, sort_keys=True).encode())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise CorruptCapture(
-                f"line {number} of {path} is damaged: `outliers captures rm` this capture and extract again"
-            )
-        return entry
-
-    def append(self, entries: list[dict[str, Any]]) -> None:
-        """Record finished sequences, in one durable write."""
-        lines = b""
-        for entry in entries:
-            crc = zlib.crc32(json.dumps(entry, sort_keys=True).encode())
-            lines += json.dumps(entry | {"line_crc32": crc}, sort_keys=True).encode() + b"\n"
-        with self.path.open("ab", buffering=0) as file:
-            file.write(lines)
-            os.fsync(file.fileno())
-        for entry in entries:
-            self.done[entry["sequence"]] = entry
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"another process is writing {folder}: wait for it, or end it") from error
+        if os.fstat(file.fileno()).st_nlink == 0:
+            raise Busy(f"{folder} was removed just now: run the same again")
+        yield
 
 
 def shapes_of(layout: Layout) -> dict[str, Any]:
@@ -254,24 +302,38 @@ def shapes_of(layout: Layout) -> dict[str, Any]:
 
 
 def write_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Write capture.json."""
-    write_atomic(folder / "capture.json", json.dumps(fingerprint, indent=1, sort_keys=True).encode())
+    """Write capture.json, with a checksum of its content: a changed thread count or shape would be quietly obeyed."""
+    content = fingerprint | {"crc32": _content_crc(fingerprint)}
+    write_atomic(folder / "capture.json", json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def _content_crc(fingerprint: dict[str, Any]) -> int:
+    body = {key: value for key, value in fingerprint.items() if key != "crc32"}
+    return crc32_of(json.dumps(body, sort_keys=True).encode())
 
 
 def read_fingerprint(folder: Path) -> dict[str, Any] | None:
-    """capture.json, or None where no capture was begun. Raises CorruptCapture, CaptureMismatch for a newer format."""
+    """capture.json, or None where no capture was begun; the first ones have no checksum.
+
+    Raises CorruptCapture, CaptureMismatch for a newer format.
+    """
     path = folder / "capture.json"
     if not path.exists():
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        version = found["fixed"]["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        version, crc = int(found["fixed"]["format"]), int(found.get("crc32", _content_crc(found)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCapture(
-            f"{path} is not a capture's description: `outliers captures rm` it and extract again"
+            f"{path} is not a capture's description: `outliers captures rm {folder.name}` and extract again"
         ) from error
     if version > FORMAT_VERSION:
         raise CaptureMismatch(f"{folder} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade")
+    if crc != _content_crc(found):
+        raise CorruptCapture(
+            f"{path} has changed: its content has checksum {_content_crc(found):08x}, it was written with {crc:08x}; put it "
+            f"back, or `outliers captures rm {folder.name}` and extract again"
+        )
     return found
 
 
@@ -286,6 +348,7 @@ def layout_from(fingerprint: dict[str, Any]) -> Layout:
         dtype=stored["dtype"],
         codec=stored["codec"],
         chunk_bytes=stored["chunk_bytes"],
+        aliases=dict(stored.get("aliases", {})),
     )
 
 

@@ -91,7 +91,10 @@ def test_the_demo(tmp_path, smollm2_workspace):
     assert first.returncode == 0, first.stderr
     said = " ".join(first.stderr.split())
     assert "1 systematic outlier feature by the reading pooled at block" in said
-    assert re.search(r"\b247 +12 +-12 ", said), "SmolLM2's feature 247 reaches -12 in bfloat16"
+    # -12, give or take the last bit of bfloat16 there (1/16): processors and numbers of threads sum in other orders
+    found = re.search(r"\b247 +(\d+\.?\d*) +-(\d+\.?\d*) ", said)
+    assert found, said
+    assert {float(value) for value in found.groups()} <= {11.9375, 12.0, 12.0625}
     report = re.search(r"^report +(/.*/report.html)$", first.stderr, re.MULTILINE)
     assert report
     assert Path(report[1]).read_text().startswith("<!doctype html>")

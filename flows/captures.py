@@ -1,0 +1,132 @@
+"""`outliers captures list|rm` and `outliers verify`: what lies on this disk, and whether it is what was written.
+
+Before it: `cli`, which parses. It asks `outliers.captures` and `outliers.verify` and shows the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+from flows.console import line, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outliers.events import Level
+    from outliers.verify import Verification
+    from outliers.workspace import Workspace
+
+SHOWN = 10
+"""Damages and foreign files that are listed; of the rest the number is told. `--json` has them all."""
+
+
+def add_captures_parsers(verbs: Any) -> None:
+    """Add `captures list`, `captures rm ID...` and `verify CAPTURE`."""
+    captures = verbs.add_parser("captures", help="list the captures on this disk, or remove one")
+    actions = captures.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action, text in (("list", "what is held, and how much of the disk"), ("rm", "remove captures by their ids")):
+        sub = actions.add_parser(action, help=text, description=text)
+        if action == "rm":
+            sub.add_argument("capture_id", nargs="+", help="as `outliers captures list` shows them")
+        _add_common(sub)
+    text = "check every checksum of a capture; nothing is changed without --repair"
+    check = verbs.add_parser(
+        "verify",
+        help=text,
+        description=f"{text}. Exit codes: 0 sound, 1 damaged, 2 there is no such capture.",
+    )
+    check.add_argument("capture", metavar="CAPTURE", help="its id, as `outliers captures list` shows it, or its folder")
+    check.add_argument(
+        "--repair", action="store_true", help="mark what is damaged, so that the same study computes that alone again"
+    )
+    _add_common(check)
+
+
+def _add_common(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
+    sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
+
+def list_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
+    """`outliers captures list`."""
+    from rich.table import Table
+
+    from outliers.captures import list_captures
+
+    held = list_captures(workspace)
+    if arguments.json:
+        print(json.dumps({"captures": [item.model_dump() for item in held]}))
+        return
+    table = Table(box=None, header_style="bold")
+    for name in ("capture", "model", "sequences", "size"):
+        table.add_column(name)
+    for item in held:
+        table.add_row(item.capture_id, item.model, f"{item.done} of {item.of_sequences}", size(item.bytes))
+    console.print(table if held else f"no captures in {workspace.root}")
+
+
+def remove_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
+    """`outliers captures rm`."""
+    from outliers.captures import remove_capture
+
+    freed = {name: remove_capture(workspace, name) for name in arguments.capture_id}
+    if arguments.json:
+        print(json.dumps({"removed": freed}))
+        return
+    for name, held in freed.items():
+        console.print(f"removed {name}, {size(held)}")
+    console.print(f"{size(shutil.disk_usage(workspace.root).free)} free")
+
+
+def verify_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> bool:
+    """`outliers verify`; whether the capture is sound. Raises BadInput where there is none, Busy."""
+    from flows.console import Steps
+    from outliers.captures import find_capture
+    from outliers.verify import verify
+
+    folder = find_capture(workspace, arguments.capture)
+    steps = Steps(console)
+    with steps.shown():
+        found = verify(folder, _Bars(steps), repair=arguments.repair)
+    if arguments.json:
+        print(json.dumps(found.model_dump() | {"sound": found.sound}))
+    else:
+        _show(console, found)
+    return found.sound
+
+
+class _Bars:
+    """A Reporter whose progress is shown at this terminal."""
+
+    def __init__(self, steps: Any) -> None:
+        self._steps = steps
+
+    def log(self, level: Level, message: str) -> None:
+        from outliers.events import Event
+
+        self._steps.listen("verify", Event(time.time(), "log", level=level, message=message))
+
+    def progress(self, step: str, done: int, total: int | None, unit: str) -> None:
+        from outliers.events import Event
+
+        self._steps.listen(step, Event(time.time(), "progress", step=step, done=done, total=total, unit=unit))
+
+
+def _show(console: Console, found: Verification) -> None:
+    line(console, "capture", f"{found.capture_id}, {found.model}")
+    rate = f", {size(int(found.bytes / found.seconds))} a second" if found.seconds > 0.01 else ""
+    line(console, "checked", f"{found.chunks:,} chunks, {size(found.bytes)} in {found.seconds:.1f} s{rate}")
+    line(console, "sequences", f"{found.done} of {found.of_sequences} are done and sound")
+    if found.unfinished:
+        line(console, "unfinished", f"{found.unfinished} chunks of sequences that are not done: they are never read")
+    for name, items in (("foreign", found.foreign), ("damaged", found.damage)):
+        for item in items[:SHOWN]:
+            line(console, name, str(item), style="red" if name == "damaged" else "")
+        if len(items) > SHOWN:
+            line(console, name, f"and {len(items) - SHOWN} more (--json names them all)")
+    console.print()
+    console.print("every checksum is right" if found.sound else found.remedy(), soft_wrap=True, highlight=False)
