@@ -49,6 +49,8 @@ def markdown(outcome: Outcome) -> str:
         lines += [_row(feature) for feature in outcome.systematic[:TABLE_ROWS]]
     if count > TABLE_ROWS:
         lines += ["", f"and {count - TABLE_ROWS} more: see report.html"]
+    for text in outcome.remarks():
+        lines += ["", text]
     place = outcome.published or outcome.results
     return "\n".join([*lines, "", f"Study `{outcome.study_id}`, capture `{outcome.capture_id}`", "", f"`{place}`"])
 

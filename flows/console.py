@@ -98,6 +98,8 @@ def show_outcome(console: Console, outcome: Outcome, held: int, answer: str) -> 
         console.print(feature_table(outcome.systematic))
     if count > TABLE_ROWS:
         console.print(f"and {count - TABLE_ROWS} more, in the report")
+    for text in outcome.remarks():
+        console.print(text, highlight=False, soft_wrap=True)
     line(console, "report", outcome.report)
     line(console, "results", outcome.results)
     if outcome.published:

@@ -53,7 +53,7 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
 def _add(group: Any, part: str, name: str, field: FieldInfo) -> None:
     text = (field.description or "").replace("%", "%%")
     default = field.default
-    if not field.is_required() and default not in (None, "", False) and "default" not in text:
+    if not field.is_required() and default not in (None, "", False, ()) and "default" not in text:
         shown = (
             ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
             if isinstance(default, tuple)

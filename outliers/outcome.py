@@ -39,6 +39,21 @@ class Outcome(BaseModel):
     systematic: list[dict[str, Any]]
     cached: bool
     """The study was there already: nothing ran."""
+    nonfinite: int = 0
+    """Activations that are no finite number, over all sites and layers."""
+    perplexity: dict[str, Any] | None = None
+    """As in summary.json, where it was asked for."""
+
+    def remarks(self) -> list[str]:
+        """What belongs beside the answer: perplexity, and values that are no numbers."""
+        found = []
+        if self.perplexity is not None:
+            value, tokens = self.perplexity["value"], self.perplexity["tokens"]
+            text = "not a number: the logits are not finite" if value is None else f"{value:.4g}"
+            found.append(f"perplexity {text}, over {tokens:,} tokens")
+        if self.nonfinite:
+            found.append(f"{self.nonfinite:,} activations are not finite: they count as no hit, see the report")
+        return found
 
 
 def find_outcome(prepared: Prepared, workspace: Workspace) -> Outcome | None:
@@ -78,6 +93,8 @@ def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | N
         published_bytes=sum(int(item["size"]) for item in manifest["files"]),
         systematic=summary["systematic"],
         cached=cached,
+        nonfinite=sum(int(layer["nonfinite"]) for layer in summary["layers"]),
+        perplexity=summary.get("perplexity"),
     )
 
 

@@ -43,7 +43,7 @@ def run_step(machine: Machine, prepared: Prepared, verb: str, job_name: str, wor
     Raises the step's own error. A job of that name that still runs is joined, not started again.
     """
     handle = start_step(machine, prepared, verb, job_name)
-    progress = _Progress(f"{verb}-{prepared.study_id}", f"{verb} {prepared.title}")
+    progress = _Progress(prepared.study_id, prepared.title)
     logger, said = get_run_logger(), []
     try:
         for event in machine.follow(handle, _SEEN.get(handle, 0)):
@@ -102,23 +102,25 @@ def _result(machine: Machine, handle: JobHandle) -> dict[str, Any]:
 
 
 class _Progress:
-    """One progress artifact, made at the first event and updated now and then."""
+    """A progress artifact for each thing that a step counts (download, extract...), updated now and then."""
 
-    def __init__(self, key: str, description: str) -> None:
-        self._key, self._description = key, description
-        self._artifact: UUID | None = None
-        self._told = float("-inf")
+    def __init__(self, study_id: str, title: str) -> None:
+        self._study_id, self._title = study_id, title
+        self._artifacts: dict[str, UUID] = {}
+        self._told: dict[str, float] = {}
 
     def show(self, event: Event) -> None:
         if not event.total:
             return
         finished = event.done >= event.total
-        if not finished and time.monotonic() - self._told < ARTIFACT_SECONDS:
+        if not finished and time.monotonic() - self._told.get(event.step, float("-inf")) < ARTIFACT_SECONDS:
             return
-        self._told = time.monotonic()
+        self._told[event.step] = time.monotonic()
         share = min(100.0, 100.0 * event.done / event.total)
-        if self._artifact is None:
-            made = create_progress_artifact(progress=share, key=self._key, description=self._description)
-            self._artifact = made if isinstance(made, UUID) else None
-        else:
-            update_progress_artifact(self._artifact, progress=share)
+        if event.step in self._artifacts:
+            update_progress_artifact(self._artifacts[event.step], progress=share)
+            return
+        key, description = f"{event.step}-{self._study_id}", f"{event.step} {self._title}"
+        made = create_progress_artifact(progress=share, key=key, description=description)
+        if isinstance(made, UUID):
+            self._artifacts[event.step] = made

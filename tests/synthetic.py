@@ -16,6 +16,21 @@ from outliers.results import count_votes, summarize_study
 from outliers.spec import StudySpec, deciding_site, digest
 from outliers.store import STORAGE, ChunkFiles, Journal, Layout, create_arrays, shapes_of, write_fingerprint
 from outliers.weights import Weights
+from outliers.work import Work
+
+
+NO_WEIGHTS = Weights(
+    total_parameters=1000,
+    active_parameters=1000,
+    checkpoint_bytes=2000,
+    embedding_bytes=1000,
+    layer_bytes=(500,),
+    rest_bytes=500,
+    embedding_modules=(),
+    rest_modules=(),
+    work=Work(elements=1, float_elements=1, heads=1, windowed=False, unequal_heads=False),
+)
+"""Of a model that is nowhere: a capture that is there asks for none."""
 
 
 class Silent:
@@ -88,7 +103,7 @@ def prepared_for(acts, dtype, criteria=None, layers=None, lengths=None, **spec):
         num_experts=None,
         experts_per_token=None,
         weight_bytes=2000,
-        weights=Weights.model_construct(),  # never asked of a capture that is there
+        weights=NO_WEIGHTS,
     )
     study = digest({"criteria": full.criteria.model_dump(mode="json"), "dtype": dtype, "shape": list(widths.items())})
     return Prepared(

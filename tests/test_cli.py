@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 from outliers.publish import model_slug
 from tests import tiny
@@ -127,6 +128,53 @@ def test_help_describes_every_option(place):
             option = renamed.get(name, name).replace("_", "-")
             assert f"--{option}" in text
             assert " ".join(field.description.split())[:40] in text, name
+
+
+def test_a_model_is_inspected_from_its_config_alone(place):
+    """Published configs of an MoE model with dense layers and a quantization; no weights are there."""
+    folder = place / "deepseek"
+    folder.mkdir()
+    config = Path(__file__).parent / "configs" / "deepseek-v3.json"
+    (folder / "config.json").write_text(config.read_text())
+    shown = run(place, "models", "inspect", "./deepseek")
+    assert shown.returncode == 0, shown.stderr
+    text = " ".join(shown.stderr.split())
+    for part in (
+        "deepseek (DeepseekV3ForCausalLM)",
+        "671.0B, 37.6B active a token",
+        "673.15 GB in memory (fp8)",
+        "61 of 7,168 features: model.layers",
+        "58 (3-60), 256 experts, 8 a token",
+        "3 (0-2)",
+        "layers.*.mlp.gate",
+        "layers.*.mlp.experts",
+        "attn_in 7168 layers.*.input_layernorm",
+        "o_in 16384 layers.*.self_attn.o_proj:input",
+    ):
+        assert part in text, part
+    assert shown.stdout == ""
+    found = json.loads(run(place, "models", "inspect", "./deepseek", "--json").stdout)
+    assert found["anatomy"]["moe_layers"] == list(range(3, 61))
+    assert "path" not in found["source"]
+
+
+def test_a_family_that_is_not_known_is_refused_with_what_it_has(place):
+    folder = place / "stranger"
+    folder.mkdir()
+    config = transformers.Starcoder2Config(**tiny.COMMON)
+    (folder / "config.json").write_text(
+        json.dumps(config.to_dict() | {"architectures": ["Starcoder2ForCausalLM"], "dtype": "bfloat16"})
+    )
+    refused = run(place, "models", "inspect", "./stranger")
+    assert refused.returncode == 2
+    assert "the sites of Starcoder2ForCausalLM are not known" in refused.stderr
+    assert "--site-module attn_in=layers.*.NAME" in refused.stderr
+    named = ("--site-module", "attn_in=layers.*.input_layernorm", "--site-module", "mlp_in=layers.*.mlp:input")
+    shown = run(place, "models", "inspect", "./stranger", *named)
+    assert shown.returncode == 0, shown.stderr
+    assert "o_in not known: --site-module o_in=PATTERN" in " ".join(shown.stderr.split())
+    missing = run(place, "models", "inspect", "./stranger", "--site-module", "attn_in=layers.*.nothing")
+    assert (missing.returncode, "3 of 3 modules are not there" in missing.stderr) == (2, True)
 
 
 def test_plan_counts_and_spends_nothing(place):

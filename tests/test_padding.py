@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from outliers.capture import extract
 from outliers.corpus import load_corpus
 from outliers.errors import CorpusError
 from outliers.load import load_model
+from outliers.outcome import make_outcome
 from outliers.prepare import prepare
 from outliers.spec import StudySpec
 from outliers.steps import run_analyze, run_report
@@ -138,11 +141,18 @@ def test_a_whole_study_of_documents(tmp_path, workspace, folder):
     extract(study, workspace, Silent())
     run_analyze(study, workspace, Silent())
     run_report(study, workspace, Silent())
-    import json
-
     content = json.loads((workspace.study(study.study_id) / "summary.json").read_text())
     assert content["corpus"]["num_tokens"] == study.corpus.num_tokens
     assert content["perplexity"]["tokens"] == study.corpus.num_tokens - 5
     assert content["perplexity"]["value"] > 1
     assert any("unequal lengths" in note for note in content["notes"])
     assert all(row["nonfinite"] == 0 for row in content["layers"])
+    outcome = make_outcome(study, workspace, published=None, cached=False)
+    assert outcome.remarks() == [
+        f"perplexity {content['perplexity']['value']:.4g}, over {study.corpus.num_tokens - 5} tokens"
+    ]
+    broken = outcome.model_copy(update={"nonfinite": 1200, "perplexity": {"value": None, "loss": None, "tokens": 9}})
+    assert [text.split(":")[0] for text in broken.remarks()] == [
+        "perplexity not a number",
+        "1,200 activations are not finite",
+    ]
