@@ -42,8 +42,9 @@ demo: .venv/.demo ## a whole study on this machine: a real model, no network, re
 	@echo "       $(BIN)/outliers plan --model Qwen/Qwen3-30B-A3B --num-sequences 4"
 	@echo "       $(BIN)/outliers study --help"
 
+# two at a time, each file in one process: half of the time on two cores
 test: check ## everything CI runs
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: .venv/.dev ## lint, format, types
 	$(BIN)/ruff check .

@@ -18,7 +18,6 @@ from outliers.store import STORAGE, ChunkFiles, Journal, Layout, create_arrays, 
 from outliers.weights import Weights
 from outliers.work import Work
 
-
 NO_WEIGHTS = Weights(
     total_parameters=1000,
     active_parameters=1000,
