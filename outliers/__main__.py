@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import json
 import os
 import shutil
@@ -45,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=text, description=text)
         sub.add_argument("spec", type=Path, metavar="SPEC.json", help="the study")
         sub.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
+        if verb == "verify":
+            sub.add_argument("--repair", action="store_true", help="mark what is damaged: extract computes it again")
     return parser
 
 
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from outliers.prepare import read_prepared
-    from outliers.steps import STEPS
+    from outliers.steps import STEPS, run_verify
     from outliers.workspace import open_workspace
 
     try:
@@ -75,7 +78,10 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, reporter)
     try:
         prepared = read_prepared(arguments.spec, workspace)
-        deliver(STEPS[arguments.verb](prepared, workspace, reporter))
+        step = STEPS[arguments.verb]
+        if getattr(arguments, "repair", False):
+            step = functools.partial(run_verify, repair=True)
+        deliver(step(prepared, workspace, reporter))
     except OutliersError as error:
         return fail(error, reporter)
     except OSError as error:

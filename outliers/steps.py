@@ -10,6 +10,7 @@ import json
 import platform
 import resource
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,14 @@ def run_report(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> 
     return {"results_digest": manifest["results_digest"], "files": len(manifest["files"])}
 
 
-def run_verify(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    """Check the capture, every checksum of it. Raises CorruptCapture, which names the damage and the way out."""
+def run_verify(prepared: Prepared, workspace: Workspace, reporter: Reporter, *, repair: bool = False) -> dict[str, Any]:
+    """Check the capture, every checksum of it; with `repair` what is damaged is marked, for `extract` to compute again.
+
+    Raises CorruptCapture, which names the damage and the way out.
+    """
     from outliers.verify import verify
 
-    found = verify(workspace.capture(prepared.capture_id), reporter)
+    found = verify(workspace.capture(prepared.capture_id), reporter, repair=repair)
     if not found.sound:
         raise CorruptCapture(found.message())
     return found.model_dump(include={"chunks", "bytes", "done", "of_sequences"})
@@ -125,4 +129,10 @@ def capture_exists(prepared: Prepared, workspace: Workspace) -> bool:
         return False
 
 
-STEPS = {"extract": run_extract, "analyze": run_analyze, "report": run_report, "verify": run_verify, "state": run_state}
+STEPS: dict[str, Callable[[Prepared, Workspace, Reporter], dict[str, Any]]] = {
+    "extract": run_extract,
+    "analyze": run_analyze,
+    "report": run_report,
+    "verify": run_verify,
+    "state": run_state,
+}

@@ -68,6 +68,12 @@ def copy(whole, tmp_path):
     return other, study, other.capture(study.capture_id)
 
 
+def whole_entry(whole, sequence):
+    """The journal's entry of a sequence of the undamaged capture."""
+    workspace, study = whole
+    return Journal.open(workspace.capture(study.capture_id) / "journal.jsonl").done[sequence]
+
+
 def flip(path, at, bit=4):
     raw = bytearray(path.read_bytes())
     raw[at] ^= bit
@@ -161,6 +167,11 @@ def test_a_flipped_bit_in_a_chunk_is_found_named_and_computed_again_alone(whole,
         run_verify(study, workspace, Silent())
     with pytest.raises(CorruptCapture, match=r"c\.1\.2\.0\.0 has checksum .*--repair"):
         analyze(study, workspace, Silent())
+    with pytest.raises(
+        CorruptCapture, match="What is damaged is marked: the same study then computes 2 of 4 sequences"
+    ):
+        run_verify(study, workspace, Silent(), repair=True)
+    Journal.open(folder / "journal.jsonl").append([whole_entry(whole, 2)])  # as if nothing had been marked
     # its size is right, so that only its checksum tells: it is marked, and that batch alone is computed again
     found = verify(folder, Silent(), repair=True)
     assert (found.marked, found.left, found.repaired) == ((2,), 2, True)
@@ -319,6 +330,8 @@ def test_a_capture_is_found_by_id_or_folder_and_removed_whole(copy):
 
 def in_namespace():
     """Whether this user may make a mount that only a test's own processes see."""
+    if shutil.which("unshare") is None:
+        return False
     tried = subprocess.run(
         ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False
     )
