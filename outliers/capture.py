@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from outliers.corpus import Corpus, load_corpus
-from outliers.devices import Devices, choose_devices
+from outliers.devices import Devices, choose_devices, instructions
 from outliers.durable import drop_leftovers
 from outliers.errors import CaptureMismatch, CorruptCapture, MemoryFull
 from outliers.events import Reporter
@@ -103,9 +103,9 @@ def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -
         write_fingerprint(folder, {"fixed": fixed, "layout": shapes_of(layout), **free})
         return layout
     for name, value in fixed.items():
-        if found["fixed"].get(name) != value:
+        if found["fixed"].get(name, value) != value:  # the first captures tell less
             raise CaptureMismatch(
-                f"the capture {prepared.capture_id} was begun with {name} {found['fixed'].get(name)}, now it is {value}: "
+                f"the capture {prepared.capture_id} was begun with {name} {found['fixed'][name]}, now it is {value}: "
                 f"go on under the old one, or remove it with `outliers captures rm {prepared.capture_id}`"
             )
     # other numbers of threads sum in another order: the rest is computed as the beginning was
@@ -139,6 +139,7 @@ def _conditions(prepared: Prepared, devices: Devices) -> dict[str, Any]:
         "token_sha256": prepared.corpus.token_sha256,
         "lengths_sha256": prepared.corpus.lengths_sha256,
         "device": devices.kind,
+        "instructions": instructions() if devices.placement is None else None,
         **{name: metadata.version(name) for name in ("torch", "transformers", "numpy", "zarr")},
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from outliers.memory import placement_for
 from outliers.model_info import ModelInfo
 from outliers.placement import GB, Placement, device_map
 from outliers.spec import StudySpec
+
+_DECISIVE = ("avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "sve", "bf16")
+"""With these oneDNN multiplies matrices of 16 bits by other kernels than without."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,15 @@ class Devices:
         weights, anatomy = info.weights, info.anatomy
         layers = f"{anatomy.backbone}.{anatomy.layers}"
         return dict(device_map(weights.embedding_modules, layers, weights.rest_modules, self.placement.devices))
+
+
+def instructions() -> str:
+    """The instruction sets of this processor that decide in which order sums are taken, such as `AVX512 avx512_bf16 amx_bf16`."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # not Linux: torch's own word must do
+        flags = set()
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in _DECISIVE if name in flags)])
 
 
 def choose_devices(spec: StudySpec, info: ModelInfo, cuda: Any = torch.cuda, nvidia_smi: str = "nvidia-smi") -> Devices:

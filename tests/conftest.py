@@ -19,11 +19,12 @@ for name in ("OUTLIERS_WORKSPACE", "OUTLIERS_PROVIDER", "OUTLIERS_EVENTS", "OUTL
 import pytest
 
 from outliers.workspace import Workspace, open_workspace
+from tests.captured import llama, text
 from tests.prefect_home import prefect_home
 from tests.s3 import s3_server
 from tests.smollm2 import smollm2_workspace
 
-__all__ = ["prefect_home", "s3_server", "smollm2_workspace"]
+__all__ = ["llama", "prefect_home", "s3_server", "smollm2_workspace", "text"]
 
 
 @pytest.fixture

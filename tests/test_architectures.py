@@ -27,13 +27,6 @@ SITES = ("attn_in", "mlp_in", "o_in", "resid")
 ONE_NORM = ("Falcon", "GPTJ", "Phi")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_text("The quick brown fox — jumps over the lazy dog, “twice”.\n" * 40)
-    return path
-
-
 def child(layer, *words):
     """The one direct child whose class is called like a role."""
     found = [part for _, part in layer.named_children() if type(part).__name__.endswith(words)]

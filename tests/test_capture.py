@@ -13,30 +13,12 @@ import zarr
 
 from outliers.capture import extract
 from outliers.errors import SiteError
-from outliers.prepare import prepare
-from outliers.spec import StudySpec
 from outliers.workspace import open_workspace
 from tests import tiny
-from tests.captured import stored
+from tests.captured import prepared, stored
 from tests.synthetic import Silent
 
 SITES = ("attn_in", "mlp_in", "o_in", "resid")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_text("The quick brown fox — jumps over the lazy dog, “twice”.\n" * 400)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny.make_model(tmp_path_factory.mktemp("llama"), "Llama")
-
-
-def prepared(workspace, folder, text, **parts):
-    return prepare(StudySpec.model_validate(tiny.spec_for(folder, text, **parts)), workspace)
 
 
 def test_group_holds_ids_lengths_mask_and_described_axes(workspace, llama, text):

@@ -20,34 +20,16 @@ from outliers.analyze import analyze
 from outliers.capture import extract
 from outliers.captures import find_capture, list_captures, remove_capture
 from outliers.errors import BadInput, Busy, CaptureError, CaptureMismatch, CorruptCapture
-from outliers.prepare import prepare
-from outliers.spec import StudySpec
 from outliers.steps import capture_exists, run_verify
 from outliers.store import Journal, hold, read_fingerprint, write_fingerprint
 from outliers.verify import verify
 from outliers.workspace import open_workspace
-from tests import tiny
+from tests.captured import prepared
 from tests.synthetic import Silent
 from tests.test_faults import assert_identical
 from tests.zygote import Zygote
 
 SITES = ("attn_in", "mlp_in", "resid")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_text("The quick brown fox — jumps over the lazy dog, “twice”.\n" * 400)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny.make_model(tmp_path_factory.mktemp("llama"), "Llama")
-
-
-def prepared(workspace, folder, text, **parts):
-    return prepare(StudySpec.model_validate(tiny.spec_for(folder, text, **parts)), workspace)
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +226,19 @@ def test_a_description_that_is_gone_is_refused_where_something_was_done(copy):
 
 
 @pytest.mark.parametrize(
-    "name", ["torch", "transformers", "numpy", "zarr", "token_sha256", "lengths_sha256", "revision", "device", "dtype"]
+    "name",
+    [
+        "torch",
+        "transformers",
+        "numpy",
+        "zarr",
+        "token_sha256",
+        "lengths_sha256",
+        "revision",
+        "device",
+        "instructions",
+        "dtype",
+    ],
 )
 def test_other_conditions_are_refused_with_both_values(copy, name):
     workspace, study, folder = copy

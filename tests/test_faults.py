@@ -15,29 +15,16 @@ from typing import Any
 import pytest
 
 from outliers.capture import extract
-from outliers.prepare import prepare
 from outliers.ring_size import ring_slots, writer_count
-from outliers.spec import StudySpec
 from outliers.store import Journal
 from outliers.verify import verify
 from outliers.workspace import open_workspace
 from tests import tiny
+from tests.captured import prepared
 from tests.synthetic import Silent
 from tests.zygote import Zygote
 
 SITES = ("attn_in", "mlp_in", "o_in", "resid")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_text("The quick brown fox — jumps over the lazy dog, “twice”.\n" * 600)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny.make_model(tmp_path_factory.mktemp("llama"), "Llama")
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +39,6 @@ def deep(tmp_path_factory):
 def zygote():
     with Zygote() as process:
         yield process
-
-
-def prepared(workspace, folder, text, **parts):
-    return prepare(StudySpec.model_validate(tiny.spec_for(folder, text, **parts)), workspace)
 
 
 def content(workspace, study):
