@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from outliers.analyze import analyze
 from outliers.capture import extract
@@ -248,6 +249,18 @@ def test_other_conditions_are_refused_with_both_values(copy, name):
         extract(study, workspace, Silent())
     assert f"was begun with {name} 0.0.1, now it is {before}" in str(refused.value)
     assert f"outliers captures rm {study.capture_id}" in str(refused.value)
+
+
+def test_it_goes_on_with_the_number_of_threads_it_was_begun_with(copy):
+    """Others sum in another order: half of a capture would have other last bits."""
+    workspace, study, folder = copy
+    before = torch.get_num_threads()
+    rewrite(folder, lambda found: found.update(threads=before + 1))
+    Journal.open(folder / "journal.jsonl").redo([0])
+    try:
+        assert extract(study, workspace, Silent())["threads"] == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_newer_format_is_refused(copy):
