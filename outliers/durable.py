@@ -120,8 +120,12 @@ def write_soon(path: str, content: bytes | memoryview, unsynced: Unsynced) -> No
     """
     with _told(path):
         handle = _write(path, content)
-        start_writing(handle)
-        os.replace(_temporary(path), path)
+        try:
+            start_writing(handle)
+            os.replace(_temporary(path), path)
+        except BaseException:
+            os.close(handle)
+            raise
     unsynced.add(path, handle)
 
 

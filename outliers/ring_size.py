@@ -15,7 +15,7 @@ MIN_WRITERS, MAX_WRITERS = 2, 4
 cores 2, 3 and 4 wrote alike (0.76, 0.82 and 0.80 of a raw write of the same bytes, medians of 6 interleaved rounds)."""
 WRITER_BYTES = 4 * 1024 * 1024
 """What a writer takes beside its chunk: stack, the allocator's pool of its thread, lines of the journal. Over SmolLM2's bare
-forward a whole capture took 3 to 4 MB more than the ring with two writers (docs/performance.md); the rest is a margin."""
+forward a whole capture took 1 to 4 MB more than the ring with two writers (docs/performance.md); the rest is a margin."""
 ALIGNMENT = 64
 """Slots begin at multiples of this many bytes: a cache line, and a multiple of every dtype's size."""
 

@@ -92,12 +92,15 @@ def test_nothing_is_journaled_before_the_disk_has_it(tmp_path):
 
 def test_a_write_that_fails_leaves_no_part_of_it(tmp_path):
     (tmp_path / "c.0.0.0.0").mkdir()
+    unsynced = Unsynced(tmp_path)
+    before = open_files()
     for write in (
         lambda: write_durably(tmp_path / "c.0.0.0.0", b"x"),
-        lambda: write_soon(f"{tmp_path}/c.0.0.0.0", b"x", Unsynced(tmp_path)),
+        lambda: write_soon(f"{tmp_path}/c.0.0.0.0", b"x", unsynced),
     ):
         with pytest.raises(CaptureError, match="Is a directory"):
             write()
+        assert open_files() == before
         assert [path.name for path in tmp_path.iterdir()] == ["c.0.0.0.0"]
 
 
