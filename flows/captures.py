@@ -91,7 +91,7 @@ def verify_command(workspace: Workspace, arguments: argparse.Namespace, console:
     folder = find_capture(workspace, arguments.capture)
     steps = Steps(console)
     with steps.shown():
-        found = verify(folder, _Bars(steps), repair=arguments.repair)
+        found = verify(folder, Bars(steps), repair=arguments.repair)
     if arguments.json:
         print(json.dumps(found.model_dump() | {"sound": found.sound}))
     else:
@@ -99,7 +99,7 @@ def verify_command(workspace: Workspace, arguments: argparse.Namespace, console:
     return found.sound
 
 
-class _Bars:
+class Bars:
     """A Reporter whose progress is shown at this terminal."""
 
     def __init__(self, steps: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command `outliers`: study, plan, models, captures, verify.
+"""The command `outliers`: study, plan, runs, merge, models, captures, verify.
 
 Bad input is refused here, before Prefect is even imported, and so is a study that is published already answered.
 Exit codes: 0 done, 2 refused before anything ran, 1 failed.
@@ -35,6 +35,7 @@ _EXAMPLES = """examples:
   outliers study --model ./my-model --corpus notes.txt --num-sequences 16 --publish-to s3://atlas/runs
   outliers plan  --model Qwen/Qwen3-30B-A3B --num-sequences 4
   outliers models inspect Qwen/Qwen3-30B-A3B
+  outliers runs show STUDY --feature 247
   outliers captures list
   outliers verify CAPTURE
 """
@@ -77,6 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     from flows.captures import add_captures_parsers
 
     add_captures_parsers(verbs)
+    from flows.runs import add_runs_parsers
+
+    add_runs_parsers(verbs)
+    from flows.merge import add_merge_parser
+
+    add_merge_parser(verbs)
     return parser
 
 
@@ -96,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         "models": models_command,
         "captures": captures_command,
         "verify": verify_command,
+        "runs": runs_command,
+        "merge": merge_command,
     }
     try:
         return verbs[arguments.verb](arguments, console, list(sys.argv[1:] if argv is None else argv))
@@ -297,6 +306,27 @@ def verify_command(arguments: argparse.Namespace, console: Console, argv: list[s
     from outliers.workspace import open_workspace
 
     return DONE if verify(open_workspace(arguments.workspace), arguments, console) else FAILED
+
+
+def runs_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers runs show`."""
+    from flows.runs import show_command
+    from outliers.workspace import open_workspace
+
+    show_command(open_workspace(arguments.workspace), arguments, console)
+    return DONE
+
+
+def merge_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers merge`."""
+    from flows.merge import merge_command as merge
+    from outliers.workspace import open_workspace
+
+    workspace = open_workspace(arguments.workspace)
+    done = merge(workspace, arguments, console)
+    if done is not None:
+        _finish(*done, workspace, console, as_json=arguments.json)
+    return DONE
 
 
 if __name__ == "__main__":

@@ -19,12 +19,15 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outliers.errors import BadInput, DiskFull, OutliersError
 from outliers.events import Reporter, reporter_from_environment, send_logs_to
 from outliers.files import write_atomic
 from outliers.jobs import JOB_VARIABLE, record_error
+
+if TYPE_CHECKING:
+    from outliers.prepare import Prepared
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -46,6 +49,16 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=text, description=text)
         sub.add_argument("spec", type=Path, metavar="SPEC.json", help="the study")
         sub.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
+        if verb in ("extract", "analyze"):
+            sub.add_argument(
+                "--sequences", metavar="FIRST:STOP", help="these sequences alone, such as 0:8 (default: all)"
+            )
+        if verb == "analyze":
+            sub.add_argument(
+                "--executor",
+                metavar="NAME",
+                help="threads, threads=N, or dask=ADDRESS of a Dask cluster that mounts the workspace (default: the spec's)",
+            )
         if verb == "verify":
             sub.add_argument("--repair", action="store_true", help="mark what is damaged: extract computes it again")
     return parser
@@ -69,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from outliers.prepare import read_prepared
-    from outliers.steps import STEPS, run_verify
+    from outliers.steps import STEPS
     from outliers.workspace import open_workspace
 
     try:
@@ -78,9 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, reporter)
     try:
         prepared = read_prepared(arguments.spec, workspace)
-        step = STEPS[arguments.verb]
-        if getattr(arguments, "repair", False):
-            step = functools.partial(run_verify, repair=True)
+        step = functools.partial(STEPS[arguments.verb], **_options(arguments, prepared))
         deliver(step(prepared, workspace, reporter))
     except OutliersError as error:
         return fail(error, reporter)
@@ -89,6 +100,21 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return fail(DiskFull(_no_room(error, workspace.root)), reporter)
     return 0
+
+
+def _options(arguments: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
+    """What was asked of one step alone."""
+    from outliers.merge import parse_sequences
+
+    options: dict[str, Any] = {}
+    if getattr(arguments, "repair", False):
+        options["repair"] = True
+    if getattr(arguments, "sequences", None) is not None:
+        batch = prepared.spec.capture.batch_sequences
+        options["sequences"] = parse_sequences(arguments.sequences, prepared.corpus.num_sequences, batch)
+    if getattr(arguments, "executor", None) is not None:
+        options["executor"] = arguments.executor
+    return options
 
 
 def fail(error: OutliersError, reporter: Reporter) -> int:

@@ -1,263 +1,373 @@
-"""One sequence, block by block -> a Summary and the sequence's own counts.
+"""Tiles of values -> shared totals, a span of one sequence at a time, in any order and by any number of threads.
 
-Arithmetic on arrays, and nothing of files: `analyze` reads the blocks, `summary` says what the totals mean.
-`block` is a site of its own: its magnitude is the larger of attn_in's and mlp_in's in each cell, so that its hits are
-the logical or.
+A span is a run of positions of one sequence; what is known of its tokens over all layers (the largest magnitude of each
+feature, and where it was) is kept until every layer of the span was read, and then gives the union counts and the largest
+tokens. `block` is a site of its own: a cell is hit where attn_in or mlp_in is. Arithmetic and bookkeeping on arrays, and
+nothing of files. Before it: `kernels`, the loops. After it: `analyze`, which reads.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outliers.bits import (
-    PATTERNS,
-    bits_to_float,
-    histogram_patterns,
-    legacy_threshold_bits,
-    magnitudes,
-    threshold_bits,
-    to_float32,
-)
+from outliers import kernels
+from outliers.bits import FORMATS, PATTERNS, bits_to_float, float_to_bits, legacy_threshold_bits, threshold_bits
 from outliers.spec import BLOCK, BLOCK_SITES, has_block
 from outliers.summary import (
     CELL,
     MASSIVE_KEPT,
     MASSIVE_MAGNITUDE,
+    MASSIVE_RATIO,
     TOP_TOKENS,
     Frame,
-    SiteTotals,
     Summary,
     largest,
 )
 
-TILE = 256
-"""Rows computed at once: 256 x 2048 of float64 are 4 MB, so temporaries do not grow with a chunk. Not tuned."""
+Tiles = Callable[[int], Iterator[dict[str, NDArray[Any]]]]
+"""Layer (counted from 0 among the captured) -> runs of positions of a span, {site: (position, feature) bits}, one after the
+other from its first position on; they may be written to."""
 
-
-@dataclass
-class SequenceCounts:
-    """One sequence's counts at the deciding magnitude.
-
-    hits: site -> (L, W) int64. union: site -> (W,) int64. hooks: (W,) int64, hooks of both block sites with a hit by
-    the legacy rule; legacy_union: (W,) int64, tokens with such a hit. tokens: of the sequence.
-    """
-
-    sequence: int
-    tokens: int
-    hits: dict[str, NDArray[np.int64]]
-    union: dict[str, NDArray[np.int64]]
-    hooks: NDArray[np.int64]
-    legacy_union: NDArray[np.int64]
+_KINDS = {"bfloat16": kernels.BFLOAT16, "float16": kernels.FLOAT16, "float32": kernels.FLOAT32}
 
 
 @dataclass
 class Thresholds:
-    """Bits of every magnitude of a frame in its dtype."""
+    """Bits of every magnitude of a frame in its dtype. floor: the least that anything is counted from."""
 
-    ladder: tuple[int, ...]
+    ladder: NDArray[np.int64]
     deciding: int
     legacy: int
     massive: int
+    floor: int
 
     @classmethod
     def of(cls, frame: Frame) -> Thresholds:
+        ladder = [threshold_bits(magnitude, frame.dtype) for magnitude in frame.ladder]
+        legacy = legacy_threshold_bits(frame.magnitude, frame.dtype)
         return cls(
-            ladder=tuple(threshold_bits(m, frame.dtype) for m in frame.ladder),
+            ladder=np.array(ladder, np.int64),
             deciding=threshold_bits(frame.magnitude, frame.dtype),
-            legacy=legacy_threshold_bits(frame.magnitude, frame.dtype),
+            legacy=legacy,
             massive=threshold_bits(MASSIVE_MAGNITUDE, frame.dtype),
+            floor=min(ladder[0], legacy),
         )
 
 
 @dataclass
-class _Span:
-    """Running maxima over the layers of one span of positions. Arrays are (position, feature)."""
+class LayerCounts:
+    """What some layers of a span add to their sequence.
 
-    peak: dict[str, NDArray[Any]] = field(default_factory=dict)
-    source: NDArray[np.int32] | None = None
-    value: NDArray[Any] | None = None
+    layers: numbers among the captured. hits: site -> (layer, W) int64 at the deciding magnitude. moments: site ->
+    (4, layer, W) float64. reach: site -> (layer,) float32, largest finite magnitudes. hooks: (layer, 2, W) bool, whether
+    attn_in and mlp_in had a hit by the legacy rule.
+    """
+
+    layers: range
+    hits: dict[str, NDArray[np.int64]]
+    moments: dict[str, NDArray[np.float64]]
+    reach: dict[str, NDArray[np.float32]]
+    hooks: NDArray[np.bool_]
 
 
-class SequenceAccumulator:
-    """Adds the blocks of one sequence to a Summary; each span of positions is one `span`, all layers and sites in it."""
+@dataclass
+class Span:
+    """Some positions of a sequence, and what is known of them so far.
 
-    def __init__(self, summary: Summary, sequence: int, delimiters: NDArray[np.bool_]) -> None:
-        frame = summary.frame
-        self.summary, self.frame, self.sequence = summary, frame, sequence
-        self.delimiters = delimiters
+    delimiters: (position,) bool. parts: how many calls of `Tally.count` its layers are dealt to. keys: site -> (W, position),
+    see `kernels.KEY_SHIFT`; touched: site -> (W,) bool, the features that have any. Once closed, union: site -> (W,) int64
+    tokens with a hit in any layer, legacy_union: (W,) int64 those by the legacy rule.
+    """
+
+    sequence: int
+    start: int
+    length: int
+    delimiters: NDArray[np.bool_]
+    parts: int = 1
+    keys: dict[str, NDArray[Any]] = field(default_factory=dict)
+    touched: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    union: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    legacy_union: NDArray[np.int64] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def join(self, keys: dict[str, NDArray[Any]], touched: dict[str, NDArray[np.bool_]]) -> bool:
+        """Add what one part found; whether it was the last."""
+        with self.lock:
+            if not self.keys:
+                self.keys, self.touched = keys, touched
+            else:
+                for site, mine in self.keys.items():
+                    kernels.join(mine, keys[site], np.flatnonzero(touched[site]))
+                    self.touched[site] |= touched[site]
+            self.parts -= 1
+            return self.parts == 0
+
+
+class _Group:
+    """The sites that are counted together (the two of the block, or one), and the arrays that a layer of them is counted in."""
+
+    def __init__(self, frame: Frame, sites: tuple[str, ...], rows: int) -> None:
+        form, width, steps = FORMATS[frame.dtype], frame.width(sites[0]), len(frame.ladder)
+        signed = np.dtype(f"<i{form.bits.itemsize}")
+        self.sites, self.width = sites, width
+        info = np.iinfo(signed)
+        self.extremes = np.empty((2, 2, width), signed)
+        self.extremes[:, 0], self.extremes[:, 1] = info.max, info.min
+        self.tops = np.zeros((2, width), form.bits)
+        self.reached = np.zeros((2, width), form.bits)
+        self.moments = np.zeros((2, 4, width), np.float64)
+        self.histograms = np.zeros((2, PATTERNS), np.uint32)
+        self.wild = np.zeros((2, width), np.int64)
+        self.floats = np.empty((kernels.GROUP, width), np.float32)
+        self.counts = np.zeros((3, steps, width), np.uint32)
+        self.firsts = np.zeros((3, steps, width), np.uint32)
+        self.turned = np.empty((2, kernels.LANES, rows), form.bits)
+
+
+class Tally:
+    """The totals of a Summary, filled by any number of threads; `count` is safe to call from each."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.summary = Summary.zero(frame)
         self.limits = Thresholds.of(frame)
-        self.tokens = 0
-        self.hits = {site: np.zeros((frame.num_layers, frame.width(site)), np.int64) for site in frame.sites}
-        self.union = {site: np.zeros(frame.width(site), np.int64) for site in frame.sites}
-        block = has_block(frame.captured)
-        self.hooks = np.zeros((2 * frame.num_layers if block else 0, frame.width(BLOCK) if block else 0), np.bool_)
-        self.legacy_union = np.zeros(self.hooks.shape[1], np.int64)
+        self._form = FORMATS[frame.dtype]
+        self._kind = _KINDS[frame.dtype]
+        self._captured = frame.captured
+        self._layers = [threading.Lock() for _ in range(frame.num_layers)]
+        self._rest = threading.Lock()
+        # magnitudes below which nothing can enter a list that is full: what is dropped by them is never missed
+        self._top_floors = np.zeros(frame.width(frame.site), np.int64)
+        self._massive_floors = np.zeros(frame.num_layers, np.float64)
+        self._massive_cells: list[list[NDArray[Any]]] = [[] for _ in range(frame.num_layers)]
 
-    def span(self, start: int, layers: Any) -> None:
-        """Add one span of positions from `start`; `layers` yields, for each layer, {site: values (position, feature)}."""
-        span = _Span()
-        length = 0
-        for layer, values in enumerate(layers):
-            length = next(iter(values.values())).shape[0]
-            self._layer(span, layer, start, values)
-        self.tokens += length
-        self._close(span, start, length)
-
-    def finish(self) -> SequenceCounts:
-        """Record the sequence in the Summary, and give its own counts."""
-        total = self.summary
-        total.sequences = np.sort(np.append(total.sequences, self.sequence))
-        total.tokens += self.tokens
-        return SequenceCounts(
-            sequence=self.sequence,
-            tokens=self.tokens,
-            hits=self.hits,
-            union=self.union,
-            hooks=self.hooks.sum(axis=0, dtype=np.int64),
-            legacy_union=self.legacy_union,
-        )
-
-    def _layer(self, span: _Span, layer: int, start: int, values: dict[str, NDArray[Any]]) -> None:
+    def count(self, span: Span, layers: range, tiles: Tiles, rows: int) -> LayerCounts:
+        """Count some layers of a span; the last part of a span also closes it. rows: most positions of a tile."""
         frame = self.frame
-        mags: dict[str, NDArray[Any]] = {}
-        for site in frame.captured:
-            mags[site], wild = magnitudes(values[site], frame.dtype)
-            totals = self.summary.sites[site]
-            totals.nonfinite[layer] += wild
-            _add_values(totals, layer, values[site], frame.dtype, wild > 0)
-            if site == "resid":
-                self._candidates(layer, start, values[site], mags[site])
-        if has_block(frame.captured):
-            mags[BLOCK] = np.maximum(mags["attn_in"], mags["mlp_in"])
-            block, parts = self.summary.sites[BLOCK], [self.summary.sites[site] for site in BLOCK_SITES]
-            block.max[layer] = np.maximum(block.max[layer], np.maximum(parts[0].max[layer], parts[1].max[layer]))
-            block.min[layer] = np.minimum(block.min[layer], np.minimum(parts[0].min[layer], parts[1].min[layer]))
-            for number, site in enumerate(BLOCK_SITES):
-                self.hooks[2 * layer + number] |= mags[site].max(axis=0) >= self.limits.legacy
-        for site, mag in mags.items():
-            self._count(site, layer, start, mag)
-        self._trace(span, layer, values, mags)
-        for site, mag in mags.items():
-            span.peak[site] = np.maximum(span.peak[site], mag) if site in span.peak else mag
+        found = LayerCounts(
+            layers=layers,
+            hits={site: np.zeros((len(layers), frame.width(site)), np.int64) for site in frame.sites},
+            moments={site: np.zeros((4, len(layers), width), np.float64) for site, width in frame.widths},
+            reach={site: np.zeros(len(layers), np.float32) for site in frame.captured},
+            hooks=np.zeros((len(layers), 2, frame.width(BLOCK) if has_block(frame.captured) else 0), np.bool_),
+        )
+        kind = np.dtype(f"<u{2 * self._form.bits.itemsize}")
+        keys = {site: np.zeros((width, span.length), kind) for site, width in frame.widths}
+        touched = {site: np.zeros(width, np.bool_) for site, width in frame.widths}
+        groups = [_Group(frame, sites, min(rows, span.length)) for sites in site_groups(frame.captured)]
+        for number, layer in enumerate(layers):
+            at = 0
+            for values in tiles(layer):
+                for group in groups:
+                    self._take(group, span, layer, at, values, keys)
+                at += next(iter(values.values())).shape[0]
+            for group in groups:
+                self._settle(group, span, layer, number, found, touched)
+        if span.join(keys, touched):
+            self._close(span)
+        return found
 
-    def _count(self, site: str, layer: int, start: int, mag: NDArray[Any]) -> None:
-        totals = self.summary.sites[site]
-        top = int(mag.max())
-        for step, limit in enumerate(self.limits.ladder):
-            if top < limit:
-                break  # the ladder ascends: nothing above is hit either
-            count = np.count_nonzero(mag >= limit, axis=0)
-            totals.ladder_hits[step, layer] += count
-            if step == self.frame.deciding_step:
-                self.hits[site][layer] += count
-        if start == 0:
-            totals.first_token_hits[layer] += mag[0] >= self.limits.deciding
-
-    def _trace(self, span: _Span, layer: int, values: dict[str, NDArray[Any]], mags: dict[str, NDArray[Any]]) -> None:
-        """Remember, for each hit of the deciding site, the layer and value of the token's largest magnitude so far."""
-        site = self.frame.site
-        mag = mags[site]
-        if span.source is None:
-            span.source, span.value = np.full(mag.shape, -1, np.int32), np.zeros(mag.shape, values_dtype(values))
-        where = np.flatnonzero(mag >= self.limits.deciding)
-        if site in span.peak:
-            where = where[mag.flat[where] > span.peak[site].flat[where]]
-        if not where.size or span.value is None:
-            return
-        members = BLOCK_SITES if site == BLOCK else (site,)
-        names = self.frame.captured
-        chosen = np.full(where.size, names.index(members[0]), np.int32)
-        bits = values[members[0]].flat[where]
-        for other in members[1:]:
-            larger = mags[other].flat[where] > mags[members[0]].flat[where]
-            chosen[larger] = names.index(other)
-            bits = np.where(larger, values[other].flat[where], bits)
-        span.source.flat[where] = layer * len(names) + chosen
-        span.value.flat[where] = bits
-
-    def _candidates(self, layer: int, start: int, values: NDArray[Any], mag: NDArray[Any]) -> None:
-        """Cells at resid whose magnitude exceeds 100, with the median magnitude of their token."""
+    def _take(
+        self,
+        group: _Group,
+        span: Span,
+        layer: int,
+        at: int,
+        values: dict[str, NDArray[Any]],
+        keys: dict[str, NDArray[Any]],
+    ) -> None:
+        captured, limits = self._captured, self.limits
+        tiles = tuple(values[site] for site in group.sites)
+        sources = tuple(layer * len(captured) + captured.index(site) for site in group.sites)
+        reached = kernels.take(
+            tiles,
+            self._kind,
+            self._form.inf,
+            group.extremes,
+            group.tops,
+            group.moments,
+            group.histograms,
+            group.wild,
+            group.floats,
+            (limits.ladder, limits.floor, sources, group.counts, group.firsts),
+            span.start + at == 0,
+            tuple(keys[site] for site in group.sites),
+            at,
+            group.turned,
+        )
+        np.maximum(group.reached, group.tops, out=group.reached)
         # Sun's rule is a strict comparison; 100 is a value of every dtype here
-        over = np.flatnonzero(mag > self.limits.massive)
-        self.summary.massive_cells[layer] += over.size
-        if not over.size:
-            return
-        rows, columns = np.divmod(over, mag.shape[1])
-        named, back = np.unique(rows, return_inverse=True)
-        medians = np.median(bits_to_float(mag[named], self.frame.dtype).astype(np.float64), axis=1)
-        cells = np.zeros(over.size, CELL)
-        cells["feature"], cells["sequence"], cells["position"] = columns, self.sequence, rows + start
-        cells["layer"], cells["site"] = layer, self.frame.captured.index("resid")
-        cells["value"] = to_float32(values.flat[over], self.frame.dtype)
-        cells["magnitude"] = np.abs(cells["value"])
-        cells["token_median"] = medians[back]
-        self.summary.massive = largest(np.concatenate([self.summary.massive, cells]), "layer", MASSIVE_KEPT)
+        if group.sites == ("resid",) and reached > limits.massive:
+            self._massive(span, layer, at, tiles[0])
 
-    def _close(self, span: _Span, start: int, length: int) -> None:
-        for site, peak in span.peak.items():
-            totals = self.summary.sites[site]
-            for step, limit in enumerate(self.limits.ladder):
-                totals.union[step] += np.count_nonzero(peak >= limit, axis=0)
-            self.union[site] += np.count_nonzero(peak >= self.limits.deciding, axis=0)
-        if self.legacy_union.size:
-            self.legacy_union += np.count_nonzero(span.peak[BLOCK] >= self.limits.legacy, axis=0)
-        self._where(span, start, length)
+    def _settle(
+        self,
+        group: _Group,
+        span: Span,
+        layer: int,
+        number: int,
+        found: LayerCounts,
+        touched: dict[str, NDArray[np.bool_]],
+    ) -> None:
+        """A layer of the span is counted: its numbers into the totals."""
+        step, kind = self.frame.deciding_step, self._kind
+        totals = self.summary.sites
+        with self._layers[layer]:
+            if len(group.sites) == 2:
+                block = totals[BLOCK]
+                into = (block.hits, block.first_hits, block.min, block.max)
+                kernels.settle_block(
+                    layer, number, step, kind, group.extremes, group.counts, group.firsts, into, found.hits[BLOCK]
+                )
+            for index, site in enumerate(group.sites):
+                kernels.settle(
+                    layer,
+                    number,
+                    step,
+                    span.length,
+                    kind,
+                    group.extremes[index],
+                    group.wild[index],
+                    group.histograms[index],
+                    group.moments[index],
+                    group.counts[index],
+                    group.firsts[index],
+                    totals[site].arrays,
+                    found.hits[site],
+                    found.moments[site],
+                )
+        for index, site in enumerate(group.sites):
+            found.reach[site][number] = bits_to_float(group.reached[index].max(), self.frame.dtype)
+            touched[site] |= group.reached[index] >= self.limits.floor
+        if len(group.sites) == 2:
+            found.hooks[number] = group.reached >= self.limits.legacy
+        group.reached.fill(0)
 
-    def _where(self, span: _Span, start: int, length: int) -> None:
+    def _massive(self, span: Span, layer: int, at: int, tile: NDArray[Any]) -> None:
+        """Values at resid whose magnitude exceeds 100, with the median magnitude of their token."""
+        dtype, total = self.frame.dtype, self.summary
+        rows, columns, lower, upper = kernels.above(tile, self.limits.massive)
+        medians = (bits_to_float(lower, dtype).astype(np.float64) + bits_to_float(upper, dtype)) / 2
+        values = bits_to_float(tile[rows, columns], dtype)
+        sizes = np.abs(values)
+        with self._rest:
+            total.massive_cells[layer] += rows.size
+            total.massive_by_token[layer] += np.count_nonzero(sizes.astype(np.float64) >= MASSIVE_RATIO * medians)
+        kept = np.flatnonzero(sizes >= self._massive_floors[layer])
+        if kept.size > MASSIVE_KEPT:
+            least = np.partition(sizes[kept], -MASSIVE_KEPT)[-MASSIVE_KEPT]
+            kept = kept[sizes[kept] >= least]
+        cells = np.zeros(kept.size, CELL)
+        cells["feature"], cells["position"] = columns[kept], rows[kept] + at + span.start
+        cells["sequence"], cells["layer"] = span.sequence, layer
+        cells["site"] = self.frame.captured.index("resid")
+        cells["value"], cells["magnitude"], cells["token_median"] = values[kept], sizes[kept], medians[kept]
+        with self._rest:
+            mine = self._massive_cells[layer]
+            mine.append(cells)
+            if sum(map(len, mine)) > 4 * MASSIVE_KEPT:
+                self._massive_cells[layer] = [largest(np.concatenate(mine), "layer", MASSIVE_KEPT)]
+                self._massive_floors[layer] = self._massive_cells[layer][0]["magnitude"][-1]
+
+    def finish(self) -> Summary:
+        """The Summary, once nothing is counted any more."""
+        cells = [part for layer in self._massive_cells for part in layer]
+        if cells:
+            self.summary.massive = largest(np.concatenate(cells), "layer", MASSIVE_KEPT)
+        return self.summary
+
+    def _close(self, span: Span) -> None:
+        """Every layer of the span is counted: union counts, and where the deciding site's hits sit."""
+        frame, limits = self.frame, self.limits
+        scratch = np.empty(span.length, np.uint32)
+        for site in frame.sites:
+            members = BLOCK_SITES if site == BLOCK else (site,)
+            one, other = span.keys[members[0]], span.keys[members[-1]]
+            touched = np.logical_or.reduce([span.touched[member] for member in members])
+            columns, width = np.flatnonzero(touched), frame.width(site)
+            counts, firsts = (np.zeros((len(frame.ladder), width), np.int64) for _ in range(2))
+            own = np.zeros((2, width), np.int64)
+            kernels.close(
+                one,
+                other,
+                columns,
+                limits.ladder,
+                limits.deciding,
+                limits.legacy,
+                span.start == 0,
+                counts,
+                firsts,
+                own,
+                scratch,
+            )
+            span.union[site] = own[0]
+            if site == BLOCK:
+                span.legacy_union = own[1]
+            with self._rest:
+                totals = self.summary.sites[site]
+                totals.union += counts
+                totals.first_union += firsts
+            if site == frame.site:
+                self._where(span, one, other, columns, firsts[frame.deciding_step])
+        span.keys = {}
+
+    def _where(
+        self,
+        span: Span,
+        one: NDArray[Any],
+        other: NDArray[Any],
+        columns: NDArray[np.int64],
+        firsts: NDArray[np.int64],
+    ) -> None:
         """Positions, delimiters and the largest tokens of the deciding site in this span."""
-        hit = span.peak[self.frame.site] >= self.limits.deciding  # (position, feature)
-        rows, columns = np.nonzero(hit)
-        if not rows.size or span.source is None or span.value is None:
-            return
-        total = self.summary
-        np.add.at(total.position_tokens, ((rows + start) // self.frame.bin_positions, columns), 1)
-        np.add.at(total.delimiter_tokens, columns[self.delimiters[start : start + length][rows]], 1)
-        if start == 0:
-            total.first_tokens += hit[0]
-        if rows.size > TOP_TOKENS * hit.shape[1]:
-            # many hits: only what reaches its feature's TOP_TOKENS-th largest can stay
-            peak = span.peak[self.frame.site]
-            least = np.partition(peak, -min(TOP_TOKENS, length), axis=0)[-min(TOP_TOKENS, length)]
-            rows, columns = np.nonzero(hit & (peak >= least))
-        source = span.source[rows, columns]
-        cells = np.zeros(rows.size, CELL)
-        cells["feature"], cells["sequence"], cells["position"] = columns, self.sequence, rows + start
-        cells["layer"], cells["site"] = np.divmod(source, len(self.frame.captured))
-        cells["value"] = to_float32(span.value[rows, columns], self.frame.dtype)
-        cells["magnitude"] = np.abs(cells["value"])
-        total.top = largest(np.concatenate([total.top, cells]), "feature", TOP_TOKENS)
+        frame, total = self.frame, self.summary
+        bins, delimited = np.zeros_like(total.position_tokens), np.zeros_like(total.delimiter_tokens)
+        found = np.empty((columns.size, TOP_TOKENS), np.int64)
+        keys = np.empty((columns.size, TOP_TOKENS), one.dtype)
+        kernels.places(
+            one,
+            other,
+            columns,
+            self.limits.deciding,
+            self._top_floors,
+            span.start,
+            frame.bin_positions,
+            span.delimiters,
+            bins,
+            delimited,
+            TOP_TOKENS,
+            found,
+            keys,
+        )
+        number, slot = np.nonzero(found >= 0)
+        cells = np.zeros(number.size, CELL)
+        key = keys[number, slot].astype(np.uint64)
+        magnitude, sign = key >> np.uint64(kernels.KEY_SHIFT), key & np.uint64(1)
+        source = kernels.LAST_SOURCE - ((key >> np.uint64(1)) & np.uint64(kernels.LAST_SOURCE)).astype(np.int64)
+        cells["feature"], cells["sequence"] = columns[number], span.sequence
+        cells["position"] = found[number, slot] + span.start
+        cells["layer"], cells["site"] = np.divmod(source, len(frame.captured))
+        cells["magnitude"] = bits_to_float(magnitude, frame.dtype)
+        cells["value"] = np.where(sign == 1, -cells["magnitude"], cells["magnitude"])
+        with self._rest:
+            total.position_tokens += bins
+            total.delimiter_tokens += delimited
+            total.first_tokens += firsts
+            if not cells.size:
+                return
+            total.top = largest(np.concatenate([total.top, cells]), "feature", TOP_TOKENS)
+            last = np.flatnonzero(np.r_[total.top["feature"][1:] != total.top["feature"][:-1], True])
+            full = last[np.diff(np.r_[-1, last]) == TOP_TOKENS]
+            self._top_floors[total.top["feature"][full]] = float_to_bits(total.top["magnitude"][full], frame.dtype)
 
 
-def values_dtype(values: dict[str, NDArray[Any]]) -> np.dtype[Any]:
-    """The storage dtype of a block of values."""
-    return next(iter(values.values())).dtype
-
-
-def _add_values(totals: SiteTotals, layer: int, values: NDArray[Any], dtype: str, wild: bool) -> None:
-    """Extremes, moments and histogram of one chunk (position, feature); non-finite values enter none of them."""
-    for at in range(0, values.shape[0], TILE):
-        tile = values[at : at + TILE]
-        single = to_float32(tile, dtype)
-        finite = np.isfinite(single) if wild else None
-        # adding 0.0 turns -0.0 into 0.0: which of the two a maximum keeps depends on the order
-        high = (single if finite is None else np.where(finite, single, -np.inf)).max(axis=0) + np.float32(0)
-        low = (single if finite is None else np.where(finite, single, np.inf)).min(axis=0) + np.float32(0)
-        totals.max[layer] = np.maximum(totals.max[layer], high)
-        totals.min[layer] = np.minimum(totals.min[layer], low)
-        double = single.astype(np.float64)
-        totals.finite[layer] += tile.shape[0] if finite is None else np.count_nonzero(finite, axis=0)
-        if finite is not None:
-            double[~finite] = 0.0
-        square = double * double
-        totals.moments[0, layer] += double.sum(axis=0)
-        totals.moments[1, layer] += square.sum(axis=0)
-        totals.moments[2, layer] += np.einsum("tw,tw->w", square, double)
-        totals.moments[3, layer] += np.einsum("tw,tw->w", square, square)
-        patterns = histogram_patterns(tile, dtype)
-        if finite is not None:
-            patterns = patterns[finite]
-        totals.histogram[layer] += np.bincount(patterns.ravel(), minlength=PATTERNS)
+def site_groups(captured: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The captured sites as they are counted: the two of the block together, the others alone."""
+    pair = tuple(BLOCK_SITES) if has_block(captured) else ()
+    return [*([pair] if pair else []), *((site,) for site in captured if site not in pair)]

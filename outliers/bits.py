@@ -61,24 +61,6 @@ def legacy_threshold_bits(magnitude: float, dtype: str) -> int:
     return threshold_bits(float(np.uint32(halfway).view(np.float32)), "float16")
 
 
-def magnitudes(values: NDArray[Any], dtype: str) -> tuple[NDArray[Any], int]:
-    """Bits of abs(values), same shape, and how many values are not finite; those read as 0 and so never hit."""
-    form = FORMATS[dtype]
-    mags = values.view(form.bits) & form.bits.type(form.sign - 1)
-    if mags.size == 0 or int(mags.max()) < form.inf:
-        return mags, 0
-    wild = mags >= form.inf
-    mags[wild] = 0
-    return mags, int(np.count_nonzero(wild))
-
-
-def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Stored values as float32, exactly; same shape."""
-    if dtype == "bfloat16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
-
-
 def bits_to_float(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """Bit patterns of `dtype` as float32, exactly; same shape."""
     if dtype == "bfloat16":
@@ -88,17 +70,12 @@ def bits_to_float(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     )
 
 
-def histogram_patterns(values: NDArray[Any], dtype: str) -> NDArray[np.uint16]:
-    """The 16-bit pattern under which each value is counted: its own bits, or a float32 rounded to bfloat16."""
-    if dtype != "float32":
-        return values.view(np.uint16)
-    bits = values.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    # the largest float32 would round to infinity: it is finite, and counted as the largest finite
-    finite = (bits & np.uint32(0x7FFF_FFFF)) < np.uint32(0x7F80_0000)
-    over = finite & ((rounded & np.uint32(0x7FFF)) >= np.uint32(0x7F80))
-    rounded[over] -= np.uint32(1)
-    return rounded.astype(np.uint16)
+def float_to_bits(values: NDArray[np.float32], dtype: str) -> NDArray[np.int64]:
+    """Bits of non-negative values that `dtype` has exactly; same shape."""
+    if dtype == "float16":
+        return values.astype(np.float16).view(np.uint16).astype(np.int64)
+    bits = values.astype(np.float32).view(np.uint32).astype(np.int64)
+    return bits >> 16 if dtype == "bfloat16" else bits
 
 
 def pattern_values(dtype: str) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

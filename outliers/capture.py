@@ -53,8 +53,12 @@ from outliers.workspace import Workspace
 log = logging.getLogger(__name__)
 
 
-def extract(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    """Make or finish the capture of a study; returns what this call did (sequences, tokens, seconds, bytes, device).
+def extract(
+    prepared: Prepared, workspace: Workspace, reporter: Reporter, *, sequences: range | None = None
+) -> dict[str, Any]:
+    """Make or finish the capture of a study, or of some sequences (whole batches) of it.
+
+    Returns what this call did (sequences, tokens, seconds, bytes, device).
 
     Raises Busy where another process writes it, CaptureMismatch, CorruptCapture, SiteError, UnknownModel,
     PlanRefused and MemoryFull where the model does not fit the GPUs that are here, HubUnavailable.
@@ -69,8 +73,8 @@ def extract(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dic
         drop_leftovers(folder, ARRAYS)
         files = ChunkFiles(folder, layout)
         size = prepared.spec.capture.batch_sequences
-        missing = _missing(layout, journal, files, size)
-        batches = _todo(layout, journal, missing, size, prepared.spec.capture.perplexity)
+        wanted = _runs(sequences if sequences is not None else range(layout.num_sequences), size)
+        batches = _todo(wanted, journal, files, prepared.spec.capture.perplexity)
         if not batches:
             log.info("the capture %s is complete: nothing to extract", prepared.capture_id)
             reporter.progress("extract", prepared.corpus.num_tokens, prepared.corpus.num_tokens, "tokens")
@@ -144,14 +148,9 @@ def _conditions(prepared: Prepared, devices: Devices) -> dict[str, Any]:
     }
 
 
-def _runs(layout: Layout, batch: int) -> list[range]:
+def _runs(sequences: range, batch: int) -> list[range]:
     """The fixed, aligned batches of a capture."""
-    return [range(start, min(start + batch, layout.num_sequences)) for start in range(0, layout.num_sequences, batch)]
-
-
-def _missing(layout: Layout, journal: Journal, files: ChunkFiles, batch: int) -> list[range]:
-    """Batches that are not wholly journaled, or whose chunks are not all there in their size."""
-    return [run for run in _runs(layout, batch) if not all(_present(journal.done.get(s), files) for s in run)]
+    return [range(start, min(start + batch, sequences.stop)) for start in range(sequences.start, sequences.stop, batch)]
 
 
 def _present(entry: dict[str, Any] | None, files: ChunkFiles) -> bool:
@@ -166,11 +165,12 @@ def _whole(chunk: NamedChunk) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_size == chunk.size
 
 
-def _todo(
-    layout: Layout, journal: Journal, missing: list[range], batch: int, perplexity: bool
-) -> list[tuple[range, bool]]:
-    """Batches to run, and whether their activations are to be read: a finished one may lack the perplexity alone."""
-    runs = [(run, run in missing) for run in _runs(layout, batch)]
+def _todo(wanted: list[range], journal: Journal, files: ChunkFiles, perplexity: bool) -> list[tuple[range, bool]]:
+    """Batches to run, and whether their activations are to be read: a finished one may lack the perplexity alone.
+
+    Those are read that are not wholly journaled, or whose chunks are not all there in their size.
+    """
+    runs = [(run, not all(_present(journal.done.get(s), files) for s in run)) for run in wanted]
     return [
         (run, read)
         for run, read in runs

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import BadInput, CaptureError
 from outliers.outcome import held_bytes
-from outliers.store import Journal, hold, layout_from, read_fingerprint
+from outliers.store import ARRAYS, Journal, hold, layout_from, read_fingerprint
 from outliers.workspace import Workspace
 
 
@@ -34,6 +34,8 @@ def list_captures(workspace: Workspace) -> tuple[Held, ...]:
         model, done, total = "damaged", 0, 0
         try:
             fingerprint = read_fingerprint(folder)
+            if fingerprint is None and (folder / "summaries").is_dir() and not (folder / ARRAYS).exists():
+                model = "(summaries alone)"
             if fingerprint is not None:
                 done = len(Journal.open(folder / "journal.jsonl").done)
                 model, total = str(fingerprint["fixed"].get("model", "?")), layout_from(fingerprint).num_sequences

@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,18 @@ class Corpus:
         text, first = self.sequence_texts[sequence], int(self.starts[sequence, position])
         last = position + 1 >= int(self.lengths[sequence])
         return text[first:] if last else text[first : int(self.starts[sequence, position + 1])]
+
+    def is_delimiter(self, sequence: int, position: int) -> bool:
+        """Whether a token's text is blank or punctuation alone."""
+        text = self.piece(sequence, position).strip()
+        return all(unicodedata.category(character).startswith("P") for character in text)
+
+    def delimiters(self) -> NDArray[np.bool_]:
+        """(sequence, position) bool, see `is_delimiter`; padding is none."""
+        marks = np.zeros(self.token_ids.shape, np.bool_)
+        for sequence, length in enumerate(self.lengths):
+            marks[sequence, :length] = [self.is_delimiter(sequence, position) for position in range(int(length))]
+        return marks
 
 
 @dataclass

@@ -103,14 +103,37 @@ def kurtosis(histogram: NDArray[np.int64], values: NDArray[np.float64]) -> float
     return math.fsum(counts * centred**4) / total / variance**2
 
 
+def quantile_magnitudes(
+    histogram: NDArray[np.int64], values: NDArray[np.float64], levels: tuple[Fraction, ...]
+) -> list[float] | None:
+    """For each level the smallest magnitude that at least this share of all does not exceed (nearest rank); None for none."""
+    ordered = _ordered(histogram, values)
+    if ordered is None:
+        return None
+    magnitude, ends = ordered
+    total = int(ends[-1])
+    ranks = [max(0, math.ceil(level * total) - 1) for level in levels]
+    return [float(magnitude[int(np.searchsorted(ends, rank, side="right"))]) for rank in ranks]
+
+
 def median_magnitude(histogram: NDArray[np.int64], values: NDArray[np.float64]) -> float | None:
     """Median of abs(x) of a histogram: the mean of the two middle values where their number is even; None for none."""
+    ordered = _ordered(histogram, values)
+    if ordered is None:
+        return None
+    magnitude, ends = ordered
+    total = int(ends[-1])
+    low, high = (int(np.searchsorted(ends, rank, side="right")) for rank in ((total - 1) // 2, total // 2))
+    return float(magnitude[low] + magnitude[high]) / 2
+
+
+def _ordered(
+    histogram: NDArray[np.int64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]] | None:
+    """Magnitudes that occur, ascending, and how many values there are up to each; None where there are none."""
     used = np.flatnonzero(histogram)
     if not used.size:
         return None
     magnitude = np.abs(values[used])
     order = np.argsort(magnitude, kind="stable")
-    ends = np.cumsum(histogram[used][order])
-    total = int(ends[-1])
-    low, high = (int(np.searchsorted(ends, rank, side="right")) for rank in ((total - 1) // 2, total // 2))
-    return float(magnitude[order[low]] + magnitude[order[high]]) / 2
+    return magnitude[order], np.cumsum(histogram[used][order])

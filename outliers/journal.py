@@ -16,6 +16,7 @@ import os
 import shlex
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,29 @@ class Journal:
     Lines that were appended by this very object are kept without what names their chunks.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
         self.path = path
+        self._keep = keep
         self.done: dict[int, dict[str, Any]] = {}
         self.damaged: list[int] = []
         self._lock = threading.Lock()
         self._failed: OSError | None = None
 
     @classmethod
-    def open(cls, path: Path, *, repair: bool = False, tolerant: bool = False) -> Journal:
+    def open(
+        cls,
+        path: Path,
+        *,
+        repair: bool = False,
+        tolerant: bool = False,
+        keep: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> Journal:
         """Read the journal; a torn last line is dropped, and with `repair` cut off the file.
 
-        Raises CorruptCapture for a damaged line, or with `tolerant` goes on and notes its number.
+        keep: line -> what to hold of it in memory (default: all of it). Raises CorruptCapture for a damaged line, or with
+        `tolerant` goes on and notes its number.
         """
-        journal = cls(path)
+        journal = cls(path, keep)
         content = path.read_bytes() if path.exists() else b""
         whole = content.rfind(b"\n") + 1
         if repair and whole < len(content):
@@ -108,7 +118,7 @@ class Journal:
         if entry.get("redo"):
             self.done.pop(entry["sequence"], None)
         else:
-            self.done[entry["sequence"]] = entry
+            self.done[entry["sequence"]] = entry if self._keep is None else self._keep(entry)
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
 """A Summary -> what may be published: summary.json, features.parquet, tokens.json.
 
 The contents hold no clock, path or host, so that two runs of one study can be compared byte for byte. Before it:
-`analyze`, `criteria`. After it: `report`, `manifest`, `publish`.
+`analyze`, `votes`, `bootstrap`. After it: `report`, `manifest`, `publish`.
 """
 
 from __future__ import annotations
@@ -9,71 +9,89 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from outliers.analyze import read_counts, read_summary
 from outliers.architectures import INPUT
 from outliers.bits import bits_to_float, pattern_values
+from outliers.bootstrap import LEVEL, SEED, Interval, Intervals, bootstrap
 from outliers.corpus import Corpus, load_corpus
-from outliers.criteria import Rules, Verdict, judge, kurtosis, legacy_passes, median_magnitude
+from outliers.criteria import Rules, Verdict, judge, kurtosis, median_magnitude, quantile_magnitudes
+from outliers.errors import CaptureError
 from outliers.files import write_atomic
 from outliers.massive import massive_activations
 from outliers.parquet import write_parquet
+from outliers.places import SCHEMA_VERSION, describe_tokens
 from outliers.prepare import Prepared
 from outliers.spec import BLOCK, BLOCK_SITES, READINGS
-from outliers.store import Journal
 from outliers.summary import SiteTotals, Summary
-from outliers.tables import feature_table
+from outliers.summary_files import read_counts, read_summary
+from outliers.tables import feature_table, published_rows
+from outliers.votes import Votes, count_votes
 from outliers.workspace import Workspace
 
-SCHEMA_VERSION = 1
-CONTEXT_CHARACTERS = 60
-TOKEN_FEATURES = 64
-"""Systematic features that tokens.json shows, by magnitude: a model with more is no less described by its table."""
-
-
+QUANTILES = ("0.9", "0.99", "0.999", "0.9999")
+"""Levels at which each layer's magnitudes are told, beside the median."""
+LISTED = 256
+"""Features in each list but the deciding one, by magnitude: at `resid` all features can be in each."""
 LARGEST_LOSS = 700.0
 """Nats a token above which the exponential leaves float64: no perplexity is told."""
 
 
-@dataclass
-class Votes:
-    """How many sequences each feature passes in on its own: passes[site][reading] is (feature,) int64.
+@dataclass(frozen=True)
+class Findings:
+    """Everything that was counted for one study."""
 
-    The legacy arrays are (feature,): sequences passed in, and sums over those of hooks and of the share of tokens.
-    """
-
-    passes: dict[str, dict[str, NDArray[np.int64]]]
-    legacy: NDArray[np.int64]
-    legacy_hooks: NDArray[np.int64]
-    legacy_share: NDArray[np.float64]
+    summary: Summary
+    votes: Votes
+    intervals: Intervals | None
 
 
 def write_results(prepared: Prepared, workspace: Workspace) -> Path:
-    """Write the three files of a study into its results folder, from its summary; returns that folder."""
+    """Write the three files of a study into its results folder, from its summary; returns that folder.
+
+    Raises CaptureError where the summary is not of the whole corpus.
+    """
     private = workspace.summary(prepared.capture_id, prepared.study_id)
-    summary, corpus = read_summary(private), load_corpus(prepared.corpus, workspace)
-    content = summarize_study(prepared, summary, count_votes(prepared, private, summary), corpus)
-    if prepared.spec.capture.perplexity:
-        journal = Journal.open(workspace.capture(prepared.capture_id) / "journal.jsonl")
-        content |= perplexity([journal.done[sequence] for sequence in sorted(journal.done)])
-        if content["perplexity"]["value"] is None:
-            content["notes"].append("perplexity is not a number: the model's logits are not finite on this corpus")
+    found, corpus = find(prepared, private), load_corpus(prepared.corpus, workspace)
+    content = summarize_study(prepared, found, corpus)
+    if content.get("perplexity", {}).get("value", 0) is None:
+        content["notes"].append("perplexity is not a number: the model's logits are not finite on this corpus")
+    table = feature_table(found.summary, prepared.layers)
+    rows, left_out = published_rows(table, content["systematic"], prepared.site)
+    if left_out:
+        content["notes"].append(
+            f"features.parquet holds {rows.num_rows:,} of the {rows.num_rows + left_out:,} rows with a hit: those of the "
+            "systematic features, then the largest; the whole table stays beside the capture"
+        )
     folder = workspace.study(prepared.study_id)
     folder.mkdir(parents=True, exist_ok=True)
     # a manifest says that a study is finished: an older one must not speak for files that are being rewritten
     (folder / "manifest.json").unlink(missing_ok=True)
     write_atomic(folder / "summary.json", _json(content))
-    write_atomic(folder / "tokens.json", _json(describe_tokens(prepared, summary, content, corpus)))
-    table = feature_table(summary, prepared.layers)
+    write_atomic(folder / "tokens.json", _json(describe_tokens(prepared, found.summary, content, corpus)))
     write_parquet(private / "features.parquet", table)
-    write_parquet(folder / "features.parquet", table.filter(pa.compute.greater(table["hits"], 0)))
+    write_parquet(folder / "features.parquet", rows)
     return folder
+
+
+def find(prepared: Prepared, private: Path) -> Findings:
+    """What the private summary in a folder says of a study. Raises CaptureError where it is not of the whole corpus."""
+    summary = read_summary(private)
+    wanted = prepared.corpus.num_sequences
+    if summary.sequences.size != wanted:
+        raise CaptureError(
+            f"the summary in {private} is of {summary.sequences.size} of {wanted} sequences: `outliers merge` it with those of "
+            "the others, or analyze the whole capture"
+        )
+    rules = rules_of(prepared)
+    votes = count_votes(private, summary, rules)
+    drawn = bootstrap(summary.frame, rules, votes.candidates, read_counts(private, summary.frame))
+    return Findings(summary, votes, drawn)
 
 
 def _json(content: Any) -> bytes:
@@ -85,44 +103,23 @@ def rules_of(prepared: Prepared) -> Rules:
     return Rules(prepared.spec.criteria.layer_rule, prepared.spec.criteria.position_rule)
 
 
-def count_votes(prepared: Prepared, folder: Path, summary: Summary) -> Votes:
-    """Judge every sequence alone, one after the other from disk."""
-    frame, rules = summary.frame, rules_of(prepared)
-    votes = Votes(
-        passes={site: {r: np.zeros(frame.width(site), np.int64) for r in READINGS} for site in frame.sites},
-        legacy=np.zeros(frame.width(frame.sites[-1]), np.int64),
-        legacy_hooks=np.zeros(frame.width(frame.sites[-1]), np.int64),
-        legacy_share=np.zeros(frame.width(frame.sites[-1]), np.float64),
-    )
-    for counts in read_counts(folder, frame):
-        for site in frame.sites:
-            for reading, verdict in judge(counts.hits[site], counts.union[site], counts.tokens, rules).items():
-                votes.passes[site][reading] += verdict.passes
-        if BLOCK in frame.sites:
-            passed = legacy_passes(counts.hooks, counts.legacy_union, frame.num_layers, counts.tokens, rules)
-            votes.legacy += passed
-            votes.legacy_hooks += np.where(passed, counts.hooks, 0)
-            votes.legacy_share += np.where(passed, counts.legacy_union / counts.tokens, 0.0)
-    return votes
-
-
-def summarize_study(prepared: Prepared, summary: Summary, votes: Votes, corpus: Corpus) -> dict[str, Any]:
+def summarize_study(prepared: Prepared, found: Findings, corpus: Corpus) -> dict[str, Any]:
     """The content of summary.json."""
-    frame, rules = summary.frame, rules_of(prepared)
-    step = frame.deciding_step
-    readings: dict[str, Any] = {}
-    for site in frame.sites:
-        totals = summary.sites[site]
-        verdicts = judge(totals.ladder_hits[step], totals.union[step], summary.tokens, rules)
-        readings[site] = {
-            reading: _features(prepared, totals, verdict, votes.passes[site][reading], summary)
-            for reading, verdict in verdicts.items()
-        }
+    summary, votes, drawn = found.summary, found.votes, found.intervals
+    frame, criteria = summary.frame, prepared.spec.criteria
+    lists = {site: _lists(prepared, found, site) for site in frame.sites}
+    counts = {site: {reading: len(rows) for reading, rows in own.items()} for site, own in lists.items()}
+    systematic = lists[prepared.site][criteria.reading]
+    readings: dict[str, Any] = {
+        site: {reading: rows if rows is systematic else rows[:LISTED] for reading, rows in own.items()}
+        for site, own in lists.items()
+    }
     if BLOCK in frame.sites:
-        readings[BLOCK]["legacy"] = _legacy(prepared, summary, votes)
+        legacy = _legacy(prepared, summary, votes)
+        counts[BLOCK]["legacy"] = len(legacy["features"])
+        readings[BLOCK]["legacy"] = legacy | {"features": legacy["features"][:LISTED]}
     massive = massive_activations(summary)
-    criteria = prepared.spec.criteria
-    return {
+    content = {
         "schema_version": SCHEMA_VERSION,
         "study_id": prepared.study_id,
         "capture_id": prepared.capture_id,
@@ -146,31 +143,37 @@ def summarize_study(prepared: Prepared, summary: Summary, votes: Votes, corpus: 
             "ladder": list(frame.ladder),
         },
         "readings": readings,
-        "systematic": readings[prepared.site][criteria.reading],
-        "layers": _layers(prepared, summary),
+        "reading_counts": counts,
+        "systematic": systematic,
+        "without_first_tokens": _without_first_tokens(prepared, summary),
+        "intervals": None
+        if drawn is None
+        else {"level": LEVEL, "resamples": drawn.resamples, "seed": SEED, "counts": drawn.counts},
+        "layers": _layers(prepared, summary, votes),
+        "quantile_levels": [float(level) for level in QUANTILES],
         "massive": None if massive is None else [_massive(prepared, corpus, cell) for cell in massive.cells],
         "massive_count": None if massive is None else massive.count,
-        "sweep": _sweep(summary, rules),
+        "massive_by_token": None
+        if massive is None
+        else [_massive(prepared, corpus, cell) for cell in massive.by_token],
+        "massive_by_token_count": None if massive is None else massive.by_token_count,
+        "sweep": _sweep(prepared, summary),
         "histogram": {site: _magnitude_bins(summary.sites[site].histogram, frame.dtype) for site in frame.captured},
-        "notes": _notes(prepared),
+        "notes": _notes(prepared, counts),
     }
+    if prepared.spec.capture.perplexity:
+        content["perplexity"] = perplexity(votes.nll, votes.nll_tokens)
+    return content
 
 
-def perplexity(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The key `perplexity` from journal lines in the order of the sequences: exp of the mean negative log-likelihood a token.
+def perplexity(nll: float, tokens: int) -> dict[str, Any]:
+    """exp of the mean negative log-likelihood a token, from their sum in nats.
 
-    `loss` is that mean, in nats; `tokens` are those that were predicted, all but the first of each sequence.
+    `loss` is that mean; `tokens` are those that were predicted, all but the first of each sequence.
     """
-    tokens = sum(int(entry["nll_tokens"]) for entry in entries)
-    loss = math.fsum(entry["nll"] for entry in entries) / tokens
+    loss = nll / tokens
     finite = math.isfinite(loss) and loss < LARGEST_LOSS
-    return {
-        "perplexity": {
-            "value": math.exp(loss) if finite else None,
-            "loss": loss if finite else None,
-            "tokens": tokens,
-        }
-    }
+    return {"value": math.exp(loss) if finite else None, "loss": loss if finite else None, "tokens": tokens}
 
 
 def _model(prepared: Prepared) -> dict[str, Any]:
@@ -189,12 +192,35 @@ def _model(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def _lists(prepared: Prepared, found: Findings, site: str) -> dict[str, list[dict[str, Any]]]:
+    """The features that pass each reading at one site, by max_magnitude, then number."""
+    summary = found.summary
+    totals, step = summary.sites[site], summary.frame.deciding_step
+    verdicts = judge(*totals.counts(step), summary.tokens, rules_of(prepared))
+    drawn = None if found.intervals is None else found.intervals.features[site]
+    return {
+        reading: _features(
+            prepared,
+            totals,
+            verdict,
+            found.votes.passes[site][reading],
+            summary,
+            None if drawn is None else drawn[reading],
+        )
+        for reading, verdict in verdicts.items()
+    }
+
+
 def _features(
-    prepared: Prepared, totals: SiteTotals, verdict: Verdict, votes: NDArray[np.int64], summary: Summary
+    prepared: Prepared,
+    totals: SiteTotals,
+    verdict: Verdict,
+    votes: NDArray[np.int64],
+    summary: Summary,
+    drawn: dict[int, Interval] | None,
 ) -> list[dict[str, Any]]:
-    """The features that pass one reading, by max_magnitude, then number."""
     found = []
-    hits = totals.ladder_hits[summary.frame.deciding_step]
+    hits = totals.hits[summary.frame.deciding_step]
     for feature in np.flatnonzero(verdict.passes):
         layers = np.flatnonzero(verdict.layer_hits[:, feature])
         share = verdict.position_fraction
@@ -206,9 +232,19 @@ def _features(
                 "layers": [prepared.layers[layer] for layer in layers],
                 "hits": int(hits[:, feature].sum()),
                 "sequences": int(votes[feature]),
+                "interval": None if drawn is None else _interval(drawn[int(feature)]),
             }
         )
     return sorted(found, key=lambda item: (-item["max_magnitude"], item["feature"]))
+
+
+def _interval(interval: Interval) -> dict[str, Any]:
+    share = interval.position_fraction
+    return {
+        "layer_fraction": list(interval.layer_fraction),
+        "position_fraction": None if share is None else list(share),
+        "passes": interval.passes,
+    }
 
 
 def _feature(prepared: Prepared, totals: SiteTotals, feature: int, summary: Summary) -> dict[str, Any]:
@@ -219,7 +255,7 @@ def _feature(prepared: Prepared, totals: SiteTotals, feature: int, summary: Summ
         "min": low,
         "max": high,
         "of_sequences": int(summary.sequences.size),
-        "first_token_hits": int(totals.first_token_hits[:, feature].sum()),
+        "first_token_hits": int(totals.first_hits[summary.frame.deciding_step, :, feature].sum()),
     }
 
 
@@ -233,9 +269,9 @@ def _legacy(prepared: Prepared, summary: Summary, votes: Votes) -> dict[str, Any
             _feature(prepared, totals, int(feature), summary)
             | {
                 "layer_fraction": int(votes.legacy_hooks[feature]) / (2 * summary.frame.num_layers * times),
-                "position_fraction": float(votes.legacy_share[feature]) / times,
-                "layers": [prepared.layers[n] for n in np.flatnonzero(totals.ladder_hits[step, :, feature])],
-                "hits": int(totals.ladder_hits[step, :, feature].sum()),
+                "position_fraction": math.fsum(votes.legacy_shares[int(feature)]) / times,
+                "layers": [prepared.layers[n] for n in np.flatnonzero(totals.hits[step, :, feature])],
+                "hits": int(totals.hits[step, :, feature].sum()),
                 "sequences": times,
             }
         )
@@ -243,7 +279,8 @@ def _legacy(prepared: Prepared, summary: Summary, votes: Votes) -> dict[str, Any
     return {"feature_sequence_pairs": int(votes.legacy.sum()), "features": found}
 
 
-def _layers(prepared: Prepared, summary: Summary) -> list[dict[str, Any]]:
+def _layers(prepared: Prepared, summary: Summary, votes: Votes) -> list[dict[str, Any]]:
+    levels = tuple(Fraction(level) for level in QUANTILES)
     values, _ = pattern_values(summary.frame.dtype)
     rows = []
     for site in summary.frame.captured:
@@ -256,26 +293,51 @@ def _layers(prepared: Prepared, summary: Summary) -> list[dict[str, Any]]:
                     "site": site,
                     "layer": layer,
                     "max_magnitude": max(abs(high), abs(low)) if seen else None,
-                    "hits": int(totals.ladder_hits[summary.frame.deciding_step, index].sum()),
+                    "hits": int(totals.hits[summary.frame.deciding_step, index].sum()),
                     "nonfinite": int(totals.nonfinite[index]),
                     "kurtosis": kurtosis(totals.histogram[index], values),
                     "median_magnitude": median_magnitude(totals.histogram[index], values),
+                    "quantiles": quantile_magnitudes(totals.histogram[index], values, levels),
+                    "mean_inf_norm": votes.inf_norms[site][index] if seen else None,
                 }
             )
     return rows
 
 
-def _sweep(summary: Summary, rules: Rules) -> dict[str, Any]:
-    """How many features each reading finds at each magnitude of the ladder."""
-    counts: dict[str, dict[str, list[int]]] = {}
+def _without_first_tokens(prepared: Prepared, summary: Summary) -> dict[str, dict[str, list[int]]]:
+    """site -> reading -> numbers of the features that pass where the first token of each sequence is left out."""
+    step = summary.frame.deciding_step
+    found: dict[str, dict[str, list[int]]] = {}
     for site in summary.frame.sites:
-        totals = summary.sites[site]
-        steps = [
-            judge(totals.ladder_hits[k], totals.union[k], summary.tokens, rules)
-            for k in range(len(summary.frame.ladder))
-        ]
-        counts[site] = {reading: [int(step[reading].passes.sum()) for step in steps] for reading in READINGS}
-    return {"magnitudes": list(summary.frame.ladder), "counts": counts}
+        verdicts = _judge(prepared, summary, site, step, first_tokens=False)
+        found[site] = {reading: np.flatnonzero(verdict.passes).tolist() for reading, verdict in verdicts.items()}
+    return found
+
+
+def _judge(prepared: Prepared, summary: Summary, site: str, step: int, *, first_tokens: bool) -> dict[str, Verdict]:
+    """Every reading at one magnitude of the ladder, with the first tokens of the sequences or without them."""
+    tokens = summary.tokens if first_tokens else summary.tokens - summary.sequences.size
+    return judge(*summary.sites[site].counts(step, first_tokens=first_tokens), tokens, rules_of(prepared))
+
+
+def _sweep(prepared: Prepared, summary: Summary) -> dict[str, Any]:
+    """How many features each reading finds at each magnitude of the ladder, with first tokens and without them."""
+
+    def counts(*, first_tokens: bool) -> dict[str, dict[str, list[int]]]:
+        found: dict[str, dict[str, list[int]]] = {}
+        for site in summary.frame.sites:
+            steps = [
+                _judge(prepared, summary, site, step, first_tokens=first_tokens)
+                for step in range(len(summary.frame.ladder))
+            ]
+            found[site] = {reading: [int(step[reading].passes.sum()) for step in steps] for reading in READINGS}
+        return found
+
+    return {
+        "magnitudes": list(summary.frame.ladder),
+        "counts": counts(first_tokens=True),
+        "counts_without_first_tokens": counts(first_tokens=False),
+    }
 
 
 def _magnitude_bins(histogram: NDArray[np.int64], dtype: str) -> dict[str, Any]:
@@ -292,8 +354,14 @@ def _magnitude_bins(histogram: NDArray[np.int64], dtype: str) -> dict[str, Any]:
     return {"lower_edges": [float(edge) for edge in edges], "counts": [int(n) for n in bins[kept]]}
 
 
-def _notes(prepared: Prepared) -> list[str]:
+def _notes(prepared: Prepared, counts: dict[str, dict[str, int]]) -> list[str]:
     notes = []
+    deciding = (prepared.site, prepared.spec.criteria.reading)
+    cut = [f"{r} at {s}" for s, own in counts.items() for r, n in own.items() if n > LISTED and (s, r) != deciding]
+    if cut:
+        notes.append(f"lists cut to their {LISTED} largest features, see reading_counts: {', '.join(cut)}")
+    if prepared.corpus.num_sequences < 2:
+        notes.append("one sequence: there are no confidence intervals over sequences")
     if prepared.model.dtype == "float32":
         notes.append(
             "kurtosis, median and the magnitude histogram are of values rounded to bfloat16; every other number is exact"
@@ -326,66 +394,3 @@ def _notes(prepared: Prepared) -> list[str]:
 def _massive(prepared: Prepared, corpus: Corpus, cell: dict[str, Any]) -> dict[str, Any]:
     token = corpus.piece(cell["sequence"], cell["position"]) if prepared.text else None
     return cell | {"layer": prepared.layers[cell["layer"]], "token": token}
-
-
-def describe_tokens(prepared: Prepared, summary: Summary, content: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
-    """The content of tokens.json: where the systematic features' largest values and the massive activations sit."""
-    frame = summary.frame
-    union = summary.sites[frame.site].union[frame.deciding_step]
-    features = []
-    for item in content["systematic"][:TOKEN_FEATURES]:
-        number, tokens = item["feature"], int(union[item["feature"]])
-        cells = summary.top[summary.top["feature"] == number]
-        features.append(
-            {
-                "feature": number,
-                "tokens": tokens,
-                "first_token_share": int(summary.first_tokens[number]) / tokens,
-                "delimiter_share": int(summary.delimiter_tokens[number]) / tokens,
-                "positions": {
-                    "bin_tokens": frame.bin_positions,
-                    "counts": [int(n) for n in summary.position_tokens[:, number]],
-                },
-                "top": [
-                    {
-                        "sequence": int(cell["sequence"]),
-                        "position": int(cell["position"]),
-                        "layer": prepared.layers[int(cell["layer"])],
-                        "site": frame.captured[int(cell["site"])],
-                        "value": float(cell["value"]),
-                    }
-                    | context(prepared, corpus, int(cell["sequence"]), int(cell["position"]))
-                    for cell in cells
-                ],
-            }
-        )
-    kept = ("layer", "sequence", "position", "feature", "value")
-    massive = [
-        {name: cell[name] for name in kept} | context(prepared, corpus, cell["sequence"], cell["position"])
-        for cell in (content["massive"] or [])[:TOKEN_FEATURES]
-    ]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "study_id": prepared.study_id,
-        "site": frame.site,
-        "text": prepared.text,
-        "features": features,
-        "massive": massive,
-    }
-
-
-def context(prepared: Prepared, corpus: Corpus, sequence: int, position: int) -> dict[str, str | None]:
-    """A token and the text around it, or nothing of them where text must not be shown."""
-    if not prepared.text:
-        return {"token": None, "before": None, "after": None}
-    token, text, start = (
-        corpus.piece(sequence, position),
-        corpus.sequence_texts[sequence],
-        int(corpus.starts[sequence, position]),
-    )
-    end = start + len(token)
-    return {
-        "token": token,
-        "before": text[max(0, start - CONTEXT_CHARACTERS) : start],
-        "after": text[end : end + CONTEXT_CHARACTERS],
-    }

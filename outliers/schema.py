@@ -43,12 +43,15 @@ MAX_FEATURES = 1 << 17
 MAX_MAGNITUDES = 33
 """The ladder's 32 and the deciding one."""
 MAX_MASSIVE = 1_000
+MAX_QUANTILES = 16
 MAX_BINS = 4_096
 MAX_TOP = 100
 MAX_TOKEN_FEATURES = 1_024
 
 Site = Literal["attn_in", "mlp_in", "o_in", "resid", "block"]
+Reading = Literal["pooled", "union", "per_layer", "affected"]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+SweepLine = Annotated[list[Count], Field(max_length=MAX_MAGNITUDES)]
 Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Feature = Annotated[int, Field(ge=0, lt=MAX_FEATURES)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -117,6 +120,14 @@ class CriteriaBlock(_Strict):
     ladder: Annotated[list[Number], Field(max_length=MAX_MAGNITUDES)]
 
 
+class IntervalBlock(_Strict):
+    """95% intervals of both sides of a reading's rule, and the share of draws in which the feature passes."""
+
+    layer_fraction: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    position_fraction: Annotated[list[Share], Field(min_length=2, max_length=2)] | None
+    passes: Share
+
+
 class FeatureRow(_Strict):
     """FEATURE: one feature of one list."""
 
@@ -131,6 +142,7 @@ class FeatureRow(_Strict):
     sequences: Count
     of_sequences: Count
     first_token_hits: Count
+    interval: IntervalBlock | None = None
 
     @model_validator(mode="after")
     def _sorted(self) -> FeatureRow:
@@ -138,6 +150,7 @@ class FeatureRow(_Strict):
         return self
 
 
+FeatureNumbers = Annotated[list[Feature], Field(max_length=MAX_FEATURES)]
 FeatureList = Annotated[list[FeatureRow], Field(max_length=MAX_FEATURES)]
 
 
@@ -174,6 +187,8 @@ class LayerRow(_Strict):
     nonfinite: Count
     kurtosis: Number | None
     median_magnitude: Number | None
+    quantiles: Annotated[list[Number], Field(max_length=MAX_QUANTILES)] | None = None
+    mean_inf_norm: Number | None = None
 
 
 class MassiveRow(_Strict):
@@ -194,17 +209,28 @@ class Sweep(_Strict):
     """How many features each reading finds at each magnitude."""
 
     magnitudes: Annotated[list[Number], Field(max_length=MAX_MAGNITUDES)]
-    counts: dict[Site, dict[Name, Annotated[list[Count], Field(max_length=MAX_MAGNITUDES)]]]
+    counts: dict[Site, dict[Reading, SweepLine]]
+    counts_without_first_tokens: dict[Site, dict[Reading, SweepLine]] = {}
 
     @model_validator(mode="after")
     def _same_length(self) -> Sweep:
         _ascending(self.magnitudes, "the magnitudes of the sweep")
-        for site, lines in self.counts.items():
-            _few(lines, 8, f"readings in the sweep of {site}")
-            for reading, counts in lines.items():
+        for lines in (*self.counts.items(), *self.counts_without_first_tokens.items()):
+            for reading, counts in lines[1].items():
                 if len(counts) != len(self.magnitudes):
-                    raise ValueError(f"{site} {reading} has {len(counts)} counts for {len(self.magnitudes)} magnitudes")
+                    raise ValueError(
+                        f"{lines[0]} {reading} has {len(counts)} counts for {len(self.magnitudes)} magnitudes"
+                    )
         return self
+
+
+class IntervalCounts(_Strict):
+    """Over draws of whole sequences: how many features pass each reading, between the ends of the interval."""
+
+    level: Share
+    resamples: Count
+    seed: Count
+    counts: dict[Site, dict[Reading, Annotated[list[Count], Field(min_length=2, max_length=2)]]]
 
 
 class Histogram(_Strict):
@@ -219,11 +245,6 @@ class Histogram(_Strict):
         if len(self.lower_edges) != len(self.counts):
             raise ValueError(f"{len(self.counts)} counts for {len(self.lower_edges)} lower_edges")
         return self
-
-
-def _few(items: dict[Any, Any], most: int, what: str) -> None:
-    if len(items) > most:
-        raise ValueError(f"{len(items)} {what}, at most {most}")
 
 
 class Perplexity(_Strict):
@@ -253,6 +274,13 @@ class Summary(_Strict):
     notes: Annotated[list[Note], Field(max_length=100)]
     # there only where it was asked for
     perplexity: Perplexity | None = None
+    # not in what the first versions published
+    reading_counts: dict[Site, dict[Reading | Literal["legacy"], Count]] = {}
+    without_first_tokens: dict[Site, dict[Reading, FeatureNumbers]] = {}
+    intervals: IntervalCounts | None = None
+    massive_by_token: Annotated[list[MassiveRow], Field(max_length=MAX_MASSIVE)] | None = None
+    massive_by_token_count: Count | None = None
+    quantile_levels: Annotated[list[Share], Field(max_length=MAX_QUANTILES)] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Summary:
@@ -320,6 +348,16 @@ class TokenFeature(_Strict):
     top: Annotated[list[TopPlace], Field(max_length=MAX_TOP)]
 
 
+class MassiveFeature(_Strict):
+    """Where the listed massive activations of one feature sit."""
+
+    feature: Feature
+    tokens: Count
+    first_token_share: Share
+    delimiter_share: Share
+    positions: Positions
+
+
 class Tokens(_Strict):
     """tokens.json, schema_version 1."""
 
@@ -329,10 +367,12 @@ class Tokens(_Strict):
     text: bool
     features: Annotated[list[TokenFeature], Field(max_length=MAX_TOKEN_FEATURES)]
     massive: Annotated[list[MassivePlace], Field(max_length=MAX_MASSIVE)] | None
+    massive_features: Annotated[list[MassiveFeature], Field(max_length=MAX_TOKEN_FEATURES)] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Tokens:
         _unique((row.feature for row in self.features), "feature")
+        _unique((row.feature for row in self.massive_features), "massive feature")
         places: list[Place] = [place for row in self.features for place in row.top]
         places += self.massive or []
         if not self.text and any(p.token is not None or p.before is not None or p.after is not None for p in places):

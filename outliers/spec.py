@@ -24,9 +24,12 @@ READINGS: tuple[ReadingName, ...] = ("pooled", "union", "per_layer", "affected")
 BLOCK = "block"
 BLOCK_SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in")
 
+EXECUTOR = re.compile(r"threads(=[1-9][0-9]{0,3})?|dask=[a-z]+://[^\s@]+")
+"""Who may count. No address has a user or password in it."""
+
 FORMAT_VERSION = 1
 """Of the capture on disk; part of capture_id."""
-ANALYSIS_VERSION = 1
+ANALYSIS_VERSION = 2
 """Raised whenever a number's meaning or value changes; part of study_id, so no mended bug is answered from old results."""
 
 
@@ -180,9 +183,20 @@ class ComputeSpec(Part):
     disk: float | None = Field(None, gt=0, description="free disk the machine must have, in GB (10^9 bytes)")
     keep_running: bool = Field(False, description="keep a rented machine after success, for keep_seconds")
     keep_seconds: int = Field(43_200, ge=60, le=7 * 86_400, description="how long keep_running keeps it, in seconds")
+    executor: str = Field(
+        "threads",
+        description="who counts: threads, threads=N, or dask=ADDRESS for a Dask cluster whose workers mount the workspace",
+    )
     workspace: str | None = Field(
         None, description="folder for captures, results and jobs (default: $OUTLIERS_WORKSPACE, else ~/.outliers)"
     )
+
+    @field_validator("executor")
+    @classmethod
+    def _known(cls, executor: str) -> str:
+        if not EXECUTOR.fullmatch(executor):
+            raise ValueError(f"'{executor}' is not threads, threads=N or dask=ADDRESS such as dask=tcp://10.0.0.5:8786")
+        return executor
 
 
 def _bare(field: str) -> BeforeValidator:

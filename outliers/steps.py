@@ -24,25 +24,46 @@ from outliers.workspace import Workspace
 LIBRARIES = ("torch", "transformers", "numpy", "zarr", "pyarrow", "outlier-features")
 
 
-def run_extract(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    """Make or finish the capture."""
+def run_extract(
+    prepared: Prepared, workspace: Workspace, reporter: Reporter, *, sequences: range | None = None
+) -> dict[str, Any]:
+    """Make or finish the capture, or some sequences of it."""
     from outliers.capture import extract
 
-    return extract(prepared, workspace, reporter)
+    return extract(prepared, workspace, reporter, sequences=sequences)
 
 
-def run_analyze(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    """Summarize the capture; the private summary stays beside it."""
+def run_analyze(
+    prepared: Prepared,
+    workspace: Workspace,
+    reporter: Reporter,
+    *,
+    sequences: range | None = None,
+    executor: str | None = None,
+) -> dict[str, Any]:
+    """Summarize the capture, or some sequences of it; the private summary stays beside it."""
     from outliers.analyze import analyze
+    from outliers.executors import open_executor
 
     began = time.monotonic()
-    folder = analyze(prepared, workspace, reporter)
+    chosen = executor or prepared.spec.compute.executor
+    with open_executor(chosen) as (who, workers):
+        folder = analyze(prepared, workspace, reporter, sequences=sequences, executor=who, workers=workers)
     result = {
         "seconds": round(time.monotonic() - began, 3),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "executor": chosen.partition("=")[0],
     }
     write_atomic(folder / "analysis.json", json.dumps(result).encode())
     return result
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process ever held: since it began, which ru_maxrss is not where a larger process started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def run_report(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:

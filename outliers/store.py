@@ -208,11 +208,16 @@ class ChunkFiles:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.layout = layout
         self.root = folder / ARRAYS
+        self.chunk_positions = layout.chunk_positions
         self._place = str(self.root)
 
     def path(self, site: str, layer: int, sequence: int, chunk: int) -> Path:
         """File of a chunk; `layer` counts the captured layers from 0."""
-        return self.root / site / f"c.{layer}.{sequence}.{chunk}.0"
+        return Path(self._file(site, layer, sequence, chunk))
+
+    def _file(self, site: str, layer: int, sequence: int, chunk: int) -> str:
+        # a Path for every chunk costs more than opening it
+        return f"{self._place}/{site}/c.{layer}.{sequence}.{chunk}.0"
 
     def write(
         self, site: str, layer: int, sequence: int, values: NDArray[Any], unsynced: Unsynced
@@ -231,7 +236,7 @@ class ChunkFiles:
                 block = np.concatenate([block, np.full((short, block.shape[1]), fill, block.dtype)])
             content = self._encode(np.ascontiguousarray(block))
             written.append((crc32_of(content), len(content)))
-            write_soon(f"{self._place}/{site}/c.{layer}.{sequence}.{chunk}.0", content, unsynced)
+            write_soon(self._file(site, layer, sequence, chunk), content, unsynced)
         return written
 
     def read(self, site: str, layer: int, sequence: int, chunk: int, crc32: int) -> NDArray[Any]:
@@ -243,15 +248,57 @@ class ChunkFiles:
             raise CorruptCapture(f"{path} is journaled and not there: {way_out(self.root.parent)}") from error
         except OSError as error:
             raise CorruptCapture(f"{path} can't be read ({error.strerror}): {way_out(self.root.parent)}") from error
-        found = crc32_of(content)
-        if found != crc32:
-            raise CorruptCapture(
-                f"{path} has checksum {found:08x}, the journal says {crc32:08x}: its bytes changed after they were written; "
-                f"{way_out(self.root.parent)}"
-            )
+        if crc32_of(content) != crc32:
+            raise CorruptCapture(self._changed(path, crc32))
         span = self.layout.span(chunk)
         values = self._decode(content).reshape(self.layout.chunk_positions, self.layout.widths[site])
         return values[: span.stop - span.start]
+
+    def tiles(
+        self, site: str, layer: int, sequence: int, chunk: int, crc32: int, buffer: NDArray[Any]
+    ) -> Iterator[NDArray[Any]]:
+        """One chunk in runs of positions, the padding of the last chunk too: views of `buffer`, each valid until the next.
+
+        buffer: (position, feature) unsigned integers of the values' size. The file is read once, run by run, and its
+        checksum compared at the end: what is counted of a chunk stands only once this has ended. Raises CorruptCapture.
+        """
+        rows, left = buffer.shape[0], self.chunk_positions
+        if self.layout.codec != "none":
+            whole = self.read(site, layer, sequence, chunk, crc32).view(buffer.dtype)
+            for at in range(0, whole.shape[0], rows):
+                run = buffer[: whole.shape[0] - at]
+                run[:] = whole[at : at + rows]
+                yield run
+            return
+        path = self._file(site, layer, sequence, chunk)
+        found, whole_file = 0, True
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise CorruptCapture(f"{path} is journaled and not there: {way_out(self.root.parent)}") from error
+        try:
+            while left > 0 and whole_file:
+                run = buffer[:left]
+                content = run.data.cast("B")
+                whole_file = _fill(file, content)
+                found = crc32_of(content, found)
+                left -= rows
+                if whole_file:
+                    yield run
+            longer = os.read(file, 1) != b""
+        except OSError as error:
+            raise CorruptCapture(f"{path} can't be read ({error.strerror}): {way_out(self.root.parent)}") from error
+        finally:
+            os.close(file)
+        if found != crc32 or not whole_file or longer:
+            raise CorruptCapture(self._changed(Path(path), crc32))
+
+    def _changed(self, path: Path, crc32: int) -> str:
+        content = path.read_bytes()
+        return (
+            f"{path} has checksum {crc32_of(content):08x} in {len(content):,} bytes, the journal says {crc32:08x}: its bytes "
+            f"changed after they were written; {way_out(self.root.parent)}"
+        )
 
     def named_by(self, entry: dict[str, Any]) -> Iterator[NamedChunk]:
         """The chunks of a journal line. Raises CorruptCapture where it doesn't name them all."""
@@ -281,6 +328,16 @@ class ChunkFiles:
         from numcodecs import blosc
 
         return np.frombuffer(blosc.decompress(content), STORAGE[self.layout.dtype])
+
+
+def _fill(file: int, content: memoryview) -> bool:
+    """Read until `content` is full; False where the file ends before."""
+    while content:
+        count = os.readv(file, [content])
+        if not count:
+            return False
+        content = content[count:]
+    return True
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ TOP_TOKENS = 16
 """Tokens kept for each feature: those of largest magnitude."""
 MASSIVE_MAGNITUDE = 100.0
 """Massive activations exceed this (Sun et al. 2024, arXiv 2402.17762, section 2)."""
+MASSIVE_RATIO = 1000.0
+"""And are at least so many times the median magnitude, of their layer or of their token."""
 MASSIVE_KEPT = 1_000
 """Cells kept for each layer as candidates of massive activations, by magnitude."""
 POSITION_BINS = 64
@@ -34,7 +36,7 @@ CELL = np.dtype(
         ("layer", "<i4"),
         ("site", "<i4"),
         ("value", "<f4"),
-        ("token_median", "<f4"),
+        ("token_median", "<f8"),
     ]
 )
 """One value and where it sits. `layer` counts captured layers, `site` is an index into the captured sites."""
@@ -68,6 +70,11 @@ class Frame:
         return dict(self.widths)["attn_in" if site == BLOCK else site]
 
     @property
+    def block_width(self) -> int:
+        """Features of block; 0 where it can't be had."""
+        return self.width(BLOCK) if has_block(self.captured) else 0
+
+    @property
     def bin_positions(self) -> int:
         """Positions in one bin of the position histogram."""
         return -(-self.positions // min(POSITION_BINS, self.positions))
@@ -87,16 +94,17 @@ class Frame:
 class SiteTotals:
     """Counts of one site. K magnitudes of the ladder, L captured layers, W features.
 
-    ladder_hits: (K, L, W) int64. first_token_hits: (L, W) int64, at the deciding magnitude. union: (K, W) int64,
-    tokens with a hit in any layer. max, min: (L, W) float32, -inf and inf where nothing was finite. moments: (4, L, W)
-    float64 sums of x, x^2, x^3, x^4 over the finite values, finite: (L, W) int64 their number; histogram: (L, 65536)
-    int64 by pattern, non-finite patterns left at 0; nonfinite: (L,) int64 (these four are of captured sites; empty for
-    block).
+    hits: (K, L, W) int64; first_hits: the same of first tokens alone. union: (K, W) int64, tokens with a hit in any
+    layer; first_union: the same of first tokens alone. max, min: (L, W) float32, -inf and inf where nothing was finite.
+    moments: (4, L, W) float64 sums of x, x^2, x^3, x^4 over the finite values, finite: (L, W) int64 their number; histogram:
+    (L, 65536) int64 by pattern, non-finite patterns left at 0; nonfinite: (L,) int64 (these four are of captured sites;
+    empty for block).
     """
 
-    ladder_hits: NDArray[np.int64]
-    first_token_hits: NDArray[np.int64]
+    hits: NDArray[np.int64]
+    first_hits: NDArray[np.int64]
     union: NDArray[np.int64]
+    first_union: NDArray[np.int64]
     max: NDArray[np.float32]
     min: NDArray[np.float32]
     moments: NDArray[np.float64]
@@ -109,9 +117,10 @@ class SiteTotals:
         k, layers, width = len(frame.ladder), frame.num_layers, frame.width(site)
         own = 0 if site == BLOCK else layers
         return cls(
-            ladder_hits=np.zeros((k, layers, width), np.int64),
-            first_token_hits=np.zeros((layers, width), np.int64),
+            hits=np.zeros((k, layers, width), np.int64),
+            first_hits=np.zeros((k, layers, width), np.int64),
             union=np.zeros((k, width), np.int64),
+            first_union=np.zeros((k, width), np.int64),
             max=np.full((layers, width), -np.inf, np.float32),
             min=np.full((layers, width), np.inf, np.float32),
             moments=np.zeros((4, own, width), np.float64),
@@ -120,20 +129,32 @@ class SiteTotals:
             nonfinite=np.zeros(own, np.int64),
         )
 
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """What `kernels.settle` adds to, in its order."""
+        return self.hits, self.first_hits, self.min, self.max, self.finite, self.nonfinite, self.histogram
+
     def merged(self, other: SiteTotals) -> SiteTotals:
         pick = {"max": np.maximum, "min": np.minimum}
         parts = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         return SiteTotals(**{name: pick.get(name, np.add)(a, b) for name, (a, b) in parts.items()})
+
+    def counts(self, step: int, *, first_tokens: bool = True) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Hits (L, W) and union (W,) at one magnitude of the ladder, of all tokens or of all but the first ones."""
+        if first_tokens:
+            return self.hits[step], self.union[step]
+        return self.hits[step] - self.first_hits[step], self.union[step] - self.first_union[step]
 
 
 @dataclass
 class Summary:
     """Totals of a set of sequences.
 
-    sequences: sorted ids. tokens: their number. position_tokens: (bins, W) int64, tokens with a hit in any layer of
+    sequences: sorted ids. tokens: how many tokens they have. position_tokens: (bins, W) int64, tokens with a hit in any layer of
     the deciding site by position; first_tokens and delimiter_tokens: (W,) int64, those that are the first of their
     sequence, or delimiters. top: CELL, the deciding site's tokens of largest magnitude for each feature. massive:
-    CELL, candidates at resid; massive_cells: (L,) int64, how many values exceed 100 there.
+    CELL, candidates at resid; massive_cells: (L,) int64, how many values exceed 100 there; massive_by_token: (L,) int64,
+    how many of those are massive by their own token's median.
     """
 
     frame: Frame
@@ -146,6 +167,7 @@ class Summary:
     top: NDArray[Any]
     massive: NDArray[Any]
     massive_cells: NDArray[np.int64]
+    massive_by_token: NDArray[np.int64]
 
     @classmethod
     def zero(cls, frame: Frame) -> Summary:
@@ -162,6 +184,7 @@ class Summary:
             top=np.zeros(0, CELL),
             massive=np.zeros(0, CELL),
             massive_cells=np.zeros(frame.num_layers, np.int64),
+            massive_by_token=np.zeros(frame.num_layers, np.int64),
         )
 
 
@@ -183,22 +206,16 @@ def merge(a: Summary, b: Summary) -> Summary:
         top=largest(np.concatenate([a.top, b.top]), "feature", TOP_TOKENS),
         massive=largest(np.concatenate([a.massive, b.massive]), "layer", MASSIVE_KEPT),
         massive_cells=a.massive_cells + b.massive_cells,
+        massive_by_token=a.massive_by_token + b.massive_by_token,
     )
 
 
 def largest(cells: NDArray[Any], group: str, keep: int) -> NDArray[Any]:
-    """The `keep` cells of largest magnitude in each `group`, in a total order that ends in where the cell sits."""
-    order = np.lexsort(
-        (
-            cells["feature"],
-            cells["site"],
-            cells["layer"],
-            cells["position"],
-            cells["sequence"],
-            -cells["magnitude"],
-            cells[group],
-        )
-    )
+    """The `keep` cells of largest magnitude in each `group`, in a total order: where equal ones sit decides.
+
+    No two cells of a group may be of one feature and token.
+    """
+    order = np.lexsort((cells["feature"], cells["position"], cells["sequence"], -cells["magnitude"], cells[group]))
     cells = cells[order]
     if not cells.size:
         return cells

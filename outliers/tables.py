@@ -13,6 +13,27 @@ import pyarrow as pa
 from outliers.schema import FEATURES_SCHEMA
 from outliers.summary import Summary
 
+PUBLISHED_ROWS = 30_000
+"""Rows of features.parquet that leave the machine, about a megabyte: with `resid` captured every feature of every layer has
+hits."""
+
+
+def published_rows(table: pa.Table, systematic: list[dict[str, Any]], site: str) -> tuple[pa.Table, int]:
+    """The rows with a hit, and how many of them were left out.
+
+    Where there are more than PUBLISHED_ROWS: those of the systematic features at the deciding site first, then by
+    max_magnitude; in the table's own order.
+    """
+    hit = table.filter(pa.compute.greater(table["hits"], 0))
+    if hit.num_rows <= PUBLISHED_ROWS:
+        return hit, 0
+    feature, largest = hit["feature"].to_numpy(), hit["max_magnitude"].to_numpy()
+    numbers = np.array([item["feature"] for item in systematic], np.int32)
+    first = np.isin(feature, numbers) & (np.asarray(hit["site"].to_pylist(), dtype=object) == site)
+    order = np.lexsort((np.arange(feature.size), -largest, ~first))
+    kept = np.sort(order[:PUBLISHED_ROWS])
+    return hit.take(pa.array(kept)), hit.num_rows - kept.size
+
 
 def feature_table(summary: Summary, layers: tuple[int, ...]) -> pa.Table:
     """A row for each site, layer and feature, in that order; see `schema.FEATURES_SCHEMA`."""
@@ -25,7 +46,7 @@ def _site_rows(summary: Summary, site: str, numbers: tuple[int, ...]) -> pa.Tabl
     step = frame.deciding_step
     layers, width = totals.max.shape
     count = layers * width
-    ladder = np.moveaxis(totals.ladder_hits, 0, -1).reshape(count, -1)
+    ladder = np.moveaxis(totals.hits, 0, -1).reshape(count, -1)
     offsets = np.arange(count + 1, dtype=np.int32) * ladder.shape[1]
     finite = np.isfinite(totals.max)
     high = np.where(finite, totals.max, np.nan).ravel()
@@ -35,16 +56,23 @@ def _site_rows(summary: Summary, site: str, numbers: tuple[int, ...]) -> pa.Tabl
         "layer": np.repeat(np.array(numbers, dtype=np.int32), width),
         "feature": np.tile(np.arange(width, dtype=np.int32), layers),
         "tokens": totals.finite.ravel() if totals.finite.size else np.full(count, summary.tokens, np.int64),
-        "hits": totals.ladder_hits[step].ravel(),
+        "hits": totals.hits[step].ravel(),
         "ladder_hits": pa.ListArray.from_arrays(offsets, pa.array(ladder.ravel())),
-        "first_token_hits": totals.first_token_hits.ravel(),
+        "first_token_hits": totals.first_hits[step].ravel(),
         "min": low,
         "max": high,
         "max_magnitude": np.maximum(np.abs(high), np.abs(low)),
         **_moments(summary, site, count),
     }
-    arrays = [pa.array(columns[field.name], type=field.type, from_pandas=True) for field in FEATURES_SCHEMA]
+    arrays = [_column(columns[field.name], field.type) for field in FEATURES_SCHEMA]
     return pa.Table.from_arrays(arrays, schema=FEATURES_SCHEMA)
+
+
+def _column(values: Any, kind: Any) -> pa.Array:
+    """NaN is null: said by a mask, for pyarrow's own `from_pandas` imports all of pandas where it is installed."""
+    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        return pa.array(values, type=kind, mask=np.isnan(values))
+    return values if isinstance(values, pa.Array) else pa.array(values, type=kind)
 
 
 def _moments(summary: Summary, site: str, count: int) -> dict[str, Any]:

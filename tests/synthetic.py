@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from outliers.analyze import analyze, read_summary
+from outliers.analyze import analyze
 from outliers.anatomy import Anatomy
 from outliers.corpus import Corpus, CorpusInfo, _write, token_hash
 from outliers.durable import Unsynced
 from outliers.model_info import ModelInfo
 from outliers.models import ModelSource
 from outliers.prepare import ID_LENGTH, Prepared
-from outliers.results import count_votes, summarize_study
+from outliers.results import find, summarize_study
 from outliers.spec import StudySpec, deciding_site, digest
 from outliers.store import STORAGE, ChunkFiles, Journal, Layout, create_arrays, shapes_of, write_fingerprint
 from outliers.weights import Weights
@@ -173,6 +173,5 @@ def study(prepared, workspace, **options):
     from outliers.corpus import load_corpus
 
     folder = analyze(prepared, workspace, Silent(), **options)
-    summary = read_summary(folder)
-    corpus = load_corpus(prepared.corpus, workspace)
-    return summary, summarize_study(prepared, summary, count_votes(prepared, folder, summary), corpus)
+    found = find(prepared, folder)
+    return found.summary, summarize_study(prepared, found, load_corpus(prepared.corpus, workspace))

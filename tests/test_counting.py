@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outliers.analyze import read_counts
 from outliers.bits import legacy_threshold_bits, threshold_bits
 from outliers.errors import SummaryMismatch
 from outliers.summary import Summary, merge
+from outliers.summary_files import read_counts
 from outliers.workspace import open_workspace
 from tests import oracle, synthetic
 
@@ -153,11 +153,23 @@ def test_sweep_equals_the_oracle_at_every_magnitude(workspace):
             assert found == wanted, (site, magnitude)
 
 
+WHOLE = (
+    "sequences",
+    "position_tokens",
+    "first_tokens",
+    "delimiter_tokens",
+    "top",
+    "massive",
+    "massive_cells",
+    "massive_by_token",
+)
+
+
 def same_bits(a: Summary, b: Summary) -> None:
     """Everything but the float moments is equal, bit for bit."""
     assert a.frame == b.frame
     assert a.tokens == b.tokens
-    for name in ("sequences", "position_tokens", "first_tokens", "delimiter_tokens", "top", "massive", "massive_cells"):
+    for name in WHOLE:
         assert getattr(a, name).tobytes() == getattr(b, name).tobytes(), name
     for site in a.frame.sites:
         for name, value in a.sites[site].__dict__.items():
@@ -220,22 +232,18 @@ def test_merge_is_commutative_and_associative(parts, order, cut):
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Summaries of the five sequences of one capture, one each."""
-    from outliers.analyze import delimiters, frame_of, open_capture, summarize
+    from outliers.analyze import Part, frame_of, layout_of_capture, summarize
     from outliers.corpus import load_corpus
 
     acts, _ = random_acts(5, "bfloat16", sites=(*BLOCK, "resid"), shape=(3, 5, 30))
     workspace = open_workspace(tmp_path_factory.mktemp("parts"))
     prepared = synthetic.prepared_for(acts, "bfloat16")
     synthetic.write_capture(prepared, workspace, acts)
-    folder = workspace.capture(prepared.capture_id)
-    layout, journal = open_capture(folder)
+    folder, corpus = workspace.capture(prepared.capture_id), load_corpus(prepared.corpus, workspace)
+    frame, marks = frame_of(prepared, layout_of_capture(folder)), corpus.delimiters()
     target = tmp_path_factory.mktemp("summary")
-    (target / "sequences").mkdir()
-    marks = delimiters(load_corpus(prepared.corpus, workspace))
-    frame = frame_of(prepared, layout)
-    lengths = load_corpus(prepared.corpus, workspace).lengths
     return [
-        summarize(folder, frame, layout, {s: journal.done[s]}, lengths[s : s + 1], marks[s : s + 1], target)
+        summarize(Part(folder, frame, (s,), corpus.lengths[s : s + 1], marks[s : s + 1], target / str(s)))
         for s in range(5)
     ]
 
