@@ -25,7 +25,7 @@ WIDE = 150
 """Columns of a terminal that has room for the ladder."""
 
 _EXAMPLES = """examples:
-  outliers runs show 3f2a91c05d6e7b84
+  outliers runs show
   outliers runs show 3f2a91c05d6e7b84 --feature 247
   outliers runs show s3://atlas/runs/Qwen--Qwen3-30B-A3B/3f2a91c05d6e7b84 --feature 1461 --site mlp_in --json
 """
@@ -46,7 +46,8 @@ def add_runs_parsers(verbs: Any) -> None:
     show.add_argument(
         "run",
         metavar="RUN",
-        help="a study_id of the workspace, a results folder, or the URL of a published study or of its manifest.json",
+        nargs="?",
+        help="a study_id, a results folder, or the URL of a published study (default: the newest of the workspace)",
     )
     show.add_argument("--feature", type=int, metavar="N", help="this feature, layer by layer")
     show.add_argument("--site", metavar="SITE", help="rows of this site alone: attn_in, mlp_in, o_in, resid, block")
@@ -58,13 +59,23 @@ def add_runs_parsers(verbs: Any) -> None:
 def show_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
     """`outliers runs show`. Raises BadInput where there is no such study, PublishRefused, AccessDenied, StoreUnavailable."""
     with tempfile.TemporaryDirectory() as place:
-        folder = find_run(arguments.run, workspace, Path(place))
+        folder = newest(workspace) if arguments.run is None else find_run(arguments.run, workspace, Path(place))
         summary = json.loads((folder / "summary.json").read_bytes())
         rows = read_rows(folder, summary, arguments)
     if arguments.json:
         print(json.dumps({"summary": summary, "features": rows}))
         return
     _show(console, summary, rows, arguments)
+
+
+def newest(workspace: Workspace) -> Path:
+    """The results folder of the study that was finished last. Raises BadInput where there is none."""
+    from outliers.errors import BadInput
+
+    done = sorted(workspace.results.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    if not done:
+        raise BadInput(f"there is no finished study in {workspace.root}: run one with `outliers study`")
+    return done[-1].parent
 
 
 def find_run(name: str, workspace: Workspace, fetched: Path) -> Path:
@@ -79,19 +90,22 @@ def find_run(name: str, workspace: Workspace, fetched: Path) -> Path:
             raise BadInput(f"{name} is not TARGET/<model>/<study_id>, as `outliers study` prints it")
         fetch(parts[0], parts[1], parts[2], fetched)
         return fetched
-    folder = Path(name).expanduser() if (Path(name).expanduser() / "summary.json").exists() else workspace.study(name)
-    if ("/" in name and folder == workspace.study(name)) or not (folder / "summary.json").exists():
-        known = ", ".join(sorted(path.name for path in workspace.results.glob("*") if path.is_dir())) or "none"
-        raise BadInput(f"there is no study {name} in {workspace.root}; there is: {known}")
-    return folder
+    given = Path(name).expanduser()
+    known = sorted(path.name for path in workspace.results.glob("*") if (path / "summary.json").exists())
+    if name in known:
+        return workspace.study(name)
+    if (given / "summary.json").exists():
+        return given
+    raise BadInput(f"there is no study {name} in {workspace.root}; there is: {', '.join(known) or 'none'}")
 
 
 def read_rows(folder: Path, summary: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The asked rows of features.parquet, the largest magnitude first; of one feature in the order of its layers."""
     from outliers.errors import BadInput
     from outliers.parquet import read_parquet
+    from outliers.spec import BLOCK, SITES
 
-    sites = list(summary["readings"])
+    sites = [site for site in (*SITES, BLOCK) if site in summary["readings"]]
     if arguments.site is not None and arguments.site not in sites:
         raise BadInput(f"--site {arguments.site} was not captured; there is: {', '.join(sites)}")
     table = read_parquet((folder / "features.parquet").read_bytes())

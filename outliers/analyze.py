@@ -189,7 +189,7 @@ def summarize_into_folder(part: Part) -> str:
     would be the same.
     """
     part.target.parent.mkdir(parents=True, exist_ok=True)
-    own = Path(tempfile.mkdtemp(dir=part.target.parent, prefix=f".{part.target.name}-"))
+    own = Path(tempfile.mkdtemp(dir=part.target.parent, prefix=f".{part.target.name}-{os.getpid()}-"))
     try:
         write_summary(own, summarize(Part(**(part.__dict__ | {"target": own}))))
         own.rename(part.target)

@@ -69,7 +69,7 @@ def _site_rows(summary: Summary, site: str, numbers: tuple[int, ...]) -> pa.Tabl
 
 
 def _column(values: Any, kind: Any) -> pa.Array:
-    """NaN is null: said by a mask, for pyarrow's own `from_pandas` imports all of pandas where it is installed."""
+    """NaN is null."""
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
         return pa.array(values, type=kind, mask=np.isnan(values))
     return values if isinstance(values, pa.Array) else pa.array(values, type=kind)

@@ -81,3 +81,77 @@ def pearson_kurtosis(values):
     second = sum((x - mean) ** 2 for x in values) / len(values)
     fourth = sum((x - mean) ** 4 for x in values) / len(values)
     return fourth / second**2
+
+
+def with_block(acts):
+    """site -> (layer, sequence, position, feature); block has a leading axis of the two sites in the place of values."""
+    return {site: values[None] for site, values in acts.items()} | (
+        {"block": np.stack([acts["attn_in"], acts["mlp_in"]])} if {"attn_in", "mlp_in"} <= acts.keys() else {}
+    )
+
+
+def totals(acts, ladder, lengths):
+    """site -> what a summary holds of it, from float64 arrays (layer, sequence, position, feature), padding cut by lengths."""
+    real = np.arange(next(iter(acts.values())).shape[2])[None, :] < np.asarray(lengths)[:, None]  # (sequence, position)
+    found = {}
+    for site, members in with_block(acts).items():
+        finite = np.isfinite(members) & real[None, None, :, :, None]
+        sizes = np.where(finite, np.abs(members), -1.0)
+        hits = np.stack([(sizes >= step).any(axis=0) for step in ladder])  # (K, layer, sequence, position, feature)
+        found[site] = {
+            "hits": hits.sum(axis=(2, 3)),
+            "first_hits": hits[:, :, :, 0].sum(axis=2),
+            "union": hits.any(axis=1).sum(axis=(1, 2)),
+            "first_union": hits.any(axis=1)[:, :, 0].sum(axis=1),
+            "max": np.where(finite, members, -np.inf).max(axis=(0, 2, 3)),
+            "min": np.where(finite, members, np.inf).min(axis=(0, 2, 3)),
+        }
+        if site != "block":
+            values = np.where(finite[0], members[0], 0.0)
+            found[site]["nonfinite"] = (~finite[0] & real[None, :, :, None]).sum(axis=(1, 2, 3))
+            found[site]["finite"] = finite[0].sum(axis=(1, 2))
+            found[site]["moments"] = np.stack([(values**power).sum(axis=(1, 2)) for power in (1, 2, 3, 4)])
+            found[site]["absolute"] = np.stack([(np.abs(values) ** power).sum(axis=(1, 2)) for power in (1, 2, 3, 4)])
+    return found
+
+
+def largest_tokens(acts, site, magnitude, lengths, keep):
+    """feature -> (sequence, position, layer, member site, value) of its tokens of largest magnitude, in order."""
+    members = ["attn_in", "mlp_in"] if site == "block" else [site]
+    num_layers, num_sequences, _, width = acts[members[0]].shape
+    found = {}
+    for j in range(width):
+        cells = []
+        for s in range(num_sequences):
+            for t in range(lengths[s]):
+                best = None
+                for layer in range(num_layers):
+                    for member in members:
+                        x = float(acts[member][layer, s, t, j])
+                        if np.isfinite(x) and abs(x) >= magnitude and (best is None or abs(x) > abs(best[4])):
+                            best = (s, t, layer, member, x)
+                if best is not None:
+                    cells.append(best)
+        if cells:
+            found[j] = sorted(cells, key=lambda cell: (-abs(cell[4]), cell[0], cell[1]))[:keep]
+    return found
+
+
+def quantile(magnitudes, level):
+    """Nearest rank: the smallest value that at least this share does not exceed. level: a string such as "0.999"."""
+    ordered = sorted(magnitudes)
+    for rank, value in enumerate(ordered, start=1):
+        if Fraction(rank, len(ordered)) >= Fraction(level):
+            return value
+    return ordered[-1]
+
+
+def resampled(mask, resamples, layer_fraction, position_fraction):
+    """reading -> a list of the features that pass, for each draw of whole sequences; seed 0 of numpy's frozen stream."""
+    random = np.random.RandomState(0)
+    found = {"pooled": [], "union": [], "per_layer": [], "affected": []}
+    for _ in range(resamples):
+        drawn = random.randint(0, mask.shape[1], mask.shape[1])
+        for reading, features in readings(mask[:, drawn], layer_fraction, position_fraction).items():
+            found[reading].append(features)
+    return found

@@ -163,7 +163,7 @@ def _write_corpus(prepared, workspace, ids, lengths):
         token_ids=ids,
         lengths=lengths,
         starts=np.tile(starts, (ids.shape[0], 1)),
-        sequence_texts=tuple("".join(pieces) for _ in range(ids.shape[0])),
+        sequence_texts=tuple("".join(pieces[:length]) for length in lengths),
     )
     _write(corpus, workspace)
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from outliers.analyze import analyze
 from outliers.results import write_results
 from outliers.runlog import scrub
+from outliers.steps import run_report
 from tests import oracle, synthetic
 from tests.test_counting import BLOCK, random_acts
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -84,7 +91,7 @@ def test_analysis_never_loads_torch(workspace):
     spec.write_text(prepared.model_dump_json())
     script = (
         "import sys; from outliers.__main__ import main; code = main(sys.argv[1:]);"
-        "print(code, sorted({'torch', 'transformers'} & set(sys.modules)))"
+        "print(code, sorted({'torch', 'transformers', 'distributed'} & set(sys.modules)))"
     )
     for verb in ("analyze", "report"):
         done = subprocess.run(
@@ -96,10 +103,61 @@ def test_analysis_never_loads_torch(workspace):
         assert done.stdout.splitlines()[-1] == "0 []", done.stderr
 
 
+@pytest.mark.parametrize("sites", [BLOCK, (*BLOCK, "resid")])
+def test_a_large_model_is_published_in_four_megabytes(workspace, sites):
+    """48 layers of 2,048 features, as Qwen3-30B-A3B has; with resid every feature of every layer is over every magnitude.
+
+    Sizes depend on layers and features and hardly on tokens: 4 sequences of 64 fill every bin of every histogram.
+    """
+    rng = np.random.default_rng(0)
+    acts = {}
+    for site in sites:
+        values = rng.standard_normal((48, 4, 64, 2048), np.float32)
+        values *= 25 if site == "resid" else 0.8
+        values[16:, :, :, rng.choice(2048, 40, replace=False)] *= 12
+        values[2:, :, 0, 7] = 12_000
+        acts[site] = (values.view(np.uint32) >> 16).astype(np.uint16)
+    prepared = synthetic.prepared_for(acts, "bfloat16", {"site": "block"})
+    synthetic.write_capture(prepared, workspace, acts)
+    analyze(prepared, workspace, synthetic.Silent())
+    run_report(prepared, workspace, synthetic.Silent())
+    folder = workspace.study(prepared.study_id)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert {"summary.json", "features.parquet", "report.html", "manifest.json"} <= sizes.keys()
+    assert sum(sizes.values()) < 4_000_000, sizes
+    content = json.loads((folder / "summary.json").read_text())
+    assert len(content["systematic"]) >= 40
+    rows = pq.read_table(folder / "features.parquet")
+    cut = [note for note in content["notes"] if "features.parquet holds" in note]
+    assert len(cut) == ("resid" in sites)
+    if cut:
+        assert f"{rows.num_rows:,} of" in cut[0]
+        # the systematic features' rows are all there
+        full = pq.read_table(workspace.summary(prepared.capture_id, prepared.study_id) / "features.parquet")
+        numbers = pa.array([item["feature"] for item in content["systematic"]], pa.int32())
+        wanted = [
+            table.filter(pc.and_(pc.equal(table["site"], "block"), pc.is_in(table["feature"], numbers)))
+            for table in (full.filter(pc.greater(full["hits"], 0)), rows)
+        ]
+        assert wanted[0].num_rows == wanted[1].num_rows > 0
+
+
+def test_the_table_loads_in_pandas_polars_and_duckdb(written, monkeypatch):
+    """The README's own lines, in a results folder."""
+    folder, _, _ = written
+    monkeypatch.chdir(folder)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    known = {name: pytest.importorskip(name) for name in ("pandas", "polars", "duckdb")}
+    found = [eval(line, known) for line in block.splitlines()]
+    largest = max(pq.read_table("features.parquet").to_pylist(), key=lambda row: row["max_magnitude"])
+    frames = [found[0].to_dict("records"), found[1].to_dicts(), found[2].fetchdf().to_dict("records")]
+    assert [frame[0]["max_magnitude"] for frame in frames] == [largest["max_magnitude"]] * 3
+    assert [list(frame[0]) for frame in frames] == [list(largest)] * 3
+
+
 def test_the_log_that_leaves_names_no_place(tmp_path):
     import getpass
     import socket
-    from pathlib import Path
 
     text = f"reading {tmp_path}/x.txt and {Path.home()}/.cache and /opt/models/big as on {socket.gethostname()}; 3/4 done, s3://b/c"
     cleaned = scrub(text, tmp_path)
