@@ -44,7 +44,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import counting
-from outliers.analyze import Part, layout_of_capture, summarize
+from outliers.analyze import TILE_BYTES, Part, layout_of_capture, summarize
 from outliers.corpus import load_corpus
 from outliers.durable import Unsynced
 from outliers.prepare import prepare
@@ -251,27 +251,31 @@ def measure_kernels(data: Data, rounds: int) -> dict[str, float]:
     peaks = np.zeros((3, *one.shape), np.uint16)
     floats = torch.zeros((3, *one.shape))
     tally = Tally(frame)
-    rows = max(4, BUFFER // (2 * one.shape[1]) // 4 * 4)
+    rows = max(4, TILE_BYTES // (2 * one.shape[1]) // 4 * 4)
 
     def tiles(layer: int) -> Iterator[dict[str, NDArray[Any]]]:
         for at in range(0, one.shape[0], rows):
             yield {"attn_in": one[at : at + rows], "mlp_in": other[at : at + rows]}
 
+    layers = min(8, frame.num_layers)
+
     def compiled() -> None:
-        tally.count(Span(0, 0, one.shape[0], np.zeros(one.shape[0], np.bool_)), range(1), tiles, rows)
+        tally.count(Span(0, 0, one.shape[0], np.zeros(one.shape[0], np.bool_)), range(layers), tiles, rows)
 
     ways = {
         "numpy": lambda: counting.by_numpy(one, other, peaks),
         "torch": lambda: counting.by_torch(one, other, floats),
         "numba": compiled,
-        "numpy abs().max()": lambda: (counting.absmax(one), counting.absmax(other)),
+        "numpy, abs().max() alone": lambda: (counting.absmax(one), counting.absmax(other)),
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
+    torch.set_num_threads(1)
     for _ in range(rounds + 1):
         for name, way in ways.items():
             began = time.perf_counter()
             way()
-            found[name].append(time.perf_counter() - began)
+            found[name].append((time.perf_counter() - began) / (layers if name == "numba" else 1))
+    torch.set_num_threads(CORES)
     return {name: (one.nbytes + other.nbytes) / statistics.median(times[1:]) / 1e9 for name, times in found.items()}
 
 

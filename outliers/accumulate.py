@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -365,6 +366,12 @@ class Tally:
             last = np.flatnonzero(np.r_[total.top["feature"][1:] != total.top["feature"][:-1], True])
             full = last[np.diff(np.r_[-1, last]) == TOP_TOKENS]
             self._top_floors[total.top["feature"][full]] = float_to_bits(total.top["magnitude"][full], frame.dtype)
+
+
+def is_compiled() -> bool:
+    """Whether the loops were compiled on this machine before; numba keeps them beside the program, or where it can."""
+    place = kernels.take.stats.cache_path
+    return place is not None and any(Path(place).glob("kernels.take-*.nbi"))
 
 
 def site_groups(captured: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -11,6 +11,7 @@ Before it: `capture`. After it: `results`.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outliers.accumulate import LayerCounts, Span, Tally, Tiles
+from outliers.accumulate import LayerCounts, Span, Tally, Tiles, is_compiled
 from outliers.corpus import load_corpus
 from outliers.errors import CaptureError
 from outliers.events import Reporter
@@ -35,6 +36,8 @@ from outliers.store import ChunkFiles, Journal, Layout, layout_from, read_finger
 from outliers.summary import Frame, Summary, merge
 from outliers.summary_files import CountsWriter, SequenceCounts, read_summary, write_summary
 from outliers.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 TILE_BYTES = 512 * 1024
 """Of each site read at once: two of them and what is counted of them stay in a core's own cache (docs/performance.md)."""
@@ -104,6 +107,9 @@ def analyze(
         folder, frame_of(prepared, layout), tuple(wanted), corpus.lengths[rows], corpus.delimiters()[rows], target
     )
     steps = len(wanted) * len(layout.layers)
+
+    if not is_compiled():
+        log.info("compiling the loops that count: once on this machine, about ten seconds")
 
     def tell(done: int) -> None:
         reporter.progress("analyze", done, steps, "layers")

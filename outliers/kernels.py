@@ -28,7 +28,14 @@ SPARSE = 4
 SAMPLE = 4
 """Every so manyeth row is asked for that."""
 
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+def _compiled(function):
+    """Compiled at the first call and kept for later processes, where there is a folder for that: it takes seconds."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # "cannot cache function: no locator available": neither beside the program nor in a home
+        return njit(**options)(function)
 
 
 @_compiled

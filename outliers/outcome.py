@@ -43,10 +43,15 @@ class Outcome(BaseModel):
     """Activations that are no finite number, over all sites and layers."""
     perplexity: dict[str, Any] | None = None
     """As in summary.json, where it was asked for."""
+    interval: tuple[int, int] | None = None
+    """95% interval over sequences of how many features are systematic; None for a single sequence."""
 
     def remarks(self) -> list[str]:
-        """What belongs beside the answer: perplexity, and values that are no numbers."""
+        """What belongs beside the answer: how sure it is, perplexity, and values that are no numbers."""
         found = []
+        if self.interval is not None:
+            low, high = self.interval
+            found.append(f"95% interval of their number over sequences: {low if low == high else f'{low} to {high}'}")
         if self.perplexity is not None:
             value, tokens = self.perplexity["value"], self.perplexity["tokens"]
             text = "not a number: the logits are not finite" if value is None else f"{value:.4g}"
@@ -82,6 +87,7 @@ def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | N
     """The outcome of a study whose results folder is finished."""
     folder = workspace.study(prepared.study_id)
     summary = json.loads((folder / "summary.json").read_text())
+    rule, drawn = summary["criteria"], summary.get("intervals")
     manifest = read_manifest(folder) or {"files": []}
     return Outcome(
         study_id=prepared.study_id,
@@ -95,6 +101,7 @@ def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | N
         cached=cached,
         nonfinite=sum(int(layer["nonfinite"]) for layer in summary["layers"]),
         perplexity=summary.get("perplexity"),
+        interval=None if drawn is None else drawn["counts"][rule["site"]][rule["reading"]],
     )
 
 

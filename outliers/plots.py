@@ -1,51 +1,52 @@
 """Plots: the numbers of one study as PNG bytes, each with an alternative text.
 
-`draw` gives up to five plots, only those that have data. Equal numbers give equal bytes: no clock, no program name,
-no state of pyplot. It knows nothing of files, HTML or how a number was counted.
+`draw` gives up to six plots, only those that have data. It knows nothing of files, HTML, how a number was counted, or
+how a figure becomes bytes (`figures`).
 Before it: `report` read summary.json, tokens.json and features.parquet. After it: `report` writes and embeds the plots.
 """
 
 from __future__ import annotations
 
-import io
-import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from outliers.spec import BLOCK, READINGS, SITES
+from outliers.figures import (
+    DECIDING,
+    INK,
+    MUTED,
+    READING_STYLES,
+    SITE_COLOURS,
+    Json,
+    dress,
+    entitle,
+    legend,
+    mark_magnitude,
+    new_figure,
+    number,
+    plain_log,
+    png,
+)
+from outliers.spec import READINGS, SITES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Json = Mapping[str, Any]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-WIDTH_INCHES = 7.2
-DPI = 200
-"""1,440 pixels wide: sharp on a phone and in print, and far below 150 KB (48 layers, four sites)."""
 SMALLEST = 2.0**-10
 """Magnitudes below share the first bin of the histogram: bfloat16 goes on for forty decades that tell nothing."""
 MAX_HEAT_ROWS = 24
 MAX_POSITION_ROWS = 10
+MASSIVE_RULE = "abs(x) > 100 and at least 1,000 times the median magnitude"
 MAX_ANNOTATED_LAYERS = 8
 """With more columns the numbers no longer fit into the cells of the heat map."""
-
-INK, MUTED, GRID, DECIDING = "#1b1f24", "#667080", "#e3e6ea", "#b4232c"
-SITE_COLOURS = {"attn_in": "#0072b2", "mlp_in": "#e08214", "o_in": "#009e73", "resid": "#8e44ad", BLOCK: "#333333"}
-# (colour, line, marker): lines of different readings often lie on each other, so they differ in more than colour
-READING_STYLES = {
-    "pooled": ("#0072b2", "-", "o"),
-    "union": ("#e08214", "--", "s"),
-    "per_layer": ("#009e73", "-.", "^"),
-    "affected": ("#8e44ad", ":", "D"),
-}
 
 # FreeType and the font caches of matplotlib are not promised to be safe between threads.
 _DRAWING = threading.Lock()
@@ -70,103 +71,28 @@ class Plot:
     png: bytes
 
 
-def percent(share: float) -> str:
-    """`share` (0 to 1) for people: 25%, 6.25%."""
-    return f"{float(f'{share * 100:.3g}'):g}%"
-
-
-def number(value: float) -> str:
-    """A magnitude with four digits, thousands separated: 6, 5.985, 33.75, 12,040."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 def captured_layers(summary: Json) -> tuple[int, ...]:
+    """The layers that were read, ascending."""
     return tuple(sorted({int(row["layer"]) for row in summary["layers"]}))
 
 
 def captured_sites(summary: Json) -> tuple[str, ...]:
+    """The sites that were read, in the order of the model; `block` is none of them."""
     return tuple(site for site in SITES if any(row["site"] == site for row in summary["layers"]))
 
 
 def draw(summary: Json, tokens: Json, cells: Cells) -> tuple[Plot, ...]:
     """The plots that have data, in the order of the report."""
     with _DRAWING:
-        plots = [heat_map(summary, cells), layer_curves(summary), magnitudes(summary), sweep(summary)]
-        return tuple(plot for plot in [*plots, positions(summary, tokens)] if plot is not None)
-
-
-def _figure(height_inches: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    return FigureCanvasAgg(Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")).figure
-
-
-def _entitle(figure: Figure, axes: Axes, summary: Json, what: str) -> None:
-    """Title (model and `what`) and subtitle (the criterion); a name is never read as TeX."""
-    # the font has no glyph for many a character outside ASCII, and would warn
-    model = re.sub(r"[^ -~]", "?", str(summary["model"]["id"]))
-    title = f"{model if len(model) <= 40 else model[:39] + '…'}: {what}"
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
-    rule = summary["criteria"]
-    criterion = (
-        f"{rule['reading']} at {rule['site']}: abs(x) ≥ {number(rule['magnitude'])} in at least "
-        f"{percent(rule['layer_fraction'])} of layers and {percent(rule['position_fraction'])} of tokens"
-    )
-    axes.set_title(criterion, loc="left", fontsize=8.5, color=MUTED, parse_math=False, pad=8)
-
-
-def _dress(axes: Axes, x_label: str, y_label: str) -> None:
-    axes.set_facecolor("white")
-    axes.set_xlabel(x_label, fontsize=9.5, color=INK)
-    axes.set_ylabel(y_label, fontsize=9.5, color=INK)
-    axes.tick_params(labelsize=8.5, colors=INK, length=3)
-    axes.grid(True, color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#a7afb9")
-
-
-def _plain_log(axes: Axes, which: str) -> None:
-    """A log axis whose ticks read 1, 10, 1,000 instead of powers."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axes.set_xscale("log", nonpositive="clip") if which == "x" else axes.set_yscale("log", nonpositive="clip")
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = axis.get_view_interval()
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axis.set_minor_formatter(NullFormatter())
-    if high < low * 100:  # the powers of ten alone would leave an axis of one tick
-        axis.set_minor_formatter(FuncFormatter(lambda value, _: _short(value) if f"{value:e}"[0] in "235" else ""))
-    axis.set_tick_params(which="minor", labelsize=8, length=2)
-
-
-def _short(value: float) -> str:
-    size, unit = (1e9, " G") if value >= 1e9 else (1e6, " M") if value >= 1e6 else (1, "")
-    return f"{value / size:,.4g}{unit}" if value < 1e3 or unit else f"{value:,.0f}"
-
-
-def _mark_magnitude(axes: Axes, summary: Json, *, vertical: bool = True) -> None:
-    magnitude, line = float(summary["criteria"]["magnitude"]), axes.axvline if vertical else axes.axhline
-    line(magnitude, color=DECIDING, linewidth=1.2, linestyle="--", label=f"magnitude {number(magnitude)}")
-
-
-def _legend(axes: Axes) -> None:
-    # beside the axes, where it can hide no line
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5, frameon=False)
-
-
-def _png(figure: Figure) -> bytes:
-    """The figure as a PNG of 256 colours, a third of the bytes of full colour; no date and no program's name in it."""
-    from PIL import Image
-
-    full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=DPI, facecolor="white")
-    # of Pillow's ways MAXCOVERAGE alone leaves no step in the colour bar: 5 of 255 at most, MEDIANCUT 32
-    way = Image.Quantize.MAXCOVERAGE
-    image = Image.open(full).convert("RGB").quantize(256, way, dither=Image.Dither.NONE)
-    image.save(small, "PNG", optimize=True, dpi=(DPI, DPI))
-    return small.getvalue()
+        plots = [
+            heat_map(summary, cells),
+            layer_curves(summary),
+            magnitudes(summary),
+            sweep(summary),
+            positions(summary, tokens),
+            massive_positions(summary, tokens),
+        ]
+        return tuple(plot for plot in plots if plot is not None)
 
 
 def _rows(summary: Json, cells: Cells) -> tuple[list[int], int]:
@@ -188,11 +114,11 @@ def heat_map(summary: Json, cells: Cells) -> Plot | None:
     for index, feature in enumerate(features):
         own = cells.feature == feature
         values[index, np.searchsorted(layers, cells.layer[own])] = cells.extreme[own]
-    figure = _figure(1.75 + 0.215 * max(len(features), 6))
+    figure = new_figure(1.75 + 0.215 * max(len(features), 6))
     axes = figure.subplots()
     _heat_cells(figure, axes, values, float(summary["criteria"]["magnitude"]))
-    _entitle(figure, axes, summary, "largest value in each layer")
-    _dress(axes, "layer (0-based)" + "; ◆ systematic" * bool(marked), "feature")
+    entitle(figure, axes, summary, "largest value in each layer")
+    dress(axes, "layer (0-based)" + "; ◆ systematic" * bool(marked), "feature")
     _heat_ticks(axes, layers, features, marked)
     strongest, _ = np.unravel_index(np.nanargmax(np.abs(values)), values.shape)
     peak = values.flat[np.nanargmax(np.abs(values))]
@@ -200,7 +126,7 @@ def heat_map(summary: Json, cells: Cells) -> Plot | None:
         "heatmap.png",
         f"Heat map of {len(features)} features over {len(layers)} layers at {site}; {marked} of them are systematic. "
         f"The largest value is {number(float(peak))}, in feature {features[int(strongest)]}.",
-        _png(figure),
+        png(figure),
     )
 
 
@@ -257,7 +183,7 @@ def layer_curves(summary: Json) -> Plot | None:
     sites, layers = captured_sites(summary), captured_layers(summary)
     if not sites:
         return None
-    figure = _figure(5.4)
+    figure = new_figure(5.4)
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes, key in ((upper, "max_magnitude"), (lower, "kurtosis")):
         for site in sites:
@@ -265,23 +191,40 @@ def layer_curves(summary: Json) -> Plot | None:
             line = sorted((row["layer"], row[key]) for row in rows)
             style = {"color": SITE_COLOURS[site], "marker": "o", "markersize": 3.5 if len(layers) <= 40 else 2}
             axes.plot([at for at, _ in line], [value for _, value in line], label=site, linewidth=1.6, **style)
-    _mark_magnitude(upper, summary, vertical=False)
+    _bulk_curves(upper, summary)
+    mark_magnitude(upper, summary, vertical=False)
     lower.axhline(3, color=MUTED, linewidth=1.2, linestyle="--", label="normal: 3")
-    _dress(upper, "", "max abs(x) (no unit)")
-    _dress(lower, "layer (0-based)", "Pearson kurtosis (no unit)")
+    dress(upper, "", "max abs(x) (no unit)")
+    dress(lower, "layer (0-based)", "Pearson kurtosis (no unit)")
     for axes in (upper, lower):
-        _plain_log(axes, "y")
-        _legend(axes)
+        plain_log(axes, "y")
+        legend(axes)
     lower.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
     lower.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
-    _entitle(figure, upper, summary, "layer by layer")
+    entitle(figure, upper, summary, "layer by layer")
     peak = max(summary["layers"], key=lambda row: (row["max_magnitude"] or 0.0, -row["layer"]))
     return Plot(
         "layer_curves.png",
         f"Curves over {len(layers)} layers for {', '.join(sites)}. The largest magnitude is "
         f"{number(peak['max_magnitude'] or 0.0)}, at {peak['site']} of layer {peak['layer']}.",
-        _png(figure),
+        png(figure),
     )
+
+
+def _bulk_curves(axes: Axes, summary: Json) -> None:
+    """The highest quantile of each layer as a thin line below the maximum: how far off the outliers are."""
+    levels = summary.get("quantile_levels") or []
+    if not levels:
+        return
+    index = levels.index(max(levels))
+    for site in captured_sites(summary):
+        rows = [row for row in summary["layers"] if row["site"] == site and len(row.get("quantiles") or ()) > index]
+        line = sorted((row["layer"], row["quantiles"][index]) for row in rows if row["quantiles"][index] > 0)
+        axes.plot(
+            [at for at, _ in line], [value for _, value in line], color=SITE_COLOURS[site], linewidth=0.9, alpha=0.6
+        )
+    # one entry for all of them: their colours are those of the sites
+    axes.plot([], [], color=MUTED, linewidth=0.9, label=f"thin: {max(levels) * 100:g}% quantile")
 
 
 def magnitudes(summary: Json) -> Plot | None:
@@ -290,25 +233,25 @@ def magnitudes(summary: Json) -> Plot | None:
     filled = {site: bins for site, bins in known.items() if any(bins["counts"])}
     if not filled:
         return None
-    figure = _figure(3.9)
+    figure = new_figure(3.9)
     axes = figure.subplots()
     for site, bins in filled.items():
         counts, edges = log_bins(np.asarray(bins["counts"]), np.asarray(bins["lower_edges"], dtype=np.float64))
         axes.stairs(counts, edges, baseline=0.5, label=site, color=SITE_COLOURS[site], linewidth=1.6)
     magnitude = float(summary["criteria"]["magnitude"])
-    _dress(axes, "magnitude, abs(x) (no unit)", "values in the bin (count)")
-    _mark_magnitude(axes, summary)
-    _plain_log(axes, "x")
-    _plain_log(axes, "y")
+    dress(axes, "magnitude, abs(x) (no unit)", "values in the bin (count)")
+    mark_magnitude(axes, summary)
+    plain_log(axes, "x")
+    plain_log(axes, "y")
     axes.set(xlim=axes.get_xlim(), ylim=(0.5, None))
     axes.axvspan(magnitude, axes.get_xlim()[1], color=DECIDING, alpha=0.05, linewidth=0)
-    _legend(axes)
-    _entitle(figure, axes, summary, "how large the values are")
+    legend(axes)
+    entitle(figure, axes, summary, "how large the values are")
     total = sum(sum(bins["counts"]) for bins in filled.values())
     return Plot(
         "magnitudes.png",
         f"Histogram of {total:,} magnitudes at {', '.join(filled)}, with the magnitude {number(magnitude)} marked.",
-        _png(figure),
+        png(figure),
     )
 
 
@@ -327,11 +270,10 @@ def sweep(summary: Json) -> Plot | None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     rule, steps, passed = summary["criteria"], summary["sweep"]["magnitudes"], len(summary["systematic"])
-    known = summary["sweep"]["counts"].get(rule["site"], {})
-    lines = {reading: known[reading] for reading in READINGS if reading in known}
+    lines, without = sweep_lines(summary)
     if not steps or not lines:
         return None
-    figure = _figure(3.6)
+    figure = new_figure(3.6)
     axes = figure.subplots()
     for size, (reading, counts) in zip((8, 6.5, 5, 3.5), lines.items(), strict=False):
         colour, dash, marker = READING_STYLES[reading]
@@ -340,12 +282,16 @@ def sweep(summary: Json) -> Plot | None:
             axes.plot(steps, counts, color=colour, linewidth=7, alpha=0.3, solid_capstyle="round")
         label = f"{reading} (decides)" if decides else reading
         axes.plot(steps, counts, color=colour, linestyle=dash, marker=marker, markersize=size, label=label)
-    _dress(axes, "magnitude asked for, abs(x) ≥ (no unit)", "features that pass (count)")
-    _mark_magnitude(axes, summary)
+    for reading, counts in without.items():
+        axes.plot(steps, counts, color=READING_STYLES[reading][0], linestyle=READING_STYLES[reading][1], linewidth=0.9)
+    if without:
+        axes.plot([], [], color=MUTED, linewidth=0.9, label="thin: without\nfirst tokens")
+    dress(axes, "magnitude asked for, abs(x) ≥ (no unit)", "features that pass (count)")
+    mark_magnitude(axes, summary)
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(steps, [number(step) for step in steps])
-    most = max(max(counts) for counts in lines.values())
+    most = max(max(counts) for counts in [*lines.values(), *without.values()])
     # room below 0, or the line of no features would lie half outside
     if most > 40:
         axes.set_yscale("symlog", linthresh=1, linscale=0.5)
@@ -354,22 +300,55 @@ def sweep(summary: Json) -> Plot | None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_ylim(-0.05 * max(most, 1), 1.08 * max(most, 1))
-    _legend(axes)
-    _entitle(figure, axes, summary, "features at other magnitudes")
+    legend(axes)
+    entitle(figure, axes, summary, "features at other magnitudes")
     return Plot(
         "sweep.png",
         f"Features that pass at {rule['site']} for magnitudes {number(min(steps))} to {number(max(steps))}, "
         f"by reading; {rule['reading']} finds {passed} at {number(rule['magnitude'])}.",
-        _png(figure),
+        png(figure),
     )
+
+
+def sweep_lines(summary: Json) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
+    """The counts of each reading at the deciding site; and those without first tokens, where they differ from them."""
+    site, known = summary["criteria"]["site"], summary["sweep"]
+    lines: dict[str, Sequence[int]] = {
+        reading: line for reading in READINGS if (line := known["counts"].get(site, {}).get(reading)) is not None
+    }
+    without = known.get("counts_without_first_tokens", {}).get(site, {})
+    return lines, {
+        reading: without[reading] for reading in lines if without.get(reading, lines[reading]) != lines[reading]
+    }
 
 
 def positions(summary: Json, tokens: Json) -> Plot | None:
     """Where in a sequence the systematic features are hit, a row a feature; None where there is none."""
-    shown = [row for row in tokens["features"] if any(row["positions"]["counts"])][:MAX_POSITION_ROWS]
+    drawn = _position_rows(summary, tokens["features"], "where the hits sit")
+    if drawn is None:
+        return None
+    features, data = drawn
+    return Plot("positions.png", f"Histograms of the positions of hits for features {features}.", data)
+
+
+def massive_positions(summary: Json, tokens: Json) -> Plot | None:
+    """Where in a sequence massive activations sit, a row a feature; None where there is none."""
+    rows, below = tokens.get("massive_features", ()), f"at resid: {MASSIVE_RULE} of the layer"
+    drawn = _position_rows(summary, rows, "where massive activations sit", below)
+    if drawn is None:
+        return None
+    features, data = drawn
+    return Plot(
+        "massive_positions.png", f"Histograms of the positions of massive activations for features {features}.", data
+    )
+
+
+def _position_rows(summary: Json, rows: Sequence[Json], what: str, below: str = "") -> tuple[str, bytes] | None:
+    """The features that are drawn, as text, and the picture."""
+    shown = [row for row in rows if any(row["positions"]["counts"])][:MAX_POSITION_ROWS]
     if not shown:
         return None
-    figure = _figure(1.5 + 0.55 * max(len(shown), 2))
+    figure = new_figure(1.5 + 0.55 * max(len(shown), 2))
     grid = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, row in zip(grid, shown, strict=True):
         _position_row(axes, row, int(summary["corpus"]["sequence_length"]))
@@ -377,12 +356,8 @@ def positions(summary: Json, tokens: Json) -> Plot | None:
     unit = "tokens" if bin_tokens == 1 else f"tokens, {bin_tokens} a bin"
     grid[-1].set_xlabel(f"position in the sequence ({unit})", fontsize=9.5, color=INK)
     figure.supylabel("feature", fontsize=9.5, color=INK)
-    _entitle(figure, grid[0], summary, "where the hits sit")
-    return Plot(
-        "positions.png",
-        f"Histograms of the positions of hits for features {', '.join(str(row['feature']) for row in shown)}.",
-        _png(figure),
-    )
+    entitle(figure, grid[0], summary, what, below)
+    return ", ".join(str(row["feature"]) for row in shown), png(figure)
 
 
 def _position_row(axes: Axes, row: Json, sequence_length: int) -> None:
@@ -390,7 +365,7 @@ def _position_row(axes: Axes, row: Json, sequence_length: int) -> None:
 
     counts = row["positions"]["counts"]
     edges = np.arange(len(counts) + 1) * row["positions"]["bin_tokens"]
-    _dress(axes, "", "")
+    dress(axes, "", "")
     axes.stairs(counts, edges, fill=True, color=SITE_COLOURS["attn_in"])
     axes.set(xlim=(0, min(edges[-1], sequence_length)), ylim=(0, max(counts) * 1.08))
     beside: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 10}

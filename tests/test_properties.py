@@ -41,7 +41,8 @@ def captures(draw):
     acts, exact = {}, {}
     for site in sites:
         values = rng.standard_normal((layers, sequences, positions, width)) * scale
-        values[rng.random(values.shape) < 0.02] = 6.0
+        ties = rng.random(values.shape) < 0.03
+        values[ties] = rng.choice([*LADDER, -3.0, 5.984375], ties.sum())
         values[rng.random(values.shape) < 0.02] = -0.0
         values[..., rng.random(width) < 0.1] *= 40
         values[rng.random(values.shape) < wild] = np.nan

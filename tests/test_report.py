@@ -24,6 +24,8 @@ from outliers.plots import log_bins
 from outliers.report import PLOT_TEXTS, clip, ranges, visible, write_report
 
 LADDER = [3.0, 4.5, 6.0, 8.0, 12.0, 20.0, 50.0, 100.0]
+QUANTILES = [0.9, 0.99, 0.999, 0.9999]
+DRAWS = 10
 READINGS = ("pooled", "union", "per_layer", "affected")
 EVIL = "<script>alert(1)</script>"
 PROVENANCE = {"versions": {"torch": "2.9.1", "zarr": "3.1.5"}, "devices": ["cpu"], "stages": [{"name": "extract"}]}
@@ -58,6 +60,31 @@ def passes(hit: np.ndarray, reading: str) -> list[int]:
     return found
 
 
+def drawn(hit: np.ndarray, sequences: int) -> list[np.ndarray]:
+    """Corpora made of whole sequences drawn again, none where there is one only; `hit` is (layer, token, feature)."""
+    random, length = np.random.RandomState(1), hit.shape[1] // sequences
+    chosen = [random.randint(0, sequences, sequences) for _ in range(DRAWS if sequences > 1 else 0)]
+    return [np.concatenate([hit[:, s * length : (s + 1) * length] for s in some], axis=1) for some in chosen]
+
+
+def between(values: list[Any]) -> list[Any]:
+    return [min(values), max(values)]
+
+
+def without_first(hit: np.ndarray, sequences: int) -> np.ndarray:
+    """`hit` without the first token of each sequence."""
+    return hit[:, np.arange(hit.shape[1]) % (hit.shape[1] // sequences) > 0]
+
+
+def interval_of(hit: np.ndarray, j: int, sequences: int, reading: str) -> dict[str, Any] | None:
+    again = [corpus[:, :, j : j + 1] for corpus in drawn(hit, sequences)]
+    return (again and {
+        "layer_fraction": between([float(corpus.any(axis=1).mean()) for corpus in again]),
+        "position_fraction": None if reading == "per_layer" else between([float(corpus.mean()) for corpus in again]),
+        "passes": sum(bool(passes(corpus, reading)) for corpus in again) / len(again),
+    }) or None  # fmt: skip
+
+
 def feature_entry(values: np.ndarray, hit: np.ndarray, j: int, sequences: int, reading: str) -> dict[str, Any]:
     """FEATURE; `values` and `hit` are (layer, token, feature)."""
     own, length = hit[:, :, j], hit.shape[1] // sequences
@@ -69,6 +96,7 @@ def feature_entry(values: np.ndarray, hit: np.ndarray, j: int, sequences: int, r
         "max_magnitude": float(np.abs(values[:, :, j]).max()), "min": float(values[:, :, j].min()),
         "max": float(values[:, :, j].max()), "sequences": sum(bool(found) for found in alone),
         "of_sequences": sequences, "first_token_hits": int(own[:, ::length].sum()),
+        "interval": interval_of(hit, j, sequences, reading),
     }  # fmt: skip
 
 
@@ -91,6 +119,7 @@ def layer_row(site: str, layer: int, x: np.ndarray, hits: int) -> dict[str, Any]
     return {
         "site": site, "layer": layer, "max_magnitude": float(np.abs(x).max()), "hits": hits, "nonfinite": 0,
         "kurtosis": float(((x - x.mean()) ** 4).mean() / x.var() ** 2), "median_magnitude": float(np.median(np.abs(x))),
+        "quantiles": np.quantile(np.abs(x), QUANTILES).tolist(), "mean_inf_norm": float(np.abs(x).max()),
     }  # fmt: skip
 
 
@@ -118,8 +147,9 @@ def histogram(x: np.ndarray) -> dict[str, Any]:
     return {"lower_edges": edges, "counts": np.histogram(np.abs(x), [*edges, 1e9])[0].tolist()}
 
 
-def sweep_of(x: np.ndarray) -> dict[str, list[int]]:
-    return {how: [len(passes(np.abs(x) >= step, how)) for step in LADDER] for how in READINGS}
+def sweep_of(x: np.ndarray, sequences: int, first: bool = True) -> dict[str, list[int]]:
+    steps = [np.abs(x) >= step if first else without_first(np.abs(x) >= step, sequences) for step in LADDER]
+    return {how: [len(passes(hit, how)) for hit in steps] for how in READINGS}
 
 
 def massive_of(resid: np.ndarray, length: int) -> tuple[list[dict], list[dict]]:
@@ -129,9 +159,26 @@ def massive_of(resid: np.ndarray, length: int) -> tuple[list[dict], list[dict]]:
         for t, j in np.argwhere(np.abs(resid[layer]) > max(100, 1000 * median)).tolist():
             at = {"layer": layer, "sequence": t // length, "position": t % length, "feature": j}
             at["value"] = float(resid[layer, t, j])
-            found.append({**at, "token": around(t)["token"], "ratio": abs(at["value"]) / median})
+            own = float(np.median(np.abs(resid[layer, t])))
+            ratios = {"ratio": abs(at["value"]) / median, "token_median": own, "token_ratio": abs(at["value"]) / own}
+            found.append({**at, "token": around(t)["token"], **ratios})
             texts.append({**at, **around(t)})
+    found.sort(key=lambda row: -abs(row["value"]))
     return found, texts
+
+
+def massive_features(found: list[dict], length: int) -> list[dict[str, Any]]:
+    """Where the massive activations of each feature sit."""
+    rows = []
+    for feature in dict.fromkeys(row["feature"] for row in found):
+        places = {(row["sequence"], row["position"]) for row in found if row["feature"] == feature}
+        positions = np.array([position for _, position in places])
+        rows.append({
+            "feature": feature, "tokens": len(places), "first_token_share": float((positions == 0).mean()),
+            "delimiter_share": 0.25,
+            "positions": {"bin_tokens": 1, "counts": np.bincount(positions, minlength=length).tolist()},
+        })  # fmt: skip
+    return rows
 
 
 def header(model: str, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -166,22 +213,35 @@ def write_results(folder: Path, acts: Acts, model: str = "SmolLM2", reading: str
     if "block" in flat:
         pooled = readings["block"]["pooled"]
         readings["block"]["legacy"] = {"feature_sequence_pairs": 2 * len(pooled), "features": pooled}
+    counts = {site: {how: len(rows if how != "legacy" else rows["features"]) for how, rows in own.items()}
+              for site, own in readings.items()}  # fmt: skip
+    again = {site: drawn(hit, sequences) for site, hit in hits.items()}
+    ranges_of = {site: {how: between([len(passes(hit, how)) for hit in corpora]) for how in READINGS}
+                 for site, corpora in again.items() if corpora}  # fmt: skip
     found, texts = massive_of(flat["resid"], length) if "resid" in flat else (None, [])
+    by_token = None if found is None else [row for row in found if row["token_ratio"] >= 1000]
     criteria = {"magnitude": 6.0, "layer_fraction": 0.25, "position_fraction": 0.06, "reading": reading,
                 "site": deciding, "sites": list(sites), "ladder": LADDER}  # fmt: skip
     summary = {
         **header(model, acts[sites[0]].shape), "criteria": criteria,
-        "readings": readings, "systematic": readings[deciding][reading],
+        "readings": readings, "systematic": readings[deciding][reading], "reading_counts": counts,
+        "without_first_tokens": {site: {how: passes(without_first(hit, sequences), how) for how in READINGS}
+                                 for site, hit in hits.items()},
+        "intervals": {"level": 0.95, "resamples": DRAWS, "seed": 0, "counts": ranges_of} if ranges_of else None,
+        "quantile_levels": QUANTILES,
+        "massive_by_token": by_token, "massive_by_token_count": None if by_token is None else len(by_token),
         "layers": [layer_row(site, layer, flat[site][layer], int(hits[site][layer].sum()))
                    for site in sites for layer in range(len(flat[site]))],
         "massive_count": None if found is None else len(found), "massive": found,
-        "sweep": {"magnitudes": LADDER, "counts": {site: sweep_of(x) for site, x in flat.items()}},
+        "sweep": {"magnitudes": LADDER, "counts": {site: sweep_of(x, sequences) for site, x in flat.items()},
+                  "counts_without_first_tokens": {site: sweep_of(x, sequences, False) for site, x in flat.items()}},
         "histogram": {site: histogram(flat[site]) for site in sites},
         "notes": ["A norm that serves both sites is stored once."],
     }  # fmt: skip
     chosen = [row["feature"] for row in summary["systematic"]]
     tokens = {
         "schema_version": 1, "study_id": "5" * 64, "site": deciding, "text": True, "massive": texts,
+        "massive_features": massive_features(found or [], length),
         "features": [token_entry(deciding, flat[deciding], hits[deciding], j, length) for j in chosen],
     }  # fmt: skip
     rows = [row for site in flat for row in parquet_rows(site, flat[site], hits[site], LADDER, length)]
@@ -272,7 +332,7 @@ def test_images_are_the_plots(results: Path) -> None:
     images = [attrs for tag, attrs in page.tags if tag == "img"]
     inside = {base64.b64decode(str(image["src"]).removeprefix("data:image/png;base64,")) for image in images}
     files = {path.name: path.read_bytes() for path in (results / "plots").iterdir()}
-    assert set(files) == set(PLOT_TEXTS)
+    assert set(files) == set(PLOT_TEXTS) - {"massive_positions.png"}  # resid was not captured
     assert inside == set(files.values())
     assert all(image["alt"] for image in images)
     for png in files.values():
@@ -300,7 +360,8 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
         written = list(pool.map(lambda folder: write_report(folder, PROVENANCE), folders))
     digests = [[(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths] for paths in written]
     assert digests[0] == digests[1] == digests[2]
-    assert [name for name, _ in digests[0]] == [*PLOT_TEXTS, "report.html"]
+    drawn_plots = [name for name in PLOT_TEXTS if name != "massive_positions.png"]  # resid was not captured
+    assert [name for name, _ in digests[0]] == [*drawn_plots, "report.html"]
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -377,7 +438,8 @@ def test_other_shapes(tmp_path: Path, sites: tuple[str, ...], layers: int) -> No
     paths = write_report(tmp_path, {})
     html, page = read(tmp_path)
     assert f"in at least 25% of {layers} layer{'' if layers == 1 else 's'} and 6% of 64 tokens" in page.text
-    assert len(paths) == len(PLOT_TEXTS) + 1
+    massive = bool(json.loads((tmp_path / "summary.json").read_text())["massive"])
+    assert len(paths) == len(PLOT_TEXTS) + massive
     assert ("feature-sequence pairs" in page.text) == ("attn_in" in sites)
     assert ("× median" in page.text) == ("resid" in sites)
     assert ("was not captured" in page.text) == ("resid" not in sites)

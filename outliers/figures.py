@@ -1,0 +1,126 @@
+"""Figures: the one look of all plots, from an empty figure to PNG bytes.
+
+Title, axes, colours, legend, and numbers as people read them. Equal figures give equal bytes: no clock, no program name,
+no state of pyplot. It knows nothing of what is drawn. Before it: nothing. After it: `plots` draws with it, `report` and
+`report_rows` write numbers like it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from outliers.spec import BLOCK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Json = Mapping[str, Any]
+
+WIDTH_INCHES = 7.2
+DPI = 200
+"""1,440 pixels wide: sharp on a phone and in print, and far below 150 KB (48 layers, four sites)."""
+
+INK, MUTED, GRID, DECIDING = "#1b1f24", "#667080", "#e3e6ea", "#b4232c"
+SITE_COLOURS = {"attn_in": "#0072b2", "mlp_in": "#e08214", "o_in": "#009e73", "resid": "#8e44ad", BLOCK: "#333333"}
+# (colour, line, marker): lines of different readings often lie on each other, so they differ in more than colour
+READING_STYLES = {
+    "pooled": ("#0072b2", "-", "o"),
+    "union": ("#e08214", "--", "s"),
+    "per_layer": ("#009e73", "-.", "^"),
+    "affected": ("#8e44ad", ":", "D"),
+}
+
+
+def percent(share: float) -> str:
+    """`share` (0 to 1) for people: 25%, 6.25%."""
+    return f"{float(f'{share * 100:.3g}'):g}%"
+
+
+def number(value: float) -> str:
+    """A magnitude with four digits, thousands separated: 6, 5.985, 33.75, 12,040."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def criterion(summary: Json) -> str:
+    """The deciding rule in one line."""
+    rule = summary["criteria"]
+    return (
+        f"{rule['reading']} at {rule['site']}: abs(x) ≥ {number(rule['magnitude'])} in at least "
+        f"{percent(rule['layer_fraction'])} of layers and {percent(rule['position_fraction'])} of tokens"
+    )
+
+
+def new_figure(height_inches: float) -> Figure:
+    """A figure of the one width, without axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    return FigureCanvasAgg(Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")).figure
+
+
+def entitle(figure: Figure, axes: Axes, summary: Json, what: str, below: str = "") -> None:
+    """Title (model and `what`) and subtitle (`below`, else the criterion); a name is never read as TeX."""
+    # the font has no glyph for many a character outside ASCII, and would warn
+    model = re.sub(r"[^ -~]", "?", str(summary["model"]["id"]))
+    title = f"{model if len(model) <= 40 else model[:39] + '…'}: {what}"
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    axes.set_title(below or criterion(summary), loc="left", fontsize=8.5, color=MUTED, parse_math=False, pad=8)
+
+
+def dress(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels, grid and colours of one plot."""
+    axes.set_facecolor("white")
+    axes.set_xlabel(x_label, fontsize=9.5, color=INK)
+    axes.set_ylabel(y_label, fontsize=9.5, color=INK)
+    axes.tick_params(labelsize=8.5, colors=INK, length=3)
+    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#a7afb9")
+
+
+def plain_log(axes: Axes, which: str) -> None:
+    """A log axis whose ticks read 1, 10, 1,000 instead of powers."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set_xscale("log", nonpositive="clip") if which == "x" else axes.set_yscale("log", nonpositive="clip")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axis.set_minor_formatter(NullFormatter())
+    if high < low * 100:  # the powers of ten alone would leave an axis of one tick
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: _short(value) if f"{value:e}"[0] in "235" else ""))
+    axis.set_tick_params(which="minor", labelsize=8, length=2)
+
+
+def _short(value: float) -> str:
+    size, unit = (1e9, " G") if value >= 1e9 else (1e6, " M") if value >= 1e6 else (1, "")
+    return f"{value / size:,.4g}{unit}" if value < 1e3 or unit else f"{value:,.0f}"
+
+
+def mark_magnitude(axes: Axes, summary: Json, *, vertical: bool = True) -> None:
+    """A dashed line at the deciding magnitude."""
+    magnitude, line = float(summary["criteria"]["magnitude"]), axes.axvline if vertical else axes.axhline
+    line(magnitude, color=DECIDING, linewidth=1.2, linestyle="--", label=f"magnitude {number(magnitude)}")
+
+
+def legend(axes: Axes) -> None:
+    """The legend, beside the axes, where it can hide no line."""
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5, frameon=False)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG of 256 colours, a third of the bytes of full colour; no date and no program's name in it."""
+    from PIL import Image
+
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=DPI, facecolor="white")
+    # of Pillow's ways MAXCOVERAGE alone leaves no step in the colour bar: 5 of 255 at most, MEDIANCUT 32
+    way = Image.Quantize.MAXCOVERAGE
+    image = Image.open(full).convert("RGB").quantize(256, way, dither=Image.Dither.NONE)
+    image.save(small, "PNG", optimize=True, dpi=(DPI, DPI))
+    return small.getvalue()
