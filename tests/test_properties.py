@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outliers import analyze as analysis
+from outliers import kernels
 from outliers.analyze import Part, frame_of, layout_of_capture, summarize, summarize_into_folder
 from outliers.bits import pattern_values
 from outliers.corpus import load_corpus
@@ -42,9 +44,10 @@ def captures(draw):
     for site in sites:
         values = rng.standard_normal((layers, sequences, positions, width)) * scale
         ties = rng.random(values.shape) < 0.03
-        values[ties] = rng.choice([*LADDER, -3.0, 5.984375], ties.sum())
+        values[ties] = rng.choice([*LADDER, -3.0, 5.984375, 6.015625], ties.sum())
         values[rng.random(values.shape) < 0.02] = -0.0
         values[..., rng.random(width) < 0.1] *= 40
+        values[..., rng.random(width) < 0.1] = 7.0  # more equal magnitudes than a list of tokens holds
         values[rng.random(values.shape) < wild] = np.nan
         values[rng.random(values.shape) < wild] = -np.inf
         acts[site], exact[site] = synthetic.store(values.astype(np.float32), dtype)
@@ -189,6 +192,17 @@ def test_moments_do_not_depend_on_threads_at_all(tmp_path, dtype):
         summary = read_summary(analysis.analyze(prepared, workspace, synthetic.Silent(), workers=workers))
         moments.append(b"".join(summary.sites[site].moments.tobytes() for site in acts))
     assert len(set(moments)) == 1
+
+
+def test_a_float32_is_counted_as_the_bfloat16_it_rounds_to():
+    """Ties to even, as torch rounds; the largest finite ones would become infinite, and stay the largest finite."""
+    bits = np.concatenate([np.array([0x40C08000, 0x40BF8000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F7F8000, 0x80000001], np.uint32),
+                           np.random.default_rng(0).integers(0, 0x7F7F0000, 500, np.uint32)])  # fmt: skip
+    histogram = np.zeros(65_536, np.uint32)
+    kernels._tally(bits, kernels.FLOAT32, histogram)
+    rounded = torch.from_numpy(bits.view(np.float32)).to(torch.bfloat16).view(torch.uint16).numpy().astype(np.int64)
+    rounded[(rounded & 0x7FFF) == 0x7F80] -= 1
+    np.testing.assert_array_equal(histogram, np.bincount(rounded, minlength=65_536))
 
 
 def test_a_part_that_is_counted_twice_stays_as_it_was(tmp_path):
