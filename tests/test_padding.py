@@ -148,11 +148,15 @@ def test_a_whole_study_of_documents(tmp_path, workspace, folder):
     assert any("unequal lengths" in note for note in content["notes"])
     assert all(row["nonfinite"] == 0 for row in content["layers"])
     outcome = make_outcome(study, workspace, published=None, cached=False)
+    low, high = content["intervals"]["counts"][study.site]["pooled"]
+    sure = f"95% interval of their number over sequences: {low if low == high else f'{low} to {high}'}"
     assert outcome.remarks() == [
-        f"perplexity {content['perplexity']['value']:.4g}, over {study.corpus.num_tokens - 5} tokens"
+        sure,
+        f"perplexity {content['perplexity']['value']:.4g}, over {study.corpus.num_tokens - 5} tokens",
     ]
     broken = outcome.model_copy(update={"nonfinite": 1200, "perplexity": {"value": None, "loss": None, "tokens": 9}})
     assert [text.split(":")[0] for text in broken.remarks()] == [
+        sure.split(":")[0],
         "perplexity not a number",
         "1,200 activations are not finite",
     ]
