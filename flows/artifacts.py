@@ -25,22 +25,19 @@ def show_outcome(outcome: Outcome, folder: Path) -> None:
     if outcome.published:
         create_link_artifact(
             link=outcome.published,
-            link_text="manifest.json",
+            # no browser opens s3:// or file:// from a page: what can be copied is worth more than a name
+            link_text=outcome.published,
             key=f"manifest-{outcome.study_id}",
             description=outcome.title,
         )
 
 
 def markdown(outcome: Outcome) -> str:
-    """The answer and the table of systematic features, as Markdown."""
+    """The answer and the table of systematic features, as Markdown; the page has the title above it already."""
     count = len(outcome.systematic)
-    lines = [
-        f"# {escape(outcome.title)}",
-        "",
-        f"**{count} systematic outlier feature{'' if count == 1 else 's'}**"
-        + (" (published before: nothing was run)" if outcome.cached else ""),
-        "",
-    ]
+    lines = [f"# {count} systematic outlier feature{'' if count == 1 else 's'}", ""]
+    if outcome.cached:
+        lines += ["The study was there already: nothing was run.", ""]
     if outcome.systematic:
         lines += [
             "| feature | max magnitude | min | max | % of layers | % of tokens | sequences |",
@@ -51,8 +48,9 @@ def markdown(outcome: Outcome) -> str:
         lines += ["", f"and {count - TABLE_ROWS} more: see report.html"]
     for text in outcome.remarks():
         lines += ["", text]
-    place = outcome.published or outcome.results
-    return "\n".join([*lines, "", f"Study `{outcome.study_id}`, capture `{outcome.capture_id}`", "", f"`{place}`"])
+    places = [f"- report: `{outcome.report}`", f"- results: `{outcome.results}`"]
+    places += [f"- published: `{outcome.published}`"] if outcome.published else []
+    return "\n".join([*lines, "", f"Study `{outcome.study_id}`, capture `{outcome.capture_id}`", "", *places])
 
 
 def _row(feature: dict[str, float]) -> str:
@@ -62,8 +60,3 @@ def _row(feature: dict[str, float]) -> str:
         f"| {100 * feature['layer_fraction']:.1f} | {'' if share is None else f'{100 * share:.1f}'} "
         f"| {feature['sequences']}/{feature['of_sequences']} |"
     )
-
-
-def escape(text: str) -> str:
-    """Text from a model's name, harmless in Markdown."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in text)

@@ -12,10 +12,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from flows.console import line, size
+from flows.options import add_common_options
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from outliers.captures import Held
     from outliers.events import Level
     from outliers.verify import Verification
     from outliers.workspace import Workspace
@@ -32,7 +34,8 @@ def add_captures_parsers(verbs: Any) -> None:
         sub = actions.add_parser(action, help=text, description=text)
         if action == "rm":
             sub.add_argument("capture_id", nargs="+", help="as `outliers captures list` shows them")
-        _add_common(sub)
+        sub.add_argument("--host", metavar="NAME", help="on this host of provider ssh, not here")
+        add_common_options(sub)
     text = "check every checksum of a capture; nothing is changed without --repair"
     check = verbs.add_parser(
         "verify",
@@ -43,43 +46,76 @@ def add_captures_parsers(verbs: Any) -> None:
     check.add_argument(
         "--repair", action="store_true", help="mark what is damaged, so that the same study computes that alone again"
     )
-    _add_common(check)
-
-
-def _add_common(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
-    sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    add_common_options(check)
 
 
 def list_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
     """`outliers captures list`."""
     from rich.table import Table
 
-    from outliers.captures import list_captures
-
-    held = list_captures(workspace)
+    where = arguments.host or str(workspace.root)
+    held: list[tuple[Held, str | None]] = (
+        [(item, None) for item in _list_on_host(workspace, arguments.host)] if arguments.host else _list_here(workspace)
+    )
     if arguments.json:
-        print(json.dumps({"captures": [item.model_dump() for item in held]}))
+        print(json.dumps({"captures": [item.model_dump() | {"part": part} for item, part in held]}))
         return
-    table = Table(box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("capture", "model", "sequences", "size"):
         table.add_column(name)
-    for item in held:
-        table.add_row(item.capture_id, item.model, f"{item.done} of {item.of_sequences}", size(item.bytes))
-    console.print(table if held else f"no captures in {workspace.root}")
+    for item, part in held:
+        name = item.capture_id if part is None else f"{item.capture_id} part {part}"
+        table.add_row(name, item.model, f"{item.done} of {item.of_sequences}", size(item.bytes))
+    console.print(table if held else f"no captures {'on' if arguments.host else 'in'} {where}")
+
+
+def _list_here(workspace: Workspace) -> list[tuple[Held, str | None]]:
+    """The captures of a workspace, and those of the parts that ran here, each with its part."""
+    from outliers.captures import list_captures
+    from outliers.parts import captures_of_parts
+
+    held: list[tuple[Held, str | None]] = [(item, None) for item in list_captures(workspace)]
+    for part, own in captures_of_parts(workspace):
+        held += [(item, part) for item in list_captures(own)]
+    return sorted(held, key=lambda found: (found[0].capture_id, found[1] or ""))
+
+
+def _list_on_host(workspace: Workspace, name: str) -> tuple[Held, ...]:
+    """The captures of every machine that was held on a host."""
+    from outliers.captures import Held
+    from outliers.machines.ssh import ask_host
+
+    return tuple(Held.model_validate(item) for item in ask_host(workspace.root, name, "captures")["captures"])
 
 
 def remove_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
     """`outliers captures rm`."""
-    from outliers.captures import remove_capture
+    if arguments.host:
+        from outliers.machines.ssh import ask_host
 
-    freed = {name: remove_capture(workspace, name) for name in arguments.capture_id}
+        freed = ask_host(workspace.root, arguments.host, "remove_captures", names=arguments.capture_id)["removed"]
+    else:
+        freed = {name: _remove_here(workspace, name) for name in arguments.capture_id}
     if arguments.json:
         print(json.dumps({"removed": freed}))
         return
     for name, held in freed.items():
         console.print(f"removed {name}, {size(held)}")
+    if arguments.host:
+        return
     console.print(f"{size(shutil.disk_usage(workspace.root).free)} free")
+
+
+def _remove_here(workspace: Workspace, capture_id: str) -> int:
+    """Remove a capture, and what parts of it lie here; the bytes that this frees. Raises as `remove_capture`."""
+    from outliers.captures import remove_capture
+    from outliers.parts import captures_of_parts
+
+    parts = captures_of_parts(workspace, capture_id)
+    # of a study that was spread and not joined yet there are parts alone
+    alone = parts and not workspace.capture(capture_id).is_dir()
+    freed = 0 if alone else remove_capture(workspace, capture_id)
+    return freed + sum(remove_capture(own, capture_id) for _, own in parts)
 
 
 def verify_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> bool:

@@ -1,4 +1,5 @@
-"""The command `outliers`: study, plan, runs, merge, models, captures, verify.
+"""The command `outliers`: study, plan, sweep, runs, atlas, merge, models, machines, captures,
+verify.
 
 Bad input is refused here, before Prefect is even imported, and so is a study that is published already answered.
 Exit codes: 0 done, 2 refused before anything ran, 1 failed.
@@ -7,15 +8,12 @@ Exit codes: 0 done, 2 refused before anything ran, 1 failed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outliers import __version__
 from outliers.errors import BadInput, OutliersError, PlanRefused
@@ -36,6 +34,8 @@ _EXAMPLES = """examples:
   outliers plan  --model Qwen/Qwen3-30B-A3B --num-sequences 4
   outliers models inspect Qwen/Qwen3-30B-A3B
   outliers runs show STUDY --feature 247
+  outliers sweep sweeps/moe.toml --dry-run
+  outliers machines add lab1 anna@gpu1.lab.example
   outliers captures list
   outliers verify CAPTURE
 """
@@ -81,9 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
     from flows.runs import add_runs_parsers
 
     add_runs_parsers(verbs)
+    from flows.atlas import add_atlas_parser
+
+    add_atlas_parser(verbs)
     from flows.merge import add_merge_parser
 
     add_merge_parser(verbs)
+    from flows.sweeps import add_sweep_parser
+
+    add_sweep_parser(verbs)
+    from flows.machines import add_machines_parser
+
+    add_machines_parser(verbs)
     return parser
 
 
@@ -104,7 +113,10 @@ def main(argv: list[str] | None = None) -> int:
         "captures": captures_command,
         "verify": verify_command,
         "runs": runs_command,
+        "atlas": atlas_command,
         "merge": merge_command,
+        "sweep": sweep_command,
+        "machines": machines_command,
     }
     try:
         return verbs[arguments.verb](arguments, console, list(sys.argv[1:] if argv is None else argv))
@@ -129,6 +141,7 @@ def _quiet_libraries() -> None:
 
 def study_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers study`."""
+    from flows.console import busy
     from flows.options import read_spec
 
     _quiet_libraries()
@@ -140,15 +153,43 @@ def study_command(arguments: argparse.Namespace, console: Console, argv: list[st
     from outliers.workspace import open_workspace
 
     workspace = open_workspace(spec.compute.workspace)
-    with _busy(console, "looking at the model, the corpus and the target"):
+    _check_options(spec, workspace, console, argv)
+    from flows.machines import warn_of_overdue
+
+    warn_of_overdue(workspace, console)
+    with busy(console, "looking at the model, the corpus and the target"):
         prepared = _prepare(spec, workspace, console)
         outcome = find_outcome(prepared, workspace)
         if outcome is None:
             _check(prepared, workspace, console, argv)
     if outcome is None:
+        from flows.inprocess import run_flow
+
         outcome = run_flow(spec, workspace, console)
     _finish(outcome, prepared, workspace, console, as_json=arguments.json)
     return DONE
+
+
+def _check_options(spec: StudySpec, workspace: Workspace, console: Console, argv: list[str]) -> None:
+    """Refuse options of another provider before anything is done; where a rented machine is meant, with its command."""
+    from outliers.machines import DEFAULT_PROVIDER, chosen, provider
+    from outliers.machines.base import MachineRequest
+    from outliers.machines.options import check_options
+
+    try:
+        check_options(spec.compute)
+    except PlanRefused as error:
+        if chosen(spec.compute.provider) != DEFAULT_PROVIDER or spec.compute.host:
+            raise
+        _show_rented(console, argv)
+        _, lacking = provider(DEFAULT_PROVIDER, workspace.root).offers(MachineRequest.from_spec(spec.compute))
+        raise PlanRefused("; ".join([str(error), *(f"{item.name}: {item.reason}" for item in lacking)])) from error
+
+
+def _show_rented(console: Console, argv: list[str]) -> None:
+    console.print("on a rented machine the command would be:", soft_wrap=True)
+    command = shlex.join(["outliers", *argv, "--provider", "sky"])
+    console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _prepare(spec: StudySpec, workspace: Workspace, console: Console) -> Prepared:
@@ -170,75 +211,45 @@ def _prepare(spec: StudySpec, workspace: Workspace, console: Console) -> Prepare
 
 def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: list[str]) -> None:
     """Refuse what can't work before anything heavy starts: the machine, the disk, the memory, the target."""
-    from outliers.machines import provider
-    from outliers.plan import bytes_left, check_plan
+    from outliers.outcome import find_finished
     from outliers.publish import check_target
 
-    compute = prepared.spec.compute
-    try:
-        check_plan(
-            prepared.spec, prepared.model, provider(compute.provider, workspace.root), bytes_left(prepared, workspace)
-        )
-    except PlanRefused:
-        if compute.gpu_count or compute.gpu_filter or compute.min_vram or compute.min_cpu_ram:
-            command = shlex.join(["outliers", *argv, "--provider", "sky"])
-            console.print(
-                "on a rented machine (provider sky, which is not in this version yet) the command would be:",
-                soft_wrap=True,
-            )
-            console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
-        raise
+    if find_finished(prepared, workspace) is None:
+        _check_machine(prepared, workspace, console, argv)
     if prepared.spec.publish_to is not None:
         check_target(prepared.spec.publish_to)
 
 
-@contextlib.contextmanager
-def _busy(console: Console, text: str) -> Iterator[None]:
-    if console.is_terminal:
-        with console.status(text):
-            yield
-    else:
-        yield
+def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, argv: list[str]) -> None:
+    from outliers.machines import DEFAULT_PROVIDER, chosen, provider
+    from outliers.parts import is_here, split
+    from outliers.remaining import check_rest, machine_name
+    from outliers.travel import check_travels
 
-
-def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome:
-    """Run the very flow that the deployment runs, in this process; its own Prefect, where no server is configured."""
-    settle_prefect(workspace.root)
-    from flows.console import Steps
-
-    steps = Steps(console)
-    with _busy(console, "starting Prefect (10 to 20 seconds)"):
-        if not console.is_terminal:
-            console.print("  starting Prefect (10 to 20 seconds)")
-        from flows.study import study
-        from outliers.outcome import Outcome
-        from tasks.watch import LISTENERS
-
-    parameters: dict[str, Any] = {name: getattr(spec, name) for name in StudySpec.model_fields}
-    parameters["compute"] = spec.compute.model_copy(update={"workspace": str(workspace.root)})
-    LISTENERS.append(steps.listen)
+    compute = prepared.spec.compute
+    source = provider(compute.provider, workspace.root)
+    check_travels(prepared)
+    missing = [part for part in split(prepared, compute.shards) if not is_here(part, prepared, workspace)]
+    suffixes = [part.suffix for part in missing] if compute.shards > 1 else [""]
+    names = {machine_name(prepared) + suffix for suffix in suffixes}
     try:
-        with steps.shown():
-            return Outcome.model_validate(study(**parameters))
-    finally:
-        LISTENERS.remove(steps.listen)
-
-
-def settle_prefect(root: Path) -> None:
-    """Where the user has configured no Prefect, ours lives in the workspace and tells nobody anything."""
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    configured = {"PREFECT_HOME", "PREFECT_API_URL", "PREFECT_PROFILE"} & os.environ.keys()
-    if not configured and not (Path.home() / ".prefect" / "profiles.toml").exists():
-        os.environ["PREFECT_HOME"] = str(root / "prefect")
+        # a machine that is held for this capture was chosen before
+        if not names <= {rental.name for rental in source.list() if rental.state == "up"}:
+            check_rest(prepared, workspace, source)
+    except PlanRefused:
+        asked = compute.gpu_count or compute.gpu_filter or compute.min_vram or compute.min_cpu_ram
+        if asked and chosen(compute.provider) == DEFAULT_PROVIDER:
+            _show_rented(console, argv)
+        raise
 
 
 def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console: Console, *, as_json: bool) -> None:
     from flows.console import show_outcome
     from outliers.outcome import held_bytes
+    from outliers.parts import captures_of_parts
 
-    held = held_bytes(workspace.capture(outcome.capture_id))
+    own = (workspace, *(part for _, part in captures_of_parts(workspace, outcome.capture_id)))
+    held = sum(held_bytes(place.capture(outcome.capture_id)) for place in own)
     if as_json:
         print(json.dumps(outcome.model_dump() | {"capture_bytes": held}))
         return
@@ -249,11 +260,37 @@ def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console:
         f"{prepared.corpus.num_tokens:,} tokens"
     )
     show_outcome(console, outcome, held, answer)
+    _show_kept(prepared, workspace, console)
+
+
+def _show_kept(prepared: Prepared, workspace: Workspace, console: Console) -> None:
+    """Machines that stay are paid for: until when, and how to end them. A study that is spread has one for each part."""
+    import time
+
+    from flows.console import line
+    from outliers.machines.rentals import Rentals
+    from outliers.parts import split
+    from outliers.remaining import machine_name
+
+    shards, now = prepared.spec.compute.shards, time.time()
+    suffixes = [part.suffix for part in split(prepared, shards)] if shards > 1 else [""]
+    for suffix in suffixes:
+        name = machine_name(prepared) + suffix
+        known = Rentals(workspace.root).get(name)
+        if known is None:
+            continue
+        until = time.strftime("%H:%M", time.localtime(known.lease_until))
+        spent = f", ${known.spent(now):.2f} so far" if known.price_per_hour else ""
+        line(
+            console,
+            "machine",
+            f"{name} on {known.place} is kept until {until}{spent}: outliers machines release {name}",
+        )
 
 
 def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers plan`."""
-    from flows.console import show_plan
+    from flows.console import busy, show_plan
     from flows.options import read_spec
     from outliers.machines import provider
     from outliers.plan import make_plan
@@ -263,7 +300,11 @@ def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str
     _quiet_libraries()
     spec = read_spec(arguments)
     workspace = open_workspace(spec.compute.workspace)
-    with _busy(console, "counting parameters"):
+    _check_options(spec, workspace, console, argv)
+    from flows.machines import warn_of_overdue
+
+    warn_of_overdue(workspace, console)
+    with busy(console, "counting parameters"):
         plan = make_plan(
             spec, model_info(spec, workspace, weights=False), provider(spec.compute.provider, workspace.root)
         )
@@ -276,10 +317,11 @@ def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str
 
 def models_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers models inspect`."""
+    from flows.console import busy
     from flows.models import inspect_model
 
     _quiet_libraries()
-    with _busy(console, "building the model from its config, without weights"):
+    with busy(console, "building the model from its config, without weights"):
         info = inspect_model(arguments)
     if arguments.json:
         print(info.model_dump_json(exclude={"source": {"path"}}))
@@ -309,12 +351,36 @@ def verify_command(arguments: argparse.Namespace, console: Console, argv: list[s
 
 
 def runs_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
-    """`outliers runs show`."""
-    from flows.runs import show_command
+    """`outliers runs list|show|compare`."""
+    from flows.runs import runs_command as runs
     from outliers.workspace import open_workspace
 
-    show_command(open_workspace(arguments.workspace), arguments, console)
+    runs(open_workspace(arguments.workspace), arguments, console)
     return DONE
+
+
+def atlas_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers atlas`."""
+    from flows.atlas import atlas_command as atlas
+
+    atlas(arguments, console)
+    return DONE
+
+
+def machines_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers machines`."""
+    from flows.machines import machines_command as act
+    from outliers.workspace import open_workspace
+
+    return DONE if act(open_workspace(arguments.workspace), arguments, console) else FAILED
+
+
+def sweep_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers sweep`."""
+    from flows.sweeps import sweep_command as sweep
+
+    _quiet_libraries()
+    return sweep(arguments, console)
 
 
 def merge_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:

@@ -21,12 +21,24 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from outliers.estimate import told
 from outliers.events import Event
 from outliers.outcome import Outcome
 from outliers.plan import GpuShare, Plan
 
 TABLE_ROWS = 30
+PLAN_OFFERS = 8
 MB = 1_000_000
+
+
+@contextlib.contextmanager
+def busy(console: Console, text: str) -> Iterator[None]:
+    """Something turns while the block runs, where there is somebody to see it."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        yield
 
 
 class Steps:
@@ -143,25 +155,47 @@ def show_plan(console: Console, plan: Plan) -> None:
         line(console, "download", f"{size(plan.download_bytes)} from the hub")
     line(console, "memory", f"{size(plan.ram_bytes)} without a GPU, {size(plan.host_ram_bytes)} with")
     for share in plan.gpus:
-        line(console, f"GPU {share.gpu}", gpu_share(share) + f": a GPU of {size(share.needed_bytes)}")
+        which = "on a GPU" if len(plan.gpus) == 1 else f"on GPU {share.gpu}"
+        cut = "" if len(plan.gpus) == 1 else f", where the model is cut over {len(plan.gpus)}"
+        line(console, which, f"{gpu_share(share)}: one of {size(share.needed_bytes)} or more{cut}")
     line(console, "tokens", f"{plan.tokens:,}")
+    if plan.spread:
+        line(console, "shards", plan.spread)
     line(console, "disk", f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)")
-    for step, seconds in plan.seconds.items():
-        line(console, step, f"about {seconds:g} s")
     for text in plan.assumptions:
-        line(console, "", text, style="dim")
-    for offer in plan.offers:
-        gpus = ", ".join(f"{gpu['name']} ({size(gpu['total_bytes'])})" for gpu in offer["gpus"]) or "no GPU"
+        step, _, assumption = text.partition(": ")
+        known = f"about {told(plan.seconds[step])}" if step in plan.seconds else "not known"
+        line(console, step, f"{known}: {assumption}")
+    for offer in plan.offers[:PLAN_OFFERS]:
+        names = [gpu["name"] for gpu in offer["gpus"]]
+        gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "no GPU"
+        lasts = f"{'more than' if offer['left_out'] else 'about'} {told(offer['total_seconds'])}"
+        lasts += f" without {' and '.join(offer['left_out'])}" if offer["left_out"] else ""
+        cost = "" if offer["total_price"] is None else f", ${offer['total_price']:.2f} in all"
+        many = offer["machines"]
+        paid = f"${offer['price_per_hour']:.2f} an hour" + (f" each, {many} of them" if many > 1 else "")
+        price = f"{paid}, {lasts}{cost}" if offer["price_per_hour"] else lasts
         free = f"{size(offer['ram_available_bytes'])} of memory and {size(offer['disk_free_bytes'])} of disk free"
-        price = f"${offer['price_per_hour']:.2f} an hour"
-        line(console, "machine", f"{offer['name']}: {price}, {offer['cpus']} cores, {gpus}, {free}")
+        line(console, "machine", f"{offer['name']}: {price}; {offer['cpus']} cores, {gpus}, {free}")
+        if offer is not plan.offers[0]:
+            continue
         if offer["placement"]:
-            line(console, "", offer["placement"])
+            line(console, "", _placed(offer["placement"], len(offer["shares"]), len(plan.gpus)))
         for share in map(GpuShare.model_validate, offer["shares"]):
             total = size(offer["gpus"][share.gpu]["total_bytes"])
             line(console, f"GPU {share.gpu}", f"{gpu_share(share)}, of {total}")
+    if len(plan.offers) > PLAN_OFFERS:
+        line(console, "", f"and {len(plan.offers) - PLAN_OFFERS} more machines that fit (--json shows all)")
     for text in plan.refusals:
         line(console, "refused", text, style="red")
+
+
+def _placed(sentence: str, used: int, asked: int) -> str:
+    """Where the model lies; of fewer GPUs than were asked, why."""
+    if used >= asked:
+        return sentence
+    whole = "it holds the whole model" if used == 1 else "they hold the whole model"
+    return f"{sentence}: {whole}, which is cut over {asked} only where it must be"
 
 
 def gpu_share(share: GpuShare) -> str:

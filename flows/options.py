@@ -7,29 +7,27 @@ the same words.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from outliers.errors import BadInput
 from outliers.prepare import parse_spec
-from outliers.spec import CaptureSpec, ComputeSpec, CorpusSpec, CriteriaSpec, ModelSpec, StudySpec
+from outliers.spec import StudySpec
+from outliers.sweep import PARTS
 
-PARTS: dict[str, type[BaseModel]] = {
-    "model": ModelSpec,
-    "corpus": CorpusSpec,
-    "capture": CaptureSpec,
-    "criteria": CriteriaSpec,
-    "compute": ComputeSpec,
-}
 RENAMED = {("model", "id"): "model", ("corpus", "source"): "corpus", ("capture", "site_modules"): "site_module"}
 """Two fields bear the name of their part on the command line, and one is given once a site; all others bear their own."""
 REPEATED = ("site_modules",)
+ALSO = {("compute", "grace_seconds"): "--grace"}
+"""A second, shorter spelling."""
 
 
 def option_name(part: str, field: str) -> str:
@@ -48,6 +46,24 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
         if name not in PARTS:
             _add(group, "", name, field)
     parser.add_argument("--spec", type=Path, metavar="FILE", help="begin with the StudySpec in this JSON file")
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """--workspace and --json, as the commands have them that read what a workspace holds."""
+    parser.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
+
+def number(kind: Callable[[str], Any], allowed: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    """A number as an option; another is refused with what was given and what is allowed."""
+
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if allowed(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
+
+    return read
 
 
 def _add(group: Any, part: str, name: str, field: FieldInfo) -> None:
@@ -71,9 +87,8 @@ def _add(group: Any, part: str, name: str, field: FieldInfo) -> None:
             option_name(part, name), dest=dest, action="append", default=None, metavar="SITE=PATTERN", help=text
         )
     else:
-        group.add_argument(
-            option_name(part, name), dest=dest, default=None, metavar=_metavar(field.annotation), help=text
-        )
+        spellings = [option_name(part, name), *([ALSO[part, name]] if (part, name) in ALSO else [])]
+        group.add_argument(*spellings, dest=dest, default=None, metavar=_metavar(field.annotation), help=text)
 
 
 def _metavar(annotation: Any) -> str:

@@ -18,10 +18,11 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliers.errors import BadInput, DiskFull, OutliersError
+from outliers.errors import BadInput, DiskFull, JobFailed, OutliersError
 from outliers.events import Reporter, reporter_from_environment, send_logs_to
 from outliers.files import write_atomic
 from outliers.jobs import JOB_VARIABLE, record_error
@@ -96,9 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     except OutliersError as error:
         return fail(error, reporter)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        return fail(DiskFull(_no_room(error, workspace.root)), reporter)
+        if error.errno in _NO_ROOM:
+            return fail(DiskFull(_no_room(error, workspace.root)), reporter)
+        reporter.log("debug", traceback.format_exc())
+        return fail(JobFailed(_refused(error, arguments.verb)), reporter)
     return 0
 
 
@@ -119,9 +121,20 @@ def _options(arguments: argparse.Namespace, prepared: Prepared) -> dict[str, Any
 
 def fail(error: OutliersError, reporter: Reporter) -> int:
     """Say it, leave it for whoever waits for the job, and give the exit code."""
-    record_error(error)
+    try:
+        record_error(error)
+    except OSError:
+        # where no file takes a byte, what is printed is all that comes through
+        print(error, file=sys.stderr)
     reporter.log("error", str(error))
     return 2 if isinstance(error, BadInput) else 1
+
+
+def _refused(error: OSError, verb: str) -> str:
+    return (
+        f"{verb}: {error}. The operating system refused this; remove the cause, and run the same again: "
+        "what is done is not done again"
+    )
 
 
 def _no_room(error: OSError, root: Path) -> str:

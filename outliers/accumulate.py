@@ -3,7 +3,7 @@
 A span is a run of positions of one sequence; what is known of its tokens over all layers (the largest magnitude of each
 feature, and where it was) is kept until every layer of the span was read, and then gives the union counts and the largest
 tokens. `block` is a site of its own: a cell is hit where attn_in or mlp_in is. Arithmetic and bookkeeping on arrays, and
-nothing of files. Before it: `kernels`, the loops. After it: `analyze`, which reads.
+nothing of files. Before it: `kernels` and the `kernel_` files, the loops. After it: `analyze`, which reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outliers import kernels
+from outliers import compiled, kernel_hits, kernel_massive, kernel_spans, kernel_totals, kernels
 from outliers.bits import FORMATS, PATTERNS, bits_to_float, float_to_bits, legacy_threshold_bits, threshold_bits
 from outliers.spec import BLOCK, BLOCK_SITES, has_block
 from outliers.summary import (
@@ -35,7 +35,7 @@ Tiles = Callable[[int], Iterator[dict[str, NDArray[Any]]]]
 """Layer (counted from 0 among the captured) -> runs of positions of a span, {site: (position, feature) bits}, one after the
 other from its first position on; they may be written to."""
 
-_KINDS = {"bfloat16": kernels.BFLOAT16, "float16": kernels.FLOAT16, "float32": kernels.FLOAT32}
+_KINDS = {"bfloat16": compiled.BFLOAT16, "float16": compiled.FLOAT16, "float32": compiled.FLOAT32}
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Span:
     """Some positions of a sequence, and what is known of them so far.
 
     delimiters: (position,) bool. parts: how many calls of `Tally.count` its layers are dealt to. keys: site -> (W, position),
-    see `kernels.KEY_SHIFT`; touched: site -> (W,) bool, the features that have any. Once closed, union: site -> (W,) int64
+    see `compiled.KEY_SHIFT`; touched: site -> (W,) bool, the features that have any. Once closed, union: site -> (W,) int64
     tokens with a hit in any layer, legacy_union: (W,) int64 those by the legacy rule.
     """
 
@@ -104,7 +104,7 @@ class Span:
                 self.keys, self.touched = keys, touched
             else:
                 for site, mine in self.keys.items():
-                    kernels.join(mine, keys[site], np.flatnonzero(touched[site]))
+                    kernel_spans.join(mine, keys[site], np.flatnonzero(touched[site]))
                     self.touched[site] |= touched[site]
             self.parts -= 1
             return self.parts == 0
@@ -128,7 +128,7 @@ class _Group:
         self.floats = np.empty((kernels.GROUP, width), np.float32)
         self.counts = np.zeros((3, steps, width), np.uint32)
         self.firsts = np.zeros((3, steps, width), np.uint32)
-        self.turned = np.empty((2, kernels.LANES, rows), form.bits)
+        self.turned = np.empty((2, kernel_hits.LANES, rows), form.bits)
 
 
 class Tally:
@@ -223,11 +223,11 @@ class Tally:
             if len(group.sites) == 2:
                 block = totals[BLOCK]
                 into = (block.hits, block.first_hits, block.min, block.max)
-                kernels.settle_block(
+                kernel_totals.settle_block(
                     layer, number, step, kind, group.extremes, group.counts, group.firsts, into, found.hits[BLOCK]
                 )
             for index, site in enumerate(group.sites):
-                kernels.settle(
+                kernel_totals.settle(
                     layer,
                     number,
                     step,
@@ -253,7 +253,7 @@ class Tally:
     def _massive(self, span: Span, layer: int, at: int, tile: NDArray[Any]) -> None:
         """Values at resid whose magnitude exceeds 100, with the median magnitude of their token."""
         dtype, total = self.frame.dtype, self.summary
-        rows, columns, lower, upper = kernels.above(tile, self.limits.massive)
+        rows, columns, lower, upper = kernel_massive.above(tile, self.limits.massive)
         medians = (bits_to_float(lower, dtype).astype(np.float64) + bits_to_float(upper, dtype)) / 2
         values = bits_to_float(tile[rows, columns], dtype)
         sizes = np.abs(values)
@@ -294,7 +294,7 @@ class Tally:
             columns, width = np.flatnonzero(touched), frame.width(site)
             counts, firsts = (np.zeros((len(frame.ladder), width), np.int64) for _ in range(2))
             own = np.zeros((2, width), np.int64)
-            kernels.close(
+            kernel_spans.close(
                 one,
                 other,
                 columns,
@@ -331,7 +331,7 @@ class Tally:
         bins, delimited = np.zeros_like(total.position_tokens), np.zeros_like(total.delimiter_tokens)
         found = np.empty((columns.size, TOP_TOKENS), np.int64)
         keys = np.empty((columns.size, TOP_TOKENS), one.dtype)
-        kernels.places(
+        kernel_spans.places(
             one,
             other,
             columns,
@@ -349,8 +349,8 @@ class Tally:
         number, slot = np.nonzero(found >= 0)
         cells = np.zeros(number.size, CELL)
         key = keys[number, slot].astype(np.uint64)
-        magnitude, sign = key >> np.uint64(kernels.KEY_SHIFT), key & np.uint64(1)
-        source = kernels.LAST_SOURCE - ((key >> np.uint64(1)) & np.uint64(kernels.LAST_SOURCE)).astype(np.int64)
+        magnitude, sign = key >> np.uint64(compiled.KEY_SHIFT), key & np.uint64(1)
+        source = compiled.LAST_SOURCE - ((key >> np.uint64(1)) & np.uint64(compiled.LAST_SOURCE)).astype(np.int64)
         cells["feature"], cells["sequence"] = columns[number], span.sequence
         cells["position"] = found[number, slot] + span.start
         cells["layer"], cells["site"] = np.divmod(source, len(frame.captured))

@@ -31,8 +31,10 @@ from outliers.corpus import load_corpus
 from outliers.errors import CaptureError
 from outliers.events import Reporter
 from outliers.files import write_atomic
+from outliers.fingerprint import layout_from, read_fingerprint
+from outliers.layout import Layout
 from outliers.prepare import Prepared
-from outliers.store import ChunkFiles, Journal, Layout, layout_from, read_fingerprint
+from outliers.store import ChunkFiles, Journal
 from outliers.summary import Frame, Summary, merge
 from outliers.summary_files import CountsWriter, SequenceCounts, read_summary, write_summary
 from outliers.workspace import Workspace

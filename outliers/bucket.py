@@ -9,6 +9,7 @@ Before it: `targets`. After it: `publish`.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
 import errno
 import functools
@@ -68,7 +69,10 @@ _NO_ANSWER = (
 
 
 class BucketStore:
-    """Objects of `bucket` below `prefix`. One use, one thread: `targets.opened` makes it and closes it."""
+    """Objects of `bucket` below `prefix`; `targets.opened` makes it for one use and closes it.
+
+    After a first call, which settles the connection, threads may read at once.
+    """
 
     def __init__(self, url: str, bucket: str, prefix: str) -> None:
         self.url = url
@@ -134,6 +138,19 @@ class BucketStore:
                 found[key] = Stored(row["Size"], row["LastModified"].timestamp())
             if not answer.get("IsTruncated"):
                 return found
+            page = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def children(self, prefix: str) -> tuple[builtins.list[str], builtins.list[str]]:
+        folders, files = builtins.list[str](), builtins.list[str]()
+        page: dict[str, str] = {}
+        below = self._prefix + prefix
+        while True:
+            asked = {"Bucket": self._bucket, "Prefix": below, "Delimiter": "/", **page}
+            answer = self._call("list", prefix, functools.partial(self._s3._call_s3, "list_objects_v2", **asked))
+            folders += [row["Prefix"].removeprefix(below).rstrip("/") for row in answer.get("CommonPrefixes", ())]
+            files += [name for row in answer.get("Contents", ()) if (name := row["Key"].removeprefix(below))]
+            if not answer.get("IsTruncated"):
+                return folders, files
             page = {"ContinuationToken": answer["NextContinuationToken"]}
 
     def delete(self, key: str) -> None:

@@ -26,28 +26,16 @@ from outliers.devices import Devices, choose_devices, instructions
 from outliers.durable import drop_leftovers
 from outliers.errors import CaptureMismatch, CorruptCapture, MemoryFull
 from outliers.events import Reporter
+from outliers.fingerprint import layout_from, read_fingerprint, shapes_of, write_fingerprint
 from outliers.forward import Batch, HookedPass, Progress
+from outliers.layout import STORAGE, Layout
 from outliers.load import fetch_weights, load_model
 from outliers.perplexity import Head, losses
 from outliers.prepare import Prepared, layout_of
 from outliers.ring import Ring
 from outliers.ring_size import ring_slots, writers_bytes
 from outliers.spec import FORMAT_VERSION
-from outliers.store import (
-    ARRAYS,
-    STORAGE,
-    ChunkFiles,
-    Journal,
-    Layout,
-    NamedChunk,
-    create_arrays,
-    hold,
-    layout_from,
-    mend_arrays,
-    read_fingerprint,
-    shapes_of,
-    write_fingerprint,
-)
+from outliers.store import ARRAYS, ChunkFiles, Journal, NamedChunk, create_arrays, hold, mend_arrays
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -75,9 +63,11 @@ def extract(
         size = prepared.spec.capture.batch_sequences
         wanted = _runs(sequences if sequences is not None else range(layout.num_sequences), size)
         batches = _todo(wanted, journal, files, prepared.spec.capture.perplexity)
+        asked = sum(map(len, wanted))
         if not batches:
             log.info("the capture %s is complete: nothing to extract", prepared.capture_id)
-            reporter.progress("extract", prepared.corpus.num_tokens, prepared.corpus.num_tokens, "tokens")
+            tokens = _tokens_of(asked, prepared, layout)
+            reporter.progress("extract", tokens, tokens, "tokens")
             return {"sequences": 0, "of_sequences": layout.num_sequences, "seconds": 0.0}
         # a batch is computed whole or not at all: what of it is done is written anew, and not done until then
         again = [s for run, read in batches if read for s in run if s in journal.done]
@@ -85,7 +75,7 @@ def extract(
             journal.redo(again)
         if journal.done:
             log.info("going on after %d of %d sequences", len(journal.done), layout.num_sequences)
-        result = _run(prepared, workspace, corpus, files, journal, batches, devices, reporter)
+        result = _run(prepared, workspace, corpus, files, journal, batches, asked, devices, reporter)
         with (folder / "extractions.jsonl").open("a") as record:
             record.write(json.dumps(result) + "\n")
         return result
@@ -153,6 +143,11 @@ def _runs(sequences: range, batch: int) -> list[range]:
     return [range(start, min(start + batch, sequences.stop)) for start in range(sequences.start, sequences.stop, batch)]
 
 
+def _tokens_of(sequences: int, prepared: Prepared, layout: Layout) -> int:
+    """Tokens that so many sequences have, as a person is told: each counts as an average one."""
+    return prepared.corpus.num_tokens * sequences // layout.num_sequences
+
+
 def _present(entry: dict[str, Any] | None, files: ChunkFiles) -> bool:
     return entry is not None and all(_whole(chunk) for chunk in files.named_by(entry))
 
@@ -185,10 +180,11 @@ def _run(
     files: ChunkFiles,
     journal: Journal,
     batches: list[tuple[range, bool]],
+    asked: int,
     devices: Devices,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Load the model and run the batches that are missing."""
+    """Load the model and run the batches that are missing of the `asked` sequences."""
     began = time.monotonic()
     info = prepared.model
     fetch_weights(info, workspace, lambda done, total: reporter.progress("download", done, total, "bytes"))
@@ -198,7 +194,7 @@ def _run(
     placed = f"; {devices.placement.sentence}" if devices.placement else ""
     log.info("loaded %s on %s in %.1f s%s", info.source.name, devices.kind, loaded - fetched, placed)
     layout, todo = files.layout, sum(len(run) for run, _ in batches)
-    progress = Progress(reporter, layout, todo, corpus.info.num_tokens)
+    progress = Progress(reporter, todo, asked, _tokens_of(asked, prepared, layout))
     slot = prepared.spec.capture.batch_sequences * layout.positions * max(layout.widths.values()) * layout.itemsize
     with Ring(slot, ring_slots(slot), write_parts, pinned=devices.placement is not None) as ring:
         beside = writers_bytes(layout.largest_chunk_bytes, ring.writers, packed=layout.codec != "none")

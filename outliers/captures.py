@@ -9,8 +9,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import BadInput, CaptureError
+from outliers.fingerprint import layout_from, read_fingerprint
 from outliers.outcome import held_bytes
-from outliers.store import ARRAYS, Journal, hold, layout_from, read_fingerprint
+from outliers.store import ARRAYS, Journal, hold
 from outliers.workspace import Workspace
 
 

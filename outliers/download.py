@@ -1,4 +1,5 @@
-"""A model of the hub -> its files on this machine, in the hub's own cache (HF_HOME), which nothing here ever empties.
+"""A model of the hub -> its files on this machine, in the hub's own cache (HF_HOME), which nothing here ever empties, or
+in a folder of ours where that cache is on another disk (`cache_for`).
 
 Runs on the machine that computes, with the base dependencies alone. Knows files, nothing of what is in them beyond
 the list of shards. Before it: `hub`, which made a commit of a name. After it: `load`.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
+import os
 import queue
 import shutil
 import threading
@@ -40,6 +42,8 @@ from outliers.hub import (
 
 log = logging.getLogger(__name__)
 
+FOLDER_VARIABLE = "OUTLIERS_HUB_FOLDER"
+"""Set for jobs on other machines: a cache beside our files, whose disk is the one that was asked for and looked at."""
 WORKERS = 4
 """Files at a time: one connection alone seldom fills the line of a rented machine."""
 PROGRESS_SECONDS = 0.5
@@ -54,7 +58,7 @@ def download_model(repo_id: str, commit: str, *, progress: Callable[[int, int], 
     """
     from huggingface_hub import constants
 
-    place = _Place(repo_id, commit, Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}")
+    place = cache_for(repo_id, commit)
     lacking = place.lacking()
     if lacking is None:
         _report_all(place, progress)
@@ -102,6 +106,11 @@ class _Place:
         blob = self.folder / "blobs" / (file.blob or file.name)
         return self.snapshot / file.name, blob, blob.with_name(f"{blob.name}.incomplete")
 
+    @property
+    def cache(self) -> Path:
+        """The folder of all models."""
+        return self.folder.parent
+
     def lacking(self) -> str | None:
         """A file without which the model can't be loaded; None where all are here. A commit's files never change."""
         if not (self.snapshot / "config.json").exists():
@@ -113,6 +122,25 @@ class _Place:
             return WHOLE
         shards = set(json.loads(index.read_text())["weight_map"].values())
         return next((shard for shard in sorted(shards) if not (self.snapshot / shard).exists()), None)
+
+
+def cache_for(repo_id: str, commit: str) -> _Place:
+    """Where a model is, or goes: the hub's cache of this machine; or $OUTLIERS_HUB_FOLDER, where that is on another disk, the
+    model is not in the cache as it is, and nobody has put the cache anywhere (HF_HOME, HF_HUB_CACHE)."""
+    from huggingface_hub import constants
+
+    name = f"models--{repo_id.replace('/', '--')}"
+    own, ours = _Place(repo_id, commit, Path(constants.HF_HUB_CACHE) / name), os.environ.get(FOLDER_VARIABLE)
+    chosen = any(os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
+    if not ours or chosen or own.lacking() is None or _disk(own.cache) == _disk(Path(ours)):
+        return own
+    os.environ.setdefault("HF_XET_CACHE", f"{ours}/xet")
+    return _Place(repo_id, commit, Path(ours) / name)
+
+
+def _disk(place: Path) -> int:
+    """The number of the disk on which a folder is, or would be."""
+    return next(path.stat().st_dev for path in (place, *place.parents) if path.exists())
 
 
 def _report_all(place: _Place, progress: Callable[[int, int], None] | None) -> None:
@@ -213,7 +241,7 @@ class _Download:
         place = self.place
         with refusals("model", place.repo_id, place.commit, UnknownModel):
             try:
-                hf_hub_download(place.repo_id, file.name, revision=place.commit)
+                hf_hub_download(place.repo_id, file.name, revision=place.commit, cache_dir=place.cache)
                 return None
             except (httpx.TransportError, RuntimeError, XetError) as error:
                 # cut in the middle of a body; hf_xet raises RuntimeError for whatever happened to it

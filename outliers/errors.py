@@ -7,6 +7,7 @@
     │   │   ├── UnknownArchitecture   the sites of this family can't be named with certainty
     │   │   ├── CorpusError           unreadable text, or fewer tokens than asked
     │   │   ├── PlanRefused           does not fit the machine, the disk or the price
+    │   │   ├── HostRefused           a host whose key is not the known one, or that refuses ours
     │   │   ├── WorkspaceError        the workspace can't be written, or is of a newer format
     │   │   └── TargetError           the artifact store's URL is malformed or not usable
     │   ├── CaptureError          a capture on disk contradicts itself or the study
@@ -21,13 +22,17 @@
     │   ├── DiskFull              the workspace's disk took no more; what is journaled stays
     │   ├── MemoryFull            a GPU's memory took no more; what is journaled stays
     │   ├── Busy                  another process is writing this very capture
+    │   ├── BudgetSpent           the study would cost more than max_total_price
+    │   ├── DeployFailed          the program could not be installed on a machine
     │   └── JobFailed             a step ended with an error that is not one of these
     └── TransientError            the same call may succeed later
         ├── StoreUnavailable      the artifact store did not answer
         ├── HubUnavailable        the model or data set hub did not answer
         └── MachineLost           the machine or its job vanished
+            └── MachineGone           it was waited for already, for as long as is worth while
 
-The retry policy is one isinstance: `TransientError` is tried again, nothing else is.
+The retry policy is one isinstance: `TransientError` is tried again, nothing else is; but not MachineGone within the same
+run, which has just waited for it: *Retry*, or the same command, looks for the machine anew.
 A message gives the actual value, the limit, and what to do.
 """
 
@@ -64,6 +69,10 @@ class CorpusError(BadInput):
 
 class PlanRefused(BadInput):
     """The study does not fit the machine, the disk, the memory or the price."""
+
+
+class HostRefused(BadInput):
+    """A host can't be trusted, or does not trust us: its key is not the known one, or it refuses ours."""
 
 
 class WorkspaceError(BadInput):
@@ -122,6 +131,14 @@ class Busy(PermanentError):
     """Another process holds the capture."""
 
 
+class BudgetSpent(PermanentError):
+    """The machine would cost more than max_total_price."""
+
+
+class DeployFailed(PermanentError):
+    """The program could not be installed on a machine."""
+
+
 class JobFailed(PermanentError):
     """A step on a machine ended with an unforeseen error; its log says which."""
 
@@ -136,6 +153,10 @@ class HubUnavailable(TransientError):
 
 class MachineLost(TransientError):
     """The machine, or the job on it, vanished."""
+
+
+class MachineGone(MachineLost):
+    """The machine has not answered for as long as it was waited for."""
 
 
 def _family(root: type[OutliersError]) -> dict[str, type[OutliersError]]:

@@ -236,8 +236,8 @@ def send_logs_to(reporter: Reporter, logger_name: str = "outliers") -> ReporterH
 _FIELDS = frozenset(asdict(Event(0.0, ""))) - {"end"}
 
 
-def _parse(line: bytes, end: int) -> list[Event]:
-    """The event of one whole line; one that is none becomes a warning that shows it, for nothing may be lost."""
+def parse_line(line: bytes, end: int) -> list[Event]:
+    """The event of one whole line, which ends at byte `end`; one that is none becomes a warning that shows it: none is lost."""
     try:
         record = json.loads(line)
         known = {name: value for name, value in record.items() if name in _FIELDS}
@@ -247,7 +247,7 @@ def _parse(line: bytes, end: int) -> list[Event]:
         # bytes, for its quotes are escaped: they are where the whole event begins.
         begin = line.rfind(b'{"t": ')
         if begin > 0:
-            return [*_parse(line[:begin], end - len(line) + begin), *_parse(line[begin:], end)]
+            return [*parse_line(line[:begin], end - len(line) + begin), *parse_line(line[begin:], end)]
         text = line.decode(errors="replace").rstrip("\n")
         return [Event(0.0, "log", level="warning", message=f"unreadable event: {text}", end=end)]
 
@@ -270,7 +270,7 @@ def read(path: Path, offset: int = 0, chunk_bytes: int = _CHUNK_BYTES) -> tuple[
     for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
         offset += len(line)
         if line.strip():
-            events += _parse(line, offset)
+            events += parse_line(line, offset)
     return events, offset
 
 

@@ -19,8 +19,9 @@ from outliers.anatomy import SiteModule
 from outliers.durable import Unsynced
 from outliers.errors import SiteError
 from outliers.events import Reporter
+from outliers.layout import Layout
 from outliers.ring import Ring
-from outliers.store import ChunkFiles, Journal, Layout
+from outliers.store import ChunkFiles, Journal
 
 PROGRESS_SECONDS = 0.5
 
@@ -193,9 +194,9 @@ def _received(at: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 class Progress:
     """Tokens read so far, told at most every PROGRESS_SECONDS; a layer counts its share of its sequence."""
 
-    def __init__(self, reporter: Reporter, layout: Layout, todo: int, tokens: int) -> None:
-        self.reporter, self.layout, self.todo, self.tokens = reporter, layout, todo, tokens
-        self.before = layout.num_sequences - todo
+    def __init__(self, reporter: Reporter, todo: int, asked: int, tokens: int) -> None:
+        """`todo` of the `asked` sequences are to be read; `tokens` are in all that are asked for."""
+        self.reporter, self.todo, self.asked, self.tokens = reporter, todo, asked, tokens
         self.done = 0.0
         self._told = 0.0
 
@@ -213,5 +214,5 @@ class Progress:
     def _tell(self, sequences: float) -> None:
         self._told = time.monotonic()
         # a sequence that was read counts as an average one: lengths hardly matter to a person who waits
-        done = int((self.before + sequences) * self.tokens / self.layout.num_sequences)
+        done = int((self.asked - self.todo + sequences) * self.tokens / self.asked)
         self.reporter.progress("extract", done, self.tokens, "tokens")

@@ -43,6 +43,8 @@ MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _tries: ContextVar[int] = ContextVar("tries", default=TRIES)
+_silent: ContextVar[list[str] | None] = ContextVar("silent", default=None)
+"""Within `waited_for_once`: the names for which there was no connection at all."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ def resolve(kind: Literal["model", "dataset"], name: str, revision: str | None, 
 def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolved:
     from huggingface_hub import HfApi
 
+    silent = _silent.get()
+    if silent:
+        raise HubUnavailable(
+            f"'{name}' is no folder, file or built-in, and the hub, which did not answer for {silent[0]}, was not asked again"
+        )
     wait_as_told()
     api = HfApi()
     try:
@@ -103,6 +110,8 @@ def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolv
                 # anybody may see what a gated repository is; only its files are behind the gate
                 api.auth_check(name, repo_type=kind)
     except HubUnavailable as error:
+        if silent is not None and isinstance(error.__context__, httpx.TransportError):
+            silent.append(name)
         raise HubUnavailable(f"'{name}' is no folder, file or built-in, and {error}") from error
     public = not found.private and not found.gated
     if kind == "dataset" or found.siblings is None:
@@ -253,6 +262,16 @@ def tries_in_a_row(tries: int) -> Iterator[None]:
         _tries.reset(token)
 
 
+@contextmanager
+def waited_for_once() -> Iterator[None]:
+    """Within, names are not asked of a hub any more that could not be reached for one of them."""
+    token = _silent.set([])
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 class Patience:
     """The waits between tries of one thing, until too many in a row have failed."""
 
@@ -278,10 +297,10 @@ class Patience:
             )
         if told_seconds:
             seconds = min(told_seconds, LONGEST_WAIT_SECONDS)
-            log.warning("the hub asks to wait %.0f s (%s)", seconds, reason)
+            log.warning("the hub asks to wait %.0f s (%s), for %s", seconds, reason, self._what)
         else:
             seconds = min(2.0 ** (self._failed - 1), LONGEST_GUESS_SECONDS)
-            log.warning("the hub did not answer (%s): trying again in %.0f s", reason, seconds)
+            log.warning("the hub did not answer (%s) for %s: trying again in %.0f s", reason, self._what, seconds)
         time.sleep(seconds)
 
 

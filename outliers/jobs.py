@@ -8,6 +8,7 @@
         events.jsonl   the stream (see `events`): what the command printed, what it reported, heartbeats
         error.json     the OutliersError that the command recorded before it ended, if it did
         cancel.json    somebody asked for its end
+        reserve        room for its last words on a full disk; gone with its end
         exit.json      how it ended; absent after a power cut or a SIGKILL of the supervisor
 
 `python -m outliers.supervisor FOLDER LOCK_FD` is the supervisor: the leader of a session of its own, which runs the command
@@ -38,18 +39,22 @@ from typing import Any, Literal
 from outliers import events
 from outliers.errors import BadInput, JobFailed, MachineLost, OutliersError, from_record
 from outliers.events import Event
-from outliers.files import write_atomic
+from outliers.files import is_locked, write_atomic
 
 Status = Literal["running", "done", "failed", "cancelled", "lost"]
 
 JOB_VARIABLE = "OUTLIERS_JOB"
 """Names the folder of the job that a command runs in."""
 HEARTBEAT_VARIABLE = "OUTLIERS_HEARTBEAT_SECONDS"
+LEASE_ENDED = "lease"
+"""Why a job was cancelled: the machine is to be held no longer."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _START_SECONDS = 60.0
 _KILL_SECONDS = 10.0
 _LAST_LINES = 15
+_RESERVE = "reserve"
+_RESERVE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,13 @@ def newest(workspace: Path, name: str) -> JobHandle | None:
     return JobHandle(name, max(attempts), home / f"{max(attempts):04d}") if attempts else None
 
 
+def running(workspace: Path) -> tuple[JobHandle, ...]:
+    """Every job of a workspace that runs now."""
+    names = sorted(path.name for path in (workspace / "jobs").glob("*") if _NAME.fullmatch(path.name))
+    latest = [handle for name in names if (handle := newest(workspace, name)) is not None]
+    return tuple(handle for handle in latest if status(handle.folder) == "running")
+
+
 def _new_attempt(home: Path, job: JobSpec, attempt: int) -> tuple[Path, int]:
     """The folder of a new attempt and its held lock; under its name the folder was never seen without either."""
     draft, folder = home / ".new", home / f"{attempt:04d}"
@@ -114,6 +126,8 @@ def _new_attempt(home: Path, job: JobSpec, attempt: int) -> tuple[Path, int]:
     draft.mkdir()
     record = {"name": job.name, "attempt": attempt, "argv": job.argv, "env": sorted(job.env), "created": time.time()}
     write_json(draft / "job.json", record)
+    # no zeros: some disks keep no room for them
+    (draft / _RESERVE).write_bytes(os.urandom(_RESERVE_BYTES))
     lock = os.open(draft / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     fcntl.flock(lock, fcntl.LOCK_EX)
     draft.rename(folder)
@@ -208,6 +222,8 @@ def result(folder: Path) -> None:
     if how == "lost":
         raise MachineLost(f"{name} vanished: its machine was stopped, or its supervisor killed; start it again")
     if how == "cancelled":
+        if (read_json(folder / "cancel.json") or {}).get("reason") == LEASE_ENDED:
+            raise MachineLost(f"{name} was ended because nobody had renewed the lease of its machine; start it again")
         raise JobFailed(f"{name} was cancelled")
     record = read_json(folder / "exit.json") or {}
     if error := record.get("error"):
@@ -239,17 +255,18 @@ def recorded_error(folder: Path) -> OutliersError | None:
 def record_error(error: OutliersError) -> None:
     """Called by a step before it exits: leaves its error for whoever asks for the result; outside a job, nothing."""
     if folder := os.environ.get(JOB_VARIABLE):
-        write_json(Path(folder) / "error.json", {"kind": type(error).__name__, "message": str(error)})
+        _write_last(Path(folder), "error.json", {"kind": type(error).__name__, "message": str(error)})
 
 
-def cancel(folder: Path, grace_seconds: float = 10.0) -> Status:
+def cancel(folder: Path, grace_seconds: float = 10.0, reason: str = "") -> Status:
     """Ends the job and all its processes: SIGTERM, after `grace_seconds` SIGKILL; returns when they are gone.
 
+    `reason`: LEASE_ENDED makes its result an error that a retry may mend.
     A job that has ended is left as it is, so calling it again changes nothing. Nothing is signalled once the lock is
     free, since the process group's number may by then be somebody else's. Raises JobFailed if it can't be ended.
     """
     if _held(folder) and not (folder / "exit.json").exists():
-        write_json(folder / "cancel.json", {"requested": time.time()})
+        write_json(folder / "cancel.json", {"requested": time.time(), "reason": reason})
     # The number is known a moment after the lock is held.
     _until(lambda: not _held(folder) or (folder / "started.json").exists(), _START_SECONDS)
     pgid = (read_json(folder / "started.json") or {}).get("pgid")
@@ -271,7 +288,17 @@ def write_exit(folder: Path, code: int | None, number: int | None, error: Mappin
     """Write how a job ended: exit code or signal, and the error that it recorded."""
     cancelled = (folder / "cancel.json").exists()
     record = {"code": code, "signal": number, "error": error, "cancelled": cancelled, "ended": time.time()}
-    write_json(folder / "exit.json", {**record, "ram_bytes": total_ram_bytes()})
+    _write_last(folder, "exit.json", {**record, "ram_bytes": total_ram_bytes()})
+    (folder / _RESERVE).unlink(missing_ok=True)
+
+
+def _write_last(folder: Path, name: str, value: Any) -> None:
+    """`write_json` of how a job ended; where the disk takes no more, in the room that was kept for it."""
+    try:
+        write_json(folder / name, value)
+    except OSError:
+        (folder / _RESERVE).unlink(missing_ok=True)
+        write_json(folder / name, value)
 
 
 def total_ram_bytes() -> int:
@@ -300,15 +327,8 @@ def _until(condition: Callable[[], bool], seconds: float, poll_seconds: float = 
 
 
 def _held(folder: Path) -> bool:
-    """Whether somebody holds the job's lock. Asked with a shared lock: those who ask don't see one another."""
-    try:
-        with (folder / "lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
+    """Whether somebody holds the job's lock."""
+    return is_locked(folder / "lock")
 
 
 def write_json(path: Path, value: Any) -> None:

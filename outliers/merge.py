@@ -12,20 +12,25 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from outliers.errors import BadInput, CorruptCapture, SummaryMismatch
+from outliers.parts import LOCKS, locked
 from outliers.prepare import Prepared
 from outliers.summary import Summary, merge
 from outliers.summary_files import COUNTS, has_summary, read_summary, write_summary
 from outliers.workspace import Workspace
 
 STUDY = "study.json"
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def merge_summaries(folders: list[Path], workspace: Workspace) -> Merged:
     """Join summaries into the workspace's summary of their study.
 
     Raises BadInput for a folder that is no summary, SummaryMismatch for one of another study (and names what differs) or
-    with a sequence that another one has, CorruptCapture.
+    with a sequence that another one has, CorruptCapture. Whoever else merges this study here is waited for.
     """
     if not folders:
         raise BadInput("there is nothing to merge: give the folders of summaries")
@@ -54,7 +59,11 @@ def merge_summaries(folders: list[Path], workspace: Workspace) -> Merged:
                 "can be merged"
             )
     prepared = studies[0]
-    target = workspace.summary(prepared.capture_id, prepared.study_id)
+    with locked(workspace.root / LOCKS / f"{prepared.study_id}-summary", lambda: time.sleep(POLL_SECONDS)):
+        return _merge(prepared, folders, workspace.summary(prepared.capture_id, prepared.study_id))
+
+
+def _merge(prepared: Prepared, folders: list[Path], target: Path) -> Merged:
     target.parent.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(dir=target.parent, prefix=".merging-"))
     try:
@@ -83,17 +92,35 @@ def _study(folder: Path) -> Prepared:
 
 
 def _join(folders: list[Path], into: Path) -> Summary:
-    total = read_summary(folders[0])
     (into / COUNTS).mkdir()
-    for number, folder in enumerate(folders):
-        if number:
-            try:
-                total = merge(total, read_summary(folder))
-            except SummaryMismatch as error:
-                raise SummaryMismatch(f"{folder} can't be merged with the others: {error}") from error
-        for path in (folder / COUNTS).glob("*.npz"):
-            shutil.copyfile(path, into / COUNTS / path.name)
+    total = read_summary(folders[0])
+    _copy_counts(folders[0], into, tuple(total.sequences.tolist()))
+    for folder in folders[1:]:
+        summary = read_summary(folder)
+        _copy_counts(folder, into, tuple(summary.sequences.tolist()))
+        try:
+            total = merge(total, summary)
+        except SummaryMismatch as error:
+            raise SummaryMismatch(f"{folder} can't be merged with the others: {error}") from error
     return total
+
+
+def _copy_counts(folder: Path, into: Path, sequences: tuple[int, ...]) -> None:
+    """The counts of single sequences, which are those of the totals, every one once: else votes would be too few, unseen."""
+    counted: list[int] = []
+    for path in (folder / COUNTS).glob("*.npz"):
+        copy = into / COUNTS / path.name
+        shutil.copyfile(path, copy)
+        try:
+            with np.load(copy, allow_pickle=False) as stored:
+                counted += stored["sequence"].tolist()
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise CorruptCapture(f"{path} can't be read: {error}; analyze those sequences again") from error
+    if sorted(counted) != sorted(sequences):
+        raise CorruptCapture(
+            f"the totals in {folder} are of the sequences {spans(sequences)}, the counts in its folder {COUNTS} of "
+            f"{spans(tuple(sorted(counted))) or 'none'}: it is not whole; remove it and analyze those sequences again"
+        )
 
 
 def difference(one: Prepared, other: Prepared) -> str:

@@ -107,7 +107,7 @@ def _gguf_file(path: Path, workspace: Workspace) -> ModelSource:
 
 
 def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
-    files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in _PARTS)
+    files = parts(path)
     if not (path / "config.json").is_file():
         raise UnknownModel(f"{path} has no config.json: not a model's folder")
     if weights and not any(f.suffix in _WEIGHTS for f in files):
@@ -117,6 +117,11 @@ def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
     return ModelSource(
         kind="folder", id=f"local:{revision[:12]}", name=path.name, revision=revision, path=str(path.absolute())
     )
+
+
+def parts(path: Path) -> tuple[Path, ...]:
+    """The files of a model's folder: those that its revision is the hash of."""
+    return tuple(sorted(f for f in path.iterdir() if f.is_file() and f.suffix in _PARTS))
 
 
 def _hub(spec: ModelSpec) -> ModelSource:

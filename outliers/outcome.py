@@ -1,7 +1,8 @@
 """How a study ended, and whether it was there before anything ran.
 
 `find_outcome` looks at the artifact store first (or at the workspace, where nothing is published) and answers before
-a machine is asked for. It decides nothing about machines. Before it: `prepare`. After it: the command and the flow.
+a machine is asked for; `find_finished` says whether nothing but publishing is left. It decides nothing about machines.
+Before it: `prepare`. After it: the command and the flow.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from outliers.allowlist import LOG
+from outliers.errors import PublishRefused
+from outliers.files import sha256_file
 from outliers.manifest import read_manifest
 from outliers.prepare import Prepared
 from outliers.publish import fetch, model_slug, published_manifest
@@ -81,6 +85,26 @@ def find_outcome(prepared: Prepared, workspace: Workspace) -> Outcome | None:
     return make_outcome(
         prepared, workspace, published=f"{target}/{slug}/{prepared.study_id}/manifest.json", cached=True
     )
+
+
+def find_finished(prepared: Prepared, workspace: Workspace) -> dict[str, Any] | None:
+    """The manifest of a study whose results are in the workspace, whole; None where anything of them is not as it says.
+
+    A folder may be half there: the manifest comes home with the other files, in no order. The log is none of the results.
+    """
+    folder = workspace.study(prepared.study_id)
+    try:
+        manifest = read_manifest(folder)
+        if manifest is None or manifest["study_id"] != prepared.study_id:
+            return None
+        files = [file for file in manifest["files"] if file["path"] != LOG]
+        whole = all(sha256_file(folder / file["path"]) == file["sha256"] for file in files)
+    except (PublishRefused, OSError) as error:
+        log.warning("the results in %s are not whole: %s", folder, error)
+        return None
+    if not whole:
+        log.warning("the results in %s are not whole: they are not what their manifest says", folder)
+    return manifest if whole else None
 
 
 def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | None, cached: bool) -> Outcome:

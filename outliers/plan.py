@@ -1,37 +1,34 @@
 """What a study would take, computed before anything is spent: parameters, memory, disk, seconds, and which machine fits.
 
 Bytes of the capture are exact; memory and time are estimates, each with its assumption beside it. Nothing is loaded
-but a config. Before it: `prepare`'s model_info. After it: a refusal with both numbers, or the flow.
+but a config, and what is there already is not looked for. Before it: `prepare`'s model_info, `memory`, `estimate`. After it:
+`remaining`, and a refusal with both numbers, or the flow.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from outliers.errors import CaptureError, PlanRefused
+from outliers.errors import PlanRefused
+from outliers.estimate import LOCAL, Step, estimate, left_out, longest_part, over_budget, price_of, total_seconds
+from outliers.layout import Layout
+from outliers.machines import chosen
 from outliers.machines.base import GB, Excluded, Gpu, MachineRequest, Offer, Provider
 from outliers.memory import even_placement, needs, placement_for
 from outliers.model_info import ModelInfo
 from outliers.placement import Placement, total_needed
-from outliers.prepare import Prepared, layout_of
+from outliers.prepare import layout_of
 from outliers.spec import StudySpec
-from outliers.store import Journal, Layout, is_complete
-from outliers.workspace import Workspace
 
 __all__ = [
-    "Plan", "bytes_left", "check_plan", "make_plan", "needs", "placement_for", "planned_layout", "request_for", "suitable",
+    "Plan", "check_plan", "make_plan", "needs", "placement_for", "planned_layout", "request_for", "suitable",
 ]  # fmt: skip
-
-MEASURE_SIZE = 768
-PASS_EFFICIENCY = 0.5
-"""SmolLM2's captured pass reached 874 tokens/s here, 235 GFLOP/s, where the product of matrices reached 448."""
 
 
 class GpuShare(BaseModel):
@@ -50,9 +47,13 @@ class GpuShare(BaseModel):
 class Plan(BaseModel):
     """Numbers of bytes, seconds and parameters; `refusals` is empty where the study fits.
 
-    `ram_bytes`: memory of a machine without GPUs, `host_ram_bytes` of one with. `vram_bytes`: of one GPU that holds the
-    whole model; `gpus`: the shares of --gpu-count equal ones. `checkpoint_bytes`: the weights on disk, as they are
-    quantized; `download_bytes`: what of it is still on the hub alone.
+    `shards`: machines, or processes on this one, that share the sequences, and `spread` says how; null for one.
+    `ram_bytes`: memory of a machine without GPUs, `host_ram_bytes` of one with; of all processes on it. `vram_bytes`: of one
+    GPU that holds the whole model; `gpus`: the shares of --gpu-count equal ones. `checkpoint_bytes`: the weights on disk, as
+    they are quantized; `download_bytes`: what of it is still on the hub alone. `seconds` and `assumptions`, as `name: text`, are
+    of the first offer's steps. Each of `offers` has its own: `seconds` (null where a step's speed is not known),
+    `total_seconds` without the steps that `left_out` names, and `total_price`, dollars or null where a step is left out:
+    of `machines` of its kind, each at `price_per_hour`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,6 +66,8 @@ class Plan(BaseModel):
     num_experts: int | None
     num_layers: int
     tokens: int
+    shards: int
+    spread: str | None
     weight_bytes: int
     checkpoint_bytes: int
     download_bytes: int
@@ -93,27 +96,31 @@ def request_for(spec: StudySpec, info: ModelInfo, capture_bytes_left: int) -> Ma
     memory, count = needs(spec, info), spec.compute.gpu_count
     both = (memory["ram_bytes"], memory["host_ram_bytes"])
     least = min(both) if count is None else both[count > 0]
-    disk = capture_bytes_left + (download_bytes(info) if capture_bytes_left and not _cache_is_elsewhere() else 0)
+    disk = capture_bytes_left
+    if capture_bytes_left and chosen(spec.compute.provider) != LOCAL:
+        disk += info.weights.checkpoint_bytes
+    elif capture_bytes_left and not _cache_is_elsewhere():
+        disk += download_bytes(info)
     return MachineRequest.from_spec(spec.compute, needed_ram_bytes=least, needed_disk_bytes=disk)
 
 
 def download_bytes(info: ModelInfo) -> int:
-    """Bytes of weights that a model of the hub still has to bring here; 0 for one that is here, or was never there."""
+    """Bytes of weights that a model of the hub still has to bring here, less what a broken download left; 0 for one that is
+    here, or was never there."""
     if info.source.kind != "hub":
         return 0
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    def here(name: str) -> str | None:
-        found = try_to_load_from_cache(info.source.path, name, revision=info.source.revision)
-        return found if isinstance(found, str) else None
-
-    if here("model.safetensors"):
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=info.source.path, repo_type="model")
+    snapshot = cache / "snapshots" / info.source.revision
+    index = snapshot / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    if all((snapshot / name).exists() for name in names):
         return 0
-    index = here("model.safetensors.index.json")
-    if index is None:
-        return info.weights.checkpoint_bytes
-    shards_there = map(here, set(json.loads(Path(index).read_text())["weight_map"].values()))
-    return 0 if all(shards_there) else info.weights.checkpoint_bytes
+    # what grows bears another name until it is whole
+    parts = (*snapshot.glob("*.safetensors"), *cache.glob("blobs/*.incomplete"))
+    return max(0, info.weights.checkpoint_bytes - sum(path.stat().st_size for path in parts))
 
 
 def _cache_is_elsewhere() -> bool:
@@ -121,27 +128,22 @@ def _cache_is_elsewhere() -> bool:
     return bool(os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE"))
 
 
-def bytes_left(prepared: Prepared, workspace: Workspace) -> int:
-    """Bytes that the capture still has to write: none where it is complete, less what is journaled where it was begun."""
-    layout = planned_layout(prepared.spec, prepared.model)
-    folder = workspace.capture(prepared.capture_id)
-    try:
-        if is_complete(folder):
-            return 0
-        done = Journal.open(folder / "journal.jsonl").done
-    except CaptureError:
-        return layout.total_bytes
-    return max(0, layout.total_bytes - sum(int(entry["bytes"]) for entry in done.values()))
-
-
 def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | None = None) -> Plan:
-    """The plan of a spec. `left`: bytes of the capture still to write, where that is known."""
-    layout = planned_layout(spec, info)
+    """The plan of a spec. `left`: bytes of the capture still to write, by all machines, where that is known.
+
+    BadInput where there are more --shards than batches.
+    """
+    layout, memory = planned_layout(spec, info), needs(spec, info)
     left = layout.total_bytes if left is None else left
-    request = request_for(spec, info, left)
-    offers, excluded = suitable(spec, info, provider, request)
-    tokens = layout.num_sequences * layout.positions
-    seconds, assumptions = _seconds(info, tokens, left, bool(offers and offers[0].facts.gpus))
+    each = left if runs_here(spec) else min(left, planned_layout(longest_part(spec), info).total_bytes)
+    request, beside = request_for(spec, info, each), spread(spec, info)
+    if beside and runs_here(spec):
+        request = replace(request, needed_ram_bytes=0)  # what all of them need is asked of the offers
+    offers, excluded = suitable(spec, info, provider, request, each)
+    timed = [(offer, steps_on(spec, info, offer, each)) for offer in offers]
+    first = timed[0][1] if timed else ()
+    processes = spec.compute.shards if runs_here(spec) else 1
+    memory |= {name: memory[name] * processes for name in ("ram_bytes", "host_ram_bytes")}
     return Plan(
         model=info.source.id,
         architecture=info.architecture,
@@ -150,39 +152,94 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
         active_parameters=info.active_parameters,
         num_experts=info.num_experts,
         num_layers=info.num_layers,
-        tokens=tokens,
+        tokens=layout.num_sequences * layout.positions,
+        shards=spec.compute.shards,
+        spread=beside,
         weight_bytes=info.weights.memory_bytes,
         checkpoint_bytes=info.weights.checkpoint_bytes,
         download_bytes=download_bytes(info),
-        gpus=shares(even_placement(info, spec)),
+        gpus=shares(even_placement(info, one_gpu(spec))),
         capture_bytes=layout.total_bytes,
         capture_bytes_left=left,
-        seconds=seconds,
-        assumptions=assumptions,
-        offers=tuple(_offer(spec, info, offer) for offer in offers),
+        seconds={step.name: step.seconds for step in first if step.seconds is not None},
+        assumptions=tuple(f"{step.name}: {step.assumption}" for step in first),
+        offers=tuple(_offer(spec, info, offer, steps) for offer, steps in timed),
         refusals=refusals(excluded),
-        **needs(spec, info),
+        **memory,
     )
 
 
-def check_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int) -> MachineRequest:
-    """The request of a study that fits some machine; PlanRefused with every reason where none does."""
+def runs_here(spec: StudySpec) -> bool:
+    """Whether the study runs on this computer, its parts as processes beside each other."""
+    return chosen(spec.compute.provider) == LOCAL
+
+
+def spread(spec: StudySpec, info: ModelInfo) -> str | None:
+    """How the parts of a study that is spread share it, for a person; None for one machine. BadInput as `split`."""
+    shards, total = spec.compute.shards, spec.corpus.num_sequences
+    if shards == 1:
+        return None
+    part = longest_part(spec)
+    some = f"at most {part.corpus.num_sequences} of the {total} sequences each"
+    if runs_here(spec):
+        return (
+            f"{shards} processes at once on this machine, {some}; memory, disk and times are of all together, which share its "
+            "cores, and have a GPU each where there are any"
+        )
+    disk, fewer = planned_layout(part, info).total_bytes, ""
+    if chosen(spec.compute.provider) == "ssh":
+        fewer = "; where fewer hosts fit, parts share one and take longer"
+    return (
+        f"{shards} machines at once, {some}, of the disk {disk / GB:.2f} GB; memory is of each, times are of the longest part, "
+        f"the price is of {shards} machines that last as long{fewer}"
+    )
+
+
+def check_plan(
+    spec: StudySpec, info: ModelInfo, provider: Provider, left: int, ram_bytes: int | None = None
+) -> MachineRequest:
+    """The request of a study, among the offers that hold it; PlanRefused with every reason where none does.
+
+    left: bytes of the capture that one machine still has to write. ram_bytes: memory that the rest of the study takes where
+    it loads no model any more; None where it does. Processes that share this machine are asked for neither: what they take
+    together is checked once, by `remaining`.
+    """
     request = request_for(spec, info, left)
-    offers, excluded = suitable(spec, info, provider, request)
+    beside = runs_here(spec) and spec.compute.shards > 1
+    if beside:
+        request = replace(request, needed_ram_bytes=0, needed_disk_bytes=0)
+    elif ram_bytes is not None:
+        request = replace(request, needed_ram_bytes=ram_bytes)
+    loads = ram_bytes is None
+    offers, excluded = suitable(spec, info, provider, request, left, loads=loads, holds=loads and not beside)
     if not offers:
-        raise PlanRefused("no machine fits: " + "; ".join(refusals(excluded)))
-    return request
+        why = refusals(excluded)
+        raise PlanRefused("no machine fits: " + why[0] if len(why) == 1 else "no machine fits:\n  " + "\n  ".join(why))
+    return replace(request, among=tuple(offer.name for offer in offers))
 
 
 def suitable(
-    spec: StudySpec, info: ModelInfo, provider: Provider, request: MachineRequest
+    spec: StudySpec,
+    info: ModelInfo,
+    provider: Provider,
+    request: MachineRequest,
+    left: int | None = None,
+    *,
+    loads: bool = True,
+    holds: bool = True,
 ) -> tuple[tuple[Offer, ...], tuple[Excluded, ...]]:
-    """A provider's offers, less those whose GPUs don't hold the model, or whose memory doesn't where there are none."""
+    """A provider's offers, less those whose GPUs don't hold the model (where it `loads` one), or whose free memory doesn't
+    (where it must, `holds`), and those on which the study would cost more than --max-total-price. `left`: as in `check_plan`.
+    """
     offers, excluded = provider.offers(request)
     kept, small = [], []
     for offer in offers:
         try:
-            place_on(spec, info, offer)
+            if holds:
+                _check_memory(spec, info, offer)
+            if loads:
+                place_on(spec, info, offer)
+            _check_budget(spec, info, offer, left)
         except PlanRefused as error:
             small.append(Excluded(offer.name, str(error)))
         else:
@@ -190,17 +247,66 @@ def suitable(
     return tuple(kept), (*excluded, *small)
 
 
+def _check_budget(spec: StudySpec, info: ModelInfo, offer: Offer, left: int | None) -> None:
+    most, price = spec.compute.max_total_price, offer.price_per_hour
+    if most is None or not price:
+        return  # nothing is measured for a machine that costs nothing
+    if left is None:
+        left = planned_layout(longest_part(spec), info).total_bytes
+    reason = over_budget(steps_on(spec, info, offer, left), price, most, machines_of(spec, offer))
+    if reason is not None:
+        raise PlanRefused(reason)
+
+
+def machines_of(spec: StudySpec, offer: Offer) -> int:
+    """How many machines of an offer's kind a study takes: processes on this one are one."""
+    return 1 if offer.provider == LOCAL else spec.compute.shards
+
+
+def steps_on(spec: StudySpec, info: ModelInfo, offer: Offer, left: int) -> tuple[Step, ...]:
+    """What a study would do on an offer, with seconds. `left`: bytes of the capture still to write."""
+    placed = place_on(spec, info, offer)
+    gpus = tuple(offer.facts.gpus[gpu].name for gpu in placed.gpus) if placed else ()
+    return estimate(spec, info, offer, gpus, left, download_bytes(info) if offer.provider == LOCAL else 0)
+
+
 def place_on(spec: StudySpec, info: ModelInfo, offer: Offer) -> Placement | None:
-    """Where the model lies on a machine's GPUs, None where none is used. Raises PlanRefused where it has no room."""
-    facts = offer.facts
-    gpus = bool(facts.gpus) and spec.compute.gpu_count != 0
-    needed, free = needs(spec, info)["host_ram_bytes" if gpus else "ram_bytes"], facts.ram_available_bytes
-    if needed > free:
-        raise PlanRefused(
-            f"the study needs {needed / GB:.2f} GB of memory with{'' if gpus else 'out'} a GPU, {free / GB:.2f} GB is free: "
-            "choose a machine with more (--min-cpu-ram)" + ("" if gpus else ", or with GPUs (--gpu-count)")
-        )
-    return placement_for(info, spec, usable_gpus(spec, facts.gpus)) if gpus else None
+    """Where the model lies on a machine's GPUs, None where none is used. Raises PlanRefused where it has no room there."""
+    gpus = offer.facts.gpus
+    return placement_for(info, one_gpu(spec), usable_gpus(spec, gpus)) if _uses_gpus(spec, offer) else None
+
+
+def one_gpu(spec: StudySpec) -> StudySpec:
+    """What a process has of the GPUs that it is given: processes that share this machine have one each."""
+    if not runs_here(spec) or spec.compute.shards == 1 or spec.compute.gpu_count == 0:
+        return spec
+    return spec.model_copy(update={"compute": spec.compute.model_copy(update={"gpu_count": 1})})
+
+
+def _uses_gpus(spec: StudySpec, offer: Offer) -> bool:
+    return bool(offer.facts.gpus) and spec.compute.gpu_count != 0
+
+
+def _check_memory(spec: StudySpec, info: ModelInfo, offer: Offer) -> None:
+    """PlanRefused where an offer's free memory does not hold the study, or its processes together."""
+    gpus, processes = _uses_gpus(spec, offer), spec.compute.shards if offer.provider == LOCAL else 1
+    one, free = needs(spec, info)["host_ram_bytes" if gpus else "ram_bytes"], offer.facts.ram_available_bytes
+    if one * processes <= free:
+        return
+    if processes > 1:
+        raise PlanRefused(too_many(processes, one * processes, free))
+    raise PlanRefused(
+        f"the study needs {one / GB:.2f} GB of memory with{'' if gpus else 'out'} a GPU, {free / GB:.2f} GB is free: "
+        "choose a machine with more (--min-cpu-ram)" + ("" if gpus else ", or with GPUs (--gpu-count)")
+    )
+
+
+def too_many(processes: int, needed_bytes: int, free_bytes: int) -> str:
+    """Why processes don't fit beside each other."""
+    return (
+        f"{processes} processes need {needed_bytes / GB:.2f} GB of memory, {free_bytes / GB:.2f} GB is free: ask for fewer "
+        "--shards"
+    )
 
 
 def usable_gpus(spec: StudySpec, gpus: tuple[Gpu, ...]) -> tuple[int | None, ...]:
@@ -228,12 +334,17 @@ def refusals(excluded: tuple[Excluded, ...]) -> tuple[str, ...]:
     return tuple(f"{item.name}: {item.reason}" for item in excluded)
 
 
-def _offer(spec: StudySpec, info: ModelInfo, offer: Offer) -> dict[str, Any]:
-    facts, placed = offer.facts, place_on(spec, info, offer)
+def _offer(spec: StudySpec, info: ModelInfo, offer: Offer, steps: tuple[Step, ...]) -> dict[str, Any]:
+    facts, placed, without = offer.facts, place_on(spec, info, offer), left_out(steps)
     return {
         "provider": offer.provider,
         "name": offer.name,
         "price_per_hour": offer.price_per_hour,
+        "machines": machines_of(spec, offer),
+        "seconds": {step.name: step.seconds for step in steps},
+        "total_seconds": total_seconds(steps),
+        "left_out": list(without),
+        "total_price": None if without else price_of(steps, offer.price_per_hour, machines_of(spec, offer)),
         "cpus": facts.cpus,
         "ram_bytes": facts.ram_bytes,
         "ram_available_bytes": facts.ram_available_bytes,
@@ -242,33 +353,3 @@ def _offer(spec: StudySpec, info: ModelInfo, offer: Offer) -> dict[str, Any]:
         "placement": placed.sentence if placed else None,
         "shares": [share.model_dump() for share in shares(placed)] if placed else [],
     }
-
-
-def _seconds(info: ModelInfo, tokens: int, left: int, gpu: bool) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Seconds a step on this machine's processor; nothing is said of a GPU, whose speed was not measured."""
-    if gpu or not left:
-        return {}, ("no time is estimated for a GPU or for a capture that is complete",) if gpu else ()
-    rate = measure_flops(info.dtype)
-    work = 2 * info.active_parameters * tokens / (rate * PASS_EFFICIENCY)
-    load = info.weights.memory_bytes / 500e6 + 8
-    return (
-        {"load": round(load, 1), "pass": round(work, 1)},
-        (
-            f"pass: 2 x active parameters x tokens at {rate * PASS_EFFICIENCY / 1e9:.0f} GFLOP/s, "
-            f"{PASS_EFFICIENCY:g} of what a {info.dtype} product of {MEASURE_SIZE} x {MEASURE_SIZE} matrices just reached here",
-            "load: 8 s of imports and weights at 500 MB/s",
-        ),
-    )
-
-
-def measure_flops(dtype: str) -> float:
-    """Floating-point operations a second of a matrix product on this processor, best of a fraction of a second."""
-    import torch
-
-    a = torch.randn(MEASURE_SIZE, MEASURE_SIZE).to(getattr(torch, dtype))
-    best, until = math.inf, time.monotonic() + 0.4
-    while time.monotonic() < until or best is math.inf:
-        began = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - began)
-    return 2 * MEASURE_SIZE**3 / best

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from outliers.corpus import CorpusInfo, prepare_corpus
 from outliers.errors import BadInput
+from outliers.layout import Layout
+from outliers.machines.options import check_options
 from outliers.model_info import ModelInfo, describe_model
 from outliers.models import find_model
 from outliers.spec import ANALYSIS_VERSION, FORMAT_VERSION, StudySpec, digest
-from outliers.store import Layout
 from outliers.workspace import Workspace
 
 ID_LENGTH = 16
@@ -112,6 +113,7 @@ def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
 
 def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
     """Settle a spec. Raises BadInput and its kinds for what can't be had, HubUnavailable when the hub is silent."""
+    check_options(spec.compute)
     info = model_info(spec, workspace)
     corpus = prepare_corpus(spec.corpus, info.source, workspace)
     layers = resolve_layers(spec, info)

@@ -39,14 +39,38 @@ def digest(payload: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Part(BaseModel):
-    """A frozen part of a spec: unknown fields are errors."""
+def _say_bounds(schema: dict[str, Any]) -> None:
+    """Add to each description in a JSON schema what is allowed: Prefect's form checks bounds, and shows none."""
+    for field in schema.get("properties", {}).values():
+        said: str = field.get("description", "")
+        bounds: dict[str, float] = {}
+        for option in (field, *field.get("anyOf", ())):
+            bounds |= {name: option[name] for name in ("minimum", "exclusiveMinimum", "maximum") if name in option}
+        low, above, high = (bounds.get(name) for name in ("minimum", "exclusiveMinimum", "maximum"))
+        texts = [f"{low:,} to {high:,}"] if low is not None and high is not None else []
+        texts += [f"more than {above:g}"] if above is not None else []
+        texts += [f"at least {low:,}"] if low is not None and high is None else []
+        texts += [f"at most {high:,}"] if high is not None and low is None else []
+        if texts and texts[0] not in said:
+            field["description"] = f"{said}; {', '.join(texts)}"
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+class Part(BaseModel):
+    """A frozen part of a spec: unknown fields are errors. In a form a field has the name it has everywhere."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        json_schema_extra=_say_bounds,
+        field_title_generator=lambda name, info: name,
+    )
 
 
 class ModelSpec(Part):
     """Which model, and in which arithmetic."""
+
+    model_config = ConfigDict(title="with options")
 
     id: str = Field(
         min_length=1,
@@ -66,6 +90,8 @@ class ModelSpec(Part):
 
 class CorpusSpec(Part):
     """Which tokens the model reads."""
+
+    model_config = ConfigDict(title="with options")
 
     source: str = Field(
         "HuggingFaceFW/fineweb-edu",
@@ -173,16 +199,61 @@ class CriteriaSpec(Part):
 class ComputeSpec(Part):
     """Which machine, and for how much; never part of an id."""
 
-    provider: str = Field("", description="whose machine: local (default: $OUTLIERS_PROVIDER, else local)")
-    machine: str | None = Field(None, description="name of the machine (default: made from the capture's id)")
+    provider: str = Field(
+        "",
+        description="whose machine: local, ssh (a host of yours), sky (rented) (default: $OUTLIERS_PROVIDER, else local)",
+    )
+    machine: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9-]{0,47}$",
+        description="name of the machine: small letters, digits and - (default: made from the capture's id)",
+    )
+    host: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@:\[\]-]*$",
+        description="for provider ssh: user@host, a name of your ssh configuration, or one of `outliers machines add` "
+        "(default: whichever of those fits)",
+    )
+    region: str | None = Field(None, description="for provider sky: region of the cloud, such as us-east-1")
     gpu_count: int | None = Field(None, ge=0, le=8, description="GPUs to use, 0 to 8 (default: what the machine has)")
     gpu_filter: str | None = Field(None, description="part of the GPU's name, such as A100 or H100")
     min_vram: float | None = Field(None, gt=0, description="memory of each GPU, in GB (10^9 bytes)")
     min_cpu_ram: float | None = Field(None, gt=0, description="the machine's own memory, in GB (10^9 bytes)")
     max_price: float | None = Field(None, gt=0, description="highest price of the whole machine, in dollars an hour")
+    max_total_price: float | None = Field(
+        None,
+        gt=0,
+        description="most that the machine may cost in all, in dollars; the study is ended before it costs more",
+    )
     disk: float | None = Field(None, gt=0, description="free disk the machine must have, in GB (10^9 bytes)")
+    lease_seconds: int = Field(
+        1_800,
+        ge=10,
+        le=86_400,
+        description="a machine ends by itself when nobody has renewed its lease for so long, in seconds; a study that runs "
+        "renews it all the time",
+    )
+    grace_seconds: int = Field(
+        1_800,
+        ge=0,
+        le=7 * 86_400,
+        description="how long a machine is kept after a failure, for Retry, in seconds; 0: not",
+    )
     keep_running: bool = Field(False, description="keep a rented machine after success, for keep_seconds")
     keep_seconds: int = Field(43_200, ge=60, le=7 * 86_400, description="how long keep_running keeps it, in seconds")
+    shards: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="machines (provider local: processes) that each read and count a part of the sequences; only summaries "
+        "travel, and the whole is exactly that of one machine of the same kind",
+    )
+    remove_files: bool = Field(
+        False, description="for provider ssh: remove the study's files from the host when its lease ends"
+    )
+    upload_model: bool = Field(
+        False, description="send a model that is on this machine to another; without it that is refused"
+    )
     executor: str = Field(
         "threads",
         description="who counts: threads, threads=N, or dask=ADDRESS for a Dask cluster whose workers mount the workspace",

@@ -1,13 +1,14 @@
 """The capture on disk: a Zarr group of activations, beside the journal that alone says what of it is done.
 
-    <capture>/capture.json       the fingerprint that resume checks
+    <capture>/capture.json       the conditions that resume checks (`fingerprint`)
     <capture>/activations.zarr/  one array a site (layer, sequence, position, feature), and token_ids, lengths, mask
     <capture>/journal.jsonl      a line a finished sequence: checksums of its chunks, bytes (`journal`)
     <capture>/lock               held by the process that writes
 
 An uncompressed chunk is just its bytes, so chunks are written here as files, whole and once (`durable`), and are on the
 disk before the journal names them, which zarr's own store does not see to; zarr opens the result. bfloat16 is stored as its
-bits in uint16: zarr has no such dtype. Knows bytes and indices, nothing of models. Before it: `capture`. After it: `summary`.
+bits in uint16: zarr has no such dtype. Knows bytes and indices, nothing of models. Before it: `capture`, with a
+`layout`. After it: `summary`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,90 +26,14 @@ from isal.isal_zlib import crc32 as crc32_of
 from numpy.typing import NDArray
 
 from outliers.durable import Unsynced, write_durably, write_soon
-from outliers.errors import Busy, CaptureError, CaptureMismatch, CorruptCapture
-from outliers.files import sync_folder, write_atomic
+from outliers.errors import Busy, CaptureError, CorruptCapture
+from outliers.files import sync_folder
+from outliers.fingerprint import layout_from, read_fingerprint
 from outliers.journal import Journal as Journal
 from outliers.journal import way_out
-from outliers.spec import FORMAT_VERSION
-
-CHUNK_BYTES = 8 * 1024 * 1024
-"""A chunk holds one layer of one sequence, up to this: 2048 tokens x 2048 features of bfloat16 exactly."""
-
-STORAGE: dict[str, np.dtype[Any]] = {
-    "bfloat16": np.dtype("<u2"),
-    "float16": np.dtype("<f2"),
-    "float32": np.dtype("<f4"),
-}
-"""dtype of the model -> dtype on disk."""
-
-NAN_BITS = {"bfloat16": 0x7FC0}
-"""Fill values: what was never written reads as NaN, not as a quiet zero."""
+from outliers.layout import NAN_BITS, STORAGE, Layout
 
 ARRAYS = "activations.zarr"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Shapes of a capture: `widths` features a site, in the sites' order; positions are cut into equal chunks."""
-
-    widths: dict[str, int]
-    layers: tuple[int, ...]
-    num_sequences: int
-    positions: int
-    dtype: str
-    codec: str
-    chunk_bytes: int = CHUNK_BYTES
-    aliases: dict[str, str] = field(default_factory=dict)
-    """Site -> the captured site that is the same tensor and has its chunks: one norm that feeds attention and MLP."""
-
-    @property
-    def stored(self) -> dict[str, int]:
-        """Widths of the sites that have chunks of their own."""
-        return {site: width for site, width in self.widths.items() if site not in self.aliases}
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one value."""
-        return STORAGE[self.dtype].itemsize
-
-    @property
-    def position_chunks(self) -> int:
-        """Chunks that the positions of one sequence are cut into, the same for every site."""
-        return math.ceil(self.positions * max(self.widths.values()) * self.itemsize / self.chunk_bytes)
-
-    @property
-    def chunk_positions(self) -> int:
-        """Positions in a chunk; the last chunk of a sequence is padded to it on disk."""
-        return math.ceil(self.positions / self.position_chunks)
-
-    @property
-    def largest_chunk_bytes(self) -> int:
-        """Bytes of an uncompressed chunk of the widest site."""
-        return self.chunk_positions * max(self.widths.values()) * self.itemsize
-
-    @property
-    def activation_bytes(self) -> int:
-        """Bytes of all chunks, uncompressed, padding of the last ones included."""
-        per_token = len(self.layers) * sum(self.stored.values()) * self.itemsize
-        return self.num_sequences * self.position_chunks * self.chunk_positions * per_token
-
-    @property
-    def side_bytes(self) -> int:
-        """Bytes of token_ids (int32), mask (1 byte) and lengths (int32)."""
-        return self.num_sequences * (self.positions * 5 + 4)
-
-    @property
-    def total_bytes(self) -> int:
-        """Exact bytes of an uncompressed capture, the few kilobytes of JSON apart."""
-        return self.activation_bytes + self.side_bytes
-
-    def chunks_of(self, length: int) -> int:
-        """Chunks of a sequence of `length` tokens: none is written that would hold nothing but padding."""
-        return math.ceil(length / self.chunk_positions)
-
-    def span(self, chunk: int) -> slice:
-        """Positions of one chunk."""
-        return slice(chunk * self.chunk_positions, min((chunk + 1) * self.chunk_positions, self.positions))
 
 
 def create_arrays(folder: Path, layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
@@ -351,62 +274,6 @@ def hold(folder: Path) -> Iterator[None]:
         if os.fstat(file.fileno()).st_nlink == 0:
             raise Busy(f"{folder} was removed just now: run the same again")
         yield
-
-
-def shapes_of(layout: Layout) -> dict[str, Any]:
-    """A Layout as JSON holds it; `layout_from` reads it."""
-    return dict(layout.__dict__)
-
-
-def write_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Write capture.json, with a checksum of its content: a changed thread count or shape would be quietly obeyed."""
-    content = fingerprint | {"crc32": _content_crc(fingerprint)}
-    write_atomic(folder / "capture.json", json.dumps(content, indent=1, sort_keys=True).encode())
-
-
-def _content_crc(fingerprint: dict[str, Any]) -> int:
-    body = {key: value for key, value in fingerprint.items() if key != "crc32"}
-    return crc32_of(json.dumps(body, sort_keys=True).encode())
-
-
-def read_fingerprint(folder: Path) -> dict[str, Any] | None:
-    """capture.json, or None where no capture was begun; the first ones have no checksum.
-
-    Raises CorruptCapture, CaptureMismatch for a newer format.
-    """
-    path = folder / "capture.json"
-    if not path.exists():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        version, crc = int(found["fixed"]["format"]), int(found.get("crc32", _content_crc(found)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCapture(
-            f"{path} is not a capture's description: `outliers captures rm {folder.name}` and extract again"
-        ) from error
-    if version > FORMAT_VERSION:
-        raise CaptureMismatch(f"{folder} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade")
-    if crc != _content_crc(found):
-        raise CorruptCapture(
-            f"{path} has changed: its content has checksum {_content_crc(found):08x}, it was written with {crc:08x}; put it "
-            f"back, or `outliers captures rm {folder.name}` and extract again"
-        )
-    return found
-
-
-def layout_from(fingerprint: dict[str, Any]) -> Layout:
-    """The Layout that a fingerprint describes."""
-    stored = fingerprint["layout"]
-    return Layout(
-        widths={str(k): int(v) for k, v in stored["widths"].items()},
-        layers=tuple(stored["layers"]),
-        num_sequences=stored["num_sequences"],
-        positions=stored["positions"],
-        dtype=stored["dtype"],
-        codec=stored["codec"],
-        chunk_bytes=stored["chunk_bytes"],
-        aliases=dict(stored.get("aliases", {})),
-    )
 
 
 def is_complete(folder: Path) -> bool:

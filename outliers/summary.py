@@ -131,7 +131,7 @@ class SiteTotals:
 
     @property
     def arrays(self) -> tuple[NDArray[Any], ...]:
-        """What `kernels.settle` adds to, in its order."""
+        """What `kernel_totals.settle` adds to, in its order."""
         return self.hits, self.first_hits, self.min, self.max, self.finite, self.nonfinite, self.histogram
 
     def merged(self, other: SiteTotals) -> SiteTotals:

@@ -71,12 +71,15 @@ def _spawn_child(folder: Path, lock: int, extra: dict[str, str]) -> subprocess.P
         # One pipe for both: a traceback then stands where it happened.
         stderr=subprocess.STDOUT,
         pass_fds=(lock,),
-        preexec_fn=_end_with_parent(),
+        preexec_fn=end_with_parent(),
     )
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """What a child runs before its command to get SIGTERM if the supervisor dies, for nobody else writes its end."""
+def end_with_parent() -> Callable[[], None] | None:
+    """What a child runs before its command (preexec_fn) to get SIGTERM when its parent dies; None where no system call does that.
+
+    Nobody else would end it, or write its end.
+    """
     if not sys.platform.startswith("linux"):
         return None
     prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()

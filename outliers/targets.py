@@ -8,6 +8,7 @@ Before it: a URL from the spec. After it: `publish`.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from outliers.errors import AccessDenied, OutliersError, PublishRefused, StoreUnavailable, TargetError
+from outliers.errors import AccessDenied, BadInput, OutliersError, PublishRefused, StoreUnavailable, TargetError
 from outliers.files import sync_folder, temporary_for, unfinished_name, write_atomic, write_new
 
 _SHAPE = "an artifact store is s3://bucket/prefix or file:///folder"
@@ -52,6 +53,10 @@ class Store(Protocol):
     def list(self, prefix: str) -> dict[str, Stored]:
         """Every object below `prefix` (a key that ends in a slash)."""
 
+    def children(self, prefix: str) -> tuple[builtins.list[str], builtins.list[str]]:
+        """The names of folders and of objects right below `prefix` (a key that ends in a slash, or nothing), in no order;
+        nothing further down is listed."""
+
     def delete(self, key: str) -> None:
         """Removes one object, if it is there."""
 
@@ -84,7 +89,7 @@ def _store(target: str) -> Store:
             message = f"'{target}' needs the package {error.name}: pip install 'outlier-features[flows]'"
             raise TargetError(message) from error
         return BucketStore(target.rstrip("/"), parts.netloc, parts.path.strip("/"))
-    raise TargetError(f"'{target}' can't be published to; {_SHAPE}")
+    raise TargetError(f"'{target}' is no artifact store; {_SHAPE}")
 
 
 class FolderStore:
@@ -151,6 +156,20 @@ class FolderStore:
                         stat = path.stat()
                         found[path.relative_to(self._root).as_posix()] = Stored(stat.st_size, stat.st_mtime)
         return found
+
+    def children(self, prefix: str) -> tuple[builtins.list[str], builtins.list[str]]:
+        try:
+            with os.scandir(self._root / prefix) as entries:
+                kinds = [(entry.name, entry.is_dir()) for entry in entries]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if prefix:  # removed since it was listed
+                return [], []
+            raise BadInput(
+                f"{self.url} is not there, or is no folder; give the URL that studies are published to"
+            ) from error
+        except OSError as error:
+            raise AccessDenied(f"could not list {self.url}/{prefix}: {error.strerror or error}") from error
+        return [name for name, folder in kinds if folder], [name for name, folder in kinds if not folder]
 
     def delete(self, key: str) -> None:
         path = self._root / key

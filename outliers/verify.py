@@ -26,19 +26,10 @@ from outliers.corpus import token_hash
 from outliers.durable import is_leftover
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.events import Reporter
+from outliers.fingerprint import layout_from, read_fingerprint
 from outliers.journal import way_out
-from outliers.store import (
-    ARRAYS,
-    ChunkFiles,
-    Journal,
-    Layout,
-    NamedChunk,
-    group_files,
-    hold,
-    layout_from,
-    read_fingerprint,
-    same_file,
-)
+from outliers.layout import Layout
+from outliers.store import ARRAYS, ChunkFiles, Journal, NamedChunk, group_files, hold, same_file
 
 NAMED = 5
 """Damages that a message names; of the rest it gives the number."""

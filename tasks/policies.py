@@ -8,7 +8,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.tasks import Task
 
-from outliers.errors import TransientError
+from outliers.errors import MachineGone, TransientError
 from outliers.spec import digest
 
 RETRIES = 3
@@ -18,9 +18,9 @@ RETRY_SECONDS: list[float] = [2, 10, 30]
 
 # a plain function: Prefect never retries, without a word, when this is a partial or a callable object
 def is_transient(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failed try may succeed later: one isinstance, see `outliers.errors`."""
+    """Whether a failed try may succeed later: see `outliers.errors`."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, TransientError)
+    return isinstance(error, TransientError) and not isinstance(error, MachineGone)
 
 
 def extract_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -32,6 +32,17 @@ def analyze_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     """The results of a study, in this workspace, from the summary on that machine."""
     prepared, workspace = parameters["prepared"], digest(str(parameters["workspace"].root))[:12]
     return f"analyze-{prepared.study_id}-{parameters['machine'].instance_id}-{workspace}"
+
+
+def shard_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """The summary of a part of a study, in this workspace: whatever machine it came from."""
+    prepared, part, workspace = parameters["prepared"], parameters["part"], digest(str(parameters["workspace"].root))
+    return f"shard-{prepared.study_id}-{part.first}-{part.stop}-{workspace[:12]}"
+
+
+def merge_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """The results of a study that was spread, in this workspace."""
+    return f"merge-{parameters['prepared'].study_id}-{digest(str(parameters['workspace'].root))[:12]}"
 
 
 def sync_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:

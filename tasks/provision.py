@@ -5,12 +5,13 @@ from __future__ import annotations
 from prefect import task
 from prefect.logging import get_run_logger
 
-from outliers.machines import provider
 from outliers.machines.base import Machine
-from outliers.plan import bytes_left, check_plan
+from outliers.plan import request_for
 from outliers.prepare import Prepared
+from outliers.remaining import check_rest
 from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, is_transient
+from tasks.tenancy import Tenancy
 
 
 @task(
@@ -21,11 +22,14 @@ from tasks.policies import RETRIES, RETRY_SECONDS, is_transient
     retry_condition_fn=is_transient,
     persist_result=False,
 )
-def provision(prepared: Prepared, workspace: Workspace) -> Machine:
-    """The machine on which the study runs; PlanRefused, with every reason, where none fits."""
-    source = provider(prepared.spec.compute.provider, workspace.root)
-    request = check_plan(prepared.spec, prepared.model, source, bytes_left(prepared, workspace))
-    name = prepared.spec.compute.machine or f"outliers-{prepared.capture_id}"
-    machine = source.ensure(name, request)
+def provision(prepared: Prepared, workspace: Workspace, tenancy: Tenancy) -> Machine:
+    """The machine on which the study runs, held from now on; PlanRefused, with every reason, where none fits."""
+    source = tenancy.source
+    if any(rental.name == tenancy.name and rental.state == "up" for rental in source.list()):
+        # it was chosen before, and what is on its disk already needs no room; one whose launch failed is chosen anew
+        request = request_for(prepared.spec, prepared.model, 0)
+    else:
+        request = check_rest(prepared, workspace, source)
+    machine = source.ensure(tenancy.name, request, tenancy.holder, prepared.title)
     get_run_logger().info("machine %s (%s), $%.2f an hour", machine.name, machine.provider, machine.price_per_hour)
     return machine

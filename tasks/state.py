@@ -7,14 +7,15 @@ import json
 from outliers.errors import JobFailed
 from outliers.machines.base import Machine
 from outliers.prepare import Prepared
-from tasks.watch import send_spec
+from outliers.travel import send_study
+from outliers.workspace import Workspace
 
 SECONDS = 120
 
 
-def machine_state(machine: Machine, prepared: Prepared) -> dict[str, bool]:
+def machine_state(machine: Machine, prepared: Prepared, workspace: Workspace) -> dict[str, bool]:
     """{"capture": complete?, "summary": finished?, "results": finished?}. Raises MachineLost, JobFailed."""
-    place = send_spec(machine, prepared)
+    place = send_study(machine, prepared, workspace)
     argv = (*machine.python, "-m", "outliers", "state", place, "--workspace", machine.workspace)
     done = machine.run(argv, SECONDS)
     if done.returncode != 0:

@@ -7,7 +7,6 @@ from typing import Any
 from prefect import task
 
 from outliers.errors import PublishRefused
-from outliers.machines.base import Machine
 from outliers.manifest import build_manifest, read_manifest, write_manifest
 from outliers.prepare import Prepared
 from outliers.publish import model_slug, publish
@@ -25,14 +24,15 @@ from tasks.policies import RETRIES, RETRY_SECONDS, is_transient, sync_key
     result_serializer="json",
     cache_key_fn=sync_key,
 )
-def sync(prepared: Prepared, machine: Machine, workspace: Workspace, analyzed: dict[str, Any]) -> str | None:
+def sync(prepared: Prepared, made_on: dict[str, Any], workspace: Workspace, analyzed: dict[str, Any]) -> str | None:
     """The URL of the published manifest, or None where the study has no target.
 
-    `analyzed` shows the order in the run's graph, and names the results that are to be published.
+    `made_on`: what the manifest tells of the machine, or of the parts. `analyzed` shows the order in the run's graph, and
+    names the results that are to be published.
     """
     folder = workspace.study(prepared.study_id)
     known = (read_manifest(folder) or {}).get("provenance", {})
-    known |= {"machine": {"provider": machine.provider, "price_per_hour": machine.price_per_hour}}
+    known |= made_on
     manifest = build_manifest(
         folder, spec=prepared.public_spec(), provenance=known, include_log=prepared.spec.publish_log
     )

@@ -1,7 +1,6 @@
 """Machines, behind one seam (`base`): providers by name.
 
-`local` is this computer. `ssh` (hosts that the user names) and `sky` (rented ones) are planned; each adds a module and
-a line to PROVIDERS. Nothing here is imported by a step: it runs the same on every machine.
+`local` is this computer, `ssh` hosts that the user names, `sky` rented ones. Another is a module and a line in PROVIDERS.
 """
 
 from __future__ import annotations
@@ -17,16 +16,32 @@ from outliers.machines.local import LocalProvider
 PROVIDER_VARIABLE = "OUTLIERS_PROVIDER"
 DEFAULT_PROVIDER = "local"
 
-PROVIDERS: dict[str, Callable[[Path], Provider]] = {"local": LocalProvider}
-_PLANNED = ("sky", "ssh")
+
+def _ssh(workspace: Path) -> Provider:
+    from outliers.machines.ssh import SshProvider
+
+    return SshProvider(workspace)
+
+
+def _sky(workspace: Path) -> Provider:
+    from outliers.machines.sky import SkyProvider
+
+    return SkyProvider(workspace)
+
+
+PROVIDERS: dict[str, Callable[[Path], Provider]] = {"local": LocalProvider, "sky": _sky, "ssh": _ssh}
+
+
+def chosen(name: str) -> str:
+    """The provider's name that is meant by `name` ("": $OUTLIERS_PROVIDER, else local)."""
+    return name or os.environ.get(PROVIDER_VARIABLE) or DEFAULT_PROVIDER
 
 
 def provider(name: str, workspace: Path) -> Provider:
     """The provider of that name ("": $OUTLIERS_PROVIDER, else local) for a workspace; BadInput lists what there is."""
-    chosen = name or os.environ.get(PROVIDER_VARIABLE) or DEFAULT_PROVIDER
-    if chosen in PROVIDERS:
-        return PROVIDERS[chosen](workspace)
-    what = "is planned, but not in this version" if chosen in _PLANNED else "is not known"
+    meant = chosen(name)
+    if meant in PROVIDERS:
+        return PROVIDERS[meant](workspace)
     raise BadInput(
-        f"provider '{chosen}' {what}: use {', '.join(sorted(PROVIDERS))} (--provider, or ${PROVIDER_VARIABLE})"
+        f"provider '{meant}' is not known: use {', '.join(sorted(PROVIDERS))} (--provider, or ${PROVIDER_VARIABLE})"
     )

@@ -7,15 +7,19 @@ one place where a machine is refused, the same for this computer and for one at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from outliers.errors import BadInput
 from outliers.events import Event
 from outliers.jobs import JobHandle, JobSpec, Status
-from outliers.spec import ComputeSpec
+
+if TYPE_CHECKING:
+    from outliers.spec import (
+        ComputeSpec,  # pydantic, which an agent that answers in a tenth of a second has no time for
+    )
 
 GB = 1_000_000_000
 """10^9 bytes, as in min_vram, min_cpu_ram and disk. Makers count memory in 2^30 bytes: an "80 GB" card reports 79 to 80
@@ -28,7 +32,10 @@ class MachineRequest:
 
     `gpu_count`: None takes whatever is there, 0 uses none. `min_...`: what the user asked for, against totals (the
     disk: against what is free). `needed_...`: what the study was computed to take, against what is free now.
-    `max_price`: dollars an hour of the whole machine; the provider's business, `fits` does not look at it.
+    `max_price`: dollars an hour of the whole machine, `max_total_price`: in all. `region`: of a cloud. `host`: one of the
+    user's own, by name. `among`: names of offers, others are left alone; () for any. `lease_seconds`: after so long a
+    machine that nobody renews ends by itself, with `remove_files` and the files on it. These are the provider's business,
+    `fits` does not look at them.
     """
 
     gpu_count: int | None = None
@@ -39,6 +46,12 @@ class MachineRequest:
     needed_ram_bytes: int = 0
     needed_disk_bytes: int = 0
     max_price: float | None = None
+    max_total_price: float | None = None
+    region: str | None = None
+    host: str | None = None
+    lease_seconds: int = 1_800
+    remove_files: bool = False
+    among: tuple[str, ...] = ()
 
     @classmethod
     def from_spec(cls, compute: ComputeSpec, needed_ram_bytes: int = 0, needed_disk_bytes: int = 0) -> MachineRequest:
@@ -56,6 +69,11 @@ class MachineRequest:
             needed_ram_bytes=needed_ram_bytes,
             needed_disk_bytes=needed_disk_bytes,
             max_price=compute.max_price,
+            max_total_price=compute.max_total_price,
+            region=compute.region,
+            host=compute.host,
+            remove_files=compute.remove_files,
+            lease_seconds=compute.lease_seconds,
         )
 
 
@@ -101,6 +119,10 @@ class Excluded:
     reason: str
 
 
+NOT_AMONG = "it does not hold the study, or for too much (`outliers plan` says why)"
+"""The reason of an offer that fits and is not among those that were chosen for a study."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completed:
     """How a short command ended; `returncode` is minus the signal's number where one ended it."""
@@ -137,6 +159,14 @@ class Machine(Protocol):
     def workspace(self) -> str:
         """The full path of the workspace on that machine."""
 
+    @property
+    def shared(self) -> str:
+        """The full path of a folder there for what several workspaces use."""
+
+    @property
+    def provenance(self) -> Mapping[str, str | int | float]:
+        """What a manifest may tell of it: no host, no path."""
+
     def facts(self) -> Facts:
         """What it has now."""
 
@@ -165,23 +195,73 @@ class Machine(Protocol):
         """Ends it and all its processes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A run that needs a machine until `until` (unix seconds). `process`: the one that renews it, as `rentals` names it; ""
+    where none does, because the run has ended and the machine waits for its retry, or is kept."""
+
+    title: str
+    until: float
+    process: str = ""
+
+
+RentalState = Literal["launching", "up", "releasing", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rental:
+    """A machine that is held or rented now, as its record on this side says; all times in unix seconds.
+
+    `place`: user@host, or cloud and region. `since`: when it was asked for, from which on it may cost. `lease_until`: when
+    it ends by itself. `price_per_hour`: dollars, of the whole machine. `holders`: runs that need it, by their ids.
+    """
+
+    name: str
+    provider: str
+    place: str
+    state: RentalState
+    price_per_hour: float
+    since: float
+    lease_until: float
+    holders: Mapping[str, Holder]
+
+    def spent(self, now: float) -> float:
+        """Dollars since it was asked for."""
+        return self.price_per_hour * max(0.0, now - self.since) / 3600
+
+    def is_over(self, now: float) -> bool:
+        """Whether nobody has renewed it in time."""
+        return now >= self.lease_until
+
+
 class Provider(Protocol):
     """Where machines come from."""
 
     def offers(self, request: MachineRequest) -> tuple[tuple[Offer, ...], tuple[Excluded, ...]]:
         """What fits, cheapest first, and what doesn't, with the reasons; costs nothing."""
 
-    def ensure(self, name: str, request: MachineRequest) -> Machine:
-        """The machine of that name, found or made; PlanRefused, with every reason, where none fits."""
+    def ensure(self, name: str, request: MachineRequest, holder: str, title: str) -> Machine:
+        """The machine of that name, found or made, held by `holder` for request.lease_seconds from now on.
+
+        Its record is written before anything is asked for. `holder`: STUDY.RUN; what is left of killed and failed runs of
+        the same study gives way to it. PlanRefused, with every reason, where none fits.
+        """
 
     def find(self, name: str) -> Machine | None:
         """The machine of that name, if there is one; makes none."""
 
-    def list(self) -> tuple[Machine, ...]:
-        """The machines that are rented now."""
+    def list(self) -> tuple[Rental, ...]:
+        """What is held or rented now, asked of the provider where it knows more than the records do."""
+
+    def hold(self, name: str, holder: str, title: str, seconds: float) -> None:
+        """Renews: the machine does not end by itself for `seconds` from now. May raise MachineLost."""
+
+    def leave(self, name: str, holder: str, keep_seconds: float = 0, wait: bool = True) -> str:
+        """The run `holder` is over. With `keep_seconds` the machine stays that long for it; without, it is released if no
+        other run holds it. Without `wait` that is only asked for. May be repeated; returns a sentence of what was done."""
 
     def release(self, name: str) -> str:
-        """Ends a rented machine, if it is there; returns a sentence that says what was done."""
+        """Ends a machine whoever holds it, if it is there; returns a sentence that says what was done."""
 
 
 def fits(facts: Facts, request: MachineRequest) -> tuple[str, ...]:

@@ -26,11 +26,13 @@ from outliers.errors import BadInput, JobFailed, PlanRefused, WorkspaceError
 from outliers.events import Event
 from outliers.files import temporary_for, write_new
 from outliers.jobs import JobHandle, JobSpec, Status
-from outliers.machines.base import Completed, Excluded, Facts, Gpu, Machine, MachineRequest, Offer, fits
+from outliers.machines.base import Completed, Excluded, Facts, Gpu, Machine, MachineRequest, Offer, Rental, fits
 
 NAME = "local"
 _MIB = 1 << 20
 _QUERY_SECONDS = 20.0
+QUERY = ("--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits")
+"""What nvidia-smi is asked."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,14 +45,18 @@ def find_gpus(executable: str = "nvidia-smi", visible: str | None = None) -> tup
     path = shutil.which(executable)
     if path is None:
         return ()
-    query = [path, "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)
+        done = subprocess.run([path, *QUERY], capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("%s is here but does not work, so no GPU is used: %s", executable, error)
         return ()
+    return parse_gpus(done.stdout, visible)
+
+
+def parse_gpus(text: str, visible: str | None = None) -> tuple[Gpu, ...]:
+    """The GPUs in what nvidia-smi printed for QUERY; `visible`: as CUDA_VISIBLE_DEVICES, None for all."""
     found = []
-    for line in done.stdout.splitlines():
+    for line in text.splitlines():
         if line.count(",") >= 2:
             identity, _, rest = line.partition(",")
             name, _, mib = rest.rpartition(",")
@@ -112,6 +118,14 @@ class LocalMachine:
     @property
     def workspace(self) -> str:
         return str(self._root)
+
+    @property
+    def shared(self) -> str:
+        return str(self._root)
+
+    @property
+    def provenance(self) -> dict[str, str | int | float]:
+        return {"provider": self.provider, "price_per_hour": self.price_per_hour}
 
     @property
     def instance_id(self) -> str:
@@ -206,7 +220,7 @@ class LocalProvider:
             return (), (Excluded(NAME, "; ".join(reasons)),)
         return (Offer(NAME, NAME, facts, 0.0),), ()
 
-    def ensure(self, name: str, request: MachineRequest) -> Machine:
+    def ensure(self, name: str, request: MachineRequest, holder: str, title: str) -> Machine:
         machine = self._machine(name)
         if reasons := fits(machine.facts(), request):
             raise PlanRefused(f"this machine does not fit: {'; '.join(reasons)}")
@@ -215,8 +229,14 @@ class LocalProvider:
     def find(self, name: str) -> Machine | None:
         return self._machine(name)
 
-    def list(self) -> tuple[Machine, ...]:
+    def list(self) -> tuple[Rental, ...]:
         return ()
+
+    def hold(self, name: str, holder: str, title: str, seconds: float) -> None:
+        """Nothing: this computer is not rented."""
+
+    def leave(self, name: str, holder: str, keep_seconds: float = 0, wait: bool = True) -> str:
+        return self.release(name)
 
     def release(self, name: str) -> str:
         return f"{name} is this computer, which is not rented: there is nothing to release"

@@ -1,0 +1,76 @@
+"""The flow in the process of the command: the very one that the deployment runs, with Prefect's server beside it or elsewhere.
+
+Prefect is imported only when a study has to run. Before it: `cli`, which has refused what can't work. After it: `study`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.console import Steps, busy
+from outliers.spec import StudySpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outliers.outcome import Outcome
+    from outliers.workspace import Workspace
+
+
+def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome:
+    """Run the very flow that the deployment runs, in this process; its own Prefect, where no server is configured."""
+    settle_prefect(workspace.root)
+    steps = Steps(console)
+    with busy(console, "starting Prefect (10 to 20 seconds)"):
+        if not console.is_terminal:
+            console.print("  starting Prefect (10 to 20 seconds)")
+        from flows.study import study
+        from outliers.outcome import Outcome
+        from tasks.watch import LISTENERS
+
+    parameters: dict[str, Any] = {name: getattr(spec, name) for name in StudySpec.model_fields}
+    parameters["compute"] = spec.compute.model_copy(update={"workspace": str(workspace.root)})
+    LISTENERS.append(steps.listen)
+    # Prefect hands a SIGTERM on when the run has seen it: as Ctrl-C, so that the server of this process ends too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        # a library that prints (SkyPilot's does) must not get into the one object of --json
+        with steps.shown(), _library_lines(console), contextlib.redirect_stdout(sys.stderr):
+            return Outcome.model_validate(study(**parameters))
+    finally:
+        LISTENERS.remove(steps.listen)
+
+
+@contextlib.contextmanager
+def _library_lines(console: Console) -> Iterator[None]:
+    """What the library itself says is shown: a machine that is found, deployed to, lost, answers again, is released."""
+    import logging
+
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    handler.setLevel(logging.INFO)
+    loggers = [logging.getLogger(name) for name in ("outliers.machines", "outliers.tenancy")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def settle_prefect(root: Path) -> None:
+    """Where the user has configured no Prefect, ours lives in the workspace and tells nobody anything."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    configured = {"PREFECT_HOME", "PREFECT_API_URL", "PREFECT_PROFILE"} & os.environ.keys()
+    if not configured and not (Path.home() / ".prefect" / "profiles.toml").exists():
+        os.environ["PREFECT_HOME"] = str(root / "prefect")

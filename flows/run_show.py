@@ -1,0 +1,229 @@
+"""`outliers runs show`: one finished study at the terminal, and where it is read from.
+
+Before it: `runs`, which has the parsers. It reads summary.json and features.parquet, and counts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from flows.console import feature_table, line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outliers.workspace import Workspace
+
+ROWS = 40
+"""Rows of features.parquet that are shown; `--json` has them all."""
+WIDE = 150
+"""Columns of a terminal that has room for the ladder."""
+
+
+def show_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
+    """`outliers runs show`. Raises BadInput where there is no such study, PublishRefused, AccessDenied, StoreUnavailable."""
+    found = read_run(arguments.run, workspace)
+    rows = chosen_rows(found.table, found.summary, arguments)
+    if arguments.json:
+        print(json.dumps({"summary": found.summary, "label": found.label, "features": rows}))
+        return
+    _show(console, found, rows, arguments)
+
+
+class Run(NamedTuple):
+    """A finished study: the content of summary.json, the table features.parquet, and its label."""
+
+    summary: dict[str, Any]
+    table: Any
+    label: str | None
+
+
+def read_run(name: str | None, workspace: Workspace) -> Run:
+    """A study from wherever it is; of no name, the newest of the workspace.
+
+    Of a published study the manifest and two files are read and no other. Raises BadInput, PublishRefused.
+    """
+    import pyarrow as pa
+
+    from outliers.allowlist import FEATURES, SUMMARY
+    from outliers.errors import BadInput
+    from outliers.manifest import read_manifest
+    from outliers.parquet import read_parquet
+    from outliers.published import read_study
+
+    names = (SUMMARY, FEATURES)
+    url = None if name is None else published_url(name, workspace)
+    if url is not None:
+        study = read_study(url, names)
+        place, files, manifest = url, dict(study.files), study.manifest
+    else:
+        folder = newest(workspace) if name is None else find_run(name, workspace)
+        place, files = str(folder), {own: read_file(folder / own) for own in names}
+        manifest = read_manifest(folder) or {}
+    try:
+        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest))
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise BadInput(f"{place} is damaged: {error}; remove the folder and run the study again") from error
+
+
+def published_url(name: str, workspace: Workspace) -> str | None:
+    """The URL of a published study that is given as one, or as its folder; None for a study of the workspace or its folder."""
+    from flows.atlas import store_url
+
+    if urlsplit(name).scheme in ("file", "s3"):
+        return name
+    given = Path(name).expanduser()
+    own = workspace.study(name) if "/" not in name else given
+    if (own / "summary.json").exists() or (given / "summary.json").exists() or not given.is_dir():
+        return None
+    return store_url(name)
+
+
+def label_of(manifest: Mapping[str, Any]) -> str | None:
+    """The label of a study, as its manifest tells it."""
+    found = manifest.get("spec", {}).get("label")
+    return found if isinstance(found, str) else None
+
+
+def read_file(path: Path) -> bytes:
+    """A file of a results folder; BadInput where it is not there."""
+    from outliers.errors import BadInput
+
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        why = error.strerror or error
+        raise BadInput(f"{path} can't be read: {why}; that study is not whole, run it again") from error
+
+
+def newest(workspace: Workspace) -> Path:
+    """The results folder of the study that was finished last. Raises BadInput where there is none."""
+    from outliers.errors import BadInput
+
+    done = sorted(workspace.results.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    if not done:
+        raise BadInput(f"there is no finished study in {workspace.root}: run one with `outliers study`")
+    return done[-1].parent
+
+
+def find_run(name: str, workspace: Workspace) -> Path:
+    """The results folder of a study, by its id or as a folder. Raises BadInput."""
+    from outliers.errors import BadInput
+
+    given = Path(name).expanduser()
+    known = sorted(path.name for path in workspace.results.glob("*") if (path / "summary.json").exists())
+    if name in known:
+        return workspace.study(name)
+    if (given / "summary.json").exists():
+        return given
+    raise BadInput(f"there is no study {name} in {workspace.root}; there is: {', '.join(known) or 'none'}")
+
+
+def chosen_rows(table: Any, summary: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The asked rows of features.parquet, the largest magnitude first; of one feature in the order of its layers."""
+    from outliers.errors import BadInput
+    from outliers.spec import BLOCK, SITES
+
+    sites = [site for site in (*SITES, BLOCK) if site in summary["readings"]]
+    if arguments.site is not None and arguments.site not in sites:
+        raise BadInput(f"--site {arguments.site} was not captured; there is: {', '.join(sites)}")
+    _check_number("layer", arguments.layer, sorted({row["layer"] for row in summary["layers"]}))
+    hidden = summary["model"]["hidden_size"]
+    # o_in has a width of its own, which summary.json does not tell
+    wide = "o_in" in sites and arguments.site in (None, "o_in")
+    _check_number("feature", arguments.feature, range(max(hidden, arguments.feature or 0) + 1 if wide else hidden))
+    site = arguments.site or (None if arguments.feature is not None else summary["criteria"]["site"])
+    asked = {"site": site, "feature": arguments.feature, "layer": arguments.layer}
+    rows = [
+        row for row in table.to_pylist() if all(value is None or row[name] == value for name, value in asked.items())
+    ]
+    if arguments.feature is not None:
+        return sorted(rows, key=lambda row: (sites.index(row["site"]), row["layer"]))
+    return sorted(rows, key=lambda row: (-(row["max_magnitude"] or 0.0), row["feature"], row["layer"]))
+
+
+def _check_number(name: str, value: int | None, known: Sequence[int]) -> None:
+    """BadInput for a feature or layer that the study has none of: `no row` would read as an answer."""
+    from outliers.errors import BadInput
+
+    if value is not None and value not in known:
+        whole = len(known) == known[-1] - known[0] + 1
+        there = f"{known[0]} to {known[-1]:,}" if whole else ", ".join(map(str, known))
+        raise BadInput(f"--{name} {value} is not in that study; its {name}s are {there}")
+
+
+def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    summary = run.summary
+    model, corpus, rule = summary["model"], summary["corpus"], summary["criteria"]
+    found = summary["systematic"]
+    line(
+        console,
+        "study",
+        f"{summary['study_id']} of {model['id']}, {model['num_layers']} layers x {model['hidden_size']:,}",
+    )
+    kind = (model["architecture"], model["dtype"], model.get("quantization"))
+    line(console, "model", ", ".join(part for part in kind if part))
+    if run.label is not None:
+        line(console, "label", run.label)
+    line(
+        console,
+        "corpus",
+        f"{corpus['source']}: {corpus['num_tokens']:,} tokens in {corpus['num_sequences']:,} sequences",
+    )
+    console.print()
+    console.print(
+        f"[bold]{len(found)} systematic outlier feature{'' if len(found) == 1 else 's'}[/bold]{_range(summary)} by "
+        f"{rule['reading']} at {rule['site']}, abs(x) >= {rule['magnitude']:g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if arguments.feature is None and arguments.layer is None and found:
+        console.print(feature_table(found))
+    console.print()
+    console.print(_row_table(rows[:ROWS], summary, console.width) if rows else _nothing(arguments))
+    if len(rows) > ROWS:
+        console.print(f"and {len(rows) - ROWS:,} more rows (--feature, --site, --layer choose; --json has all)")
+    for text in summary["notes"]:
+        line(console, "note", text, style="dim")
+
+
+def _range(summary: dict[str, Any]) -> str:
+    rule, drawn = summary["criteria"], summary.get("intervals")
+    if drawn is None:
+        return ""
+    low, high = drawn["counts"][rule["site"]][rule["reading"]]
+    return f" ({100 * drawn['level']:g}% interval over sequences: {low} to {high})"
+
+
+def _nothing(arguments: argparse.Namespace) -> str:
+    asked = [
+        f"{name} {value}" for name in ("feature", "site", "layer") if (value := getattr(arguments, name)) is not None
+    ]
+    return f"features.parquet has no row with a hit{' for ' + ', '.join(asked) if asked else ''}"
+
+
+def _row_table(rows: list[dict[str, Any]], summary: dict[str, Any], width: int) -> Any:
+    from rich.table import Table
+
+    # the ladder where there is room for it: cut numbers say nothing
+    ladder = summary["criteria"]["ladder"] if width >= WIDE else []
+    table = Table(box=None, header_style="bold", pad_edge=False, title="features.parquet", title_justify="left")
+    table.add_column("site", no_wrap=True)
+    names = ("layer", "feature", "hits", "first", "min", "max", "mean", "std", "kurtosis")
+    for name in (*names, *(f">={step:g}" for step in ladder)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        moments = [row["mean"], row["std"], row["kurtosis"]]
+        table.add_row(
+            row["site"],
+            *(str(row[name]) for name in ("layer", "feature")),
+            *(f"{row[name]:,}" for name in ("hits", "first_token_hits")),
+            *("" if value is None else f"{value:.4g}" for value in (row["min"], row["max"], *moments)),
+            *(f"{count:,}" for count in row["ladder_hits"][: len(ladder)]),
+        )
+    return table

@@ -1,0 +1,351 @@
+"""The user's own `ssh` to one host: short commands, streams of lines, bytes counted, errors named for what to do.
+
+OpenSSH itself is used and no library, because only it reads all of the user's configuration (jump hosts, agents,
+keys). One connection is kept open for a minute (ControlMaster), so that a command costs a fraction of a second.
+Whatever the login shell there is (csh, fish), `sh` reads the commands. Host keys are checked, nothing is ever asked
+at the terminal, and a dead line is noticed within ten seconds. Knows no job and no study. Before it: `ssh` and `sky`.
+$OUTLIERS_SSH_CONFIG names another configuration file than ~/.ssh/config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import select
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from outliers.errors import BadInput, HostRefused, JobFailed, MachineLost
+
+CONFIG_VARIABLE = "OUTLIERS_SSH_CONFIG"
+CONNECT_SECONDS = 15
+PERSIST_SECONDS = 60
+_DESTINATION = re.compile(r"(?!-)[^\s\x00-\x1f\x7f;&|<>$`\"'(){}*?!#]+")
+_WITH_PORT = re.compile(r"(?:([^@/]+)@)?\[?([^@/:\[\]]+)\]?:([0-9]+)")
+"""One colon: an IPv6 address has more."""
+_LOST = 255
+_CHUNK = 1 << 16
+_OPTIONS = {
+    "BatchMode": "yes",
+    "ConnectTimeout": str(CONNECT_SECONDS),
+    # a cut cable is noticed in nine seconds
+    "ServerAliveInterval": "3",
+    "ServerAliveCountMax": "3",
+    "ClearAllForwardings": "yes",
+    "ForwardAgent": "no",
+    "ForwardX11": "no",
+    "PermitLocalCommand": "no",
+    "RequestTTY": "no",
+    # of the configuration, such as tmux: it would stand in the place of ours
+    "RemoteCommand": "none",
+    "UpdateHostKeys": "no",
+    "LogLevel": "ERROR",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a command on the host ended; `stdout` as bytes, `stderr` as text."""
+
+    returncode: int
+    stdout: bytes
+    stderr: str
+
+    def text(self) -> str:
+        """Standard output as text, or standard error where there is none."""
+        return self.stdout.decode(errors="replace").strip() or self.stderr.strip()
+
+
+class Connection:
+    """One host, by any name that `ssh` understands. `sent` and `received`: bytes of commands, files and answers.
+
+    `check_host_key`: a host whose key is not in known_hosts is refused, whatever the configuration says.
+    """
+
+    def __init__(self, destination: str, *, config: Path | None = None, check_host_key: bool = True) -> None:
+        if shutil.which("ssh") is None:
+            raise BadInput("there is no ssh here: install OpenSSH's client (Debian: apt install openssh-client)")
+        check_destination(destination)
+        self.destination = destination
+        named = os.environ.get(CONFIG_VARIABLE)
+        self._config = config or (Path(named).expanduser() if named else None)
+        self._check_host_key = check_host_key
+        self.sent = 0
+        self.received = 0
+        self._lock = threading.Lock()
+
+    def call(self, command: str, stdin: bytes = b"", timeout_seconds: float = 60.0) -> Answer:
+        """Run one shell command to its end, whatever its exit code.
+
+        Raises MachineLost where the host can't be reached, HostRefused for keys, JobFailed where it takes longer.
+        """
+        self._open_master()
+        process = self._spawn(command)
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=timeout_seconds)
+        except subprocess.TimeoutExpired as error:
+            raise JobFailed(
+                f"{self.destination} has not ended this within {timeout_seconds:g} s: {_short(command)}"
+            ) from error
+        finally:
+            _end(process)
+        self._count(len(command) + len(stdin), len(stdout) + len(stderr))
+        said = stderr.decode(errors="replace")
+        self._check(process.returncode, said)
+        return Answer(process.returncode, stdout, said)
+
+    def send(self, command: str, source: Path, offset: int, timeout_seconds: float) -> Answer:
+        """Run a command with the bytes of a file from `offset` on as its standard input; as `call`."""
+        self._open_master()
+        size = source.stat().st_size - offset
+        with source.open("rb") as file, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            file.seek(offset)
+            # the file itself and no pipe: nothing of it is held in memory
+            process = subprocess.Popen(self._argv(command), stdin=file, stdout=out, stderr=err, start_new_session=True)
+            try:
+                process.wait(timeout_seconds)
+            except subprocess.TimeoutExpired as error:
+                raise MachineLost(
+                    f"{source.name} ({size / 1e6:,.0f} MB) did not reach {self.destination} within {timeout_seconds:g} s"
+                ) from error
+            finally:
+                _end(process)
+            out.seek(0)
+            err.seek(0)
+            answer = Answer(process.returncode, out.read(), err.read().decode(errors="replace"))
+        self._check(answer.returncode, answer.stderr)  # how much of it had gone is not known then, and not counted
+        self._count(len(command) + size, len(answer.stdout))
+        return answer
+
+    def lines(self, command: str, silence_seconds: float, stdin: bytes = b"") -> Iterator[bytes]:
+        """Each line that a command prints, as it comes, without an end of the command itself.
+
+        Raises MachineLost when the connection breaks or nothing comes for `silence_seconds`, JobFailed where the command
+        fails. Closing the iterator ends the connection.
+        """
+        self._open_master()
+        with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as asked:
+            asked.write(stdin)
+            asked.seek(0)
+            process = subprocess.Popen(
+                self._argv(command),
+                stdin=asked,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                start_new_session=True,
+            )
+            try:
+                yield from self._read(process, silence_seconds)
+                code = process.wait(10)
+            except subprocess.TimeoutExpired as error:
+                raise MachineLost(f"the connection to {self.destination} hangs") from error
+            finally:
+                _end(process)
+            self._count(len(command) + len(stdin), 0)
+            said.seek(0)
+            text = said.read().decode(errors="replace")
+        self._check(code, text)
+        if code:
+            raise JobFailed(f"{_short(command)} failed on {self.destination} with exit code {code}: {text.strip()}")
+
+    def _read(self, process: subprocess.Popen[bytes], silence_seconds: float) -> Iterator[bytes]:
+        pipe = process.stdout
+        if pipe is None:
+            return
+        rest = b""
+        while True:
+            ready, _, _ = select.select([pipe], [], [], silence_seconds)
+            if not ready:
+                raise MachineLost(f"{self.destination} has said nothing for {silence_seconds:g} s")
+            data = os.read(pipe.fileno(), _CHUNK)
+            if not data:
+                return
+            self._count(0, len(data))
+            *whole, rest = (rest + data).split(b"\n")
+            for line in whole:
+                yield line + b"\n"
+
+    def close(self) -> None:
+        """End the kept connection, where there is one."""
+        if self._socket.exists():
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run(
+                    [*self._base(), "-O", "exit", self.destination], capture_output=True, timeout=10, check=False
+                )
+
+    def _open_master(self) -> None:
+        """Start the kept connection, if it isn't there: apart, since a master keeps the pipes of who started it open."""
+        with self._lock:
+            if self._socket.exists() and self._has_master():
+                return
+            with tempfile.TemporaryFile() as said:
+                argv = [*self._base(), "-o", f"ControlPersist={PERSIST_SECONDS}", "-M", "-N", "-f", self.destination]
+                try:
+                    done = subprocess.run(
+                        argv,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=said,
+                        timeout=CONNECT_SECONDS + 30,
+                        check=False,
+                        start_new_session=True,
+                    )
+                except subprocess.TimeoutExpired as error:
+                    raise MachineLost(
+                        f"{self.destination} has not let us in within {CONNECT_SECONDS + 30} s; try `ssh {self.destination}`"
+                    ) from error
+                said.seek(0)
+                text = said.read().decode(errors="replace")
+            # another process may have been first with the same socket
+            if done.returncode and not self._socket.exists():
+                raise self._refusal(text)
+
+    def _has_master(self) -> bool:
+        """Whether a process is behind the socket; a killed one leaves it, and it is in the way."""
+        argv = [*self._base(), "-O", "check", self.destination]
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs is none
+            if subprocess.run(argv, capture_output=True, timeout=CONNECT_SECONDS, check=False).returncode == 0:
+                return True
+        self._socket.unlink(missing_ok=True)
+        return False
+
+    @property
+    def _socket(self) -> Path:
+        """A short name: a socket's path has room for 104 characters."""
+        mark = f"{self.destination}|{self._config}|{self._check_host_key}|{Path.home()}"
+        return _socket_folder() / hashlib.sha256(mark.encode()).hexdigest()[:16]
+
+    def _base(self) -> list[str]:
+        options = dict(_OPTIONS)
+        if self._check_host_key:
+            options["StrictHostKeyChecking"] = "yes"
+        file = ["-F", str(self._config)] if self._config else []
+        return [
+            "ssh",
+            *file,
+            *(part for name, value in options.items() for part in ("-o", f"{name}={value}")),
+            "-o",
+            f"ControlPath={self._socket}",
+        ]
+
+    def _argv(self, command: str) -> list[str]:
+        return [*self._base(), "-o", "ControlMaster=no", self.destination, "--", in_sh(command)]
+
+    def _spawn(self, command: str) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        # a session of its own: Ctrl-C at the terminal is for us to handle, not for a half-sent file
+        return subprocess.Popen(self._argv(command), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+
+    def _count(self, sent: int, received: int) -> None:
+        with self._lock:
+            self.sent += sent
+            self.received += received
+
+    def _check(self, code: int, said: str) -> None:
+        """Raises where the exit code is not the command's, but that of an ssh that has lost it."""
+        if code == _LOST:
+            raise self._refusal(said)
+        if code < 0:
+            raise MachineLost(f"the ssh to {self.destination} was ended by signal {-code}")
+
+    def _refusal(self, said: str) -> HostRefused | MachineLost:
+        """What ssh's own words mean, with what to do."""
+        text, name = " ".join(said.split()), self.destination
+        if "REMOTE HOST IDENTIFICATION HAS CHANGED" in said:
+            return HostRefused(
+                f"the host key of {name} is not the one that known_hosts has: another machine answers, or it was set up "
+                f"anew. Nothing was sent. If you know why, remove the old key (ssh-keygen -R HOST) and log in once: ssh {name}"
+            )
+        if "Host key verification failed" in said or "host key is known for" in said:
+            return HostRefused(
+                f"the host key of {name} is not known here: log in once, compare the fingerprint and accept it: ssh {name}"
+            )
+        if "Permission denied" in said or "Too many authentication failures" in said:
+            return HostRefused(
+                f"{name} refuses our key ({text}): `ssh -o BatchMode=yes {name}` must work without a password; "
+                "add your public key there (ssh-copy-id), or start ssh-agent"
+            )
+        return MachineLost(f"{name} can't be reached: {text or 'the connection broke'}")
+
+
+def quote(argv: Sequence[str]) -> str:
+    """A command line for the host's shell."""
+    return shlex.join(argv)
+
+
+def in_sh(command: str) -> str:
+    """A command of a POSIX shell as one that any login shell hands on to `sh`, csh and fish too.
+
+    These read quoted text otherwise: csh looks for `!` in it and ends it at a line's end, to fish a backslash means something.
+    """
+    if "\n" in command:
+        coded = command.replace("\\", r"\\").replace("\n", r"\n")
+        command = f'eval "$(printf %b {shlex.quote(coded)})"'
+    return "sh -c '" + re.sub(r"(['!\\])", r"'\\\1'", command) + "'"
+
+
+def check_destination(text: str) -> None:
+    """BadInput where `text` can't be what `ssh` calls a host, or has a port, which ssh takes from its configuration."""
+    if not _DESTINATION.fullmatch(text):
+        raise BadInput(f"'{text}' is no host: user@host, or a name of your ssh configuration")
+    if with_port := _WITH_PORT.fullmatch(text):
+        user, host, port = with_port.groups()
+        raise BadInput(
+            f"'{text}' is no host: a port stands in the ssh configuration. Put 'Host NAME', 'HostName {host}', 'Port {port}'"
+            + (f", 'User {user}'" if user else "")
+            + " into ~/.ssh/config, a line each, and use NAME"
+        )
+
+
+def _short(command: str) -> str:
+    line = " ".join(command.split())
+    return line if len(line) <= 120 else line[:117] + "..."
+
+
+def _socket_folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"outliers-ssh-{os.getuid()}"
+    if len(str(folder)) > 70:  # a long TMPDIR leaves no room for a socket's name
+        folder = Path("/tmp") / folder.name
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise BadInput(f"{folder} belongs to somebody else or is open to others: remove it, or set TMPDIR")
+    return folder
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Whatever happened, no ssh of ours stays."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def wait_for(connection: Connection, seconds: float) -> None:
+    """Until the host answers, at most so long; MachineLost then, HostRefused at once."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            connection.call("true", timeout_seconds=CONNECT_SECONDS)
+        except (MachineLost, JobFailed) as error:
+            if time.monotonic() >= deadline:
+                raise MachineLost(f"{error}; waited {seconds:g} s for it") from error
+            time.sleep(2)
+        else:
+            return

@@ -1,0 +1,144 @@
+"""This very program as one wheel, made in a moment and named by its content, and what it must be installed with.
+
+The wheel is written from the files that run here, so that a machine runs the same; the same files give the same bytes and
+name, so a machine that has it needs nothing. Only `outliers` is in it: flows and tasks stay on this side. Before it:
+an installed or checked-out package. After it: `deploy`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import io
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import outliers
+from outliers.errors import DeployFailed
+
+DISTRIBUTION = "outlier-features"
+EXTRAS = ("demo",)
+"""Of the extras, what a machine is given too: a GGUF file is read there."""
+_STEM = "outlier_features"
+_DATE = (1980, 1, 1, 0, 0, 0)
+_KEPT = (".py", ".typed", ".html")
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """`sha256` of `data`; `name` is the file's, as packaging rules want it."""
+
+    name: str
+    sha256: str
+    data: bytes
+
+    @property
+    def key(self) -> str:
+        """What it is called by on a machine."""
+        return self.sha256[:16]
+
+
+def build_wheel(more: Mapping[str, bytes] | None = None) -> Wheel:
+    """The wheel of what runs here, and of `more` files by their names in it; the same files give the same bytes.
+
+    Raises DeployFailed where a file can't be read.
+    """
+    root = Path(outliers.__file__).parent
+    try:
+        files = {
+            f"outliers/{path.relative_to(root).as_posix()}": path.read_bytes()
+            for path in sorted(root.rglob("*"))
+            if path.is_file() and path.suffix in _KEPT and "__pycache__" not in path.parts
+        }
+    except OSError as error:
+        raise DeployFailed(f"this program's own files can't be read: {error}") from error
+    files |= more or {}
+    info = f"{_STEM}-{_version()}.dist-info"
+    files |= {
+        f"{info}/METADATA": _metadata().encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: outliers\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{name},sha256={_urlsafe(data)},{len(data)}\n" for name, data in files.items())
+    files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            # no clock and no user in it: the name is the content
+            entry = zipfile.ZipInfo(name, _DATE)
+            entry.external_attr = 0o644 << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, data)
+    data = buffer.getvalue()
+    return Wheel(f"{_STEM}-{_version()}-py3-none-any.whl", hashlib.sha256(data).hexdigest(), data)
+
+
+def requirements() -> tuple[str, ...]:
+    """What the wheel needs beside it, as requirement lines; extras' own markers are settled."""
+    found = []
+    for line in importlib.metadata.requires(DISTRIBUTION) or ():
+        extra = re.search(r'extra\s*==\s*[\'"]([\w.-]+)[\'"]', line)
+        if extra is None:
+            found.append(line)
+        elif extra[1] in EXTRAS:
+            found.append(line.partition(";")[0].strip())
+    return tuple(sorted(found))
+
+
+def names() -> tuple[str, ...]:
+    """The names alone of `requirements`."""
+    return tuple(re.split(r"[\s<>=!~;\[(]", line, maxsplit=1)[0] for line in requirements())
+
+
+def constraints() -> tuple[str, ...]:
+    """Versions that everything is held to: constraints.txt of a checkout, else what is installed here."""
+    lock = Path(outliers.__file__).parent.parent / "constraints.txt"
+    if lock.is_file():
+        lines = lock.read_text("utf-8").splitlines()
+        return tuple(sorted(line.strip() for line in lines if line.strip() and not line.startswith("#")))
+    seen: dict[str, str] = {}
+    waiting = list(names())
+    while waiting:
+        name = waiting.pop()
+        if _plain(name) in seen:
+            continue
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another system, or of an extra that is not installed here
+        # a build for one kind of processor has a local label, which no other machine need have
+        seen[_plain(name)] = f"{name}=={found.version.partition('+')[0]}"
+        waiting += [
+            re.split(r"[\s<>=!~;\[(]", line, maxsplit=1)[0] for line in found.requires or () if "extra ==" not in line
+        ]
+    return tuple(sorted(seen.values()))
+
+
+def without_torch(lines: tuple[str, ...]) -> tuple[str, ...]:
+    """Requirements or constraints for a machine whose image brings its own torch and CUDA."""
+
+    def brought(line: str) -> bool:
+        name = re.split(r"[\s<>=!~;\[(]", line, maxsplit=1)[0]
+        return name in ("torch", "triton") or name.startswith(("nvidia-", "cuda-"))
+
+    return tuple(line for line in lines if not brought(line))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _version() -> str:
+    return outliers.__version__
+
+
+def _metadata() -> str:
+    lines = ["Metadata-Version: 2.1", f"Name: {DISTRIBUTION}", f"Version: {_version()}", "Requires-Python: >=3.11"]
+    return "\n".join([*lines, *(f"Requires-Dist: {line}" for line in requirements())]) + "\n"
+
+
+def _urlsafe(data: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
