@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
+from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -36,6 +38,7 @@ class Browser:
     """One process, ended by its own number; `folder` is its profile."""
 
     def __init__(self, folder: Path) -> None:
+        self.url = ""
         self.log = (folder / "log").open("wb")
         command = [executable(), *FLAGS, f"--user-data-dir={folder}", "about:blank"]
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
@@ -49,13 +52,23 @@ class Browser:
         self.url = f"ws://127.0.0.1:{port}{path}"
 
     def close(self) -> None:
+        # asked to, it also removes what it made in the folder for temporary files; a signal would leave that
+        if self.url and self.process.poll() is None:
+            with contextlib.suppress(OSError, WebSocketException), connect(self.url, proxy=None) as socket:
+                socket.send(json.dumps({"id": 1, "method": "Browser.close"}))
+                self._ended(10)
         self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
+        if not self._ended(10):
             self.process.kill()
             self.process.wait()
         self.log.close()
+
+    def _ended(self, seconds: float) -> bool:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def open(self, page: Path, width: int, height: int = 900) -> Tab:
         return Tab(self.url, page, width, height)
@@ -65,7 +78,7 @@ class Tab:
     """A page that was opened; `requests`: URLs it asked for, `said`: what came to the console, errors among it."""
 
     def __init__(self, url: str, page: Path, width: int, height: int) -> None:
-        self._socket = connect(url, max_size=None, open_timeout=SECONDS)
+        self._socket = connect(url, max_size=None, open_timeout=SECONDS, proxy=None)
         self._number, self._session = 0, None
         self.requests, self.said, self._loaded = [], [], False
         target = self.call("Target.createTarget", url="about:blank")["targetId"]

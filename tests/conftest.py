@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.update(
     {
@@ -25,6 +26,58 @@ from tests.s3 import s3_server
 from tests.smollm2 import smollm2_workspace
 
 __all__ = ["llama", "prefect_home", "s3_server", "smollm2_workspace", "text"]
+
+
+UNTOUCHED = (".ssh", ".sky", ".bashrc", ".bash_profile", ".profile", ".zshrc", ".zprofile", ".config/fish")
+"""What SSH, SkyPilot and installers like to write into a user's home."""
+
+
+def _listing() -> dict[str, tuple[int, int]]:
+    """Every file below UNTOUCHED with its size and time of change."""
+    found = {}
+    for name in UNTOUCHED:
+        place = Path.home() / name
+        for path in (place, *(place.rglob("*") if place.is_dir() else ())):
+            if path.is_file():
+                found[str(path)] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return found
+
+
+LONGEST = (
+    "sweep_flow",
+    "readme",
+    "ssh_study",
+    "ssh_faults",
+    "flow",
+    "shards",
+    "ui",
+    "fault_suite",
+    "deployment",
+    "faults",
+)
+"""Files of tests that take minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, then those that start servers: one that began last would run on alone at the end.
+
+    What is marked `long` runs where OUTLIERS_TEST_FAULTS is set.
+    """
+    if not os.environ.get("OUTLIERS_TEST_FAULTS"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="a minute or more: make test-faults"))
+    slow = {item.path for item in items if item.get_closest_marker("servers")}
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (ranks.get(item.path.name, len(ranks)), item.path not in slow))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home_is_left_alone():
+    """No test writes the user's own ~/.ssh, ~/.sky or shell files."""
+    before = _listing()
+    yield
+    assert _listing() == before, "files in the home folder changed while the tests ran"
 
 
 @pytest.fixture

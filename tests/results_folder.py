@@ -41,6 +41,7 @@ def feature(number: int, magnitude: float) -> dict[str, Any]:
         "sequences": 2,
         "of_sequences": 2,
         "first_token_hits": 2,
+        "interval": {"layer_fraction": [0.5, 0.75], "position_fraction": [0.2, 0.3], "passes": 0.98},
     }
 
 
@@ -53,6 +54,8 @@ def summary(seed: int = 0, study_id: str = STUDY_ID) -> dict[str, Any]:
     }
     readings["block"]["legacy"] = {"feature_sequence_pairs": 4, "features": found}
     layer = {"max_magnitude": 33.75, "hits": 210, "nonfinite": 0, "kurtosis": 61.5, "median_magnitude": None}
+    layer |= {"quantiles": [2.5, 12.0], "mean_inf_norm": 30.5}
+    counts = {site: {how: len(rows) for how, rows in own.items() if how != "legacy"} for site, own in readings.items()}
     return {
         "schema_version": 1,
         "study_id": study_id,
@@ -88,11 +91,18 @@ def summary(seed: int = 0, study_id: str = STUDY_ID) -> dict[str, Any]:
             "ladder": LADDER,
         },
         "readings": readings,
+        "reading_counts": counts | {"block": counts["block"] | {"legacy": 2}},
         "systematic": found,
+        "without_first_tokens": {"block": {"pooled": [7], "union": [3, 7], "per_layer": [], "affected": [7]}},
+        "intervals": {"level": 0.95, "resamples": 1000, "seed": 0, "counts": {"block": {"pooled": [1, 2]}}},
+        "quantile_levels": [0.99, 0.9999],
         "layers": [{"site": site, "layer": n, **layer} for site in ("attn_in", "mlp_in") for n in range(LAYERS)],
         "massive": None,
         "massive_count": None,
-        "sweep": {"magnitudes": LADDER, "counts": {"block": {"pooled": [9, 2, 1], "union": [9, 2, 1]}}},
+        "massive_by_token": None,
+        "massive_by_token_count": None,
+        "sweep": {"magnitudes": LADDER, "counts": {"block": {"pooled": [9, 2, 1], "union": [9, 2, 1]}}}
+        | {"counts_without_first_tokens": {"block": {"pooled": [8, 1, 1], "union": [9, 2, 1]}}},
         "histogram": {"attn_in": {"lower_edges": [0.5, 1.0, 2.0], "counts": [900, 80, 4]}},
         "notes": [],
     }
@@ -117,6 +127,15 @@ def tokens(study_id: str = STUDY_ID) -> dict[str, Any]:
             }
         ],
         "massive": [],
+        "massive_features": [
+            {
+                "feature": 5,
+                "tokens": 2,
+                "first_token_share": 1.0,
+                "delimiter_share": 0.5,
+                "positions": {"bin_tokens": 32, "counts": [2, 0, 0, 0]},
+            }
+        ],
     }
 
 

@@ -91,8 +91,18 @@ class S3Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> S3Server:
-        self.start()
-        return self
+        tries_left = 2
+        while True:
+            try:
+                self.start()
+                return self
+            except RuntimeError as error:
+                # another server took a port between our look and our start
+                if not tries_left or "Port allocation failed" not in str(error):
+                    raise
+            tries_left -= 1
+            self.ports = dict(zip(_SERVICES, free_ports(len(_SERVICES)), strict=True))
+            self.endpoint = f"http://127.0.0.1:{self.ports['s3']}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

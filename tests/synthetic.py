@@ -9,12 +9,14 @@ from outliers.analyze import analyze
 from outliers.anatomy import Anatomy
 from outliers.corpus import Corpus, CorpusInfo, _write, token_hash
 from outliers.durable import Unsynced
+from outliers.fingerprint import shapes_of, write_fingerprint
+from outliers.layout import STORAGE, Layout
 from outliers.model_info import ModelInfo
 from outliers.models import ModelSource
 from outliers.prepare import ID_LENGTH, Prepared
 from outliers.results import find, summarize_study
 from outliers.spec import StudySpec, deciding_site, digest
-from outliers.store import STORAGE, ChunkFiles, Journal, Layout, create_arrays, shapes_of, write_fingerprint
+from outliers.store import ChunkFiles, Journal, create_arrays
 from outliers.weights import Weights
 from outliers.work import Work
 

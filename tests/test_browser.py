@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from outliers.report import write_report
 from tests import chromium
-from tests.test_report import planted, write_results
+from tests.planted import planted, write_results
 
 pytestmark = pytest.mark.skipif(
     chromium.executable() is None, reason="no Chromium here: `make test-browser` installs one and runs this"
+)
+# a table that is wider than its frame can be scrolled, but neither read at a glance nor printed
+CUT_TABLES = (
+    "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
 )
 EVIL = '"><script>window.pwned = 1; document.title = "pwned"</script><img src=x onerror="window.pwned = 2">'
 
@@ -54,6 +59,7 @@ def test_it_fits_says_nothing_and_asks_for_nothing(browser, page, width):
     tab = browser.open(page, width)
     harmless(tab, page)
     assert tab.value("document.documentElement.scrollWidth") <= width
+    assert tab.value(CUT_TABLES) == []
     headings = tab.value("[...document.querySelectorAll('h1, h2')].map(heading => heading.textContent.trim())")
     assert headings[0] == "SmolLM2"
     assert headings[1] == "The systematic features"
@@ -63,7 +69,9 @@ def test_it_fits_says_nothing_and_asks_for_nothing(browser, page, width):
 
 @pytest.mark.servers
 def test_it_prints(browser, page):
-    tab = browser.open(page, 1280)
+    tab = browser.open(page, 720)  # the width between the margins of A4
+    tab.call("Emulation.setEmulatedMedia", media="print")
+    assert tab.value(CUT_TABLES) == []
     printed = tab.pdf()
     assert printed.startswith(b"%PDF")
     assert len(printed) > 50_000
@@ -71,15 +79,19 @@ def test_it_prints(browser, page):
 
 
 @pytest.mark.servers
-def test_text_is_never_a_script(browser, tmp_path):
-    """A model's name, a corpus, its tokens, notes and provenance that are all markup."""
+@pytest.mark.parametrize("policy", [True, False])
+def test_text_is_never_a_script(browser, tmp_path, policy):
+    """A model's name, a corpus, its tokens, notes and provenance that are all markup.
+
+    Also where nothing forbids scripts: escaping has to do without the page's content security policy.
+    """
     folder = results(tmp_path)
     for name in ("summary.json", "tokens.json"):
         content = json.loads((folder / name).read_text())
         if name == "summary.json":
             content["model"] |= {"id": EVIL, "architecture": EVIL, "revision": EVIL}
             content["corpus"]["source"] = EVIL
-            content["notes"] = [EVIL]
+            content["notes"] = [EVIL, "n" * 300]
             rows = content["massive"]
         else:
             rows = content["massive"] + [top for feature in content["features"] for top in feature["top"]]
@@ -87,6 +99,11 @@ def test_text_is_never_a_script(browser, tmp_path):
             row |= {key: EVIL for key in ("token", "before", "after") if key in row}
         (folder / name).write_text(json.dumps(content))
     write_report(folder, {EVIL: EVIL})
+    if not policy:
+        html = (folder / "report.html").read_text("utf-8")
+        bare = re.sub(r"<meta http-equiv=[^>]*>", "", html)
+        assert bare != html
+        (folder / "report.html").write_text(bare, "utf-8")
     tab = browser.open(folder / "report.html", 390)
     assert tab.value("document.body.textContent").count("window.pwned") >= 8
     harmless(tab, folder / "report.html")

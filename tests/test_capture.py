@@ -78,8 +78,8 @@ def test_a_site_that_runs_twice_is_refused():
     """One tensor a site, layer and pass: anything else would silently be the wrong one."""
     from outliers.anatomy import SiteModule
     from outliers.forward import Batch, HookedPass
+    from outliers.layout import Layout
     from outliers.ring import Ring
-    from outliers.store import Layout
 
     class Twice(torch.nn.Module):
         def __init__(self, times):

@@ -57,11 +57,36 @@ REFUSED = [
     (("study", *TINY, "--workspace", "/proc/no"), "the workspace /proc/no can't be written"),
     (("study", *TINY, "--layers", "0,7"), "layer 7 was asked"),
     (("study", *TINY, "--sequence-length", "600"), "--sequence-length 600 is more than the 512 positions"),
+    (
+        ("study", *TINY, "--shards", 4),
+        "--shards 4 is more than the 3 batches of 1 sequence there are to share: at most 3",
+    ),
+    (
+        ("plan", *TINY, "--shards", 4),
+        "--shards 4 is more than the 3 batches of 1 sequence there are to share: at most 3",
+    ),
     (("study", *TINY, "--num-sequences", "5000"), "5000 sequences of 32 need 160,000"),
     (("study", *TINY, "--model", "./nothing"), "there is no model at ./nothing"),
     (("study", *TINY, "--model", "Some/Model"), "'Some/Model' is no folder, file or built-in"),
     (("study", *TINY, "--corpus", "missing.txt"), "there is no text at missing.txt"),
     (("study", *TINY, "--provider", "azure"), "provider 'azure' is not known: use local"),
+    (
+        ("study", *TINY, "--host", "lab1"),
+        "provider local, the default, does not take --host (for ssh): leave it out, or say --provider ssh",
+    ),
+    (
+        ("plan", *TINY, "--host", "lab1", "--region", "us", "--max-price", "0.01", "--keep-running"),
+        "provider local, the default, does not take --host (for ssh), --region (for sky), --max-price (for ssh or sky), "
+        "--keep-running (for ssh or sky): leave them out",
+    ),
+    (
+        ("study", *TINY, "--provider", "sky", "--host", "lab1"),
+        "provider sky does not take --host (for ssh): leave it out, or say --provider ssh",
+    ),
+    (("study", *TINY, "--provider", "ssh", "--region", "us"), "provider ssh does not take --region (for sky)"),
+    (("study", *TINY, "--spec", "rented.json"), "provider local does not take --max-total-price (for ssh or sky)"),
+    (("study", *TINY, "--keep-seconds", "600"), "leave it out, or say --provider ssh or sky"),
+    (("study", *TINY, "--provider", "ssh", "--host", "me@lab:2222"), "a port stands in the ssh configuration"),
     (("study", "--spec", "bad.json"), "corpuss: Extra inputs are not permitted"),
     (("study", "--spec", "missing.json"), "--spec missing.json can't be read"),
     (("plan", *TINY, "--num-sequences", 1_000_000, "--sequence-length", 512), "of disk"),
@@ -73,6 +98,8 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda value: str(value)[:60])
 def test_bad_input_is_refused_before_anything_runs(place, arguments, message):
     (place / "bad.json").write_text(json.dumps({"model": "m", "corpuss": "x"}))
+    compute = {"provider": "local", "max_total_price": 3, "host": None, "keep_running": False}
+    (place / "rented.json").write_text(json.dumps({"model": "m", "compute": compute}))
     done = run(place, *arguments)
     said = " ".join(done.stderr.split())
     assert message in said, done.stderr
@@ -191,7 +218,7 @@ def test_plan_counts_and_spends_nothing(place):
 def finished(place):
     """One study with every option working together, published to a folder; (process, its JSON)."""
     done = run(
-        place, "study", *TINY, "--gpu-count", 0, "--min-cpu-ram", 0.5, "--max-price", 3, "--keep-running",
+        place, "study", *TINY, "--gpu-count", 0, "--min-cpu-ram", 0.5,
         "--sites", "attn_in,mlp_in,resid", "--dtype", "bfloat16", "--magnitude", 6, "--reading", "pooled", "--json",
         "--publish-to", f"file://{place}/atlas",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A capture on a disk that lies: torn, cut, flipped, filled, read-only, begun elsewhere.
+"""A capture on a disk that lies: torn, cut, flipped.
 
 Each ends in an error or a right resume, never in a wrong capture.
 """
@@ -6,49 +6,24 @@ Each ends in an error or a right resume, never in a wrong capture.
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from outliers.analyze import analyze
 from outliers.capture import extract
-from outliers.captures import find_capture, list_captures, remove_capture
-from outliers.errors import BadInput, Busy, CaptureError, CaptureMismatch, CorruptCapture
+from outliers.errors import CaptureError, CorruptCapture
 from outliers.steps import capture_exists, run_verify
-from outliers.store import Journal, hold, read_fingerprint, write_fingerprint
+from outliers.store import Journal
 from outliers.verify import verify
-from outliers.workspace import open_workspace
-from tests.captured import prepared
+from tests.damaged import copy, flip, whole
 from tests.synthetic import Silent
 from tests.test_faults import assert_identical
-from tests.zygote import Zygote
 
-SITES = ("attn_in", "mlp_in", "resid")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, llama, text):
-    """A finished capture of 4 sequences, 3 layers and 3 sites, in batches of 2: (workspace, study)."""
-    workspace = open_workspace(tmp_path_factory.mktemp("whole") / "ws")
-    study = prepared(workspace, llama, text, capture={"sites": SITES, "batch_sequences": 2})
-    extract(study, workspace, Silent())
-    return workspace, study
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    """A copy of it to damage: (workspace, study, folder)."""
-    workspace, study = whole
-    shutil.copytree(workspace.root, tmp_path / "ws")
-    other = open_workspace(tmp_path / "ws")
-    return other, study, other.capture(study.capture_id)
+__all__ = ["copy", "whole"]  # fixtures, found by name
 
 
 def whole_entry(whole, sequence):
@@ -57,23 +32,9 @@ def whole_entry(whole, sequence):
     return Journal.open(workspace.capture(study.capture_id) / "journal.jsonl").done[sequence]
 
 
-def flip(path, at, bit=4):
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= bit
-    path.write_bytes(raw)
-
-
 def _other(content):
     """Some values of a file changed: numbers of a description, or bytes."""
     return content.translate(bytes.maketrans(b"3\x00", b"4\x01"))
-
-
-def rewrite(folder, change):
-    """capture.json as it would have been written under another condition, checksum and all."""
-    found = read_fingerprint(folder)
-    change(found)
-    found.pop("crc32")
-    write_fingerprint(folder, found)
 
 
 # Cut and torn: what a crash or a power cut leaves. The journal alone says what is done, so a resume is right.
@@ -221,193 +182,6 @@ def test_a_description_that_is_gone_is_refused_where_something_was_done(copy):
     assert (folder / "journal.jsonl").stat().st_size
     (folder / "journal.jsonl").write_bytes(b"")
     assert extract(study, workspace, Silent())["sequences"] == 4
-
-
-# Begun under other conditions, or by somebody else.
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "torch",
-        "transformers",
-        "numpy",
-        "zarr",
-        "token_sha256",
-        "lengths_sha256",
-        "revision",
-        "device",
-        "instructions",
-        "dtype",
-    ],
-)
-def test_other_conditions_are_refused_with_both_values(copy, name):
-    workspace, study, folder = copy
-    before = read_fingerprint(folder)["fixed"][name]
-    rewrite(folder, lambda found: found["fixed"].update({name: "0.0.1"}))
-    with pytest.raises(CaptureMismatch) as refused:
-        extract(study, workspace, Silent())
-    assert f"was begun with {name} 0.0.1, now it is {before}" in str(refused.value)
-    assert f"outliers captures rm {study.capture_id}" in str(refused.value)
-
-
-def test_it_goes_on_with_the_number_of_threads_it_was_begun_with(copy):
-    """Others sum in another order: half of a capture would have other last bits."""
-    workspace, study, folder = copy
-    before = torch.get_num_threads()
-    rewrite(folder, lambda found: found.update(threads=before + 1))
-    Journal.open(folder / "journal.jsonl").redo([0])
-    try:
-        assert extract(study, workspace, Silent())["threads"] == before + 1
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_a_newer_format_is_refused(copy):
-    workspace, study, folder = copy
-    rewrite(folder, lambda found: found["fixed"].update(format=99))
-    with pytest.raises(CaptureMismatch, match="has format 99, this version reads up to 1: upgrade"):
-        extract(study, workspace, Silent())
-
-
-def test_foreign_files_are_named_and_left_alone(whole, copy):
-    workspace, study, folder = copy
-    strangers = ("notes.txt", "mlp_in/c.99.0.0.0.bak", "resid/.nfs0001", "other/zarr.json")
-    for name in strangers:
-        path = folder / "activations.zarr" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("mine")
-    found = verify(folder, Silent())
-    assert found.sound
-    assert found.foreign == tuple(sorted(f"activations.zarr/{name}" for name in strangers))
-    Journal.open(folder / "journal.jsonl").redo([0, 3])
-    assert extract(study, workspace, Silent())["sequences"] == 4
-    for name in strangers:
-        path = folder / "activations.zarr" / name
-        assert path.read_text() == "mine"
-        path.unlink()
-    (folder / "activations.zarr" / "other").rmdir()
-    assert_identical(whole[0], workspace, study)
-
-
-def test_something_in_the_way_is_an_error_that_names_it(copy):
-    workspace, study, folder = copy
-    site = folder / "activations.zarr" / "mlp_in"
-    (site / "c.0.1.0.0").unlink()
-    (site / "c.0.1.0.0").mkdir()
-    with pytest.raises(CaptureError, match=r"c\.0\.1\.0\.0 can't be written \(Is a directory\)"):
-        extract(study, workspace, Silent())
-    # its whole batch is to be computed again, and is not done until then; the other one is
-    assert sorted(Journal.open(folder / "journal.jsonl").done) == [2, 3]
-    shutil.rmtree(site)
-    site.write_text("in the way")
-    with pytest.raises(CaptureError, match="mlp_in is in the way of a folder of the capture"):
-        extract(study, workspace, Silent())
-
-
-def test_a_capture_in_use_is_neither_written_repaired_nor_removed(copy):
-    workspace, study, folder = copy
-    Journal.open(folder / "journal.jsonl").redo([0])
-    with hold(folder):
-        for action in (
-            lambda: extract(study, workspace, Silent()),
-            lambda: verify(folder, Silent(), repair=True),
-            lambda: remove_capture(workspace, study.capture_id),
-        ):
-            with pytest.raises(Busy, match="another process is writing"):
-                action()
-        assert verify(folder, Silent()).sound  # looking is allowed
-    assert extract(study, workspace, Silent())["sequences"] == 2
-
-
-def test_a_capture_is_found_by_id_or_folder_and_removed_whole(copy):
-    workspace, study, folder = copy
-    assert find_capture(workspace, study.capture_id) == find_capture(workspace, str(folder)) == folder
-    for name in ("nothing", "..", ".", "../ws/captures", str(workspace.root)):
-        with pytest.raises(BadInput, match="there is no capture"):
-            find_capture(workspace, name)
-    (held,) = list_captures(workspace)
-    assert (held.done, held.of_sequences) == (4, 4)
-    assert remove_capture(workspace, study.capture_id) == held.bytes
-    assert list_captures(workspace) == ()
-
-
-# A disk that takes no more, or nothing at all.
-
-
-def in_namespace():
-    """Whether this user may make a mount that only a test's own processes see."""
-    if shutil.which("unshare") is None:
-        return False
-    tried = subprocess.run(
-        ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False
-    )
-    return tried.returncode == 0
-
-
-@pytest.mark.skipif(not in_namespace(), reason="a mount of one's own needs root")
-def test_a_disk_that_fills_at_any_point_costs_nothing_that_was_journaled(tmp_path, llama, text):
-    """A small tmpfs, which is gone with its processes. Filled up to here, then with room again; never a wrong byte."""
-    calm = open_workspace(tmp_path / "calm")
-    study = prepared(calm, llama, text, sequences=12, length=340, capture={"sites": SITES})
-    extract(study, calm, Silent())
-    size = sum(path.stat().st_size for path in calm.capture(study.capture_id).rglob("*") if path.is_file())
-    disk, spec, log = tmp_path / "disk", tmp_path / "prepared.json", tmp_path / "log"
-    disk.mkdir()
-    spec.write_text(study.model_dump_json())
-    mount = f'mount -t tmpfs -o size={2 * size} tmpfs {disk} && exec "$@"'
-    with Zygote("unshare", "--mount", "sh", "-c", mount, "sh") as zygote:
-        inside = Path(f"/proc/{zygote.process.pid}/root") / disk.relative_to("/")
-        zygote.ready()
-        shutil.copytree(calm.corpora, inside / "ws" / "corpora")
-        done: list[int] = []
-        for share in (0.02, 0.2, 0.45, 0.8):
-            free = shutil.disk_usage(inside).free
-            held = sum(path.stat().st_size for path in (inside / "ws").rglob("*") if path.is_file())
-            (inside / "ballast").write_bytes(bytes(max(0, int(free - (share * size - min(held, share * size))))))
-            zygote.extract(spec, disk / "ws", log)
-            assert zygote.wait() == 1
-            assert "No space left on device" in log.read_text().rsplit("start\n", 1)[1]
-            (inside / "ballast").unlink()
-            folder = inside / "ws" / "captures" / study.capture_id
-            if (folder / "capture.json").exists():
-                assert verify(folder, Silent()).sound
-                done.append(verify(folder, Silent()).done)
-        assert done == sorted(done)
-        assert 0 < done[-1] < 12, "the disk filled too early or too late to show anything"
-        zygote.extract(spec, disk / "ws", log)
-        assert zygote.wait() == 0, log.read_text()
-        assert_identical(calm, open_workspace(inside / "ws"), study)
-
-
-@pytest.mark.skipif(not in_namespace(), reason="a mount of one's own needs root")
-def test_a_read_only_workspace_is_one_clear_error(copy, tmp_path):
-    workspace, study, folder = copy
-    Journal.open(folder / "journal.jsonl").redo([0])
-    spec = tmp_path / "prepared.json"
-    spec.write_text(study.model_dump_json())
-    where = f'mount --bind -o ro {workspace.root} {workspace.root} && exec "$@"'
-    command = [sys.executable, "-m", "outliers", "extract", str(spec), "--workspace", str(workspace.root)]
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", where, "sh", *command], capture_output=True, text=True, check=False
-    )
-    assert done.returncode in (1, 2)
-    assert "Read-only file system" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert extract(study, workspace, Silent())["sequences"] == 2
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_rights_is_one_clear_error(copy):
-    workspace, study, folder = copy
-    Journal.open(folder / "journal.jsonl").redo([0])
-    site = folder / "activations.zarr" / "mlp_in"
-    site.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    try:
-        with pytest.raises(CaptureError, match="can't be written"):
-            extract(study, workspace, Silent())
-    finally:
-        site.chmod(stat.S_IRWXU)
 
 
 def test_the_command_checks_repairs_and_says_what_to_do(copy):

@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -169,17 +170,17 @@ FAULTS = {
             Fault("GET .*parquet", status=429, headers=TOLD, after=2),
             Fault("GET .*parquet", status=504, after=2),
         ],
-        ("the hub asks to wait 1 s (429)", "the hub did not answer (504): trying again in 2 s"),
+        (r"the hub asks to wait 1 s \(429\)", r"the hub did not answer \(504\) for .*: trying again in 2 s"),
     ),
     "a table and a listing cut in the middle": (
         "org/texts",
         [Fault("GET .*parquet", cut_after=2000, after=2, times=2), Fault("/tree/", cut_after=50)],
-        ("the hub did not answer (RemoteProtocolError): trying again in 1 s",),
+        (r"the hub did not answer \(RemoteProtocolError\) for .*: trying again in 1 s",),
     ),
     "lines that lie elsewhere": (
         "org/lines",
         [Fault("GET /cdn/", cut_after=700_000, times=2), Fault("GET /cdn/", status=429, headers=TOLD)],
-        ("the hub asks to wait 1 s (429)",),
+        (r"the hub asks to wait 1 s \(429\)",),
     ),
 }
 
@@ -191,7 +192,7 @@ def test_the_documents_are_the_same_whatever_goes_wrong(hub, tmp_path, undisturb
     (found,), log = read(hub, tmp_path, {"source": source})
     assert found == undisturbed[source], (found.get("message"), log)
     assert not any(fault.times for fault in hub.faults), "a fault was never met"
-    assert all(words in log for words in says)
+    assert all(re.search(words, log) for words in says), log
 
 
 def test_a_shard_that_was_cut_for_good_is_opened_again_after_its_rows(tmp_path):

@@ -14,7 +14,8 @@ from outliers.errors import CaptureError
 from outliers.files import CAN_SYNC_ALL, sync_all
 from outliers.forward import Batch
 from outliers.journal import Journal
-from outliers.store import ChunkFiles, Layout
+from outliers.layout import Layout
+from outliers.store import ChunkFiles
 
 WAYS = [False, pytest.param(True, marks=pytest.mark.skipif(not CAN_SYNC_ALL, reason="this kernel can't tell"))]
 

@@ -17,8 +17,9 @@ import pytest
 from outliers.analyze import analyze
 from outliers.errors import BadInput, CorruptCapture, MachineLost
 from outliers.executors import open_executor
+from outliers.fingerprint import layout_from, read_fingerprint
 from outliers.spec import StudySpec
-from outliers.store import ChunkFiles, layout_from, read_fingerprint
+from outliers.store import ChunkFiles
 from outliers.summary_files import read_summary
 from outliers.workspace import open_workspace
 from tests import synthetic

@@ -24,6 +24,8 @@ from tests.captured import prepared
 from tests.synthetic import Silent
 from tests.zygote import Zygote
 
+pytestmark = pytest.mark.servers
+
 SITES = ("attn_in", "mlp_in", "o_in", "resid")
 
 

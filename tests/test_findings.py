@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from outliers import bootstrap, results
 from outliers.criteria import quantile_magnitudes
-from outliers.kernels import above
+from outliers.kernel_massive import above
 from outliers.workspace import open_workspace
 from tests import oracle, synthetic
 from tests.test_counting import BLOCK, DTYPES, random_acts

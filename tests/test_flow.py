@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
+import subprocess
+import sys
 
 import pytest
 
-from outliers import jobs
 from outliers.prepare import prepare
 from outliers.spec import StudySpec
 from outliers.workspace import open_workspace
 from tests import tiny
+from tests.held_job import held_until_cancelled
+from tests.prefect_home import ROOT
 
 pytestmark = pytest.mark.servers
 
@@ -34,32 +36,66 @@ def settle(folder, parameters):
     return prepare(StudySpec.model_validate(parameters), open_workspace(folder / "workspace"))
 
 
+@pytest.mark.long
 def test_cancel_ends_the_job_and_a_new_run_goes_on(prefect_home, study):
     folder, parameters = study
-    parameters = parameters | {"corpus": parameters["corpus"] | {"num_sequences": 200, "sequence_length": 512}}
+    parameters = parameters | {"corpus": parameters["corpus"] | {"num_sequences": 100, "sequence_length": 512}}
     prepared = settle(folder, parameters)
     workspace = open_workspace(folder / "workspace")
     journal = workspace.capture(prepared.capture_id) / "journal.jsonl"
     flow_run = prefect_home.run(**parameters)
-    deadline = time.monotonic() + 120
-    while not (journal.exists() and journal.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    prefect_home.prefect("flow-run", "cancel", flow_run)
+    with held_until_cancelled(workspace.root, f"extract-{prepared.capture_id}", journal):
+        prefect_home.prefect("flow-run", "cancel", flow_run)
     prefect_home.wait(flow_run, "Cancelled", seconds=60)
-    job = jobs.newest(workspace.root, f"extract-{prepared.capture_id}")
-    assert job is not None
-    assert jobs.wait(job.folder, 30) == "cancelled"
     done = len(journal.read_text().splitlines())
-    assert 0 < done < 200, "cancelled too late to show anything"
+    assert 0 < done < 100, "cancelled too late to show anything"
 
     again = prefect_home.run(**parameters)
     assert prefect_home.wait(again, "Completed", "Failed", "Crashed")["state_name"] == "Completed", prefect_home.logs(
         again
     )
     record = workspace.capture(prepared.capture_id) / "extractions.jsonl"
-    assert [json.loads(line)["sequences"] for line in record.read_text().splitlines()] == [200 - done]
+    assert [json.loads(line)["sequences"] for line in record.read_text().splitlines()] == [100 - done]
 
 
+_IMPATIENT = """
+import sys
+import flows.cancelled
+flows.cancelled.LOOK_SECONDS, flows.cancelled.PATIENCE_SECONDS = 0.2, 0.5
+from flows.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_of_a_command_that_is_cancelled_in_the_ui_ends_itself(prefect_home, study, tmp_path):
+    """No worker began it, so none ends it: left alone it would go on, and be called Cancelled after five minutes."""
+    _, parameters = study
+    workspace = open_workspace(tmp_path / "workspace")
+    corpus = {"source": "builtin:python-docs", "num_sequences": 100, "sequence_length": 512}
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"model": parameters["model"], "corpus": corpus}))
+    prepared = prepare(StudySpec.model_validate_json(spec.read_text()), workspace)
+    journal = workspace.capture(prepared.capture_id) / "journal.jsonl"
+    before = {run["id"] for run in prefect_home.flow_runs()}
+    argv = [sys.executable, "-c", _IMPATIENT, "study", "--spec", str(spec), "--workspace", str(workspace.root)]
+    with (tmp_path / "said").open("wb") as said:
+        command = subprocess.Popen(argv, cwd=ROOT, env=prefect_home.environment, stdout=said, stderr=said)
+    try:
+        with held_until_cancelled(workspace.root, f"extract-{prepared.capture_id}", journal):
+            (run,) = {run["id"] for run in prefect_home.flow_runs()} - before
+            prefect_home.call("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+        assert command.wait(60) == 130, (tmp_path / "said").read_text()
+    finally:
+        command.kill()
+        command.wait()
+    assert "the same command goes on" in (tmp_path / "said").read_text()
+    state = prefect_home.wait(run, "Cancelled", seconds=10)["state"]
+    assert state["message"] == "The run was cancelled; it ended itself."
+    assert 0 < len(journal.read_text().splitlines()) < 100, "ended too late to show anything"
+    assert not list((workspace.root / "runs").iterdir())
+
+
+@pytest.mark.long
 def test_a_cached_extraction_does_not_outlive_its_capture(prefect_home, study):
     """The capture and the results are gone, Prefect still remembers both: the world is believed, not the memory."""
     folder, parameters = study

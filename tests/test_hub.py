@@ -112,7 +112,8 @@ def test_a_hub_that_is_not_there_is_transient(tmp_path):
     (kind, message), log = ask("http://127.0.0.1:9", tmp_path, "model", "org/open")
     assert kind == "HubUnavailable"
     assert "the hub did not answer in 3 tries" in message
-    assert "WARNING:outliers.hub:the hub did not answer (ConnectError): trying again in 1 s" in log
+    asked = "GET /api/models/org/open/revision/main"
+    assert f"WARNING:outliers.hub:the hub did not answer (ConnectError) for {asked}: trying again in 1 s" in log
 
 
 def test_a_hub_that_is_broken_is_transient(hub, tmp_path):

@@ -1,64 +1,20 @@
-"""Detached jobs and their events, with real processes: ends, kills, cancels, races, and what is never written."""
+"""Detached jobs, with real processes: how they end, what is heard of them, who starts one, and what is never written."""
 
 import hashlib
-import io
 import json
-import logging
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from outliers import errors, events, jobs
-from outliers.events import ConsoleReporter, JsonReporter, send_logs_to
+from outliers import errors, jobs
+from tests.detached import content, lines, python, until, workspace
 
+__all__ = ["workspace"]  # the fixture, found by name
 pytestmark = pytest.mark.servers
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    """A workspace of which no job outlives the test."""
-    yield tmp_path
-    for folder in tmp_path.glob("jobs/*/[0-9]*"):
-        jobs.cancel(folder, grace_seconds=0)
-
-
-def python(code, name="step", **env):
-    return jobs.JobSpec(name, (sys.executable, "-c", code), env)
-
-
-def until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-    return value
-
-
-def content(path):
-    """The file's text once it is there and not empty."""
-    return until(lambda: path.exists() and path.read_text())
-
-
-def alive(pid):
-    """A zombie is dead: the first process of a container may never reap it."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def lines(folder):
-    return [event.message for event in jobs.follow(folder, poll_seconds=0.01) if event.kind == "log"]
-
-
-def started(folder):
-    return json.loads((folder / "started.json").read_text())
 
 
 # How it ends
@@ -173,93 +129,6 @@ def test_a_bar_drawn_over_is_one_line(workspace):
     assert printed[0] == "100%" and "".join(printed[1:-1]) == "x" * 70000 and printed[-1] == "café"
 
 
-def test_a_torn_last_line_waits_for_its_end(tmp_path):
-    path = tmp_path / "events.jsonl"
-    assert events.read(path) == ([], 0)
-    whole = b'{"t": 1, "kind": "log", "message": "a"}\n{"t": 2, "kind": "log", "message": "b", "newer": []}\n'
-    path.write_bytes(whole + b'{"t": 3, "kind"')
-    found, offset = events.read(path)
-    assert [event.message for event in found] == ["a", "b"] and offset == len(whole) == found[-1].end
-    assert events.read(path, offset) == ([], offset)
-    with path.open("ab") as file:
-        file.write(b': "log", "message": "c"}\n')
-    found, offset = events.read(path, offset)
-    assert [event.message for event in found] == ["c"] and offset == path.stat().st_size
-
-
-def test_what_a_killed_writer_tore_costs_no_other_event(tmp_path):
-    path = tmp_path / "events.jsonl"
-    path.write_bytes(b'{"t": 1, "kind": "log", "mess')
-    JsonReporter(path).log("info", 'says "{\\"t\\": 5}" itself')
-    (torn, good), offset = events.read(path)
-    assert torn.level == "warning" and '"mess' in torn.message and torn.end == 29
-    assert good.message == 'says "{\\"t\\": 5}" itself' and good.end == offset == path.stat().st_size
-    assert events.read(path, torn.end) == ([good], offset)
-
-
-@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 1000])
-def test_any_chunk_reads_the_same(tmp_path, chunk_bytes):
-    path = tmp_path / "events.jsonl"
-    reporter = JsonReporter(path)
-    for i in range(30):
-        reporter.log("info", f"{i}" * i)
-    seen, offset = [], 0
-    while found := events.read(path, offset, chunk_bytes)[0]:
-        offset = found[-1].end
-        seen += found
-    assert [event.message for event in seen] == [f"{i}" * i for i in range(30)]
-
-
-def test_progress_is_thinned_but_its_end_is_kept(tmp_path):
-    reporter = JsonReporter(tmp_path / "events.jsonl")
-    for done in range(1, 1001):
-        reporter.progress("capture", done, 1000, "sequences")
-    found = events.read(tmp_path / "events.jsonl")[0]
-    assert 2 <= len(found) < 50 and found[0].done == 1
-    assert (found[-1].step, found[-1].done, found[-1].total, found[-1].unit) == ("capture", 1000, 1000, "sequences")
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_console_progress_has_a_rate_and_the_time_left():
-    now, plain, terminal = [0.0], io.StringIO(), Terminal()
-    reporters = [ConsoleReporter(stream, clock=lambda: now[0]) for stream in (plain, terminal)]
-    # 20 of 100 were done before this process: 2 a second since, and 76 left take 38 s.
-    for second, done in ((0.0, 20), (0.5, 21), (2.0, 24), (40.0, 100)):
-        now[0] = second
-        for reporter in reporters:
-            reporter.progress("capture", done, 100, "sequences")
-    reporters[1].log("warning", "careful")
-    shown = plain.getvalue().splitlines()
-    assert len(shown) == 3 and "24 sequences of 100 sequences  2 sequences/s  0:38 left" in shown[1]
-    assert "100%" in shown[2] and "left" not in shown[2]
-    assert terminal.getvalue().count("\n") == 2 and terminal.getvalue().endswith("\nwarning: careful\n")
-
-
-def test_the_loggers_of_the_package_reach_the_reporter(tmp_path):
-    logger = logging.getLogger("outliers_test_events")
-    for _ in range(2):  # the second replaces the first: no line twice
-        send_logs_to(JsonReporter(tmp_path / "events.jsonl"), logger.name)
-    logger.debug("no")
-    logger.getChild("part").info("yes %d", 1)
-    try:
-        raise KeyError("lost")
-    except KeyError:
-        logger.exception("failed")
-    found = events.read(tmp_path / "events.jsonl")[0]
-    assert [(event.level, event.message.splitlines()[0]) for event in found] == [("info", "yes 1"), ("error", "failed")]
-    assert "KeyError: 'lost'" in found[1].message
-
-
-def test_a_full_disk_ends_no_step():
-    reporter = JsonReporter("/dev/full")
-    reporter.log("info", "lost")
-    reporter.progress("capture", 1, 2, "sequences")
-
-
 # One job, whoever starts it
 
 
@@ -329,123 +198,6 @@ def test_a_starter_that_dies_before_the_hand_over(tmp_path, said):
     with pytest.raises(errors.MachineLost, match="environment"):
         jobs.result(folder)
     assert not (tmp_path / "ran").exists()
-
-
-# Killed and cancelled
-
-
-def test_a_killed_command_failed_for_want_of_memory(workspace):
-    handle = jobs.start(workspace, python("print('so far', flush=True); import time; time.sleep(30)"))
-    until(lambda: "so far" in (handle.folder / "events.jsonl").read_text())
-    os.kill(started(handle.folder)["child"], signal.SIGKILL)
-    with pytest.raises(errors.JobFailed, match=r"(?s)signal 9.*memory.* [1-9][0-9.]* GB.*so far"):
-        jobs.result(handle.folder)
-    assert jobs.status(handle.folder) == "failed"
-
-
-def test_a_signal_that_is_no_cancel_is_named(workspace):
-    handle = jobs.start(workspace, python("import time; time.sleep(30)"))
-    os.kill(started(handle.folder)["child"], signal.SIGTERM)
-    with pytest.raises(errors.JobFailed, match="signal 15"):
-        jobs.result(handle.folder)
-    assert jobs.cancel(handle.folder) == "failed"
-
-
-def test_a_killed_supervisor_takes_its_command_along(workspace):
-    handle = jobs.start(workspace, python("import time; time.sleep(30)"))
-    os.kill(started(handle.folder)["pgid"], signal.SIGKILL)
-    assert jobs.wait(handle.folder, 10) == "lost"
-    assert not alive(started(handle.folder)["child"])
-    with pytest.raises(errors.MachineLost):
-        jobs.result(handle.folder)
-    # Nothing is written over a loss, and the next start is a new attempt.
-    assert jobs.cancel(handle.folder) == "lost" and not (handle.folder / "cancel.json").exists()
-    assert jobs.start(workspace, python("pass")).attempt == 2
-
-
-STUBBORN = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(30)"
-)
-
-
-def test_a_command_that_outlives_its_supervisor_still_runs(workspace):
-    """No second one may start beside it, and it can be ended: the lock is the command's too."""
-    handle = jobs.start(workspace, python(STUBBORN))
-    until(lambda: "deaf" in (handle.folder / "events.jsonl").read_text())
-    os.kill(started(handle.folder)["pgid"], signal.SIGKILL)
-    time.sleep(0.2)
-    assert jobs.status(handle.folder) == "running" and alive(started(handle.folder)["child"])
-    assert jobs.start(workspace, python("pass")) == handle
-    assert jobs.cancel(handle.folder, grace_seconds=0.1) == "cancelled"
-    assert not alive(started(handle.folder)["child"])
-    assert json.loads((handle.folder / "exit.json").read_text())["signal"] == 9
-
-
-@pytest.mark.parametrize("child_code", ["import time; time.sleep(30)", STUBBORN])
-def test_cancel_ends_the_whole_family(workspace, child_code):
-    pids = workspace / "pids"
-    grandchild = (
-        f"import os, signal; signal.signal(15, signal.SIG_IGN); open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')"
-    )
-    code = (
-        f"import subprocess, sys\nfor _ in range(2):\n"
-        f"    subprocess.Popen([sys.executable, '-c', {grandchild!r} + '; import time; time.sleep(30)'])\n{child_code}"
-    )
-    handle = jobs.start(workspace, python(code))
-    until(lambda: pids.exists() and pids.read_text().count("\n") == 2)
-    if child_code is STUBBORN:
-        until(lambda: "deaf" in (handle.folder / "events.jsonl").read_text())
-    began = time.monotonic()
-    assert jobs.cancel(handle.folder, grace_seconds=0.5) == "cancelled"
-    assert time.monotonic() - began < 5
-    family = [int(pid) for pid in pids.read_text().split()] + list(started(handle.folder).values())[:2]
-    until(lambda: not any(map(alive, family)), 2)
-    before = (handle.folder / "exit.json").read_bytes()
-    assert jobs.cancel(handle.folder) == "cancelled" and (handle.folder / "exit.json").read_bytes() == before
-    with pytest.raises(errors.JobFailed, match="cancelled"):
-        jobs.result(handle.folder)
-
-
-def test_a_cancelled_command_may_tidy_up(workspace):
-    code = (
-        "import signal, sys, time\n"
-        "def leave(*_): time.sleep(0.3); print('tidied', flush=True); sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, leave); print('ready', flush=True); time.sleep(30)"
-    )
-    handle = jobs.start(workspace, python(code))
-    until(lambda: "ready" in (handle.folder / "events.jsonl").read_text())
-    assert jobs.cancel(handle.folder, grace_seconds=10) == "cancelled"
-    assert lines(handle.folder) == ["ready", "tidied"]
-
-
-def test_cancel_leaves_what_has_ended(workspace):
-    handle = jobs.start(workspace, python("pass"))
-    jobs.wait(handle.folder, 10)
-    assert jobs.cancel(handle.folder) == "done" and not (handle.folder / "cancel.json").exists()
-
-
-def test_a_free_lock_means_no_signal(tmp_path):
-    """The group's number in an old record is this test's own bystander: it must live."""
-    bystander = subprocess.Popen(["sleep", "30"], start_new_session=True)
-    (tmp_path / "lock").touch()
-    (tmp_path / "job.json").write_text("{}")
-    (tmp_path / "started.json").write_text(json.dumps({"pgid": bystander.pid, "child": bystander.pid}))
-    try:
-        assert jobs.cancel(tmp_path, grace_seconds=0) == "lost"
-        with pytest.raises(subprocess.TimeoutExpired):
-            bystander.wait(0.2)
-    finally:
-        bystander.kill()
-        bystander.wait()
-
-
-def test_what_a_command_leaves_running_ends_with_it(workspace):
-    """A worker that inherited the lock and the group, as a forked one does."""
-    handle = jobs.start(workspace, jobs.JobSpec("step", ("sh", "-c", "sleep 30 >/dev/null 2>&1 & echo $!")))
-    assert jobs.wait(handle.folder, 10) == "done"
-    pid = int(lines(handle.folder)[0])
-    until(lambda: not alive(pid), 3)
-    until(lambda: not jobs._held(handle.folder), 3)
 
 
 # What is never written

@@ -15,6 +15,8 @@ from outliers.jobs import JobSpec
 from outliers.machines import PROVIDERS, provider
 from outliers.machines.base import GB, Facts, Gpu, MachineRequest, fits
 from outliers.machines.local import LocalMachine, LocalProvider, find_gpus, instance_id
+from outliers.machines.sky import SkyProvider
+from outliers.machines.ssh import SshProvider
 from outliers.spec import ComputeSpec
 
 MIB = 1 << 20
@@ -171,11 +173,11 @@ def test_offers_say_what_there_is_or_what_is_short(tmp_path, monkeypatch):
     local = LocalProvider(tmp_path, smi(tmp_path, TWO))
     (offer,), excluded = local.offers(MachineRequest(gpu_count=2))
     assert (offer.provider, offer.price_per_hour, offer.facts.gpus, excluded) == ("local", 0.0, (A100_80, L4), ())
-    assert local.ensure("study-1", MachineRequest(gpu_count=2)).name == "study-1"
+    assert local.ensure("study-1", MachineRequest(gpu_count=2), "run", "a study").name == "study-1"
     offers, (excluded,) = local.offers(MachineRequest(gpu_count=3, needed_disk_bytes=10**18))
     assert offers == () and "3 GPUs" in excluded.reason and "has 2" in excluded.reason
     with pytest.raises(errors.PlanRefused, match=r"3 GPUs.*has 2.*; the study needs 1000000000\.0 GB of disk"):
-        local.ensure("study-1", MachineRequest(gpu_count=3, needed_disk_bytes=10**18))
+        local.ensure("study-1", MachineRequest(gpu_count=3, needed_disk_bytes=10**18), "run", "a study")
 
 
 def test_this_computer_is_never_rented_nor_released(tmp_path):
@@ -196,14 +198,11 @@ def test_providers_by_name(tmp_path, monkeypatch):
     assert isinstance(provider("", tmp_path), LocalProvider)
     monkeypatch.setenv("OUTLIERS_PROVIDER", "sky")
     assert isinstance(provider("local", tmp_path), LocalProvider)
-    for name, message in (
-        ("", "'sky' is planned.*use local"),
-        ("ssh", "planned"),
-        ("Local", "'Local' is not known.*local"),
-    ):
-        with pytest.raises(errors.BadInput, match=message):
-            provider(name, tmp_path)
-    assert set(PROVIDERS) == {"local"}
+    for name, kind in (("", SkyProvider), ("ssh", SshProvider), ("local", LocalProvider)):
+        assert isinstance(provider(name, tmp_path), kind)
+    with pytest.raises(errors.BadInput, match=r"'Local' is not known: use local, sky, ssh"):
+        provider("Local", tmp_path)
+    assert set(PROVIDERS) == {"local", "sky", "ssh"}
 
 
 # The machine
@@ -272,7 +271,7 @@ def test_files_go_and_come(tmp_path):
 
 @pytest.mark.servers
 def test_a_job_on_a_machine(tmp_path):
-    machine = provider("local", tmp_path).ensure("m", MachineRequest())
+    machine = provider("local", tmp_path).ensure("m", MachineRequest(), "run", "a study")
     handle = machine.start(JobSpec("step", (*machine.python, "-c", "print('hello')")))
     logs = [event.message for event in machine.follow(handle) if event.kind == "log"]
     machine.result(handle)

@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from outliers.analyze import analyze
-from outliers.errors import BadInput, CaptureError, SummaryMismatch
+from outliers.errors import BadInput, CaptureError, CorruptCapture, SummaryMismatch
 from outliers.merge import merge_summaries, parse_sequences, spans
 from outliers.prepare import prepare
 from outliers.results import find
@@ -75,6 +77,46 @@ def test_a_sequence_that_is_in_two_is_refused(parts, tmp_path):
     assert list(workspace.captures.rglob("*.npz")) == []
 
 
+def test_totals_without_their_counts_are_refused(parts, tmp_path):
+    """Else the whole would say that nothing is missing, with too few votes."""
+    _, _, folders = parts
+    torn = tmp_path / "torn"
+    shutil.copytree(folders["c"], torn)
+    (file,) = (torn / "sequences").glob("*.npz")
+    whole = file.read_bytes()
+    file.unlink()
+    workspace = open_workspace(tmp_path / "w")
+    given = [folders["a"], folders["b"], torn]
+    words = (
+        r"the totals in .*torn are of the sequences 4:7, the counts in its folder sequences of none: it is not whole"
+    )
+    with pytest.raises(CorruptCapture, match=words):
+        merge_summaries(given, workspace)
+    with np.load(folders["a"] / "sequences" / "0.npz") as stored:  # those of 0:3, in the place of 4:7
+        np.savez(file, **stored)
+    with pytest.raises(
+        CorruptCapture, match=r"sequences 4:7, the counts in its folder sequences of 0:3: it is not whole"
+    ):
+        merge_summaries(given, workspace)
+    file.write_bytes(whole[:-40])
+    with pytest.raises(CorruptCapture, match=r"4\.npz can't be read: .*; analyze those sequences again"):
+        merge_summaries(given, workspace)
+    assert list(workspace.captures.rglob("*.npz")) == []
+    file.write_bytes(whole)
+    assert merge_summaries(given, workspace).missing == ()
+
+
+def test_two_who_merge_at_once_both_get_the_whole(parts, tmp_path):
+    """Each removes what is there and puts its own in the place: one after the other."""
+    _, _, folders = parts
+    workspace, given = open_workspace(tmp_path), [folders[name] for name in "abc"]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: merge_summaries(given, workspace), range(8)))
+    assert [merged.missing for merged in found] == [()] * 8
+    same_bits(read_summary(folders["whole"]), read_summary(found[0].folder))
+    assert not list((tmp_path / "locks").iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -125,6 +167,17 @@ def test_ranges():
     assert spans((0, 1, 2, 5, 7, 8)) == "0:3, 5:6, 7:9"
 
 
+class Told(synthetic.Silent):
+    """Keeps the progress of the extraction: (done, total) each."""
+
+    def __init__(self):
+        self.extract = []
+
+    def progress(self, step, done, total, unit):
+        if step == "extract":
+            self.extract.append((done, total))
+
+
 @pytest.mark.servers
 def test_two_machines_and_one_give_the_same_results(tmp_path, llama, text):
     """A real model: each workspace extracts and counts its own sequences; `outliers merge` writes the whole's results."""
@@ -145,8 +198,14 @@ def test_two_machines_and_one_give_the_same_results(tmp_path, llama, text):
     for name, chosen in (("a", range(2)), ("b", range(2, 5))):
         workspace = open_workspace(tmp_path / name)
         prepare(spec, workspace)
-        done = run_extract(prepared, workspace, silent, sequences=chosen)
+        told = Told()
+        done = run_extract(prepared, workspace, told, sequences=chosen)
         assert done["sequences"] == len(chosen)
+        # what other machines have is neither done here nor to do
+        assert {total for _, total in told.extract} == {16 * len(chosen)}
+        assert told.extract[0][0] < 16 * len(chosen) == told.extract[-1][0]
+        run_extract(prepared, workspace, told, sequences=chosen)
+        assert told.extract[-1] == (16 * len(chosen), 16 * len(chosen))
         run_analyze(prepared, workspace, silent, sequences=chosen)
         with pytest.raises(CaptureError, match=f"{len(chosen)} of 5 sequences"):
             run_report(prepared, workspace, silent)

@@ -10,8 +10,10 @@ from fractions import Fraction
 import pytest
 from pydantic import ValidationError
 
+from outliers.errors import BadInput, PlanRefused
+from outliers.machines.options import TAKEN_BY, check_options, foreign
 from outliers.prepare import prepare
-from outliers.spec import CriteriaSpec, StudySpec, digest
+from outliers.spec import ComputeSpec, CriteriaSpec, StudySpec, digest
 from outliers.workspace import open_workspace
 from tests import tiny
 
@@ -93,7 +95,7 @@ def ids(base, **changes):
     ("changes", "capture", "study"),
     [
         # machine, workspace, codec and target are in no id
-        ({"compute": {"gpu_count": 0, "keep_running": True, "machine": "x"}}, False, False),
+        ({"compute": {"provider": "ssh", "gpu_count": 0, "keep_running": True, "machine": "x"}}, False, False),
         ({"capture": {"codec": "zstd"}}, False, False),
         ({"publish_to": "s3://bucket/x"}, False, False),
         ({"criteria": {"ladder": (3.0, 4.5, 8.0, 12.0, 20.0, 50.0, 100.0)}}, False, False),
@@ -154,3 +156,19 @@ def test_digest_is_sorted_and_plain():
     assert digest({"b": 1, "a": (2,)}) == digest({"a": [2], "b": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
         digest(float("nan"))
+
+
+def test_an_option_of_another_provider_is_refused_before_the_model_is_looked_for(workspace, monkeypatch):
+    """Also where no command reads the options: in the flow, in a sweep. Defaults that are written out are no options."""
+    written = ComputeSpec().model_dump()
+    for name in ("", "local", "ssh", "sky"):
+        check_options(ComputeSpec.model_validate(written | {"provider": name}))
+    for field in TAKEN_BY:
+        assert foreign(ComputeSpec.model_validate({field: written[field]})) == ()
+    spec = StudySpec.model_validate({"model": "no/model", "compute": {"max_price": 3, "host": "lab1"}})
+    with pytest.raises(PlanRefused, match=r"^provider local, the default, does not take --host .*say --provider ssh$"):
+        prepare(spec, workspace)
+    monkeypatch.setenv("OUTLIERS_PROVIDER", "ssh")
+    check_options(spec.compute)
+    with pytest.raises(BadInput, match="a port stands in the ssh configuration"):
+        check_options(ComputeSpec(host="lab1:22"))

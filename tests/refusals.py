@@ -1,0 +1,27 @@
+"""A results folder as it may leave, and the question whether it is refused.
+
+After it: `test_allowlist`, `test_contents`, `test_page`, which import the fixture by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from outliers.allowlist import check_results
+from outliers.errors import ForbiddenFile
+from tests.results_folder import make_results
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return make_results(tmp_path / "results", manifest=False)
+
+
+def refused(results: Path, *words: str, include_log: bool = True) -> None:
+    """The folder is refused, with a message that holds all `words`."""
+    with pytest.raises(ForbiddenFile) as caught:
+        check_results(results, include_log)
+    for word in words:
+        assert word in str(caught.value)
