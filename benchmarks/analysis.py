@@ -47,9 +47,11 @@ from benchmarks import counting
 from outliers.analyze import TILE_BYTES, Part, layout_of_capture, summarize
 from outliers.corpus import load_corpus
 from outliers.durable import Unsynced
+from outliers.fingerprint import shapes_of, write_fingerprint
+from outliers.layout import Layout
 from outliers.prepare import prepare
 from outliers.spec import CriteriaSpec, StudySpec
-from outliers.store import ChunkFiles, Journal, Layout, create_arrays, shapes_of, write_fingerprint
+from outliers.store import ChunkFiles, Journal, create_arrays
 from outliers.summary import Frame
 from outliers.workspace import open_workspace
 

@@ -21,10 +21,11 @@ from outliers.capture import write_parts
 from outliers.corpus import Corpus
 from outliers.forward import Batch, HookedPass
 from outliers.journal import Journal
+from outliers.layout import Layout
 from outliers.prepare import Prepared, layout_of
 from outliers.ring import Ring
 from outliers.ring_size import ring_bytes, ring_slots, writer_count, writers_bytes
-from outliers.store import ChunkFiles, Layout, create_arrays
+from outliers.store import ChunkFiles, create_arrays
 
 LAYERS_A_PASS = 8
 """Of the earlier pipeline: it kept eight layers' activations at a time."""
