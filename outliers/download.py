@@ -25,7 +25,7 @@ from pathlib import Path
 import httpx
 
 from outliers.errors import DiskFull, UnknownModel
-from outliers.files import sha256_file
+from outliers.files import sha256_file, size_of
 from outliers.hub import (
     INDEX,
     MAY_PASS,
@@ -93,8 +93,11 @@ class _Place:
         return self.folder / "snapshots" / self.commit
 
     def have(self, file: HubFile) -> int:
-        """Bytes of a file that are here, finished or not."""
-        return next((path.stat().st_size for path in self._paths(file) if path.exists()), 0)
+        """Bytes of a file that are here, finished or not.
+
+        Looked at the way that the bytes go: a file that is moved on by another thread meanwhile is found where it went.
+        """
+        return max(map(size_of, reversed(self._paths(file))))
 
     def discard(self, file: HubFile) -> None:
         """Take away what is here of one file, because it is not what the hub has."""

@@ -118,6 +118,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file that another thread or process may take away at any moment; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def is_locked(path: Path) -> bool:
     """Whether a process holds an flock on a file, which ends with it; False where there is no file.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from outliers.allowlist import LOG
 from outliers.errors import PublishRefused
-from outliers.files import sha256_file
+from outliers.files import sha256_file, size_of
 from outliers.manifest import read_manifest
 from outliers.prepare import Prepared
 from outliers.publish import fetch, model_slug, published_manifest
@@ -130,5 +131,5 @@ def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | N
 
 
 def held_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files below a folder, in which a job may be writing."""
+    return sum(size_of(Path(place) / name) for place, _, names in os.walk(folder) for name in names)

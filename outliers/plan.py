@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import PlanRefused
 from outliers.estimate import LOCAL, Step, estimate, left_out, longest_part, over_budget, price_of, total_seconds
+from outliers.files import size_of
 from outliers.layout import Layout
 from outliers.machines import chosen
 from outliers.machines.base import GB, Excluded, Gpu, MachineRequest, Offer, Provider
@@ -120,7 +121,7 @@ def download_bytes(info: ModelInfo) -> int:
         return 0
     # what grows bears another name until it is whole
     parts = (*snapshot.glob("*.safetensors"), *cache.glob("blobs/*.incomplete"))
-    return max(0, info.weights.checkpoint_bytes - sum(path.stat().st_size for path in parts))
+    return max(0, info.weights.checkpoint_bytes - sum(map(size_of, parts)))
 
 
 def _cache_is_elsewhere() -> bool:

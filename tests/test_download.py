@@ -307,6 +307,39 @@ def test_offline_what_is_missing_is_named(hub, tmp_path):
     assert sorted(contents(cache(tmp_path, commit=NEW))) == NEEDED
 
 
+def test_a_file_that_is_moved_while_it_is_looked_for_is_found_where_it_went(tmp_path):
+    """Four threads fetch while the caller's counts: bytes go from `.incomplete` to the blob, and then get their name."""
+    place = download._Place("org/moving", OLD, tmp_path / "models--org--moving")
+    file = HubFile("model.safetensors", 100, "aa")
+    named, blob, growing = place._paths(file)
+    named.parent.mkdir(parents=True)
+    blob.parent.mkdir()
+    order = [growing, blob, named]
+
+    class Moved(type(growing)):
+        """A path whose file goes on to the next place whenever it is found, and before anybody can look a second time."""
+
+        def stat(self, **given):
+            found = super().stat(**given)
+            later = order[order.index(self) + 1 :]
+            if later:
+                Path(self).rename(later[0])
+            return found
+
+        exists = Path.exists
+
+    growing.write_bytes(b"x" * 100)
+    paths = tuple(map(Moved, (named, blob, growing)))
+
+    class Moving(download._Place):
+        def _paths(self, file):
+            return paths
+
+    watched = Moving(place.repo_id, place.commit, place.folder)
+    assert [watched.have(file) for _ in range(3)] == [100, 100, 100]
+    assert named.exists()
+
+
 def test_a_storm_ends_as_unavailable(hub, tmp_path):
     hub.faults.append(Fault("GET /cdn/", status=500, times=1000))
     found, _ = fetch(hub, tmp_path, tries=3)
