@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.console import Steps, busy
+from flows.own_server import OwnServer, is_decided
 from outliers.spec import StudySpec
 
 if TYPE_CHECKING:
@@ -22,17 +23,22 @@ if TYPE_CHECKING:
     from outliers.outcome import Outcome
     from outliers.workspace import Workspace
 
+STARTING = "starting Prefect (about 10 seconds)"
+
 
 def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome:
     """Run the very flow that the deployment runs, in this process; its own Prefect, where no server is configured."""
-    settle_prefect(workspace.root)
+    server = settle_prefect(workspace.root)
     steps = Steps(console)
-    with busy(console, "starting Prefect (10 to 20 seconds)"):
+    with busy(console, STARTING):
         if not console.is_terminal:
-            console.print("  starting Prefect (10 to 20 seconds)")
+            console.print(f"  {STARTING}")
         from flows.study import study
         from outliers.outcome import Outcome
         from tasks.watch import LISTENERS
+
+        if server is not None:
+            server.wait()
 
     parameters: dict[str, Any] = {name: getattr(spec, name) for name in StudySpec.model_fields}
     parameters["compute"] = spec.compute.model_copy(update={"workspace": str(workspace.root)})
@@ -66,8 +72,19 @@ def _library_lines(console: Console) -> Iterator[None]:
             logger.removeHandler(handler)
 
 
-def settle_prefect(root: Path) -> None:
-    """Where the user has configured no Prefect, ours lives in the workspace and tells nobody anything."""
+def settle_prefect(root: Path) -> OwnServer | None:
+    """Where the user has configured no Prefect, ours lives in the workspace and tells nobody anything.
+
+    Its server, which starts while Prefect is imported; None where Prefect itself knows one, or starts one as it was told to.
+    """
+    settle_home(root)
+    if is_decided(Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()):
+        return None
+    return OwnServer(Path(os.environ["PREFECT_HOME"]))
+
+
+def settle_home(root: Path) -> None:
+    """Where Prefect keeps its history, and that nobody is told anything."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")

@@ -125,13 +125,16 @@ def all_there(sweep: Sweep, tell: Callable[[SweepStudy], None] = lambda study: N
 
 def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> tuple[Ended, ...]:
     """Run the flow in this process, which starts a Prefect server where none is configured."""
-    from flows.inprocess import settle_prefect
+    from flows.inprocess import STARTING, settle_prefect
     from outliers.workspace import open_workspace
 
-    settle_prefect(open_workspace(sweep.studies[0].spec.compute.workspace).root)
-    _say(console, f"  {len(sweep.studies)} studies, {sweep.parallel} at once; starting Prefect (10 to 20 seconds)")
+    server = settle_prefect(open_workspace(sweep.studies[0].spec.compute.workspace).root)
+    _say(console, f"  {len(sweep.studies)} studies, {sweep.parallel} at once; {STARTING}")
     from flows.sweep import WATCHERS
     from flows.sweep import sweep as flow
+
+    if server is not None:
+        server.wait()
 
     ended: dict[str, Ended] = {}
 

@@ -76,11 +76,11 @@ class Started:
 
 def environment(home: Path | None, port: int) -> dict[str, str]:
     """What server, worker and set-up run with: one home, one address."""
-    from flows.inprocess import settle_prefect
+    from flows.inprocess import settle_home
 
     if home is not None:
         os.environ["PREFECT_HOME"] = str(home.expanduser().absolute())
-    settle_prefect(open_workspace(None).root)
+    settle_home(open_workspace(None).root)
     own = {"PREFECT_API_URL": f"http://{HOST}:{port}/api", "PREFECT_SERVER_API_HOST": HOST}
     return QUIET | KEPT | dict(os.environ) | own
 

@@ -1,0 +1,129 @@
+"""Prefect's server of one command: when it is started, that it ends with its command, and what is said where it can't start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.own_server import is_decided
+from tests.hub_server import wait_until
+
+ROOT = Path(__file__).resolve().parent.parent
+
+COMMAND = """
+import json, sys, time
+from pathlib import Path
+from flows.inprocess import settle_prefect
+server = settle_prefect(Path(sys.argv[1]))
+server.wait()
+print(json.dumps({"url": server.url, "pid": server._process.pid}), flush=True)
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    print(json.dumps([str(client.api_url), client.hello().status_code]), flush=True)
+if sys.argv[2:] == ["end"]:
+    sys.exit()
+time.sleep(600)
+"""
+
+
+def start(root, *words, **environment):
+    """A process that starts a server as the command does, below `root`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(root), *words],
+        env=kept | {"HOME": str(root), "PYTHONPATH": str(ROOT), **environment},
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def is_gone(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.servers
+def test_it_answers_on_loopback_alone_and_ends_with_its_command_however_that_ends(tmp_path):
+    """Once by itself, once by a signal that nothing can catch; what it knows is there the second time."""
+    for words in (("end",), ()):
+        with start(tmp_path, *words) as process:
+            told = json.loads(process.stdout.readline())
+            assert json.loads(process.stdout.readline()) == [told["url"] + "/", 200]
+            if not words:
+                with urllib.request.urlopen(told["url"] + "/health") as answer:
+                    assert json.load(answer) is True
+                heard = [c for c in psutil.Process(told["pid"]).net_connections() if c.status == psutil.CONN_LISTEN]
+                assert {connection.laddr.ip for connection in heard} == {"127.0.0.1"}
+                process.send_signal(signal.SIGKILL)
+            process.wait(60)
+        wait_until(lambda pid=told["pid"]: is_gone(pid))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prefect"], "the home folder is left alone"
+    assert (tmp_path / "prefect" / "prefect.db").stat().st_size > 100_000
+
+
+@pytest.mark.servers
+def test_a_server_that_can_not_start_says_why(tmp_path):
+    (tmp_path / "prefect").mkdir()
+    (tmp_path / "prefect" / "prefect.db").write_bytes(b"not a database, and not empty either")
+    (tmp_path / "prefect" / "server.log").write_text("of yesterday\n")
+    with start(tmp_path) as process:
+        _, said = process.communicate(timeout=120)
+    last = said[said.rindex("JobFailed") :]
+    assert "Prefect's server ended with 3" in last
+    assert "file is not a database" in last
+    assert str(tmp_path / "prefect" / "server.log") in last
+    assert "of yesterday" not in last
+    assert "make ui" in last
+
+
+DECIDED = [
+    ({}, {}, False),
+    ({"PREFECT_LOGGING_LEVEL": "DEBUG"}, {}, False),
+    ({"PREFECT_API_URL": "http://127.0.0.1:4200/api"}, {}, True),
+    ({"PREFECT_PROFILE": "mine"}, {}, True),
+    ({"PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}, {}, True),
+    ({}, {"home/profiles.toml": 'active = "mine"'}, True),
+    ({}, {"prefect.toml": "[api]"}, True),
+    ({}, {".env": "prefect_api_url=http://127.0.0.1:4200/api"}, True),
+    ({}, {".env": "OTHER=1"}, False),
+    ({}, {"pyproject.toml": "[tool.prefect.api]\nurl = 'http://127.0.0.1:4200/api'"}, True),
+    ({}, {"pyproject.toml": "[project]\nname = 'other'"}, False),
+    ({}, {"pyproject.toml": "not TOML"}, True),
+]
+
+
+@pytest.mark.parametrize(("environment", "files", "expected"), DECIDED)
+def test_whoever_has_told_prefect_of_a_server_gets_none_of_ours(tmp_path, monkeypatch, environment, files, expected):
+    for name in [name for name in os.environ if name.startswith("PREFECT")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "home").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert is_decided(tmp_path / "home") is expected
+
+
+def test_what_prefect_reads_is_what_is_looked_at():
+    """The settings of the installed Prefect come from these files, and those names are settings of it."""
+    from prefect.settings import Settings, get_current_settings
+    from prefect.settings import sources as read
+
+    text = Path(read.__file__).read_text("utf-8")
+    assert "pyproject.toml" in text
+    assert "prefect.toml" in text
+    assert Settings.model_config["env_file"] == ".env"
+    assert get_current_settings().profiles_path.name == "profiles.toml"
