@@ -175,6 +175,7 @@ def strike(control: Control, words: list[str], condition, what: str) -> float:
     return time.monotonic()
 
 
+@pytest.mark.long
 def test_this_side_is_killed_at_every_step_and_nothing_stays_past_its_lease(world, box, control):
     fresh = ["--python", sys.executable, "--folder", ".fresh"]
     assert control.run("machines", "add", "fresh", box.alias, *fresh).wait() == 0

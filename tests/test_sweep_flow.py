@@ -160,6 +160,7 @@ def newest_table(prefect_home, flow_run):
     return {row["study"]: row for row in json.loads(max(tables, key=lambda one: one["created"])["data"])}
 
 
+@pytest.mark.long
 def test_the_deployment_runs_a_child_each_and_says_which_failed(prefect_home, tmp_path):
     """One of three fails for real (its plots have no place); without the obstacle a second run does that one alone."""
     workspace = open_workspace(tmp_path / "ws")
