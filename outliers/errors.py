@@ -28,6 +28,7 @@
     └── TransientError            the same call may succeed later
         ├── StoreUnavailable      the artifact store did not answer
         ├── HubUnavailable        the model or data set hub did not answer
+        ├── JobCancelled          somebody else ended the job, and this run still wants it
         └── MachineLost           the machine or its job vanished
             └── MachineGone           it was waited for already, for as long as is worth while
 
@@ -149,6 +150,10 @@ class StoreUnavailable(TransientError):
 
 class HubUnavailable(TransientError):
     """The model or data set hub did not answer."""
+
+
+class JobCancelled(TransientError):
+    """The job was ended by another run that shared it, or by hand: who still wants it starts it again, and it goes on."""
 
 
 class MachineLost(TransientError):

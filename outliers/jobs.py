@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from outliers import events
-from outliers.errors import BadInput, JobFailed, MachineLost, OutliersError, from_record
+from outliers.errors import BadInput, JobCancelled, JobFailed, MachineLost, OutliersError, from_record
 from outliers.events import Event
 from outliers.files import is_locked, write_atomic
 
@@ -214,7 +214,7 @@ def result(folder: Path) -> None:
     """Waits for the end and returns if the job did what it should.
 
     Raises the OutliersError that the command recorded; JobFailed, with the end of its log, for an end without one;
-    JobFailed where it was cancelled; MachineLost where it vanished.
+    JobCancelled where somebody else ended it; MachineLost where it vanished.
     """
     how, name = wait(folder), f"job '{folder.parent.name}' (attempt {folder.name})"
     if how == "done":
@@ -224,7 +224,7 @@ def result(folder: Path) -> None:
     if how == "cancelled":
         if (read_json(folder / "cancel.json") or {}).get("reason") == LEASE_ENDED:
             raise MachineLost(f"{name} was ended because nobody had renewed the lease of its machine; start it again")
-        raise JobFailed(f"{name} was cancelled")
+        raise JobCancelled(f"{name} was cancelled by another run that shared it, or by hand; started again, it goes on")
     record = read_json(folder / "exit.json") or {}
     if error := record.get("error"):
         raise from_record(str(error.get("kind")), str(error.get("message")))

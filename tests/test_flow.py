@@ -13,7 +13,7 @@ from outliers.prepare import prepare
 from outliers.spec import StudySpec
 from outliers.workspace import open_workspace
 from tests import tiny
-from tests.held_job import held_until_cancelled
+from tests.held_job import held_until_cancelled, until
 from tests.prefect_home import ROOT
 
 pytestmark = pytest.mark.servers
@@ -93,6 +93,31 @@ def test_a_run_of_a_command_that_is_cancelled_in_the_ui_ends_itself(prefect_home
     assert state["message"] == "The run was cancelled; it ended itself."
     assert 0 < len(journal.read_text().splitlines()) < 100, "ended too late to show anything"
     assert not list((workspace.root / "runs").iterdir())
+
+
+@pytest.mark.long
+def test_one_of_two_runs_is_cancelled_and_the_other_goes_on(prefect_home, study):
+    """They share a job, which ends with the one; the other begins it again, from what it had done."""
+    folder, parameters = study
+    parameters = parameters | {"corpus": parameters["corpus"] | {"num_sequences": 100, "sequence_length": 500}}
+    prepared = settle(folder, parameters)
+    workspace = open_workspace(folder / "workspace")
+    journal = workspace.capture(prepared.capture_id) / "journal.jsonl"
+    first = prefect_home.run(**parameters)
+    with held_until_cancelled(workspace.root, f"extract-{prepared.capture_id}", journal) as job:
+        second = prefect_home.run(**parameters)
+        # it hears what the job has said
+        until(lambda: "one pass over" in prefect_home.logs(second), "the second run")
+        prefect_home.prefect("flow-run", "cancel", first)
+    prefect_home.wait(first, "Cancelled", seconds=60)
+    assert prefect_home.wait(second, "Completed", "Failed", "Crashed")["state_name"] == "Completed", prefect_home.logs(
+        second
+    )
+    assert "was cancelled by another run that shared it" in prefect_home.logs(second)
+    record = workspace.capture(prepared.capture_id) / "extractions.jsonl"
+    (rest,) = [json.loads(line)["sequences"] for line in record.read_text().splitlines()]
+    assert 0 < rest < 100
+    assert [path.name for path in sorted(job.folder.parent.glob("[0-9]*"))] == ["0001", "0002"]
 
 
 @pytest.mark.long

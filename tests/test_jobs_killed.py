@@ -83,7 +83,7 @@ def test_cancel_ends_the_whole_family(workspace, child_code):
     until(lambda: not any(map(alive, family)), 2)
     before = (handle.folder / "exit.json").read_bytes()
     assert jobs.cancel(handle.folder) == "cancelled" and (handle.folder / "exit.json").read_bytes() == before
-    with pytest.raises(errors.JobFailed, match="cancelled"):
+    with pytest.raises(errors.JobCancelled, match="cancelled"):
         jobs.result(handle.folder)
 
 

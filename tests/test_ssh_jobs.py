@@ -96,7 +96,7 @@ def test_a_cancel_ends_all_of_it_and_may_be_repeated(machine, shared):
     assert machine.cancel(handle, 1) == machine.cancel(handle, 1) == "cancelled"
     assert not running(shared, "sleep 9")
     assert said(stream) == []  # it ends, rather than waiting for more
-    with pytest.raises(errors.JobFailed, match="was cancelled"):
+    with pytest.raises(errors.JobCancelled, match="was cancelled by another run"):
         machine.result(handle)
 
 
