@@ -68,6 +68,15 @@ _NO_ANSWER = (
 )
 
 
+def tell_of_what_nobody_awaits(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A handler of a loop's errors: a connection that broke while its request was being sent is told by that request.
+
+    aiohttp leaves the half that was sending unasked, and asyncio would print its traceback beside the error itself.
+    """
+    if not isinstance(context.get("exception"), (aiohttp.ClientError, ConnectionError)):
+        loop.default_exception_handler(context)
+
+
 class BucketStore:
     """Objects of `bucket` below `prefix`; `targets.opened` makes it for one use and closes it.
 
@@ -90,6 +99,7 @@ class BucketStore:
                 "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
             },
         )
+        self._s3.loop.call_soon_threadsafe(self._s3.loop.set_exception_handler, tell_of_what_nobody_awaits)
         # s3fs tries 5 times around botocore's tries, and twice over when it reads a body: 25 times in all.
         self._s3.retries = 1
 

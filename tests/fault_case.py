@@ -109,7 +109,7 @@ class Case:
             state = self.wait("Crashed")
         return state
 
-    def until(self, condition: Callable[[], Any], what: str, poll_seconds: float = 0.05) -> Any:
+    def until(self, condition: Callable[[], Any], what: str, poll_seconds: float = 0.2) -> Any:
         """What `condition` gives, once that is true; fails early where a run of the case has ended meanwhile."""
         look = time.monotonic() + 2.0
 
@@ -194,7 +194,7 @@ class Case:
             assert self.home.state(self.run)["type"] == "PENDING", "held too late"
             return
         if step == "provision":
-            self.until(lambda: "provision" in self.home.task_runs(self.run), "provision")
+            self.until(lambda: "provision" in self.home.task_runs(self.run), "provision", 0.05)
             return
         if step == "extract":
             self.until(lambda: self.journaled() > 0, "a journaled sequence", 0.002)

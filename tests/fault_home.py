@@ -32,7 +32,7 @@ for process in psutil.process_iter():
 """
 
 
-def until(condition: Callable[[], Any], what: str, poll_seconds: float = 0.05, explain=lambda: "") -> Any:
+def until(condition: Callable[[], Any], what: str, poll_seconds: float = 0.2, explain=lambda: "") -> Any:
     """What `condition` gives, once that is true."""
     deadline = time.monotonic() + LIMIT
     while not (found := condition()):
@@ -157,4 +157,4 @@ class Home(PrefectHome):
                         return process
             return None
 
-        return until(look, f"the process of {run}")
+        return until(look, f"the process of {run}", 0.05)

@@ -107,7 +107,7 @@ def test_one_of_two_runs_is_cancelled_and_the_other_goes_on(prefect_home, study)
     with held_until_cancelled(workspace.root, f"extract-{prepared.capture_id}", journal) as job:
         second = prefect_home.run(**parameters)
         # it hears what the job has said
-        until(lambda: "one pass over" in prefect_home.logs(second), "the second run")
+        until(lambda: "one pass over" in prefect_home.logs(second), "the second run", poll_seconds=0.5)
         prefect_home.prefect("flow-run", "cancel", first)
     prefect_home.wait(first, "Cancelled", seconds=60)
     assert prefect_home.wait(second, "Completed", "Failed", "Crashed")["state_name"] == "Completed", prefect_home.logs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -129,3 +130,39 @@ class TestServerGone:
             assert time.monotonic() < deadline, f"server {server} lives on"
             time.sleep(0.05)
         remove_sockets(ports)
+
+
+LEFT_ALONE = """
+import asyncio, gc, sys, time
+import aiohttp
+from fsspec.asyn import get_loop
+from outliers.targets import opened
+
+async def fails(error):
+    raise error
+
+async def begin(error):
+    asyncio.ensure_future(fails(error))
+    await asyncio.sleep(0.05)
+    gc.collect()
+
+with opened("s3://atlas/atlas"):
+    for error in (aiohttp.ClientConnectionResetError("of the half that sends"), KeyError("of somebody else")):
+        asyncio.run_coroutine_threadsafe(begin(error), get_loop()).result(10)
+"""
+
+
+def test_what_breaks_unasked_is_told_unless_a_request_tells_it(s3_server: S3Server) -> None:
+    """The half of a request that was sending when its server died: asyncio would print its traceback beside the error."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_ALONE],
+        env=os.environ | s3_server.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert "of somebody else" in done.stderr
+    assert "of the half that sends" not in done.stderr
+    assert done.stderr.count("never retrieved") == 1
