@@ -59,7 +59,7 @@ def test_a_deployed_study_is_published_and_a_second_run_is_answered_at_once(pref
     folder, parameters = study
     parameters = parameters | {"publish_to": f"s3://{BUCKET}/atlas"}
     capture_id, study_id = ids(folder, parameters)
-    flow_run = prefect_home.run(**parameters)
+    flow_run = prefect_home.run_typed(**parameters)
     done = prefect_home.wait(flow_run, "Completed", "Failed", "Crashed")
     assert done["state_name"] == "Completed", prefect_home.logs(flow_run)
     assert done["name"] == "study model 3x32"
