@@ -39,7 +39,7 @@ SESSION = {"OUTLIERS_WATCHDOG_SECONDS": "0.5", "OUTLIERS_HEARTBEAT_SECONDS": "1"
 """What sessions on a machine have besides: a watchdog that looks often."""
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
-LIMIT = 240.0
+LIMIT = 600.0
 """Seconds in which anything that is waited for has happened, on the slowest computer."""
 
 

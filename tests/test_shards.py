@@ -209,6 +209,7 @@ def captures(world, workspace, *more):
 
 
 @pytest.mark.servers
+@pytest.mark.long
 def test_what_the_parts_hold_is_told_listed_and_removed(world, tmp_path):
     """The activations are in the parts' own workspaces: nothing else frees them."""
     outcome = json.loads(run(world, tmp_path / "ws", "--shards", "2").stdout)

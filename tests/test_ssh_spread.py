@@ -62,6 +62,7 @@ def machines(host):
     return sorted(path.name for path in (host.home / ".outliers" / "machines").iterdir())
 
 
+@pytest.mark.long
 def test_two_hosts_give_what_one_machine_gives_and_only_summaries_come_home(world, lab, control, here):
     outcome = control.start(*words(world, "--shards", "2")).answer()
     made = control.manifest(outcome["study_id"])
