@@ -166,7 +166,7 @@ class Control:
             if command.process.poll() is None:
                 command.process.kill()
                 command.process.wait()
-        for socket in self.temporary.glob("outliers-ssh-*/*"):
+        for socket in self.temporary.glob("outliers-ssh-*/*[!k]"):  # not the .lock beside it
             subprocess.run(["ssh", "-S", str(socket), "-O", "exit", "any"], capture_output=True, check=False)
         shutil.rmtree(self.temporary, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -222,6 +223,35 @@ def test_an_upload_goes_only_behind_what_is_there_and_one_at_a_time(machine):
     assert Path(machine.workspace, "appended.bin").read_bytes() == b"one two"
     with pytest.raises(errors.BadInput, match=r"'/\.\./\.\./evil' is no sha256"):
         machine.ask("size", path="appended.bin", sha256="/../../evil")
+
+
+def masters(socket):
+    """The connections of a socket that were started to be kept."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if f"ControlPath={socket}" in words and "-M" in words and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def test_many_that_connect_at_once_keep_one_connection_and_it_can_be_ended(box):
+    """An ssh that lost the race for the socket would stay for good: nobody uses it, and nothing ends it."""
+    connections = [Connection("box") for _ in range(6)]
+    connections[0].close()
+    until(lambda: not masters(connections[0]._socket))
+    together = threading.Barrier(len(connections))
+
+    def connect(one):
+        together.wait(30)
+        return one.call("true").returncode
+
+    with ThreadPoolExecutor(len(connections)) as pool:
+        assert list(pool.map(connect, connections)) == [0] * len(connections)
+    assert len(masters(connections[0]._socket)) == 1
+    connections[0].close()
+    until(lambda: not masters(connections[0]._socket))
 
 
 # The folder of sockets

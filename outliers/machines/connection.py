@@ -10,6 +10,7 @@ $OUTLIERS_SSH_CONFIG names another configuration file than ~/.ssh/config.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -183,8 +184,12 @@ class Connection:
                 )
 
     def _open_master(self) -> None:
-        """Start the kept connection, if it isn't there: apart, since a master keeps the pipes of who started it open."""
-        with self._lock:
+        """Start the kept connection, if it isn't there: apart, since a master keeps the pipes of who started it open.
+
+        One process at a time: an ssh that finds the socket taken while it logs in stays as a connection that nobody uses,
+        and nothing ever ends it.
+        """
+        with self._lock, _alone(self._socket.with_suffix(".lock")):
             if self._socket.exists() and self._has_master():
                 return
             with tempfile.TemporaryFile() as said:
@@ -320,6 +325,14 @@ def _socket_folder() -> Path:
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise BadInput(f"{folder} belongs to somebody else or is open to others: remove it, or set TMPDIR")
     return folder
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While the block runs, no other process and no other thread is in one of that path; others wait."""
+    with path.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
