@@ -91,10 +91,10 @@ def test_a_host_that_comes_back_in_time_is_not_lost(machine, shared):
 
 
 def test_a_killed_master_connection_is_made_again(machine):
-    (master,) = [p for p in psutil.process_iter(["cmdline"]) if str(machine.connection._socket) in str(p.info)][:1]
+    (master,) = masters(machine.connection._socket)
     master.kill()
-    assert machine.run(["true"], 10).returncode == 0
-    assert machine.connection._has_master()
+    # one that a busy computer lets time out is made again too
+    until(lambda: machine.run(["true"], 10).returncode == 0 and machine.connection._has_master())
 
 
 # Short commands

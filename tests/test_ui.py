@@ -191,7 +191,7 @@ def killed_and_waiting(ui):
         assert "local does not wait" in seen
         assert "has a slot" not in seen
     # a study that was cancelled, or spent its budget, meanwhile
-    assert "ZeroDivisionError" in stopped.communicate(timeout=60)[0]
+    read_until(stopped, "ZeroDivisionError")  # not `communicate`, which does not see what was read ahead
     holder.kill()
     holder.wait()
     began = time.monotonic()
