@@ -80,7 +80,7 @@ test-postgres: .venv/.dev ## Prefect on Debian's Postgres, which is installed if
 	OUTLIERS_TEST_POSTGRES=1 $(BIN)/pytest tests/test_postgres.py
 
 # the whole of tests/fault_suite.py and what is marked `long`; plain `make test` runs the fast part
-test-faults: .venv/.dev sshd ## every fault at every step of a study, on real servers, and a table of what came of it; half an hour
+test-faults: .venv/.dev sshd ## every fault at every step of a study, on real servers, and a table of what came of it; over an hour
 	OUTLIERS_TEST_FAULTS=1 $(BIN)/pytest tests/test_fault_suite.py
 	OUTLIERS_TEST_FAULTS=1 $(BIN)/pytest -m long
 

@@ -232,6 +232,7 @@ def test_what_the_parts_hold_is_told_listed_and_removed(world, tmp_path):
 
 
 @pytest.mark.servers
+@pytest.mark.long
 def test_a_lost_part_is_redone_alone(world, whole, tmp_path):
     """The second part's folder can't be written at first, the others are done; then the same command again, for which
     Prefect remembers nothing: its results are stored elsewhere."""

@@ -234,6 +234,7 @@ def over(control: Control, machine: str) -> bool:
     return json.loads(control.record(machine).read_text())["lease_until"] < time.time()
 
 
+@pytest.mark.long
 def test_a_cancel_releases_at_once(world, box, control):
     """Ctrl-C, and the SIGTERM of a service manager."""
     codes = {}
@@ -253,6 +254,7 @@ def test_a_cancel_releases_at_once(world, box, control):
     assert codes == {"interrupted": 130, "terminated": 130}
 
 
+@pytest.mark.long
 def test_a_full_disk_there_is_named(tmp_path, world):
     with (
         NetnsMachine(tmp_path / "host", "small", environment=SESSION, disk_mb=48) as machine,
