@@ -5,6 +5,7 @@ The parts in a browser need Chromium. All is one server, started by the very com
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -182,22 +183,27 @@ def killed_and_waiting(ui):
     """One run that held the only slot and was killed, and one that waits for it: begun early, for a lease lasts a minute."""
     limit = ui.python("import sys; from flows.settle import main; sys.exit(main(['--machines', '1']))")
     assert limit.wait(120) == 0, limit.communicate()
-    holder = ui.python(RENTS + "rents(1000)")
-    assert read_until(holder, "has a slot")
-    waiter = ui.python(RENTS + "rents(0)")
-    stopped = ui.python(RENTS + "from tasks.watch import GUARDS\nGUARDS.append(lambda: 1 / 0)\nrents(0)")
-    for process in (waiter, stopped):
-        seen = read_until(process, "waiting: every slot of outliers-machines is taken")
-        assert "local does not wait" in seen
-        assert "has a slot" not in seen
-    # a study that was cancelled, or spent its budget, meanwhile
-    read_until(stopped, "ZeroDivisionError")  # not `communicate`, which does not see what was read ahead
-    holder.kill()
-    holder.wait()
-    began = time.monotonic()
-    yield waiter, began
-    waiter.kill()
-    waiter.wait()
+    with contextlib.ExitStack() as stack:
+
+        def script(text: str) -> subprocess.Popen[str]:
+            process = stack.enter_context(ui.python(RENTS + text))
+            stack.callback(process.kill)
+            return process
+
+        holder = script("rents(1000)")
+        assert read_until(holder, "has a slot")
+        waiter = script("rents(0)")
+        stopped = script("from tasks.watch import GUARDS\nGUARDS.append(lambda: 1 / 0)\nrents(0)")
+        for process in (waiter, stopped):
+            seen = read_until(process, "waiting: every slot of outliers-machines is taken")
+            assert "local does not wait" in seen
+            assert "has a slot" not in seen
+        # a study that was cancelled, or spent its budget, meanwhile
+        read_until(stopped, "ZeroDivisionError")  # not `communicate`, which does not see what was read ahead
+        holder.kill()
+        holder.wait()
+        began = time.monotonic()
+        yield waiter, began
 
 
 def read_until(process, text: str, seconds: float = 120) -> str:
