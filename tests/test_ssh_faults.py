@@ -324,6 +324,7 @@ def test_hosts_that_can_not_be_used(tmp_path, world):
         assert gone(hung), ours(hung)
 
 
+@pytest.mark.long
 def test_a_machine_that_dies_is_named_and_the_same_command_goes_on_when_it_is_back(tmp_path, world, box, undisturbed):
     with (
         NetnsMachine(tmp_path / "host", "mayfly", environment=SESSION) as machine,

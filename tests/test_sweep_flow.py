@@ -206,6 +206,7 @@ def test_the_deployment_runs_a_child_each_and_says_which_failed(prefect_home, tm
     assert states == {"tiny-3": "there already", "tiny-4": "done", "tiny-5": "there already"}
 
 
+@pytest.mark.long
 def test_a_cancelled_sweep_cancels_its_children(prefect_home, slow):
     folder, entry = slow
     workspace = open_workspace(folder / "deployed")
