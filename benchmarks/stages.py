@@ -137,6 +137,7 @@ class Bench:
         return Ring(self.slot_bytes, ring_slots(self.slot_bytes), write)
 
     def _pass(self, ring: Any, layout: Layout, folder: Path) -> float:
+        # stands in for a ring, and takes a copy where that would write: no journal and no files are asked for
         hooked = HookedPass(self.base, self.modules, ring, layout, lambda done: None)
         journal, files = Journal(folder / "journal.jsonl"), ChunkFiles(folder, layout)
         began = time.perf_counter()

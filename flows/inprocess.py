@@ -78,9 +78,8 @@ def settle_prefect(root: Path) -> OwnServer | None:
     Its server, which starts while Prefect is imported; None where Prefect itself knows one, or starts one as it was told to.
     """
     settle_home(root)
-    if is_decided(Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()):
-        return None
-    return OwnServer(Path(os.environ["PREFECT_HOME"]))
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    return None if is_decided(home) else OwnServer(home)
 
 
 def settle_home(root: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from outliers.errors import JobFailed
+from outliers.files import size_of
 from outliers.supervisor import end_with_parent
 
 HOST = "127.0.0.1"
@@ -61,7 +62,7 @@ class OwnServer:
         """Start it with its history below `home`; its address is in PREFECT_API_URL from now on. Not for two at once."""
         home.mkdir(parents=True, exist_ok=True)
         self._log = home / LOG
-        self._from = self._log.stat().st_size if self._log.exists() else 0
+        self._from = size_of(self._log)
         # the socket is made here: nobody can take the port while the server is being loaded
         with socket.socket() as held, self._log.open("ab") as log:
             held.bind((HOST, 0))

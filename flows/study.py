@@ -82,6 +82,7 @@ def tag_run(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     on_failure=[rests, ends],
     on_cancellation=[rests, ends],
     on_crashed=[was_cancelled],
+    # Prefect's types ask for a runner of any future; this one is what `flow` documents
     task_runner=ThreadPoolTaskRunner(max_workers=64),  # type: ignore[arg-type]
 )
 def study(

@@ -113,6 +113,7 @@ def _tried(step: Callable[[], None]) -> None:
     try:
         step()
     except Exception:
+        # of one study, and the others are still to be ended
         log.exception("a study could not be ended")
 
 
@@ -145,6 +146,7 @@ def _begin(
         kept = kept_for_next(study)
         return start(kept if kept is not study and _has_next(study, waiting, look) else study)
     except Exception as error:
+        # of one study: it has failed with this, and the others go on
         if not isinstance(error, OutliersError):
             log.warning("%s can't be started", study.name, exc_info=True)
         return _failed(study, error)

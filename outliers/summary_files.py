@@ -79,6 +79,7 @@ class CountsWriter:
                 arrays[name] = np.concatenate([owner[None], np.concatenate(parts, axis=1)])
             else:
                 arrays[name] = np.stack(parts)
+        # numpy's types take a keyword that is any array for its own `allow_pickle`
         np.savez(self.folder / f"{int(arrays['sequence'][0])}.npz", **arrays)  # type: ignore[arg-type]
         self._rows, self._bytes = [], 0
 
@@ -170,7 +171,7 @@ def write_summary(folder: Path, summary: Summary) -> None:
         layer, pattern = np.nonzero(totals.histogram)
         arrays[f"{site}.histogram"] = np.stack([layer, pattern, totals.histogram[layer, pattern]])
     temporary = folder / ".totals.npz"
-    np.savez(temporary, **arrays)  # type: ignore[arg-type]
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]  # as above
     temporary.replace(folder / TOTALS)
 
 

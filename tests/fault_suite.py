@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.fault_case import Case
 from tests.fault_home import until
@@ -234,6 +235,17 @@ def cancelled(case: Case, step: str) -> None:
     case.retry()
 
 
+def cancelled_for_good(case: Case, step: str) -> dict[str, Any]:
+    """The state of a run once it is cancelled; nothing runs any more, and what its job had done is remembered."""
+    state = case.wait("Cancelled")
+    case.drop()
+    case.check_nothing_is_left()
+    case.ended(step)
+    if step == "extract":
+        case.killed_at = case.unrecorded()
+    return state
+
+
 @strike("killed, then cancelled")
 def killed_and_cancelled(case: Case, step: str) -> None:
     """Flow and worker are killed, the run is cancelled before anybody has looked: `reap` ends it, and its job."""
@@ -245,12 +257,7 @@ def killed_and_cancelled(case: Case, step: str) -> None:
     case.home.start_worker()
     said = case.home.reap()
     assert f"({case.run}) had no process any more; it had been cancelled" in said, said
-    state = case.wait("Cancelled")
-    case.drop()
-    case.check_nothing_is_left()
-    case.ended(step)
-    if step == "extract":
-        case.killed_at = case.unrecorded()
+    state = cancelled_for_good(case, step)
     case.note("killed, then cancelled", step, state, "waits for reap, or runs it; Retry or the same study again")
     case.release(step)
     case.retry()
@@ -265,12 +272,7 @@ def cancelled_without_its_worker(case: Case, step: str) -> None:
     if step in ("extract", "analyze"):
         case.until(lambda: case.cancel_asked(step), f"a cancel of {step}")
     case.release(step)
-    state = case.wait("Cancelled")
-    case.drop()
-    case.check_nothing_is_left()
-    case.ended(step)
-    if step == "extract":
-        case.killed_at = case.unrecorded()
+    state = cancelled_for_good(case, step)
     case.note("worker killed, then cancelled", step, state, "nothing; Retry or the same study again")
     case.retry()
 

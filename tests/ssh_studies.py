@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from outliers.events import JsonReporter
 from outliers.prepare import prepare
@@ -75,6 +76,20 @@ def make_world(folder: Path, prefect: PrefectHome) -> World:
     text = folder / "book.txt"
     text.write_text("The quick brown fox jumps over the lazy dog; whoever counts its steps finds them even. " * 600)
     return World(prefect, model, text)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, prefect_home):
+    """What the tests of a file share."""
+    return make_world(tmp_path_factory.mktemp("world"), prefect_home)
+
+
+@pytest.fixture
+def control(tmp_path, host, world):
+    """This side, to which the file's own fixture `host` is named."""
+    with Control(tmp_path / "control", host, world.prefect) as side:
+        side.add()
+        yield side
 
 
 class Command:

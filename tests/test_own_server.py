@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows import inprocess
 from flows.own_server import is_decided
 from tests.hub_server import wait_until
 
@@ -71,6 +72,25 @@ def test_it_answers_on_loopback_alone_and_ends_with_its_command_however_that_end
         wait_until(lambda pid=told["pid"]: is_gone(pid))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prefect"], "the home folder is left alone"
     assert (tmp_path / "prefect" / "prefect.db").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({}, "workspace/prefect"),
+        ({"PREFECT_HOME": "~/of mine"}, "of mine"),
+        ({"PREFECT_API_URL": ""}, ".prefect"),  # Prefect takes an empty address for none
+    ],
+)
+def test_its_history_is_where_prefect_keeps_its_own(tmp_path, monkeypatch, given, place):
+    for name in [name for name in os.environ if name.startswith("PREFECT")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", dict(os.environ) | given | {"HOME": str(tmp_path)})
+    monkeypatch.chdir(tmp_path)
+    homes = []
+    monkeypatch.setattr(inprocess, "OwnServer", homes.append)
+    inprocess.settle_prefect(tmp_path / "workspace")
+    assert homes == [tmp_path / place]
 
 
 @pytest.mark.servers

@@ -23,15 +23,18 @@ from tests.ssh_studies import (
     SESSION,
     Control,
     attempts,
+    control,
     freeze,
     gone,
-    make_world,
     ours,
     remote,
     sequences_done,
     settled,
     thaw,
+    world,
 )
+
+__all__ = ["control", "world"]  # fixtures, found by name
 
 pytestmark = [pytest.mark.servers, needs_sshd, needs_root]
 
@@ -43,22 +46,10 @@ LEASE_SECONDS = 10.0
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, prefect_home):
-    return make_world(tmp_path_factory.mktemp("world"), prefect_home)
-
-
-@pytest.fixture(scope="module")
-def box(tmp_path_factory):
+def host(tmp_path_factory):
     """The machine that most tests share: its program is sent and compiled once."""
-    with NetnsMachine(tmp_path_factory.mktemp("box"), "box", environment=SESSION) as machine:
+    with NetnsMachine(tmp_path_factory.mktemp("host"), "host", environment=SESSION) as machine:
         yield machine
-
-
-@pytest.fixture
-def control(tmp_path, box, world):
-    with Control(tmp_path / "control", box, world.prefect) as side:
-        side.add()
-        yield side
 
 
 @pytest.fixture(scope="module")
@@ -104,31 +95,31 @@ class Chatter:
         self._reporter.close()
 
 
-def test_the_cable_is_cut_and_sshd_restarted_in_the_middle(world, box, control, undisturbed):
+def test_the_cable_is_cut_and_sshd_restarted_in_the_middle(world, host, control, undisturbed):
     before = {run["id"] for run in world.prefect.flow_runs()}
     # a lease that is longer than the cut: else what nobody renews would end
     command = control.start(*whole_study(world, control, "--lease-seconds", "300"))
-    frozen = freeze(command, box)
-    (folder,) = attempts(box, "extract")
+    frozen = freeze(command, host)
+    (folder,) = attempts(host, "extract")
     chatter = Chatter(folder / "events.jsonl")
     command.until(lambda: "this is line 2" in command.said, "the first lines")
 
-    box.cut()
+    host.cut()
     thaw(frozen)
     cut = time.monotonic()
-    frozen = freeze(command, box, at=SEQUENCES // 3)  # it goes on where nobody sees it
+    frozen = freeze(command, host, at=SEQUENCES // 3)  # it goes on where nobody sees it
     command.until(lambda: time.monotonic() - cut > CUT_SECONDS, "the end of the cut", 0.5)
     silent = len(chatter.said) - 1
     assert f"this is line {silent}" not in command.said
-    box.join()
+    host.join()
     command.until(lambda: f"this is line {silent} " in command.said, "what was said during the cut")
     assert "it is tried again for 120 s" in command.said
     assert "m1 answers again" in command.said
 
-    box.restart_sshd(end_sessions=True)
+    host.restart_sshd(end_sessions=True)
     later = len(chatter.said) + 2
     command.until(lambda: f"this is line {later} " in command.said, "lines after sshd was restarted")
-    assert sequences_done(box) < SEQUENCES, "it had ended before it was disturbed"
+    assert sequences_done(host) < SEQUENCES, "it had ended before it was disturbed"
     chatter.stop()
     thaw(frozen)
 
@@ -142,28 +133,28 @@ def test_the_cable_is_cut_and_sshd_restarted_in_the_middle(world, box, control, 
     kept = [line.partition(" extract: ")[2] for line in kept if " extract: " in line]
     logged = [message for message in run_logs(world.prefect, before) if message in set(said)]
     assert shown == kept == logged == said
-    assert len(attempts(box, "extract")) == 1
+    assert len(attempts(host, "extract")) == 1
     assert control.records() == []
-    assert gone(box), ours(box)
+    assert gone(host), ours(host)
 
 
-def test_this_side_is_killed_and_started_again(world, box, control, undisturbed):
+def test_this_side_is_killed_and_started_again(world, host, control, undisturbed):
     words = whole_study(world, control, "--lease-seconds", "300", machine="again")
     first = control.start(*words)
-    frozen = freeze(first, box, "again")
+    frozen = freeze(first, host, "again")
     first.signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     second = control.start(*words)
     # joined: it hears what was said before it came
     second.until(lambda: "one pass over" in second.said, "the stream of the running job")
-    assert sequences_done(box, "again") < SEQUENCES
+    assert sequences_done(host, "again") < SEQUENCES
     thaw(frozen)
     assert control.manifest(second.answer()["study_id"])["results_digest"] == undisturbed
-    assert [path.name for path in attempts(box, "extract", "again")] == ["0001"]
+    assert [path.name for path in attempts(host, "extract", "again")] == ["0001"]
     # the run that was killed holds nothing any more: its process is gone
     assert "again is released" in second.said
     assert control.records() == []
-    assert gone(box), ours(box)
+    assert gone(host), ours(host)
 
 
 def strike(control: Control, words: list[str], condition, what: str) -> float:
@@ -176,58 +167,58 @@ def strike(control: Control, words: list[str], condition, what: str) -> float:
 
 
 @pytest.mark.long
-def test_this_side_is_killed_at_every_step_and_nothing_stays_past_its_lease(world, box, control):
+def test_this_side_is_killed_at_every_step_and_nothing_stays_past_its_lease(world, host, control):
     fresh = ["--python", sys.executable, "--folder", ".fresh"]
-    assert control.run("machines", "add", "fresh", box.alias, *fresh).wait() == 0
+    assert control.run("machines", "add", "fresh", host.alias, *fresh).wait() == 0
 
     def holders(machine):
-        return json.loads((remote(box, machine) / "lease.json").read_text())["holders"]
+        return json.loads((remote(host, machine) / "lease.json").read_text())["holders"]
 
     def kill(machine, condition, what, *more):
         struck = strike(control, whole_study(world, control, *more, machine=machine), condition, what)
         left = LEASE_SECONDS + 15 - (time.monotonic() - struck)
-        assert gone(box, machine, left), (what, ours(box, machine))
+        assert gone(host, machine, left), (what, ours(host, machine))
 
     def kill_extraction():
         command = control.start(*whole_study(world, control, machine="k-extract"))
-        frozen = freeze(command, box, "k-extract")
+        frozen = freeze(command, host, "k-extract")
         command.signal(signal.SIGKILL)
         # nobody but the watchdog of the machine is left to end it
-        cancelled = attempts(box, "extract", "k-extract")[0] / "cancel.json"
+        cancelled = attempts(host, "extract", "k-extract")[0] / "cancel.json"
         assert settled(cancelled.exists, LEASE_SECONDS + 15)
         thaw(frozen)
         assert json.loads(cancelled.read_text())["reason"] == "lease"
-        assert gone(box, "k-extract", 15), ours(box, "k-extract")
-        assert sequences_done(box, "k-extract") < SEQUENCES
+        assert gone(host, "k-extract", 15), ours(host, "k-extract")
+        assert sequences_done(host, "k-extract") < SEQUENCES
 
     def early():
-        record, lease = control.record("k-record"), remote(box, "k-hold") / "lease.json"
+        record, lease = control.record("k-record"), remote(host, "k-hold") / "lease.json"
         kill("k-record", record.exists, "the record")
-        assert not remote(box, "k-record").exists()
-        kill("k-deploy", (box.home / ".fresh/deploy/code").exists, "deployment", "--host", "fresh")
+        assert not remote(host, "k-record").exists()
+        kill("k-deploy", (host.home / ".fresh/deploy/code").exists, "deployment", "--host", "fresh")
         kill("k-hold", lease.exists, "the lease")
         kill_extraction()
 
     def late():
         # one after the other: each goes on from what the one before it had finished
-        kill("k-late", lambda: attempts(box, "analyze", "k-late"), "analysis")
-        kill("k-late", lambda: attempts(box, "report", "k-late"), "the report")
+        kill("k-late", lambda: attempts(host, "analyze", "k-late"), "analysis")
+        kill("k-late", lambda: attempts(host, "report", "k-late"), "the report")
         (control.workspace / "results").mkdir(exist_ok=True)
         kill("k-late", lambda: list(control.workspace.glob("results/*/manifest.json")), "the results")
         shutil.rmtree(control.workspace / "results")
-        kill("k-late", lambda: attempts(box, "report", "k-late") and not holders("k-late"), "release")
+        kill("k-late", lambda: attempts(host, "report", "k-late") and not holders("k-late"), "release")
 
     with ThreadPoolExecutor(2) as pool:
         for part in [pool.submit(early), pool.submit(late)]:
             part.result()
-    assert gone(box), ours(box)
+    assert gone(host), ours(host)
     assert set(control.records()) >= {"k-record", "k-deploy", "k-hold", "k-extract"}
     assert settled(lambda: all(over(control, name) for name in control.records()), LEASE_SECONDS + 5)
     reaped = control.run("machines", "reap", "--json")
     assert reaped.wait() == 0, reaped.said
     assert len(json.loads(reaped.out.read_text())["done"]) >= 4
     assert control.records() == []
-    assert gone(box), ours(box)
+    assert gone(host), ours(host)
 
 
 def over(control: Control, machine: str) -> bool:
@@ -235,12 +226,12 @@ def over(control: Control, machine: str) -> bool:
 
 
 @pytest.mark.long
-def test_a_cancel_releases_at_once(world, box, control):
+def test_a_cancel_releases_at_once(world, host, control):
     """Ctrl-C, and the SIGTERM of a service manager."""
     codes = {}
     for number, machine in ((signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")):
         command = control.start(*whole_study(world, control, "--lease-seconds", "3600", machine=machine))
-        frozen = freeze(command, box, machine)
+        frozen = freeze(command, host, machine)
         command.signal(number)
         # a process that is stopped can't end itself
         command.until(lambda c=command: "cancelled" in c.said or c.process.poll() is not None, "the cancel")
@@ -249,8 +240,8 @@ def test_a_cancel_releases_at_once(world, box, control):
         assert f"{machine} is released" in command.said, command.said
         assert "Traceback" not in command.said, command.said
         assert control.records() == []
-        assert gone(box, machine, 5), ours(box, machine)
-        assert 0 < sequences_done(box, machine) < SEQUENCES
+        assert gone(host, machine, 5), ours(host, machine)
+        assert 0 < sequences_done(host, machine) < SEQUENCES
     assert codes == {"interrupted": 130, "terminated": 130}
 
 
@@ -325,16 +316,16 @@ def test_hosts_that_can_not_be_used(tmp_path, world):
 
 
 @pytest.mark.long
-def test_a_machine_that_dies_is_named_and_the_same_command_goes_on_when_it_is_back(tmp_path, world, box, undisturbed):
+def test_a_machine_that_dies_is_named_and_the_same_command_goes_on_when_it_is_back(tmp_path, world, host, undisturbed):
     with (
         NetnsMachine(tmp_path / "host", "mayfly", environment=SESSION) as machine,
         Control(tmp_path / "control", machine, world.prefect, OUTLIERS_PATIENCE_SECONDS="2") as side,
     ):
         side.add()
         # one program for both machines, so that it is compiled once
-        (box.home / ".outliers/deploy").mkdir(parents=True, exist_ok=True)
+        (host.home / ".outliers/deploy").mkdir(parents=True, exist_ok=True)
         (machine.home / ".outliers").mkdir()
-        (machine.home / ".outliers/deploy").symlink_to(box.home / ".outliers/deploy")
+        (machine.home / ".outliers/deploy").symlink_to(host.home / ".outliers/deploy")
         words = world.study(SEQUENCES, *LAYERS, *side.over("--lease-seconds", "600"))
         command = side.start(*words)
         freeze(command, machine)

@@ -16,7 +16,9 @@ import pytest
 
 from tests.hub_server import Repo, commit_id, hub_server
 from tests.remote import Sshd, needs_sshd
-from tests.ssh_studies import SESSION, Control, freeze, gone, make_world, ours, remote, sequences_done, settled
+from tests.ssh_studies import SESSION, control, freeze, gone, ours, remote, sequences_done, settled, world
+
+__all__ = ["control", "world"]  # fixtures, found by name
 
 pytestmark = [pytest.mark.servers, needs_sshd]
 
@@ -24,21 +26,9 @@ SEQUENCES = 100
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, prefect_home):
-    return make_world(tmp_path_factory.mktemp("world"), prefect_home)
-
-
-@pytest.fixture(scope="module")
 def host(tmp_path_factory):
     with Sshd(tmp_path_factory.mktemp("host"), "lab", environment=SESSION | {"HF_HUB_OFFLINE": "0"}) as machine:
         yield machine
-
-
-@pytest.fixture
-def control(tmp_path, host, world):
-    with Control(tmp_path / "control", host, world.prefect) as side:
-        side.add()
-        yield side
 
 
 def fail(control, host, words, machine):

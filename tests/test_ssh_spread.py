@@ -13,17 +13,14 @@ from outliers.publish import model_slug
 from outliers.spec import StudySpec
 from outliers.workspace import open_workspace
 from tests.remote import Sshd, needs_sshd
-from tests.ssh_studies import SESSION, Control, attempts, gone, make_world, ours
+from tests.ssh_studies import SESSION, Control, attempts, gone, ours, world
+
+__all__ = ["world"]  # fixtures, found by name
 
 pytestmark = [pytest.mark.servers, needs_sshd]
 
 SEQUENCES = 100
 FLOW = "import json, sys; from flows.study import study; print(json.dumps(study(**json.loads(sys.argv[1]))))"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, prefect_home):
-    return make_world(tmp_path_factory.mktemp("world"), prefect_home)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ import pytest
 
 from tests.hub_server import Repo, commit_id, hub_server
 from tests.remote import Sshd, needs_sshd
-from tests.ssh_studies import SESSION, Control, attempts, freeze, gone, make_world, ours, remote, settled, thaw
+from tests.ssh_studies import SESSION, attempts, control, freeze, gone, ours, remote, settled, thaw, world
+
+__all__ = ["control", "world"]  # fixtures, found by name
 
 pytestmark = [pytest.mark.servers, needs_sshd]
 
@@ -63,21 +65,9 @@ def files_with(folder: Path, text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, prefect_home):
-    return make_world(tmp_path_factory.mktemp("world"), prefect_home)
-
-
-@pytest.fixture(scope="module")
 def host(tmp_path_factory):
     with Sshd(tmp_path_factory.mktemp("host"), ALIAS, environment=SESSION | {"HF_HUB_OFFLINE": "0"}) as machine:
         yield machine
-
-
-@pytest.fixture
-def control(tmp_path, host, world):
-    with Control(tmp_path / "control", host, world.prefect) as side:
-        side.add()
-        yield side
 
 
 def test_a_study_of_the_hub_leaves_its_token_nowhere(tmp_path, host, world, control):
