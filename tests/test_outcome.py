@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from outliers.outcome import find_finished
+from outliers.outcome import find_finished, held_bytes
 from outliers.workspace import open_workspace
 from tests.results_folder import STUDY_ID, make_results
 from tests.test_shards import prepared_of
@@ -43,3 +45,20 @@ def test_results_whose_manifest_cannot_be_read_are_not(study, text):
     assert find_finished(prepared, workspace) is None
     (folder / "manifest.json").unlink()
     assert find_finished(prepared, workspace) is None
+
+
+def test_bytes_are_counted_while_a_job_writes(tmp_path):
+    """`captures list` beside a job: a chunk gets its name between the list of a folder and the look at a file."""
+
+    class Moving(type(tmp_path)):
+        """A path whose unfinished file is moved on as soon as somebody has seen it."""
+
+        def stat(self, **given):
+            found = super().stat(**given)
+            if self.name == "chunk.tmp":
+                Path(self).rename(self.with_name("chunk"))
+            return found
+
+    (tmp_path / "kept").write_bytes(b"x" * 7)
+    (tmp_path / "chunk.tmp").write_bytes(b"x" * 5)
+    assert held_bytes(Moving(tmp_path)) == 12

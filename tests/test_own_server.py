@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -69,7 +70,11 @@ def test_it_answers_on_loopback_alone_and_ends_with_its_command_however_that_end
                 assert {connection.laddr.ip for connection in heard} == {"127.0.0.1"}
                 process.send_signal(signal.SIGKILL)
             process.wait(60)
-        wait_until(lambda pid=told["pid"]: is_gone(pid))
+        try:
+            wait_until(lambda pid=told["pid"]: is_gone(pid))
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(told["pid"]).kill()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prefect"], "the home folder is left alone"
     assert (tmp_path / "prefect" / "prefect.db").stat().st_size > 100_000
 
