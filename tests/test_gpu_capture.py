@@ -41,3 +41,18 @@ def test_the_benchmark_says_what_it_needs():
     assert done.returncode == 2
     assert "needs a machine with an NVIDIA GPU" in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.long
+def test_the_study_on_a_gpu_runs(tmp_path):
+    """Its own code, on the CPU: a capture twice, killed and resumed, in batches."""
+    figures, shape = tmp_path / "figures.json", ("--hidden", 64, "--layers", 2, "--length", 64, "--sequences", 9)
+    command = [sys.executable, "-m", "benchmarks.gpu_study", "--device", "cpu", *map(str, shape)]
+    command += ["--scratch", str(tmp_path), "--json", str(figures)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert (found["twice_equal"], found["killed_equal"], found["counts_equal"]) == (True, True, True)
+    assert 0 < found["killed_after"] < 9, "it was killed before it began, or after its end"
+    assert set(found["batches"]) == {"1", "4", "8"}
+    assert list(tmp_path.iterdir()) == [figures], "the benchmark left files"
