@@ -150,7 +150,9 @@ def show_plan(console: Console, plan: Plan) -> None:
     experts = f", {plan.num_experts} experts a layer" if plan.num_experts else ""
     line(console, "model", f"{plan.model}: {plan.architecture}, {plan.num_layers} layers{experts}, {plan.dtype}")
     line(console, "parameters", f"{count(plan.total_parameters)} total, {count(plan.active_parameters)} active")
-    line(console, "weights", f"{size(plan.weight_bytes)} in memory, {size(plan.checkpoint_bytes)} on disk")
+    line(
+        console, "weights", f"{size(plan.weight_bytes)} in memory{_stored(plan)}, {size(plan.checkpoint_bytes)} on disk"
+    )
     if plan.download_bytes:
         line(console, "download", f"{size(plan.download_bytes)} from the hub")
     line(console, "memory", f"{size(plan.ram_bytes)} without a GPU, {size(plan.host_ram_bytes)} with")
@@ -188,6 +190,13 @@ def show_plan(console: Console, plan: Plan) -> None:
         line(console, "", f"and {len(plan.offers) - PLAN_OFFERS} more machines that fit (--json shows all)")
     for text in plan.refusals:
         line(console, "refused", text, style="red")
+
+
+def _stored(plan: Plan) -> str:
+    """How the weights lie in memory, where the checkpoint has them quantized."""
+    if plan.quantization:
+        return f" as they are stored ({plan.quantization})"
+    return f", made plain ({plan.dtype}) from {plan.stored_quantization}" if plan.stored_quantization else ""
 
 
 def _placed(sentence: str, used: int, asked: int) -> str:

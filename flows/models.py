@@ -28,7 +28,7 @@ def add_models_parser(verbs: Any) -> None:
     )
     sub.add_argument("--revision", help="branch, tag or commit on the hub (default: main)")
     sub.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default: auto)")
-    sub.add_argument("--quantization", default="checkpoint", help="checkpoint or none (default: checkpoint)")
+    sub.add_argument("--quantization", default="auto", help="auto, checkpoint or none (default: auto)")
     sub.add_argument(
         "--site-module",
         action="append",
@@ -66,6 +66,13 @@ def inspect_model(arguments: argparse.Namespace) -> ModelInfo:
     )
 
 
+def _stored(info: ModelInfo) -> str:
+    """In what the weights are once they are loaded, and in what they are on disk where that is another."""
+    if info.quantization or info.stored_quantization is None:
+        return info.quantization or info.dtype
+    return f"{info.dtype}; {size(info.weights.checkpoint_bytes)} on disk in {info.stored_quantization}, made plain on loading"
+
+
 def show_model(console: Console, info: ModelInfo) -> None:
     """Print an inspection as lines of name and value, then a table of the sites."""
     from rich.table import Table
@@ -82,7 +89,7 @@ def show_model(console: Console, info: ModelInfo) -> None:
         ("model", f"{info.source.name} ({info.architecture})"),
         ("revision", info.source.revision[:12]),
         ("parameters", f"{count(info.total_parameters)}{active}"),
-        ("weights", f"{size(info.weight_bytes)} in memory ({info.quantization or info.dtype})"),
+        ("weights", f"{size(info.weight_bytes)} in memory ({_stored(info)})"),
         (
             "arithmetic",
             f"{info.dtype}; attention {info.attention_implementation}"

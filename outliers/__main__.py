@@ -22,10 +22,11 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliers.errors import BadInput, DiskFull, JobFailed, OutliersError
+from outliers.errors import BadInput, DiskFull, JobFailed, MemoryFull, OutliersError
 from outliers.events import Reporter, reporter_from_environment, send_logs_to
 from outliers.files import write_atomic
 from outliers.jobs import JOB_VARIABLE, record_error
+from outliers.library_errors import memory_message
 
 if TYPE_CHECKING:
     from outliers.prepare import Prepared
@@ -96,6 +97,11 @@ def main(argv: list[str] | None = None) -> int:
         deliver(step(prepared, workspace, reporter))
     except OutliersError as error:
         return fail(error, reporter)
+    except (MemoryError, RuntimeError) as error:
+        said = memory_message(error)
+        if said is None:
+            raise
+        return fail(MemoryFull(_no_memory(said, arguments.verb)), reporter)
     except OSError as error:
         if error.errno in _NO_ROOM:
             return fail(DiskFull(_no_room(error, workspace.root)), reporter)
@@ -134,6 +140,13 @@ def _refused(error: OSError, verb: str) -> str:
     return (
         f"{verb}: {error}. The operating system refused this; remove the cause, and run the same again: "
         "what is done is not done again"
+    )
+
+
+def _no_memory(said: str, verb: str) -> str:
+    return (
+        f"{verb}: no memory is left ({said}): end what else uses it, or choose a machine with more (--min-cpu-ram), and run the "
+        "same again: it goes on after what is done"
     )
 
 

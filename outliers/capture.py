@@ -24,12 +24,14 @@ from numpy.typing import NDArray
 from outliers.corpus import Corpus, load_corpus
 from outliers.devices import Devices, choose_devices, instructions
 from outliers.durable import drop_leftovers
-from outliers.errors import CaptureMismatch, CorruptCapture, MemoryFull
+from outliers.errors import CaptureMismatch, CorruptCapture
 from outliers.events import Reporter
-from outliers.fingerprint import layout_from, read_fingerprint, shapes_of, write_fingerprint
+from outliers.fingerprint import difference, layout_from, read_fingerprint, shapes_of, write_fingerprint
 from outliers.forward import Batch, HookedPass, Progress
 from outliers.layout import STORAGE, Layout
-from outliers.load import fetch_weights, load_model
+from outliers.libraries import LOOKED_FOR, libraries
+from outliers.library_errors import explained
+from outliers.load import PLAIN, fetch_weights, load_model
 from outliers.perplexity import Head, losses
 from outliers.prepare import Prepared, layout_of
 from outliers.ring import Ring
@@ -39,6 +41,8 @@ from outliers.store import ARRAYS, ChunkFiles, Journal, NamedChunk, create_array
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
+
+_MEMORY = "give fewer --batch-sequences, a shorter --sequence-length, or a machine with more memory (--min-vram, --min-cpu-ram)"
 
 
 def extract(
@@ -93,15 +97,15 @@ def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -
             "threads": torch.get_num_threads(),
             "batch_sequences": prepared.spec.capture.batch_sequences,
             "sequence_texts": list(corpus.sequence_texts),
+            "looked_for": list(LOOKED_FOR),
         }
         write_fingerprint(folder, {"fixed": fixed, "layout": shapes_of(layout), **free})
         return layout
-    for name, value in fixed.items():
-        if found["fixed"].get(name, value) != value:  # the first captures tell less
-            raise CaptureMismatch(
-                f"the capture {prepared.capture_id} was begun with {name} {found['fixed'][name]}, now it is {value}: "
-                f"go on under the old one, or remove it with `outliers captures rm {prepared.capture_id}`"
-            )
+    if differs := difference(found, fixed):
+        raise CaptureMismatch(
+            f"the capture {prepared.capture_id} was begun {differs}: go on under the old one, or remove it with "
+            f"`outliers captures rm {prepared.capture_id}`"
+        )
     # other numbers of threads sum in another order: the rest is computed as the beginning was
     torch.set_num_threads(found["threads"])
     layout = layout_from(found)
@@ -135,6 +139,7 @@ def _conditions(prepared: Prepared, devices: Devices) -> dict[str, Any]:
         "device": devices.kind,
         "instructions": instructions() if devices.placement is None else None,
         **{name: metadata.version(name) for name in ("torch", "transformers", "numpy", "zarr")},
+        **libraries(gpu=devices.placement is not None),
     }
 
 
@@ -246,15 +251,11 @@ def _forward(
         lengths = tuple(int(length) for length in corpus.lengths[run.start : run.stop])
         batch = Batch(run, lengths, len(modules) * len(run) * read + (head is not None), journal, files)
         rows = corpus.token_ids[run.start : run.stop, : batch.positions].astype(np.int64)  # (sequence, position)
-        try:
+        what = f"the forward pass of {prepared.model.source.name} over {len(run)} x {batch.positions} tokens"
+        with explained(what, _MEMORY, PLAIN):
             ids = torch.from_numpy(rows).to(devices.first)
             hidden = hooked.forward(batch, ids, read=read)
             found = losses(head, hidden, ids, lengths) if head is not None else None
-        except torch.OutOfMemoryError as error:
-            raise MemoryFull(
-                f"the GPU has no memory left for {len(run)} x {batch.positions} tokens at once ({str(error).splitlines()[0]}): "
-                "give fewer --batch-sequences, a shorter --sequence-length, or larger GPUs (--min-vram)"
-            ) from error
         if found is not None:
             _measure(batch, found, read=read)
         progress.finished(len(run))

@@ -16,9 +16,11 @@ import torch
 from outliers.errors import PlanRefused
 from outliers.machines.local import find_gpus
 from outliers.memory import placement_for
-from outliers.model_info import ModelInfo
-from outliers.placement import GB, Placement, device_map
+from outliers.model_info import ModelInfo, check_place
+from outliers.placement import Placement, device_map
+from outliers.quantization import Place, installed_packages
 from outliers.spec import StudySpec
+from outliers.units import amounts
 
 _DECISIVE = ("avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "sve", "bf16")
 """With these oneDNN multiplies matrices of 16 bits by other kernels than without."""
@@ -61,8 +63,22 @@ def choose_devices(spec: StudySpec, info: ModelInfo, cuda: Any = torch.cuda, nvi
     """The processor where no GPU is asked for or there is none; else as few GPUs as hold the model.
 
     cuda: what `torch.cuda` is. Raises PlanRefused with both numbers where the GPUs don't hold it, where another process
-    has taken their memory, and where GPUs are here that torch can't use: a rented GPU must not idle unnoticed.
+    has taken their memory, where they can't compute with weights that stay quantized, and where GPUs are here that torch
+    can't use: a rented GPU must not idle unnoticed.
     """
+    devices = _choose(spec, info, cuda, nvidia_smi)
+    if info.quantization is not None:
+        check_place(info, torch_place(devices.placement.gpus if devices.placement else (), cuda))
+    return devices
+
+
+def torch_place(numbers: tuple[int, ...], cuda: Any = torch.cuda) -> Place:
+    """This machine with the GPUs of these numbers, as torch finds them: where weights that stay quantized are computed with."""
+    found = [cuda.get_device_properties(number) for number in numbers]
+    return Place(tuple((gpu.name, (int(gpu.major), int(gpu.minor))) for gpu in found), installed_packages())
+
+
+def _choose(spec: StudySpec, info: ModelInfo, cuda: Any, nvidia_smi: str) -> Devices:
     asked = spec.compute.gpu_count
     if asked == 0:
         return Devices("cpu")
@@ -77,9 +93,10 @@ def choose_devices(spec: StudySpec, info: ModelInfo, cuda: Any = torch.cuda, nvi
         free, total = cuda.mem_get_info(number)
         needed = placed.weight_bytes(number) + placed.work_bytes
         if needed > free:
+            wanted, left, whole = amounts(needed, free, total, unit="GB")
             raise PlanRefused(
-                f"GPU {number} ({found[number].name}) has {free / GB:.2f} of {total / GB:.2f} GB free, and the study needs "
-                f"{needed / GB:.2f} GB there: end what else uses it, or name other GPUs with CUDA_VISIBLE_DEVICES"
+                f"GPU {number} ({found[number].name}) has {left.removesuffix(' GB')} of {whole} free, and the study needs "
+                f"{wanted} there: end what else uses it, or name other GPUs with CUDA_VISIBLE_DEVICES"
             )
     return Devices(_kind(placed, tuple(gpu.name for gpu in found)), placed)
 

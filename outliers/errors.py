@@ -20,7 +20,7 @@
     │   │   └── DigestConflict        this study is published there with other numbers
     │   ├── SummaryMismatch       two summaries that are not of disjoint parts of one study
     │   ├── DiskFull              the workspace's disk took no more; what is journaled stays
-    │   ├── MemoryFull            a GPU's memory took no more; what is journaled stays
+    │   ├── MemoryFull            the memory of the machine or of a GPU took no more; what is journaled stays
     │   ├── Busy                  another process is writing this very capture
     │   ├── BudgetSpent           the study would cost more than max_total_price
     │   ├── DeployFailed          the program could not be installed on a machine
@@ -125,7 +125,7 @@ class DiskFull(PermanentError):
 
 
 class MemoryFull(PermanentError):
-    """The memory of a GPU takes no more bytes; what is journaled stays."""
+    """The memory of the machine, or of a GPU, takes no more bytes; what is journaled stays."""
 
 
 class Busy(PermanentError):

@@ -38,6 +38,24 @@ def layout_from(fingerprint: dict[str, Any]) -> Layout:
     )
 
 
+def difference(found: dict[str, Any], fixed: dict[str, Any]) -> str | None:
+    """How the conditions that a capture was begun under, as a fingerprint has them, differ from `fixed`; None where they don't.
+
+    A condition that the fingerprint does not have is no difference, for the first captures tell less; but where that version
+    looked for it (`looked_for`), it was not there.
+    """
+    before, looked_for = found["fixed"], found.get("looked_for", [])
+    for name in dict.fromkeys((*fixed, *looked_for)):
+        if name not in before and name not in looked_for:
+            continue
+        old, new = before.get(name), fixed.get(name)
+        if old != new:
+            absent = name in looked_for
+            begun = f"without {name}" if old is None and absent else f"with {name} {old}"
+            return f"{begun}, now {'it is not here' if new is None and absent else f'it is {new}'}"
+    return None
+
+
 def write_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:
     """Write capture.json, with a checksum of its content: a changed thread count or shape would be quietly obeyed."""
     content = fingerprint | {"crc32": _content_crc(fingerprint)}

@@ -11,15 +11,22 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from outliers.errors import MemoryFull, PlanRefused, UnknownModel
-from outliers.model_info import ModelInfo, method_of, quantization_of
+from outliers.devices import torch_place
+from outliers.errors import PlanRefused, UnknownModel
+from outliers.library_errors import explained
+from outliers.model_info import ModelInfo, check_place, method_of, quantization_of
 from outliers.models import load_config
+from outliers.units import amounts
 from outliers.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+
+MEMORY = "end what else uses it, choose a machine with more (--min-cpu-ram, --min-vram), or more GPUs (--gpu-count)"
+PLAIN = "give --quantization none, where the weights were to stay quantized"
+"""What helps where memory ran out, and where a package is missing."""
 
 DeviceMap = Mapping[str, str | int]
 """Module's name ("" for the whole model) -> torch device, or number of a GPU."""
@@ -44,16 +51,12 @@ def load_model(info: ModelInfo, workspace: Workspace, devices: str | DeviceMap) 
     }
     if info.experts_implementation:
         options["experts_implementation"] = info.experts_implementation
-    options |= _quantization(info, workspace, on_cpu="cpu" in where.values())
+    options |= _quantization(info, workspace, where)
     place = fetch_weights(info, workspace)
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(place, **options)
-    except torch.OutOfMemoryError as error:
-        raise MemoryFull(
-            f"the weights of {info.source.name} ({info.weight_bytes / 1e9:.1f} GB) do not fit the GPU's memory as it is now: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    except (OSError, ImportError) as error:
+        with explained(f"loading {info.source.name} ({amounts(info.weight_bytes)[0]} of weights)", MEMORY, PLAIN):
+            model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(place, **options)
+    except OSError as error:
         raise UnknownModel(f"the weights of {info.source.name} can't be read: {error}") from error
     _check(model, info)
     return model.eval()
@@ -73,7 +76,7 @@ def fetch_weights(info: ModelInfo, workspace: Workspace, progress: Callable[[int
     return str(gguf_weights(source, workspace)) if source.kind == "gguf" else source.path
 
 
-def _quantization(info: ModelInfo, workspace: Workspace, *, on_cpu: bool) -> dict[str, Any]:
+def _quantization(info: ModelInfo, workspace: Workspace, where: DeviceMap) -> dict[str, Any]:
     """Options that make a quantized checkpoint plain where that is asked; refuses what this device would make plain itself."""
     from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
@@ -83,11 +86,8 @@ def _quantization(info: ModelInfo, workspace: Workspace, *, on_cpu: bool) -> dic
     if info.quantization is None:
         configs = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
         return {"quantization_config": configs[stored](dequantize=True)}
-    if on_cpu:
-        raise PlanRefused(
-            f"{info.source.name} is stored in {stored}, which needs a GPU: --quantization none computes in {info.dtype} "
-            f"here, with {info.total_parameters * 2 / 1e9:.0f} GB of weights instead of {info.weight_bytes / 1e9:.0f} GB"
-        )
+    numbers = () if "cpu" in where.values() else tuple(int(device) for device in dict.fromkeys(where.values()))
+    check_place(info, torch_place(numbers))
     return {}
 
 
@@ -97,8 +97,8 @@ def _check(model: Any, info: ModelInfo) -> None:
     undone = quantizer is not None and getattr(quantizer.quantization_config, "dequantize", False)
     if info.quantization is not None and undone:
         raise PlanRefused(
-            f"{info.source.name} is stored in {info.quantization}, and the libraries of this machine can only undo it: "
-            "install kernels and triton, or give --quantization none"
+            f"{info.source.name} is stored in {info.quantization}, and the libraries of this machine made it plain although it "
+            "was to stay: give --quantization none, which is another study"
         )
     found = str(model.config._attn_implementation)
     if found != info.attention_implementation:

@@ -17,13 +17,14 @@ from pydantic import BaseModel, ConfigDict
 
 from outliers.anatomy import Anatomy
 from outliers.architectures import expert_counts
-from outliers.errors import BadInput, HubUnavailable, UnknownModel
+from outliers.errors import BadInput, HubUnavailable, PlanRefused, UnknownModel
 from outliers.files import write_atomic
 from outliers.models import ModelSource, load_config
-from outliers.weights import Weights, weigh
+from outliers.quantization import DEQUANTIZABLE, Choice, Place, kept_as_stored, refusal, sentence, stored_method
+from outliers.weights import ITEM_BYTES, Weights, weigh
 from outliers.workspace import Workspace
 
-INFO_VERSION = 2
+INFO_VERSION = 3
 """Of ModelInfo on disk: raised when what is counted changes."""
 
 DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
@@ -33,8 +34,8 @@ DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
 }
 """Name in a config, or in the header of a safetensors file -> ours."""
 
-DEQUANTIZABLE = ("mxfp4", "fp8")
-"""Methods whose weights transformers turns into plain ones while it loads them."""
+_CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Where a config says how weights are stored. transformers reads the first alone: what another one says would be dropped."""
 
 
 class ModelInfo(BaseModel):
@@ -48,6 +49,8 @@ class ModelInfo(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"]
     quantization: str | None
     """Method in which the weights stay quantized in memory, None where they are plain (or dequantized on loading)."""
+    stored_quantization: str | None = None
+    """Method in which the checkpoint stores them, None for plain ones, and where that was not asked yet."""
     attention_implementation: str
     experts_implementation: str | None
     num_layers: int
@@ -73,7 +76,7 @@ def describe_model(
     dtype: str,
     workspace: Workspace,
     *,
-    quantization: Literal["checkpoint", "none"] = "checkpoint",
+    quantization: Choice = "auto",
     named: tuple[str, ...] = (),
 ) -> ModelInfo:
     """ModelInfo of `source` in `dtype`, from its config; remembered in the workspace. `named`: SITE=PATTERN.
@@ -93,9 +96,8 @@ def describe_model(
 
 
 def _describe(
-    source: ModelSource, dtype: str, workspace: Workspace, quantization: str, named: tuple[str, ...]
+    source: ModelSource, dtype: str, workspace: Workspace, quantization: Choice, named: tuple[str, ...]
 ) -> ModelInfo:
-
     from outliers.sites import study_anatomy
 
     config = load_config(source, workspace)
@@ -105,11 +107,11 @@ def _describe(
     anatomy = study_anatomy(model, text, named)
     experts = expert_counts(text) if anatomy.moe_layers else None
     stored = quantization_of(config)
-    kept = stored if quantization == "checkpoint" else None
-    if stored and not kept and method_of(stored) not in DEQUANTIZABLE:
+    kept = stored if kept_as_stored(quantization, method_of(stored)) else None
+    if stored is not None and kept is None and method_of(stored) not in DEQUANTIZABLE:
         raise BadInput(
             f"--quantization none: {source.name} is stored in {method_of(stored)}, which can't be undone on loading; "
-            f"{' and '.join(DEQUANTIZABLE)} can"
+            f"{' and '.join(DEQUANTIZABLE)} can: name a checkpoint of the model with plain weights"
         )
     weights = weigh(model, f"{anatomy.backbone}.{anatomy.layers}", resolved, kept, experts)
     return ModelInfo(
@@ -117,6 +119,7 @@ def _describe(
         architecture=type(model).__name__,
         dtype=resolved,
         quantization=method_of(kept),
+        stored_quantization=method_of(stored),
         attention_implementation=str(model.config._attn_implementation),
         experts_implementation=str(model.config._experts_implementation) if experts else None,
         num_layers=int(text.num_hidden_layers),
@@ -133,6 +136,26 @@ def _describe(
     )
 
 
+def check_place(info: ModelInfo, place: Place) -> None:
+    """PlanRefused, with what passes instead, where weights that stay quantized can't be computed with in a place."""
+    found = refusal(info.quantization, place)
+    if found is None or info.quantization is None:
+        return
+    plain = info.total_parameters * ITEM_BYTES[info.dtype]
+    name, method = info.source.name, info.quantization
+    raise PlanRefused(sentence(name, method, found, info.dtype, info.weight_bytes, plain))
+
+
+def check_folder(folder: Path, choice: Choice, workspace: Workspace, place: Place) -> None:
+    """PlanRefused where a folder's weights can't be computed with in a place, however they are loaded: from its config alone,
+    before gigabytes of them are hashed. Raises UnknownModel where that can't be read."""
+    source = ModelSource(kind="folder", id="local", name=folder.name, revision="", path=str(folder.absolute()))
+    stored = method_of(quantization_of(load_config(source, workspace)))
+    found = refusal(stored, place) if stored is not None and kept_as_stored(choice, stored) else None
+    if stored is not None and found is not None and found.remedy != "plain":
+        raise PlanRefused(sentence(source.name, stored, found, "", 0, 0))
+
+
 def build_empty(config: Any, dtype: str, name: str) -> Any:
     """The model of a config on the meta device: every module and shape, no memory. Raises UnknownModel."""
     import torch
@@ -146,18 +169,26 @@ def build_empty(config: Any, dtype: str, name: str) -> Any:
 
 
 def quantization_of(config: Any) -> Mapping[str, Any] | None:
-    """The quantization_config of a checkpoint as a plain mapping, None for a plain checkpoint."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        found = getattr(config.get_text_config(), "quantization_config", None)
-    if found is None or isinstance(found, Mapping):
-        return found
-    return dict(found.to_dict())
+    """What a config says of how weights are stored, as a plain mapping; None for a plain checkpoint. Raises UnknownModel."""
+    for key in _CONFIG_KEYS:
+        for part in (config, config.get_text_config()):
+            found = getattr(part, key, None)
+            if found is None:
+                continue
+            made = found if isinstance(found, Mapping) else getattr(found, "to_dict", lambda: None)()
+            if key == _CONFIG_KEYS[0]:
+                if not isinstance(made, Mapping):
+                    raise UnknownModel(f"{key} in the config is {found!r}, and not an object with a quant_method")
+                return dict(made)
+            if isinstance(made, Mapping) and made:
+                method = f"{stored_method(made)} (named by {key}, which transformers does not read)"
+                return dict(made) | {"quant_method": method}
+    return None
 
 
 def method_of(quantization: Mapping[str, Any] | None) -> str | None:
     """`mxfp4`, `fp8`, `gptq`...; None for plain weights."""
-    return None if quantization is None else str(quantization.get("quant_method", "unknown"))
+    return None if quantization is None else stored_method(quantization)
 
 
 def resolve_dtype(config: Any, dtype: str, source: ModelSource) -> Literal["float32", "bfloat16", "float16"]:

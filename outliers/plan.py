@@ -21,11 +21,15 @@ from outliers.files import size_of
 from outliers.layout import Layout
 from outliers.machines import chosen
 from outliers.machines.base import GB, Excluded, Gpu, MachineRequest, Offer, Provider
+from outliers.machines.capability import written
 from outliers.memory import even_placement, needs, placement_for
-from outliers.model_info import ModelInfo
-from outliers.placement import Placement, total_needed
+from outliers.model_info import ModelInfo, check_place
+from outliers.placement import Placement, total_needed, usable
 from outliers.prepare import layout_of
+from outliers.quantization import DEQUANTIZABLE, Place, installed_packages
 from outliers.spec import StudySpec
+from outliers.units import amounts
+from outliers.weights import ITEM_BYTES
 
 __all__ = [
     "Plan", "check_plan", "make_plan", "needs", "placement_for", "planned_layout", "request_for", "suitable",
@@ -50,7 +54,8 @@ class Plan(BaseModel):
 
     `shards`: machines, or processes on this one, that share the sequences, and `spread` says how; null for one.
     `ram_bytes`: memory of a machine without GPUs, `host_ram_bytes` of one with; of all processes on it. `vram_bytes`: of one
-    GPU that holds the whole model; `gpus`: the shares of --gpu-count equal ones. `checkpoint_bytes`: the weights on disk, as
+    GPU that holds the whole model; `gpus`: the shares of --gpu-count equal ones. `quantization`: the method in which weights stay
+    in memory, null for plain ones; `stored_quantization`: that of the checkpoint. `checkpoint_bytes`: the weights on disk, as
     they are quantized; `download_bytes`: what of it is still on the hub alone. `seconds` and `assumptions`, as `name: text`, are
     of the first offer's steps. Each of `offers` has its own: `seconds` (null where a step's speed is not known),
     `total_seconds` without the steps that `left_out` names, and `total_price`, dollars or null where a step is left out:
@@ -69,6 +74,8 @@ class Plan(BaseModel):
     tokens: int
     shards: int
     spread: str | None
+    quantization: str | None
+    stored_quantization: str | None
     weight_bytes: int
     checkpoint_bytes: int
     download_bytes: int
@@ -156,6 +163,8 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
         tokens=layout.num_sequences * layout.positions,
         shards=spec.compute.shards,
         spread=beside,
+        quantization=info.quantization,
+        stored_quantization=info.stored_quantization,
         weight_bytes=info.weights.memory_bytes,
         checkpoint_bytes=info.weights.checkpoint_bytes,
         download_bytes=download_bytes(info),
@@ -233,19 +242,83 @@ def suitable(
     (where it must, `holds`), and those on which the study would cost more than --max-total-price. `left`: as in `check_plan`.
     """
     offers, excluded = provider.offers(request)
+    if loads:
+        large = made_plain(info)
+        excluded = tuple(replace(item, reason=item.reason + large * _is_of_memory(item.reason)) for item in excluded)
     kept, small = [], []
     for offer in offers:
         try:
-            if holds:
-                _check_memory(spec, info, offer)
             if loads:
-                place_on(spec, info, offer)
+                _check_methods(spec, info, offer)
+            _check_room(spec, info, offer, loads=loads, holds=holds)
             _check_budget(spec, info, offer, left)
         except PlanRefused as error:
             small.append(Excluded(offer.name, str(error)))
         else:
             kept.append(offer)
     return tuple(kept), (*excluded, *small)
+
+
+def _is_of_memory(reason: str) -> bool:
+    """Whether an offer was left out for what the study takes of memory (`base.fits`)."""
+    return "the study needs" in reason and "of memory," in reason
+
+
+def _check_methods(spec: StudySpec, info: ModelInfo, offer: Offer) -> None:
+    """PlanRefused where an offer's GPUs or packages can't compute with the weights as they stay."""
+    if info.quantization is None:
+        return
+    gpus = offer.facts.gpus if _uses_gpus(spec, offer) else ()
+    try:
+        placed = place_on(spec, info, offer)
+    except PlanRefused:  # too small as well: of that when the method is right
+        placed = None
+    used = tuple(gpus[number] for number in placed.gpus) if placed else gpus
+    place = Place(
+        tuple((gpu.name, gpu.capability) for gpu in used), installed_packages() if offer.provider == LOCAL else None
+    )
+    try:
+        check_place(info, place)
+    except PlanRefused as error:
+        raise PlanRefused(f"{error}{_plain_is_too_large(info, offer, gpus)}") from error
+
+
+def _plain_is_too_large(info: ModelInfo, offer: Offer, gpus: tuple[Gpu, ...]) -> str:
+    """What to add where --quantization none is the way out, and its weights would not fit the offer either."""
+    if info.quantization not in DEQUANTIZABLE:
+        return ""
+    plain = info.total_parameters * ITEM_BYTES[info.dtype]
+    has = sum(usable(gpu.total_bytes) for gpu in gpus) if gpus else offer.facts.ram_available_bytes
+    if plain <= has or not all(gpu.total_bytes for gpu in gpus):
+        return ""
+    needed, free = amounts(plain, has)
+    where = "its GPUs have" if gpus else "its memory has"
+    return (
+        f"; {where} {free} for that, not {needed}: choose more or larger GPUs (--gpu-count, --min-vram), or memory "
+        "(--min-cpu-ram) and --gpu-count 0"
+    )
+
+
+def _check_room(spec: StudySpec, info: ModelInfo, offer: Offer, *, loads: bool, holds: bool) -> None:
+    """PlanRefused where an offer's memory (`holds`) or its GPUs (`loads`) don't take the study, and why it is as large."""
+    try:
+        if holds:
+            _check_memory(spec, info, offer)
+        if loads:
+            place_on(spec, info, offer)
+    except PlanRefused as error:
+        raise PlanRefused(f"{error}{made_plain(info)}") from error
+
+
+def made_plain(info: ModelInfo) -> str:
+    """What to add to a refusal for want of memory, where the checkpoint is smaller than what it becomes."""
+    if info.quantization or info.stored_quantization is None:
+        return ""
+    plain, stored = amounts(info.weight_bytes, info.weights.checkpoint_bytes)
+    return (
+        f" (the weights take {plain}: they are stored in {info.stored_quantization}, {stored}, and made plain {info.dtype} on "
+        "loading)"
+    )
 
 
 def _check_budget(spec: StudySpec, info: ModelInfo, offer: Offer, left: int | None) -> None:
@@ -296,18 +369,17 @@ def _check_memory(spec: StudySpec, info: ModelInfo, offer: Offer) -> None:
         return
     if processes > 1:
         raise PlanRefused(too_many(processes, one * processes, free))
+    needed, there = amounts(one, free, unit="GB")
     raise PlanRefused(
-        f"the study needs {one / GB:.2f} GB of memory with{'' if gpus else 'out'} a GPU, {free / GB:.2f} GB is free: "
+        f"the study needs {needed} of memory with{'' if gpus else 'out'} a GPU, {there} is free: "
         "choose a machine with more (--min-cpu-ram)" + ("" if gpus else ", or with GPUs (--gpu-count)")
     )
 
 
 def too_many(processes: int, needed_bytes: int, free_bytes: int) -> str:
     """Why processes don't fit beside each other."""
-    return (
-        f"{processes} processes need {needed_bytes / GB:.2f} GB of memory, {free_bytes / GB:.2f} GB is free: ask for fewer "
-        "--shards"
-    )
+    needed, free = amounts(needed_bytes, free_bytes, unit="GB")
+    return f"{processes} processes need {needed} of memory, {free} is free: ask for fewer --shards"
 
 
 def usable_gpus(spec: StudySpec, gpus: tuple[Gpu, ...]) -> tuple[int | None, ...]:
@@ -335,6 +407,11 @@ def refusals(excluded: tuple[Excluded, ...]) -> tuple[str, ...]:
     return tuple(f"{item.name}: {item.reason}" for item in excluded)
 
 
+def _gpu(gpu: Gpu) -> dict[str, Any]:
+    capability = None if gpu.capability is None else written(gpu.capability)
+    return {"name": gpu.name, "total_bytes": gpu.total_bytes, "compute_capability": capability}
+
+
 def _offer(spec: StudySpec, info: ModelInfo, offer: Offer, steps: tuple[Step, ...]) -> dict[str, Any]:
     facts, placed, without = offer.facts, place_on(spec, info, offer), left_out(steps)
     return {
@@ -350,7 +427,7 @@ def _offer(spec: StudySpec, info: ModelInfo, offer: Offer, steps: tuple[Step, ..
         "ram_bytes": facts.ram_bytes,
         "ram_available_bytes": facts.ram_available_bytes,
         "disk_free_bytes": facts.disk_free_bytes,
-        "gpus": [{"name": gpu.name, "total_bytes": gpu.total_bytes} for gpu in facts.gpus],
+        "gpus": [_gpu(gpu) for gpu in facts.gpus],
         "placement": placed.sentence if placed else None,
         "shares": [share.model_dump() for share in shares(placed)] if placed else [],
     }

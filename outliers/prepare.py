@@ -7,6 +7,7 @@ Before it: `spec`. After it: `plan`, `capture`, `results`.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,9 +15,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from outliers.corpus import CorpusInfo, prepare_corpus
 from outliers.errors import BadInput
 from outliers.layout import Layout
+from outliers.machines import DEFAULT_PROVIDER, chosen
+from outliers.machines.local import find_gpus
 from outliers.machines.options import check_options
-from outliers.model_info import ModelInfo, describe_model
+from outliers.model_info import ModelInfo, check_folder, check_place, describe_model
 from outliers.models import find_model
+from outliers.quantization import Place, installed_packages
 from outliers.spec import ANALYSIS_VERSION, FORMAT_VERSION, StudySpec, digest
 from outliers.workspace import Workspace
 
@@ -55,6 +59,9 @@ class Prepared(BaseModel):
 
 def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -> ModelInfo:
     """The model of a spec, described; also checks what only the config can tell. A plan needs no `weights`."""
+    place, folder = _place(spec), Path(spec.model.id).expanduser()
+    if (folder / "config.json").is_file():
+        check_folder(folder, spec.model.quantization, workspace, place)
     info = describe_model(
         find_model(spec.model, workspace, weights=weights),
         spec.model.dtype,
@@ -62,6 +69,7 @@ def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -
         quantization=spec.model.quantization,
         named=spec.capture.site_modules,
     )
+    check_place(info, place)
     _check_sites(spec, info)
     if info.max_positions is not None and spec.corpus.sequence_length > info.max_positions:
         raise BadInput(
@@ -70,6 +78,19 @@ def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -
         )
     resolve_layers(spec, info)
     return info
+
+
+def _place(spec: StudySpec) -> Place:
+    """Where a study would compute, as far as it is known without asking a machine: this computer's packages and whether it has a
+    GPU, or a machine with GPUs whose environment is made for the study."""
+    here = chosen(spec.compute.provider) == DEFAULT_PROVIDER
+    if spec.compute.gpu_count == 0:
+        gpus: tuple[tuple[str, None], ...] = ()
+    elif here:
+        gpus = tuple((gpu.name, None) for gpu in find_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES")))
+    else:
+        gpus = (("any", None),)
+    return Place(gpus, installed_packages() if here else None)
 
 
 def _check_sites(spec: StudySpec, info: ModelInfo) -> None:

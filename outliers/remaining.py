@@ -18,13 +18,14 @@ from outliers import jobs
 from outliers.bits import PATTERNS
 from outliers.errors import CaptureError, PlanRefused
 from outliers.estimate import longest_part
-from outliers.machines.base import GB, MachineRequest, Provider
+from outliers.machines.base import MachineRequest, Provider
 from outliers.memory import PROCESS_BYTES
 from outliers.outcome import find_finished
 from outliers.parts import Part, is_here, part_workspace, split
 from outliers.plan import check_plan, needs, planned_layout, request_for, runs_here, too_many
 from outliers.prepare import Prepared
 from outliers.store import Journal
+from outliers.units import amounts
 from outliers.workspace import Workspace
 
 KEY_BYTES = 8
@@ -109,7 +110,8 @@ def refused_together(
     left = sum(rest.capture_bytes for rest in rests)
     needed, free = request_for(spec, info, left).needed_disk_bytes, shutil.disk_usage(workspace.root).free
     if needed > free:
-        return f"the study needs {needed / GB:.2f} GB of disk, {free / GB:.2f} GB is free: make room, or give another --workspace"
+        wanted, there = amounts(needed, free, unit="GB")
+        return f"the study needs {wanted} of disk, {there} is free: make room, or give another --workspace"
     return None
 
 

@@ -356,6 +356,10 @@ def _magnitude_bins(histogram: NDArray[np.int64], dtype: str) -> dict[str, Any]:
 
 def _notes(prepared: Prepared, counts: dict[str, dict[str, int]]) -> list[str]:
     notes = []
+    if (stored := prepared.model.stored_quantization) and prepared.model.quantization is None:
+        notes.append(
+            f"the checkpoint is stored in {stored}; its weights were made plain ({prepared.model.dtype}) on loading"
+        )
     deciding = (prepared.site, prepared.spec.criteria.reading)
     cut = [f"{r} at {s}" for s, own in counts.items() for r, n in own.items() if n > LISTED and (s, r) != deciding]
     if cut:

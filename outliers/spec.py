@@ -82,9 +82,10 @@ class ModelSpec(Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="what the model computes in; auto is the checkpoint's own (bfloat16 for a GGUF file)"
     )
-    quantization: Literal["checkpoint", "none"] = Field(
-        "checkpoint",
-        description="checkpoint computes with the weights as they are stored (MXFP4, FP8...); none makes them plain on loading",
+    quantization: Literal["auto", "checkpoint", "none"] = Field(
+        "auto",
+        description="none makes stored weights (MXFP4, FP8) plain on loading; checkpoint computes with them as they are stored, "
+        "which needs a GPU and packages; auto makes plain what can be",
     )
 
 

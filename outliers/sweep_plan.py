@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict
 from outliers.errors import OutliersError
 from outliers.hub import waited_for_once
 from outliers.machines import DEFAULT_PROVIDER, chosen, provider
-from outliers.machines.base import GB, Provider
+from outliers.machines.base import Provider
 from outliers.plan import Plan, make_plan
 from outliers.prepare import model_info
 from outliers.sweep import Sweep, SweepStudy, next_to_start
+from outliers.units import amounts
 from outliers.workspace import open_workspace
 
 
@@ -149,16 +150,16 @@ def _together(sweep: Sweep, fits: list[StudyPlan]) -> tuple[str, ...]:
     free_disk = min(int(plan.offers[0]["disk_free_bytes"]) for plan in plans)
     disk = sum(plan.capture_bytes_left for plan in plans)
     if disk > free_disk:
+        needed, there = amounts(disk, free_disk, unit="GB")
         said.append(
-            f"the captures need {disk / GB:.2f} GB of disk here in all, {free_disk / GB:.2f} GB is free: "
-            "fewer sequences, or another --workspace"
+            f"the captures need {needed} of disk here in all, {there} is free: fewer sequences, or another --workspace"
         )
     free = min(int(plan.offers[0]["ram_available_bytes"]) for plan in plans)
     largest = sorted((_ram(plan) for plan in plans), reverse=True)[: sweep.parallel]
     if sum(largest) > free:
+        needed, there = amounts(sum(largest), free, unit="GB")
         said.append(
-            f"{len(largest)} studies at once may need {sum(largest) / GB:.2f} GB of memory here, {free / GB:.2f} GB is "
-            "free: a smaller --parallel"
+            f"{len(largest)} studies at once may need {needed} of memory here, {there} is free: a smaller --parallel"
         )
     return tuple(said)
 

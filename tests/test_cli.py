@@ -169,7 +169,7 @@ def test_a_model_is_inspected_from_its_config_alone(place):
     for part in (
         "deepseek (DeepseekV3ForCausalLM)",
         "671.0B, 37.6B active a token",
-        "673.15 GB in memory (fp8)",
+        "1.34 TB in memory (bfloat16; 688.57 GB on disk in fp8, made plain on loading)",
         "61 of 7,168 features: model.layers",
         "58 (3-60), 256 experts, 8 a token",
         "3 (0-2)",

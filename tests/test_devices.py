@@ -118,7 +118,7 @@ def test_memory_that_another_process_has_is_missed_before_the_weights_are_read(w
     info = model_info(spec, workspace)
     busy = Cuda(("NVIDIA A100", 80 * GB), taken={0: 80 * GB - 1_000_000})
     with pytest.raises(
-        PlanRefused, match=r"GPU 0 \(NVIDIA A100\) has 0\.00 of 80\.00 GB free, and the study needs 0\.0"
+        PlanRefused, match=r"GPU 0 \(NVIDIA A100\) has 0\.001 of 80\.000 GB free, and the study needs 0\.003 GB there"
     ):
         choose_devices(spec, info, busy, NO_SMI)
 

@@ -5,7 +5,9 @@ Each ends in an error or a right resume, never in a wrong capture.
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from outliers.capture import extract
 from outliers.captures import find_capture, list_captures, remove_capture
 from outliers.errors import BadInput, Busy, CaptureError, CaptureMismatch
 from outliers.fingerprint import read_fingerprint, write_fingerprint
+from outliers.libraries import LOOKED_FOR, cublas_version, libraries
 from outliers.store import Journal, hold
 from outliers.verify import verify
 from tests.damaged import copy, whole
@@ -54,6 +57,78 @@ def test_other_conditions_are_refused_with_both_values(copy, name):
         extract(study, workspace, Silent())
     assert f"was begun with {name} 0.0.1, now it is {before}" in str(refused.value)
     assert f"outliers captures rm {study.capture_id}" in str(refused.value)
+
+
+def install(place, name, version):
+    """A package as `importlib.metadata` finds it, and nothing to import."""
+    folder = place / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("kernels", "kernels"),
+        ("fla-core", "fla"),
+        ("flash-linear-attention", "fla"),
+        ("causal-conv1d", "causal_conv1d"),
+    ],
+)
+def test_libraries_that_transformers_takes_by_itself_are_conditions(copy, tmp_path, monkeypatch, package, name):
+    workspace, study, folder = copy
+    Journal.open(folder / "journal.jsonl").redo([0])
+    site = tmp_path / "site"
+    install(site, package, "0.16.2")
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(site)
+        with pytest.raises(
+            CaptureMismatch, match=rf"was begun without {name}, now it is 0\.16\.2: go on under the old one"
+        ):
+            extract(study, workspace, Silent())
+        # the first captures did not look for any: they go on as they always did
+        rewrite(folder, lambda found: found.pop("looked_for"))
+        assert extract(study, workspace, Silent())["sequences"] == 2
+    assert name not in read_fingerprint(folder)["fixed"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "cublas", "triton", "kernels", "fla", "causal_conv1d"])
+def test_libraries_that_are_gone_are_missed(copy, name):
+    workspace, study, folder = copy
+    rewrite(folder, lambda found: found["fixed"].update({name: "0.0.1"}))
+    with pytest.raises(CaptureMismatch, match=rf"was begun with {name} 0\.0\.1, now it is not here"):
+        extract(study, workspace, Silent())
+
+
+def test_what_belongs_to_gpus_is_asked_where_they_compute(tmp_path, monkeypatch):
+    install(tmp_path, "triton", "3.5.1")
+    install(tmp_path, "kernels", "0.16.2")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert libraries(gpu=False) == {"kernels": "0.16.2"}
+    found = libraries(gpu=True)
+    assert found.items() >= {"kernels": "0.16.2", "triton": "3.5.1"}.items()
+    assert ("cuda" in found) == (torch.version.cuda is not None)
+    assert set(found) <= set(LOOKED_FOR)
+
+
+def test_cublas_tells_its_own_version(tmp_path, monkeypatch):
+    """Asked of the library that is loaded, here one of three lines; of its package where none is."""
+    assert cublas_version(None) is None
+    assert cublas_version("98.2") is None
+    install(tmp_path / "site", "nvidia-cublas-cu98", "98.7.1")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert cublas_version("98.2") == "98.7.1"
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler here")
+    source, library = tmp_path / "cublas.c", tmp_path / "libcublas-of-torch.so"
+    source.write_text(
+        "int cublasGetProperty(int what, int *value) { *value = what == 0 ? 97 : what == 1 ? 3 : 12; return 0; }"
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-soname,libcublas.so.97", "-o", library, source], check=True)
+    loaded = ctypes.CDLL(str(library))
+    assert cublas_version("97.1") == "97.3.12"
+    assert loaded is not None
 
 
 def test_it_goes_on_with_the_number_of_threads_it_was_begun_with(copy):

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: kept as they are or made plain, each its own study; on a processor made plain or refused.
+"""Quantized checkpoints: made plain, or kept as they are, each its own study; on a processor made plain or refused.
 
 Computing in MXFP4 or FP8 needs a GPU and its kernels: that is not run here.
 """
@@ -6,6 +6,7 @@ Computing in MXFP4 or FP8 needs a GPU and its kernels: that is not run here.
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from outliers.capture import extract
 from outliers.errors import BadInput, PlanRefused
 from outliers.load import load_model
-from outliers.prepare import prepare
+from outliers.model_info import describe_model
+from outliers.prepare import capture_digest, prepare
 from outliers.spec import StudySpec
 from tests import tiny
 from tests.captured import stored
@@ -98,15 +100,34 @@ def test_a_quantized_checkpoint_on_the_processor_is_refused_before_its_weights_a
     tmp_path, workspace, make, method
 ):
     folder = make(tmp_path)
-    kept, plain = study_of(folder, workspace), study_of(folder, workspace, quantization="none")
-    assert (kept.model.quantization, plain.model.quantization) == (method, None)
-    assert kept.capture_id != plain.capture_id
-    assert kept.model.weight_bytes < plain.model.weight_bytes
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        PlanRefused, match=rf"is stored in {method}, which needs a GPU: --quantization none computes in"
-    ):
-        load_model(kept.model, workspace, "cpu")
+    plain = study_of(folder, workspace, quantization="none")
+    kept = describe_model(plain.model.source, "auto", workspace, quantization="checkpoint")
+    assert (kept.quantization, plain.model.quantization) == (method, None)
+    assert kept.weight_bytes < plain.model.weight_bytes
+    layers = plain.layers
+    assert capture_digest(plain.spec, kept, plain.corpus, layers)[:16] != plain.capture_id
+    # no weight is read: what is there has none of the model's
+    save_file({"nothing": torch.zeros(1, dtype=torch.bfloat16)}, folder / "model.safetensors")
+    refusals = (
+        lambda: study_of(folder, workspace, quantization="checkpoint"),
+        lambda: load_model(kept, workspace, "cpu"),
+    )
+    for refused in refusals:
+        with pytest.raises(PlanRefused) as error:
+            refused()
+        said = str(error.value)
+        assert re.search(rf"is stored in {method}, which needs a GPU of compute capability \d\.\d, and kernels>=", said)
+        plain_size, stored_size = re.search(r"computes in \S+, with (.*) of weights instead of (.*)$", said).groups()
+        assert plain_size != stored_size
+
+
+@pytest.mark.parametrize("make", [fp8, lambda place: gpt_oss(place)[0]])
+def test_what_can_be_made_plain_is_made_plain_by_default_and_is_the_same_study(tmp_path, workspace, make):
+    folder = make(tmp_path)
+    default, asked = study_of(folder, workspace), study_of(folder, workspace, quantization="none")
+    assert default.model.quantization is None
+    assert (default.capture_id, default.study_id) == (asked.capture_id, asked.study_id)
+    assert default.model.weight_bytes == asked.model.weight_bytes
 
 
 def test_what_can_not_be_made_plain_is_refused(tmp_path, workspace):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from outliers.errors import BadInput
 from outliers.events import Event
 from outliers.jobs import JobHandle, JobSpec, Status
+from outliers.machines.capability import Capability, capability_of
 
 if TYPE_CHECKING:
     from outliers.spec import (
@@ -83,10 +84,17 @@ def _bytes(gb: float | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU; `total_bytes` as its driver reports it, 0 where the driver doesn't tell."""
+    """One GPU; `total_bytes` as its driver reports it, 0 where the driver doesn't tell. `reported`: the compute capability that
+    its driver reports, None where it doesn't, and for one of a catalog."""
 
     name: str
     total_bytes: int
+    reported: Capability | None = None
+
+    @property
+    def capability(self) -> Capability | None:
+        """Its compute capability: what was reported, else what its name tells; None where neither does."""
+        return self.reported or capability_of(self.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -31,8 +32,11 @@ from outliers.machines.base import Completed, Excluded, Facts, Gpu, Machine, Mac
 NAME = "local"
 _MIB = 1 << 20
 _QUERY_SECONDS = 20.0
-QUERY = ("--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits")
+QUERY = ("--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
 """What nvidia-smi is asked."""
+OLD_QUERY = ("--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits")
+"""What one is asked that refuses the first: of drivers before 2021."""
+_GPU_LINE = re.compile(r"([^,]+),(.+?),\s*(\d+|\[[^\]]*\])(?:,\s*(?:(\d+)\.(\d+)|\[[^\]]*\]))?\s*")
 
 _log = logging.getLogger(__name__)
 
@@ -46,23 +50,29 @@ def find_gpus(executable: str = "nvidia-smi", visible: str | None = None) -> tup
     if path is None:
         return ()
     try:
-        done = subprocess.run([path, *QUERY], capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)
+        done = _ask(path, QUERY, check=False)
+        if done.returncode > 0:
+            done = _ask(path, OLD_QUERY, check=True)
+        done.check_returncode()
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("%s is here but does not work, so no GPU is used: %s", executable, error)
         return ()
     return parse_gpus(done.stdout, visible)
 
 
+def _ask(path: str, query: tuple[str, ...], *, check: bool) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([path, *query], capture_output=True, text=True, timeout=_QUERY_SECONDS, check=check)
+
+
 def parse_gpus(text: str, visible: str | None = None) -> tuple[Gpu, ...]:
-    """The GPUs in what nvidia-smi printed for QUERY; `visible`: as CUDA_VISIBLE_DEVICES, None for all."""
+    """The GPUs in what nvidia-smi printed for QUERY or OLD_QUERY; `visible`: as CUDA_VISIBLE_DEVICES, None for all."""
     found = []
     for line in text.splitlines():
-        if line.count(",") >= 2:
-            identity, _, rest = line.partition(",")
-            name, _, mib = rest.rpartition(",")
+        if known := _GPU_LINE.fullmatch(line):
+            identity, name, mib, major, minor = known.groups()
             # A GPU that shares the machine's memory answers [N/A].
-            total = int(mib) * _MIB if mib.strip().isdigit() else 0
-            found.append((identity.strip(), Gpu(name.strip(), total)))
+            total = int(mib) * _MIB if mib.isdigit() else 0
+            found.append((identity.strip(), Gpu(name.strip(), total, (int(major), int(minor)) if major else None)))
     return _visible(found, visible)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from outliers.errors import DeployFailed, HostRefused
 from outliers.machines.base import Facts
 from outliers.machines.connection import Connection
-from outliers.machines.local import QUERY, parse_gpus
+from outliers.machines.local import OLD_QUERY, QUERY, parse_gpus
 
 OLDEST_PYTHON = (3, 11)
 PROBE_SECONDS = 60.0
@@ -40,7 +40,9 @@ while [ ! -d "$place" ]; do place=$(dirname "$place"); done
 [ -w "$place" ] && echo "writable=$place"
 df -Pk "$place" | sed -n '2s/.* \([0-9][0-9]*\)  *[0-9]*% .*/disk_kb=\1/p'
 echo "visible=${CUDA_VISIBLE_DEVICES-all}"
-if command -v nvidia-smi >/dev/null 2>&1; then timeout -k 5 20 nvidia-smi @QUERY@ | sed 's/^/gpu=/'; fi
+if command -v nvidia-smi >/dev/null 2>&1; then
+  { timeout -k 5 20 nvidia-smi @QUERY@ || { [ $? -ge 124 ] || timeout -k 5 20 nvidia-smi @OLD_QUERY@; }; } | sed 's/^/gpu=/'
+fi
 for name in uv "$HOME/.local/bin/uv" "$HOME/.cargo/bin/uv"; do
   if command -v "$name" >/dev/null 2>&1; then echo "uv=$(command -v "$name")"; break; fi
 done
@@ -87,6 +89,7 @@ def probe(connection: Connection, root: str, python: str | None = None) -> Probe
     script = (
         _SCRIPT.replace("@ROOT@", shlex.quote(root))
         .replace("@QUERY@", shlex.join(QUERY))
+        .replace("@OLD_QUERY@", shlex.join(OLD_QUERY))
         .replace("@NAMES@", " ".join(map(shlex.quote, names)))
     )
     done = connection.call("sh -s", script.encode(), PROBE_SECONDS)

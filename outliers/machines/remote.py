@@ -263,8 +263,12 @@ def parse_answer(code: int, stdout: bytes, stderr: str, destination: str) -> dic
 
 def read_facts(record: dict[str, Any]) -> Facts:
     """Facts as an agent sends them."""
-    gpus = tuple(Gpu(**gpu) for gpu in record["gpus"])
+    gpus = tuple(Gpu(**{**gpu, "reported": _pair(gpu.get("reported"))}) for gpu in record["gpus"])
     return Facts(**{**record, "gpus": gpus})
+
+
+def _pair(found: list[int] | None) -> tuple[int, int] | None:
+    return None if found is None else (int(found[0]), int(found[1]))
 
 
 def _unpack(archive: IO[bytes], local: Path) -> None:
