@@ -11,6 +11,7 @@ Knows counts, nothing of features or files. Before it: `summary_files`. After it
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -60,6 +61,7 @@ def _share(logit: float) -> float:
     return 1 / (1 + math.exp(-min(700.0, max(-700.0, logit))))
 
 
+@cache
 def student_quantile(freedom: int, level: float = QUANTILE_LEVEL) -> float:
     """The t beyond which, on both sides together, 1 - level of Student's distribution lies; to 1e-9 of itself."""
     if freedom > MANY:
