@@ -73,7 +73,7 @@ HARDEST = "10% of sequences with 5 times as many"
 
 
 def shares_covered(law, size, studies, seed=0, *, lengths=False):
-    """The share of studies whose ends beside a share of tokens hold the mean of the law. lengths: sequences of 51 to 512 tokens."""
+    """The share of studies whose ends beside a share of tokens hold the law's mean. lengths: sequences of 51 to 512 tokens."""
     random = np.random.default_rng([seed, size])
     held = 0
     for _ in range(studies):

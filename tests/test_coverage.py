@@ -50,7 +50,14 @@ def test_it_covers_in_many_studies(law, size):
 @pytest.mark.parametrize(
     ("freedom", "level", "table"),
     # of printed tables
-    [(1, 0.95, 12.7062), (2, 0.99, 9.9248), (3, 0.99, 5.8409), (15, 0.99, 2.9467), (30, 0.95, 2.0423), (120, 0.99, 2.6174)],
+    [
+        (1, 0.95, 12.7062),
+        (2, 0.99, 9.9248),
+        (3, 0.99, 5.8409),
+        (15, 0.99, 2.9467),
+        (30, 0.95, 2.0423),
+        (120, 0.99, 2.6174),
+    ],
 )
 def test_quantiles_are_those_of_the_tables(freedom, level, table):
     assert student_quantile(freedom, level) == pytest.approx(table, abs=6e-5)

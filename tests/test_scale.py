@@ -34,9 +34,9 @@ def scaled(request, workspace):
     for site in exact:
         exact[site][1:, 0, 7, 2] = -400.0 if request.param == "float16" else -4e4
         exact[site][0, 1, 5, 3] = 30.0
-        acts[site] = synthetic.store(exact[site].astype(np.float32), request.param)[0]
     exact["resid"][3] = 2.5  # one value alone has no spread
-    acts["resid"] = synthetic.store(exact["resid"].astype(np.float32), request.param)[0]
+    for site in exact:
+        acts[site], exact[site] = synthetic.store(exact[site].astype(np.float32), request.param)
     prepared = synthetic.prepared_for(acts, request.param, {"site": "block", "layer_fraction": 0.5})
     synthetic.write_capture(prepared, workspace, acts)
     private = analyze(prepared, workspace, synthetic.Silent())
@@ -46,7 +46,7 @@ def scaled(request, workspace):
 def test_deviations_equal_brute_force(scaled):
     folder, table, exact = scaled
     summary = json.loads((folder / "summary.json").read_text())
-    float32 = "float32" in " ".join(summary["notes"]) or summary["model"]["dtype"] == "float32"
+    float32 = summary["model"]["dtype"] == "float32"
     units = {site: np.full((4, 8), np.nan) for site in exact}
     for row in summary["layers"]:
         values = exact[row["site"]][row["layer"]]
@@ -120,7 +120,7 @@ def test_where_all_features_pass_their_number_is_said_once(workspace):
 
 def test_results_of_before_are_still_allowed(tmp_path):
     """Without the keys and the column that this version adds, and with those that it left: ends of a share of layers."""
-    folder = results_folder.make_results(tmp_path)
+    folder = results_folder.make_results(tmp_path, plots=0)
     summary = json.loads((folder / "summary.json").read_text())
     for key in ("sd_ladder", "massive_undecided"):
         del summary[key]
@@ -159,7 +159,10 @@ def test_a_loss_is_kept_where_it_is_a_number(nll, tokens, value, loss):
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ({"value": 17.421293, "loss": 2.857693204}, "perplexity 17.4213 (mean loss 2.857693 nats a token), over 8 tokens"),
+        (
+            {"value": 17.421293, "loss": 2.857693204},
+            "perplexity 17.4213 (mean loss 2.857693 nats a token), over 8 tokens",
+        ),
         ({"value": None, "loss": 712.25}, "beyond float64: exp of a mean loss of 712.250000 nats"),
         ({"value": None, "loss": None}, "not a number"),
     ],
@@ -168,3 +171,49 @@ def test_perplexity_in_words(found, words):
     from outliers.answer import perplexity_words
 
     assert words in perplexity_words(found | {"tokens": 8})
+
+
+COUNTS = {"pooled": 1, "union": 1, "per_layer": 0, "affected": 1}
+SAID = "the readings disagree: pooled 1, union 1, per_layer 0, affected 1"
+
+
+@pytest.mark.parametrize(("counts", "said"), [(COUNTS, True), (dict.fromkeys(COUNTS, 1), False), ({}, False)])
+def test_every_headline_names_the_readings_where_they_disagree(tmp_path, counts, said):
+    """The terminal, Prefect's page, `runs show` and the report; where they agree nothing is added."""
+    import argparse
+    import io
+
+    from rich.console import Console
+
+    from flows.artifacts import markdown
+    from flows.console import show_outcome
+    from flows.run_show import show_command
+    from outliers.outcome import Outcome
+    from outliers.workspace import open_workspace
+
+    row = results_folder.feature(7, 33.75)
+    outcome = Outcome(
+        study_id="s", capture_id="c", title="t", results="r", report="p", published=None, published_bytes=0,
+        systematic=[row], cached=False, readings=counts, interval=(0, 2),
+    )  # fmt: skip
+    shown = io.StringIO()
+    show_outcome(Console(file=shown, width=200), outcome, 0, "by the reading pooled at block")
+    head = next(line for line in shown.getvalue().splitlines() if "1 systematic outlier feature" in line)
+    assert (SAID in head) == said
+    assert "range over resamples of the sequences: 0 to 2" in shown.getvalue()
+    assert (f"**T{SAID[1:]}**" in markdown(outcome)) == said
+    folder = results_folder.make_results(tmp_path / "results" / results_folder.STUDY_ID, plots=0, manifest=False)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["reading_counts"]["block"] = counts | {"legacy": 2}
+    for reading, rows in summary["readings"]["block"].items():
+        if reading != "legacy":
+            summary["readings"]["block"][reading] = rows[: counts.get(reading, 1)]
+    summary["systematic"] = summary["systematic"][:1]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    write_report(folder, {})
+    assert (SAID[1:] in Page((folder / "report.html").read_text()).text) == said
+    printed = io.StringIO()
+    results_folder.finish(folder)
+    arguments = argparse.Namespace(run=results_folder.STUDY_ID, feature=None, site=None, layer=None, json=False)
+    show_command(open_workspace(tmp_path), arguments, Console(file=printed, width=200))
+    assert (SAID in printed.getvalue()) == said
