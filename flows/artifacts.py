@@ -36,6 +36,7 @@ def markdown(outcome: Outcome) -> str:
     """The answer and the table of systematic features, as Markdown; the page has the title above it already."""
     count = len(outcome.systematic)
     lines = [f"# {count} systematic outlier feature{'' if count == 1 else 's'}", ""]
+    lines += [f"**{outcome.disagreement[0].upper()}{outcome.disagreement[1:]}**", ""] if outcome.disagreement else []
     if outcome.cached:
         lines += ["The study was there already: nothing was run.", ""]
     if outcome.systematic:

@@ -105,7 +105,10 @@ def show_outcome(console: Console, outcome: Outcome, held: int, answer: str) -> 
     if outcome.cached:
         console.print(f"[bold]{outcome.title}[/bold] was there already: nothing had to run")
     plural = "" if count == 1 else "s"
-    console.print(f"[bold]{count} systematic outlier feature{plural}[/bold] {answer}", highlight=False, soft_wrap=True)
+    others = f" ({outcome.disagreement})" if outcome.disagreement else ""
+    console.print(
+        f"[bold]{count} systematic outlier feature{plural}[/bold] {answer}{others}", highlight=False, soft_wrap=True
+    )
     if outcome.systematic:
         console.print(feature_table(outcome.systematic))
     if count > TABLE_ROWS:

@@ -158,6 +158,8 @@ def _check_number(name: str, value: int | None, known: Sequence[int]) -> None:
 
 
 def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    from outliers.answer import crowded, disagreement, perplexity_words, reading_counts
+
     summary = run.summary
     model, corpus, rule = summary["model"], summary["corpus"], summary["criteria"]
     found = summary["systematic"]
@@ -176,12 +178,17 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
         f"{corpus['source']}: {corpus['num_tokens']:,} tokens in {corpus['num_sequences']:,} sequences",
     )
     console.print()
+    others = disagreement(reading_counts(summary))
     console.print(
         f"[bold]{len(found)} systematic outlier feature{'' if len(found) == 1 else 's'}[/bold]{_range(summary)} by "
-        f"{rule['reading']} at {rule['site']}, abs(x) >= {rule['magnitude']:g}",
+        f"{rule['reading']} at {rule['site']}, abs(x) >= {rule['magnitude']:g}{f'; {others}' if others else ''}",
         highlight=False,
         soft_wrap=True,
     )
+    if (crowd := crowded(summary)) is not None:
+        console.print(crowd, highlight=False, soft_wrap=True)
+    if summary.get("perplexity") is not None:
+        line(console, "perplexity", perplexity_words(summary["perplexity"]).removeprefix("perplexity "))
     if arguments.feature is None and arguments.layer is None and found:
         console.print(feature_table(found))
     console.print()
@@ -193,11 +200,10 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
 
 
 def _range(summary: dict[str, Any]) -> str:
-    rule, drawn = summary["criteria"], summary.get("intervals")
-    if drawn is None:
-        return ""
-    low, high = drawn["counts"][rule["site"]][rule["reading"]]
-    return f" ({100 * drawn['level']:g}% interval over sequences: {low} to {high})"
+    from outliers.answer import range_words, resampled
+
+    ends = resampled(summary)
+    return "" if ends is None else f" ({range_words(*ends)})"
 
 
 def _nothing(arguments: argparse.Namespace) -> str:
@@ -214,11 +220,11 @@ def _row_table(rows: list[dict[str, Any]], summary: dict[str, Any], width: int) 
     ladder = summary["criteria"]["ladder"] if width >= WIDE else []
     table = Table(box=None, header_style="bold", pad_edge=False, title="features.parquet", title_justify="left")
     table.add_column("site", no_wrap=True)
-    names = ("layer", "feature", "hits", "first", "min", "max", "mean", "std", "kurtosis")
+    names = ("layer", "feature", "hits", "first", "min", "max", "mean", "std", "kurtosis", "max/sd")
     for name in (*names, *(f">={step:g}" for step in ladder)):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        moments = [row["mean"], row["std"], row["kurtosis"]]
+        moments = [row["mean"], row["std"], row["kurtosis"], row.get("max_sd")]
         table.add_row(
             row["site"],
             *(str(row[name]) for name in ("layer", "feature")),

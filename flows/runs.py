@@ -250,6 +250,14 @@ def _show_unlike(console: Console, found: Comparison) -> None:
             f"differ in {', '.join(found.conditions)}: every number depends on them",
             style="yellow",
         )
+    if len({row.num_tokens for row in found.rows}) > 1:
+        line(
+            console,
+            "tokens",
+            "differ in number: a hit anywhere affects a layer for pooled, union and affected, so that these only grow with it; "
+            "per_layer compares",
+            style="yellow",
+        )
     if found.alike:
         line(console, "alike", "the same criteria, corpus, arithmetic and layers")
 

@@ -33,7 +33,9 @@ from outliers.events import Reporter
 from outliers.files import write_atomic
 from outliers.fingerprint import layout_from, read_fingerprint
 from outliers.layout import Layout
+from outliers.massive import undecided
 from outliers.prepare import Prepared
+from outliers.second_look import look_again
 from outliers.store import ChunkFiles, Journal
 from outliers.summary import Frame, Summary, merge
 from outliers.summary_files import CountsWriter, SequenceCounts, read_summary, write_summary
@@ -187,6 +189,7 @@ def summarize(part: Part, workers: int = 1, tell: Callable[[int], None] = lambda
     total = tally.finish()
     total.sequences = np.array(part.sequences, np.int64)
     total.tokens = int(part.lengths.sum())
+    look_again(total, reader.files, layout, reader.lines, part.lengths.tolist(), workers)
     return total
 
 
@@ -241,6 +244,10 @@ def _spread(whole: Part, executor: Executor, workers: int, tell: Callable[[int],
         for future in futures:
             future.cancel()
     shutil.rmtree(whole.target / "parts")
+    if undecided(total):
+        layout = layout_of_capture(whole.folder)
+        files, lines = ChunkFiles(whole.folder, layout), _lines(whole.folder, whole.sequences)
+        look_again(total, files, layout, lines, whole.lengths.tolist(), workers)
     return total
 
 

@@ -58,6 +58,7 @@ ATLAS_SCHEMA: Any = pa.schema(
             for side in ("layer_fraction", "position_fraction")
             for end in ("", "_low", "_high")
         ),
+        ("share_ends", pa.string()),
         ("interval_level", _SHARE),
         ("max_magnitude", _NUMBER),
         ("massive_count", _COUNT),

@@ -201,7 +201,7 @@ def table_row(row: Row, place: int, *, other: bool) -> dict[str, Any]:
         "num_features": row.num_features,
         "features_span": count_span(row.num_features_low, row.num_features_high, row.num_features),
         "layers": row.layer_fraction,
-        "layers_span": share_span(row.layer_fraction_low, row.layer_fraction_high, row.layer_fraction),
+        "layers_span": "",
         "tokens": row.position_fraction,
         "tokens_span": share_span(row.position_fraction_low, row.position_fraction_high, row.position_fraction),
         "largest": row.max_magnitude,
@@ -228,12 +228,12 @@ def _feature(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_span(low: int | None, high: int | None, value: int) -> str:
-    """An interval of counts, 5–7; nothing where there is none or it is the number itself."""
+    """A range of counts, 5–7; nothing where there is none or it is the number itself."""
     return "" if low is None or high is None or low == high == value else f"{low:,}–{high:,}"
 
 
 def share_span(low: float | None, high: float | None, value: float | None) -> str:
-    """An interval of shares, 24.8–26.6%; nothing where there is none or both ends read as the value does."""
+    """Two ends of shares, 24.8–26.6%; nothing where there are none or both read as the value does."""
     if low is None or high is None or value is None:
         return ""
     ends = percent(low), percent(high)

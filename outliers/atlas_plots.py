@@ -130,11 +130,8 @@ def _chart(
         x, y = size.of(row), what.of(row)
         if x is None or y is None or x <= 0:
             continue
-        low, high = (
-            (row.num_features_low, row.num_features_high)
-            if what is _COUNT
-            else (row.layer_fraction_low, row.layer_fraction_high)
-        )
+        # a share of layers has no interval: it only grows with the corpus
+        low, high = (row.num_features_low, row.num_features_high) if what is _COUNT else (None, None)
         style = ("moe" if row.num_experts else "dense") + (" other" if row.conditions != usual else "")
         points.append(_Point(x, y, low, high, number, style, _title(row, number), mark(row)))
     known_models = [(size.of_paper(model), what.of_paper(model), model) for model in PAPER] if paper else []

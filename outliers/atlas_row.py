@@ -19,16 +19,19 @@ A field of Row is a column of atlas.parquet:
     reading, site, sites                        what decides, and the list of what was captured
     magnitude, min_layer_fraction, min_position_fraction  the criteria; float64
     num_features                                systematic features: int64, with num_features_low and _high, the ends of the
-                                                interval over sequences (null: one sequence, or an older study)
+                                                range over resamples of its sequences (null: one sequence, or an older study)
     layer_fraction, position_fraction           mean over the systematic features (null: none, or the reading has none), with
-                                                _low and _high: the means of the ends of the features' own intervals
-    interval_level                              of all these intervals: 0.95
+                                                position_fraction_low and _high: the means of the features' own ends.
+                                                layer_fraction_low and _high are null: a share of layers has no interval
+    share_ends                                  what the ends of shares of tokens are: "95% interval", "range over sequences"
+                                                (few sequences), or "range over resamples" (an older study); null without
+    interval_level                              0.95 where they are a 95% interval, else null
     max_magnitude                               the largest of a systematic feature
     massive_count                               values at resid that are massive; null where resid was not captured
     perplexity, perplexity_tokens               null where not measured
     legacy_pairs, legacy_features               the earlier pipeline's way of counting; null where block was not captured
     legacy_layer_fraction, legacy_position_fraction      means over the pairs; null where summary.json lists not all
-    features                                    list of structs, largest first: feature, layer_fraction, _low, _high,
+    features                                    list of structs, largest first: feature, layer_fraction, _low, _high (null),
                                                 position_fraction, _low, _high, passes, hits, max_magnitude
 
 Every fraction is a share of 1.
@@ -41,10 +44,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from outliers.intervals import BEFORE
 from outliers.published import Published
 from outliers.published_summary import FoundFeature, FoundSummary, read_found
 from outliers.spec import BLOCK, BLOCK_SITES, CorpusSpec
 
+INTERVAL_LEVEL = 0.95
 CORPUS_OPTIONS = ("subset", "split", "corpus_revision", "seed", "bos", "packing")
 """Fields of a CorpusSpec that make another corpus of the same source and size."""
 
@@ -120,6 +125,7 @@ class Row:
     position_fraction: float | None
     position_fraction_low: float | None
     position_fraction_high: float | None
+    share_ends: str | None
     interval_level: float | None
     max_magnitude: float | None
     massive_count: int | None
@@ -149,6 +155,7 @@ def row_of(study: Published) -> Row:
     model, corpus, rule = found.model, found.corpus, found.criteria
     drawn = found.intervals
     low, high = (None, None) if drawn is None else drawn.counts.get(rule.site, {}).get(rule.reading, (None, None))
+    shares = None if drawn is None else drawn.shares or BEFORE
     features = tuple(_feature(item) for item in found.systematic)
     label = study.manifest["spec"].get("label")
     read = sorted({item.layer for item in found.layers})
@@ -187,7 +194,8 @@ def row_of(study: Published) -> Row:
         num_features_low=low,
         num_features_high=high,
         **_mean_spans(features),
-        interval_level=None if drawn is None else drawn.level,
+        share_ends=shares,
+        interval_level=INTERVAL_LEVEL if shares == "95% interval" else None,
         max_magnitude=max((item["max_magnitude"] for item in features), default=None),
         massive_count=found.massive_count,
         perplexity=None if found.perplexity is None else found.perplexity.value,
@@ -233,13 +241,13 @@ def _named_modules(asked: Any, site: str) -> str | None:
 
 def _feature(item: FoundFeature) -> dict[str, Any]:
     interval = item.interval
-    layers = (None, None) if interval is None else interval.layer_fraction
     tokens = (None, None) if interval is None or interval.position_fraction is None else interval.position_fraction
     return {
         "feature": item.feature,
         "layer_fraction": item.layer_fraction,
-        "layer_fraction_low": layers[0],
-        "layer_fraction_high": layers[1],
+        # only older studies have ends of it, percentiles of what more tokens only add to
+        "layer_fraction_low": None,
+        "layer_fraction_high": None,
         "position_fraction": item.position_fraction,
         "position_fraction_low": tokens[0],
         "position_fraction_high": tokens[1],
@@ -250,7 +258,7 @@ def _feature(item: FoundFeature) -> dict[str, Any]:
 
 
 def _mean_spans(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the features of both fractions and of the ends of their intervals."""
+    """Means over the features of both fractions and of the ends beside them."""
     names = [f"{side}{end}" for side in ("layer_fraction", "position_fraction") for end in ("", "_low", "_high")]
     return {name: _mean([item[name] for item in features]) for name in names}
 

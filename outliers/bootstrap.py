@@ -1,10 +1,12 @@
-"""How sure a list is: bootstrap over sequences, with a fixed seed.
+"""How sure a list is: bootstrap over sequences, with a fixed seed, and intervals of the features' shares of tokens.
 
 The corpus is drawn again many times, whole sequences with replacement (tokens of one sequence are no independent draws), and
-every reading is judged on each draw as on the corpus, in integers. An interval is between two order statistics (percentile
-method, Efron and Tibshirani 1993, chapter 13). Only features that could pass in some draw are looked at: the share of a draw
-is a mean of its sequences' shares, so one of them must reach the rule alone, and a draw touches no layer that the corpus
-does not. Knows counts, nothing of files. Before it: `votes`. After it: `results`.
+every reading is judged on each draw as on the corpus, in integers. That gives the share of draws in which a feature passes, and
+the range of how many pass in the middle LEVEL of the draws, which is no confidence interval: resamples of few sequences differ
+less than corpora do (docs/results.md has what it covers). Only features that could pass in some draw are looked at: the share of
+a draw is a mean of its sequences' shares, so one of them must reach the rule alone, and a draw touches no layer that the corpus
+does not. A share of layers has no interval: a hit anywhere affects a layer, so that the share only grows with the corpus.
+Knows counts, nothing of files. Before it: `votes`, `intervals`. After it: `results`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.criteria import Rules, at_least
+from outliers.intervals import ShareSpan, ends, share_span
 from outliers.spec import READINGS
 from outliers.summary import Frame
 from outliers.summary_files import SequenceCounts
@@ -25,6 +28,7 @@ RESAMPLES = 1_000
 FEWEST_RESAMPLES = 200
 SEED = 0
 LEVEL = 0.95
+"""The share of the draws that lies between the two ends of a number of features."""
 WORK = 2e10
 """Products of a count and a weight: with more than this the resamples are fewer, 200 at least."""
 BLOCK_CELLS = 4_000_000
@@ -33,18 +37,21 @@ BLOCK_CELLS = 4_000_000
 
 @dataclass
 class Interval:
-    """Of one feature by one reading: 95% intervals of both sides of its rule, and the share of draws in which it passes."""
+    """Of one feature by one reading: the ends beside its share of tokens, and the share of draws in which it passes."""
 
-    layer_fraction: tuple[float, float]
     position_fraction: tuple[float, float] | None
     passes: float
 
 
 @dataclass
 class Intervals:
-    """counts: site -> reading -> (low, high), how many features pass. features: site -> reading -> feature -> Interval."""
+    """counts: site -> reading -> (low, high), how many features pass. features: site -> reading -> feature -> Interval.
+
+    shares: what the ends of a share of tokens are.
+    """
 
     resamples: int
+    shares: ShareSpan
     counts: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     features: dict[str, dict[str, dict[int, Interval]]] = field(default_factory=dict)
 
@@ -65,11 +72,11 @@ def bootstrap(
     affordable = int(WORK / max(1, cells * len(gathered)))
     resamples = min(RESAMPLES, max(FEWEST_RESAMPLES, affordable))
     weights = draws(len(gathered), resamples)
-    tokens = weights @ np.array([tokens for _, tokens, _ in gathered], np.int64)
-    found = Intervals(resamples)
+    found = Intervals(resamples, share_span(len(gathered)))
+    lengths = np.array([tokens for _, tokens, _ in gathered], np.int64)
     for site, features in candidates.items():
         own = [counts[site] for _, _, counts in gathered]
-        found.counts[site], found.features[site] = _site(frame, rules, features, own, weights, tokens)
+        found.counts[site], found.features[site] = _site(frame, rules, features, own, weights, lengths)
     return found
 
 
@@ -97,12 +104,13 @@ def _site(
     features: NDArray[np.int64],
     own: list[tuple[NDArray[np.int32], NDArray[np.int32]]],
     weights: NDArray[np.int64],
-    tokens: NDArray[np.int64],
+    lengths: NDArray[np.int64],
 ) -> tuple[dict[str, tuple[int, int]], dict[str, dict[int, Interval]]]:
     passing: dict[str, NDArray[np.int64]] = {reading: np.zeros(len(weights), np.int64) for reading in READINGS}
     intervals: dict[str, dict[int, Interval]] = {reading: {} for reading in READINGS}
     drawn = weights.astype(np.float64)
     step = max(1, BLOCK_CELLS // (len(weights) * frame.num_layers))
+    tokens = weights @ lengths
     needs = _Needs.of(rules, frame.num_layers, tokens)
     for at in range(0, features.size, step):
         few = slice(at, at + step)
@@ -110,16 +118,16 @@ def _site(
         union = np.stack([counts[few] for _, counts in own]).astype(np.float64)
         # sums of integers far below 2^53: exact in any order
         sums = (drawn @ hits.reshape(len(own), -1)).reshape(len(weights), frame.num_layers, -1)
-        for reading, (layers, share, passes) in _judge(sums, drawn @ union, tokens, needs, frame.num_layers).items():
+        shares = _shares(hits, union, lengths)
+        for reading, passes in _judge(sums, drawn @ union, needs).items():
             passing[reading] += passes.sum(axis=1)
             for column, feature in enumerate(features[few]):
+                counted = shares.get(reading)
                 intervals[reading][int(feature)] = Interval(
-                    layer_fraction=_between(layers[:, column] / frame.num_layers),
-                    position_fraction=None if share is None else _between(share[:, column]),
+                    position_fraction=None if counted is None else ends(counted[0][:, column], counted[1][:, column]),
                     passes=int(passes[:, column].sum()) / len(weights),
                 )
-    counts = {reading: _between(number) for reading, number in passing.items()}
-    return {reading: (int(low), int(high)) for reading, (low, high) in counts.items()}, intervals
+    return {reading: _between(number) for reading, number in passing.items()}, intervals
 
 
 @dataclass
@@ -146,25 +154,40 @@ class _Needs:
         )
 
 
-def _judge(
-    sums: NDArray[np.float64], union: NDArray[np.float64], tokens: NDArray[np.int64], needs: _Needs, num_layers: int
-) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64] | None, NDArray[np.bool_]]]:
-    """Every reading on every draw: (affected layers, left side of the token rule, passes), each (resample, feature)."""
+def _judge(sums: NDArray[np.float64], union: NDArray[np.float64], needs: _Needs) -> dict[str, NDArray[np.bool_]]:
+    """Every reading on every draw: which features pass, (resample, feature)."""
     affected, total = (sums > 0).sum(axis=1), sums.sum(axis=1)
     strong = (sums >= np.maximum(1, needs.union)[:, None, None]).sum(axis=1)
     wide = affected >= needs.layers
-    size = tokens[:, None].astype(np.float64)
     enough = total >= np.take_along_axis(needs.affected, affected, axis=1)
     return {
-        "pooled": (affected, total / (num_layers * size), wide & (total >= needs.pooled[:, None])),
-        "union": (affected, union / size, wide & (union >= needs.union[:, None])),
-        "per_layer": (strong, None, strong >= needs.layers),
-        "affected": (affected, total / (np.maximum(1, affected) * size), wide & enough),
+        "pooled": wide & (total >= needs.pooled[:, None]),
+        "union": wide & (union >= needs.union[:, None]),
+        "per_layer": strong >= needs.layers,
+        "affected": wide & enough,
     }
 
 
-def _between(values: NDArray[np.float64] | NDArray[np.int64]) -> tuple[float, float]:
+def _shares(
+    hits: NDArray[np.float64], union: NDArray[np.float64], lengths: NDArray[np.int64]
+) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """reading -> (counts, wholes), each (sequence, feature): whose sums are the two sides of its share of tokens.
+
+    hits: (sequence, layer, feature); union: (sequence, feature). The layers of `affected` are those of the whole corpus.
+    """
+    num_layers = hits.shape[1]
+    total, either = hits.sum(axis=1).astype(np.int64), union.astype(np.int64)
+    affected = (hits.sum(axis=0) > 0).sum(axis=0)  # (feature,)
+    own = np.broadcast_to(lengths[:, None], total.shape)
+    return {
+        "pooled": (total, own * num_layers),
+        "union": (either, own),
+        "affected": (total, own * np.maximum(1, affected)),
+    }
+
+
+def _between(values: NDArray[np.int64]) -> tuple[int, int]:
     """The order statistics between which LEVEL of the values lie."""
     ordered = np.sort(values)
     cut = math.floor((1 - LEVEL) / 2 * ordered.size)
-    return float(ordered[cut]), float(ordered[ordered.size - 1 - cut])
+    return int(ordered[cut]), int(ordered[ordered.size - 1 - cut])

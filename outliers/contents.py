@@ -23,7 +23,15 @@ from pydantic import BaseModel, ValidationError
 
 from outliers.page import check_page
 from outliers.parquet import open_parquet
-from outliers.schema import FEATURES_SCHEMA, MAX_MAGNITUDES, MOMENT_COLUMNS, Summary, Tokens
+from outliers.schema import (
+    EARLIER_FEATURES_SCHEMA,
+    FEATURES_SCHEMA,
+    MAX_MAGNITUDES,
+    MOMENT_COLUMNS,
+    NULLABLE_COLUMNS,
+    Summary,
+    Tokens,
+)
 from outliers.spec import BLOCK
 
 MAX_LOG_BYTES = 1_000_000
@@ -97,7 +105,8 @@ def check_features(data: bytes, summary: Summary) -> None:
     try:
         file = open_parquet(data)
         columns = {field.name: str(field.type) for field in file.schema_arrow}
-        if list(columns) != FEATURES_SCHEMA.names or len(columns) != len(file.schema_arrow):
+        known = (FEATURES_SCHEMA.names, EARLIER_FEATURES_SCHEMA.names)
+        if list(columns) not in known or len(columns) != len(file.schema_arrow):
             raise NotAllowedError(f"has the columns {list(columns)[:20]}, not {FEATURES_SCHEMA.names}")
         for name, kind in columns.items():
             if not _same_type(file.schema_arrow.field(name).type, FEATURES_SCHEMA.field(name).type):
@@ -132,8 +141,8 @@ def _check_extras(metadata: Any, size: int) -> None:
 
 
 def _check_rows(table: Any, summary: Summary) -> None:
-    for name in FEATURES_SCHEMA.names:
-        if name not in MOMENT_COLUMNS and table[name].null_count:
+    for name in table.column_names:
+        if name not in NULLABLE_COLUMNS and table[name].null_count:
             raise NotAllowedError(f"has {table[name].null_count:,} nulls in the column {name}; none are allowed")
     if not table.num_rows:
         return

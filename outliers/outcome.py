@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from outliers.allowlist import LOG
+from outliers.answer import crowded, disagreement, perplexity_words, range_words, reading_counts, resampled
 from outliers.errors import PublishRefused
 from outliers.files import sha256_file, size_of
 from outliers.manifest import read_manifest
@@ -49,20 +50,28 @@ class Outcome(BaseModel):
     perplexity: dict[str, Any] | None = None
     """As in summary.json, where it was asked for."""
     interval: tuple[int, int] | None = None
-    """95% interval over sequences of how many features are systematic; None for a single sequence."""
+    """Range over resamples of the sequences of how many features are systematic; None for a single sequence."""
+    readings: dict[str, int] = {}
+    """How many features pass each of the four readings at the deciding site."""
+    crowded: str | None = None
+    """Where most features of a site are systematic: what that says of the magnitude."""
+
+    @property
+    def disagreement(self) -> str:
+        """All four readings, where they disagree: part of the headline."""
+        return disagreement(self.readings)
 
     def remarks(self) -> list[str]:
         """What belongs beside the answer: how sure it is, perplexity, and values that are no numbers."""
-        found = []
+        found = [] if self.crowded is None else [self.crowded]
         if self.interval is not None:
-            low, high = self.interval
-            found.append(f"95% interval of their number over sequences: {low if low == high else f'{low} to {high}'}")
+            found.append(range_words(*self.interval))
         if self.perplexity is not None:
-            value, tokens = self.perplexity["value"], self.perplexity["tokens"]
-            text = "not a number: the logits are not finite" if value is None else f"{value:.4g}"
-            found.append(f"perplexity {text}, over {tokens:,} tokens")
+            found.append(perplexity_words(self.perplexity))
         if self.nonfinite:
-            found.append(f"{self.nonfinite:,} activations are not finite: they count as no hit, see the report")
+            found.append(
+                f"{self.nonfinite:,} activations are not finite: they count as no hit, and their tokens stay in N, see the report"
+            )
         return found
 
 
@@ -112,7 +121,6 @@ def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | N
     """The outcome of a study whose results folder is finished."""
     folder = workspace.study(prepared.study_id)
     summary = json.loads((folder / "summary.json").read_text())
-    rule, drawn = summary["criteria"], summary.get("intervals")
     manifest = read_manifest(folder) or {"files": []}
     return Outcome(
         study_id=prepared.study_id,
@@ -126,7 +134,9 @@ def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | N
         cached=cached,
         nonfinite=sum(int(layer["nonfinite"]) for layer in summary["layers"]),
         perplexity=summary.get("perplexity"),
-        interval=None if drawn is None else drawn["counts"][rule["site"]][rule["reading"]],
+        interval=resampled(summary),
+        readings=reading_counts(summary),
+        crowded=crowded(summary),
     )
 
 

@@ -43,6 +43,7 @@ class _Criteria(schema.CriteriaBlock):
 
 class _Counts(schema.IntervalCounts):
     model_config = _Lenient.model_config
+    shares: str | None = None  # type: ignore[assignment]  # a newer program may have more kinds
 
 
 class _Perplexity(schema.Perplexity):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from outliers.answer import crowded, share_words
 from outliers.errors import BadInput, WorkspaceError
 from outliers.figures import Json, number, percent
 from outliers.files import write_atomic
@@ -25,9 +26,10 @@ from outliers.report_rows import (
     MAX_CONTEXTS,
     MAX_FEATURE_ROWS,
     MAX_TEXT_CHARACTERS,
-    answer_interval,
+    beside_answer,
     clip,
     contexts,
+    deviation_rows,
     facts,
     feature_rows,
     massive_rows,
@@ -123,7 +125,10 @@ def render(summary: Json, tokens: Json, cells: Cells, plots: Sequence[Plot], pro
         layers=captured_layers(summary),
         meanings=READING_MEANINGS,
         facts=facts(summary),
-        interval=answer_interval(summary),
+        beside=beside_answer(summary),
+        crowded=crowded(summary),
+        share_ends=share_words(summary),
+        deviations=deviation_rows(summary),
         intervals=summary.get("intervals"),
         without=bool(summary.get("without_first_tokens")),
         features=feature_rows(summary),

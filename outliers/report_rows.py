@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from outliers.figures import Json, percent
+from outliers.answer import disagreement, perplexity_words, range_words, reading_counts, resampled
+from outliers.figures import Json, number, percent
 from outliers.plots import Cells, captured_layers, captured_sites
 from outliers.spec import BLOCK, READINGS
 
@@ -112,23 +113,42 @@ def facts(summary: Json) -> list[tuple[str, str]]:
     return [(name, clip(text, MAX_TEXT_CHARACTERS)) for name, text in pairs if text]
 
 
-def answer_interval(summary: Json) -> dict[str, str] | None:
-    """The interval of the number of systematic features; None where there is none (one sequence, an older study)."""
-    intervals, rule = summary.get("intervals"), summary["criteria"]
-    if not intervals or rule["site"] not in intervals["counts"]:
+def beside_answer(summary: Json) -> list[str]:
+    """Sentences beside the number of systematic features: the other readings, and the range over resamples."""
+    others, ends = disagreement(reading_counts(summary)), resampled(summary)
+    said = [others] if others else []
+    said += [] if ends is None else [range_words(*ends)]
+    return [f"{text[0].upper()}{text[1:]}." for text in said]
+
+
+def deviation_rows(summary: Json) -> dict[str, Any] | None:
+    """The ladder in standard deviations; None for an older study.
+
+    `multiples`; `rows`: (site, a cell for each multiple: features in enough layers, and in any where that is another number);
+    `spans`: for each captured site how many deviations the deciding magnitude is in its layers.
+    """
+    ladder = summary.get("sd_ladder")
+    if ladder is None:
         return None
-    low, high = intervals["counts"][rule["site"]][rule["reading"]]
-    return {
-        "level": percent(intervals["level"]),
-        "span": f"{low:,} to {high:,}" if low != high else f"exactly {low:,}",
-    }
+    rows = []
+    for site in [BLOCK, *captured_sites(summary)]:
+        if site in ladder["features"]:
+            pairs = zip(ladder["features_in_layers"][site], ladder["features"][site], strict=True)
+            cells = [{"count": f"{wide:,}", "any": "" if wide == some else f"{some:,} in any"} for wide, some in pairs]
+            rows.append({"site": site, "cells": cells})
+    magnitude, spans = float(summary["criteria"]["magnitude"]), []
+    for site in captured_sites(summary):
+        own = [row.get("standard_deviation") for row in summary["layers"] if row["site"] == site]
+        units = [magnitude / deviation for deviation in own if deviation]
+        if units:
+            low, high = number(min(units)), number(max(units))
+            spans.append(f"{low if low == high else f'{low} to {high}'} at {site}")
+    return {"multiples": [f"{step:g}" for step in ladder["multiples"]], "rows": rows, "spans": spans}
 
 
 def _perplexity(summary: Json) -> str:
     found = summary.get("perplexity")
-    if found is None:
-        return ""
-    return "not a number" if found["value"] is None else f"{found['value']:.4g} over {found['tokens']:,} tokens"
+    return "" if found is None else perplexity_words(found).removeprefix("perplexity ")
 
 
 def _count(value: int | None) -> str:
@@ -147,7 +167,7 @@ def _extreme(low: float, high: float) -> float:
 def feature_rows(summary: Json) -> list[dict[str, Any]]:
     """The systematic features as rows; `strip` is the path of a bar in which each affected layer is filled.
 
-    `layers_span` and `tokens_span` are 95% intervals as text, empty where there is none or it is the number itself;
+    `tokens_span` are the ends beside a share of tokens as text, empty where there are none or they are the number itself;
     `passes` is the share of draws in which the feature passes, `without` whether it passes without first tokens (both None
     where it isn't known).
     """
@@ -163,9 +183,9 @@ def feature_rows(summary: Json) -> list[dict[str, Any]]:
                 "ranges": ranges(feature["layers"]),
                 "strip": "".join(f"M{place[layer]} 0h1v1h-1z" for layer in feature["layers"]),
                 "first_share": feature["first_token_hits"] / feature["hits"] if feature["hits"] else None,
-                "layers_span": _span(interval.get("layer_fraction"), feature["layer_fraction"]),
                 "tokens_span": _span(interval.get("position_fraction"), feature["position_fraction"]),
                 "passes": interval.get("passes"),
+                "deviations": feature.get("max_sd"),
                 "without": None if without is None else feature["feature"] in without,
             }
         )
@@ -173,7 +193,7 @@ def feature_rows(summary: Json) -> list[dict[str, Any]]:
 
 
 def _span(interval: Sequence[float] | None, value: float | None) -> str:
-    """An interval of shares, 24.8–26.6%; nothing where both ends read as the value does."""
+    """Two ends of shares, 24.8–26.6%; nothing where both read as the value does."""
     if interval is None or value is None:
         return ""
     low, high = (percent(end) for end in interval)
@@ -184,7 +204,8 @@ def reading_rows(summary: Json) -> list[dict[str, Any]]:
     """Number of features by site and reading; `legacy` is None but at `block`.
 
     A count is what summary.json counted; lists may be cut, and only older studies have nothing but them. `span` is its
-    interval and `without` the number without first tokens, each empty where it tells nothing else than the count.
+    range over resamples and `without` the number without first tokens, each empty where it tells nothing else than the count.
+    `all`: the one number of all four readings, where most features of the site pass each; else empty.
     """
     rows = []
     for site in [BLOCK, *captured_sites(summary)]:
@@ -197,8 +218,16 @@ def reading_rows(summary: Json) -> list[dict[str, Any]]:
         if legacy:
             pairs, features = legacy["feature_sequence_pairs"], counts.get("legacy", len(legacy["features"]))
             legacy = {"count": f"{features:,}", "pairs": f"{pairs:,} feature-sequence pair{'s'[: pairs != 1]}"}
-        rows.append({"site": site, "cells": cells, "legacy": legacy})
+        rows.append({"site": site, "cells": cells, "legacy": legacy, "all": _same_count(summary, site, cells)})
     return rows
+
+
+def _same_count(summary: Json, site: str, cells: Sequence[Mapping[str, str]]) -> str:
+    """`576 of 576`, where that is what every reading says of a site; not of o_in, whose width no summary has."""
+    counts, width = {int(cell["count"].replace(",", "")) for cell in cells}, summary["model"]["hidden_size"]
+    if site == "o_in" or len(counts) > 1 or 2 * min(counts) < width:
+        return ""
+    return f"{min(counts):,} of {width:,}"
 
 
 def _count_cell(summary: Json, site: str, reading: str, count: int) -> dict[str, str]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outliers.architectures import INPUT
 from outliers.bits import bits_to_float, pattern_values
 from outliers.bootstrap import LEVEL, SEED, Interval, Intervals, bootstrap
 from outliers.corpus import Corpus, load_corpus
@@ -24,10 +23,12 @@ from outliers.criteria import Rules, Verdict, judge, kurtosis, median_magnitude,
 from outliers.errors import CaptureError
 from outliers.files import write_atomic
 from outliers.massive import massive_activations
+from outliers.notes import notes, perplexity_notes
 from outliers.parquet import write_parquet
 from outliers.places import SCHEMA_VERSION, describe_tokens
 from outliers.prepare import Prepared
-from outliers.spec import BLOCK, BLOCK_SITES, READINGS
+from outliers.scale import ladder, largest, layer_ladder, magnitudes
+from outliers.spec import BLOCK, READINGS
 from outliers.summary import SiteTotals, Summary
 from outliers.summary_files import read_counts, read_summary
 from outliers.tables import feature_table, published_rows
@@ -37,7 +38,9 @@ from outliers.workspace import Workspace
 QUANTILES = ("0.9", "0.99", "0.999", "0.9999")
 """Levels at which each layer's magnitudes are told, beside the median."""
 LISTED = 256
-"""Features in each list but the deciding one, by magnitude: at `resid` all features can be in each."""
+"""Features in each list but the deciding one, by magnitude."""
+HEAD = 16
+"""The same where most features of the site pass, as at `resid`: their number says it, and a list of all says no more."""
 LARGEST_LOSS = 700.0
 """Nats a token above which the exponential leaves float64: no perplexity is told."""
 
@@ -59,8 +62,8 @@ def write_results(prepared: Prepared, workspace: Workspace) -> Path:
     private = workspace.summary(prepared.capture_id, prepared.study_id)
     found, corpus = find(prepared, private), load_corpus(prepared.corpus, workspace)
     content = summarize_study(prepared, found, corpus)
-    if content.get("perplexity", {}).get("value", 0) is None:
-        content["notes"].append("perplexity is not a number: the model's logits are not finite on this corpus")
+    if "perplexity" in content:
+        content["notes"] += perplexity_notes(prepared, content["perplexity"])
     table = feature_table(found.summary, prepared.layers)
     rows, left_out = published_rows(table, content["systematic"], prepared.site)
     if left_out:
@@ -111,7 +114,10 @@ def summarize_study(prepared: Prepared, found: Findings, corpus: Corpus) -> dict
     counts = {site: {reading: len(rows) for reading, rows in own.items()} for site, own in lists.items()}
     systematic = lists[prepared.site][criteria.reading]
     readings: dict[str, Any] = {
-        site: {reading: rows if rows is systematic else rows[:LISTED] for reading, rows in own.items()}
+        site: {
+            reading: rows if rows is systematic else rows[: _listed(len(rows), frame.width(site))]
+            for reading, rows in own.items()
+        }
         for site, own in lists.items()
     }
     if BLOCK in frame.sites:
@@ -119,6 +125,7 @@ def summarize_study(prepared: Prepared, found: Findings, corpus: Corpus) -> dict
         counts[BLOCK]["legacy"] = len(legacy["features"])
         readings[BLOCK]["legacy"] = legacy | {"features": legacy["features"][:LISTED]}
     massive = massive_activations(summary)
+    cut = [f"{r} at {s}" for s, own in readings.items() for r, rows in own.items() if _held(rows) < counts[s][r]]
     content = {
         "schema_version": SCHEMA_VERSION,
         "study_id": prepared.study_id,
@@ -148,18 +155,21 @@ def summarize_study(prepared: Prepared, found: Findings, corpus: Corpus) -> dict
         "without_first_tokens": _without_first_tokens(prepared, summary),
         "intervals": None
         if drawn is None
-        else {"level": LEVEL, "resamples": drawn.resamples, "seed": SEED, "counts": drawn.counts},
+        else {"level": LEVEL, "resamples": drawn.resamples, "seed": SEED, "counts": drawn.counts}
+        | {"shares": drawn.shares},
         "layers": _layers(prepared, summary, votes),
         "quantile_levels": [float(level) for level in QUANTILES],
         "massive": None if massive is None else [_massive(prepared, corpus, cell) for cell in massive.cells],
         "massive_count": None if massive is None else massive.count,
+        "massive_undecided": None if massive is None else massive.undecided,
         "massive_by_token": None
         if massive is None
         else [_massive(prepared, corpus, cell) for cell in massive.by_token],
         "massive_by_token_count": None if massive is None else massive.by_token_count,
         "sweep": _sweep(prepared, summary),
+        "sd_ladder": ladder(summary, criteria.layer_rule),
         "histogram": {site: _magnitude_bins(summary.sites[site].histogram, frame.dtype) for site in frame.captured},
-        "notes": _notes(prepared, counts),
+        "notes": notes(prepared, summary, massive, cut),
     }
     if prepared.spec.capture.perplexity:
         content["perplexity"] = perplexity(votes.nll, votes.nll_tokens)
@@ -169,11 +179,22 @@ def summarize_study(prepared: Prepared, found: Findings, corpus: Corpus) -> dict
 def perplexity(nll: float, tokens: int) -> dict[str, Any]:
     """exp of the mean negative log-likelihood a token, from their sum in nats.
 
-    `loss` is that mean; `tokens` are those that were predicted, all but the first of each sequence.
+    `loss` is that mean, null where the logits were not finite; `tokens` are those that were predicted, all but the first of each
+    sequence. A finite loss may be too large for `value`.
     """
     loss = nll / tokens
-    finite = math.isfinite(loss) and loss < LARGEST_LOSS
-    return {"value": math.exp(loss) if finite else None, "loss": loss if finite else None, "tokens": tokens}
+    known = math.isfinite(loss)
+    value = math.exp(loss) if known and loss < LARGEST_LOSS else None
+    return {"value": value, "loss": loss if known else None, "tokens": tokens}
+
+
+def _listed(count: int, width: int) -> int:
+    """How many of a list's features are written."""
+    return HEAD if 2 * count >= width else LISTED
+
+
+def _held(rows: Any) -> int:
+    return len(rows["features"] if isinstance(rows, dict) else rows)
 
 
 def _model(prepared: Prepared) -> dict[str, Any]:
@@ -198,10 +219,12 @@ def _lists(prepared: Prepared, found: Findings, site: str) -> dict[str, list[dic
     totals, step = summary.sites[site], summary.frame.deciding_step
     verdicts = judge(*totals.counts(step), summary.tokens, rules_of(prepared))
     drawn = None if found.intervals is None else found.intervals.features[site]
+    units = magnitudes(summary, site)
     return {
         reading: _features(
             prepared,
             totals,
+            units,
             verdict,
             found.votes.passes[site][reading],
             summary,
@@ -214,6 +237,7 @@ def _lists(prepared: Prepared, found: Findings, site: str) -> dict[str, list[dic
 def _features(
     prepared: Prepared,
     totals: SiteTotals,
+    units: NDArray[np.float64],
     verdict: Verdict,
     votes: NDArray[np.int64],
     summary: Summary,
@@ -225,7 +249,7 @@ def _features(
         layers = np.flatnonzero(verdict.layer_hits[:, feature])
         share = verdict.position_fraction
         found.append(
-            _feature(prepared, totals, int(feature), summary)
+            _feature(totals, units, int(feature), summary)
             | {
                 "layer_fraction": layers.size / summary.frame.num_layers,
                 "position_fraction": None if share is None else float(share[feature]),
@@ -240,20 +264,17 @@ def _features(
 
 def _interval(interval: Interval) -> dict[str, Any]:
     share = interval.position_fraction
-    return {
-        "layer_fraction": list(interval.layer_fraction),
-        "position_fraction": None if share is None else list(share),
-        "passes": interval.passes,
-    }
+    return {"position_fraction": None if share is None else list(share), "passes": interval.passes}
 
 
-def _feature(prepared: Prepared, totals: SiteTotals, feature: int, summary: Summary) -> dict[str, Any]:
+def _feature(totals: SiteTotals, units: NDArray[np.float64], feature: int, summary: Summary) -> dict[str, Any]:
     high, low = float(totals.max[:, feature].max()), float(totals.min[:, feature].min())
     return {
         "feature": feature,
         "max_magnitude": max(abs(high), abs(low)),
         "min": low,
         "max": high,
+        "max_sd": largest(units, feature),
         "of_sequences": int(summary.sequences.size),
         "first_token_hits": int(totals.first_hits[summary.frame.deciding_step, :, feature].sum()),
     }
@@ -262,11 +283,11 @@ def _feature(prepared: Prepared, totals: SiteTotals, feature: int, summary: Summ
 def _legacy(prepared: Prepared, summary: Summary, votes: Votes) -> dict[str, Any]:
     """The earlier pipeline's numbers: fractions are means over the sequences in which the feature passes."""
     totals, step = summary.sites[BLOCK], summary.frame.deciding_step
-    found = []
+    units, found = magnitudes(summary, BLOCK), []
     for feature in np.flatnonzero(votes.legacy):
         times = int(votes.legacy[feature])
         found.append(
-            _feature(prepared, totals, int(feature), summary)
+            _feature(totals, units, int(feature), summary)
             | {
                 "layer_fraction": int(votes.legacy_hooks[feature]) / (2 * summary.frame.num_layers * times),
                 "position_fraction": math.fsum(votes.legacy_shares[int(feature)]) / times,
@@ -299,6 +320,7 @@ def _layers(prepared: Prepared, summary: Summary, votes: Votes) -> list[dict[str
                     "median_magnitude": median_magnitude(totals.histogram[index], values),
                     "quantiles": quantile_magnitudes(totals.histogram[index], values, levels),
                     "mean_inf_norm": votes.inf_norms[site][index] if seen else None,
+                    **layer_ladder(summary, site, index),
                 }
             )
     return rows
@@ -352,47 +374,6 @@ def _magnitude_bins(histogram: NDArray[np.int64], dtype: str) -> dict[str, Any]:
     kept = np.arange(used[0], used[-1] + 1)
     edges = bits_to_float((kept << shift).astype(np.uint16), kind)
     return {"lower_edges": [float(edge) for edge in edges], "counts": [int(n) for n in bins[kept]]}
-
-
-def _notes(prepared: Prepared, counts: dict[str, dict[str, int]]) -> list[str]:
-    notes = []
-    if (stored := prepared.model.stored_quantization) and prepared.model.quantization is None:
-        notes.append(
-            f"the checkpoint is stored in {stored}; its weights were made plain ({prepared.model.dtype}) on loading"
-        )
-    deciding = (prepared.site, prepared.spec.criteria.reading)
-    cut = [f"{r} at {s}" for s, own in counts.items() for r, n in own.items() if n > LISTED and (s, r) != deciding]
-    if cut:
-        notes.append(f"lists cut to their {LISTED} largest features, see reading_counts: {', '.join(cut)}")
-    if prepared.corpus.num_sequences < 2:
-        notes.append("one sequence: there are no confidence intervals over sequences")
-    if prepared.model.dtype == "float32":
-        notes.append(
-            "kurtosis, median and the magnitude histogram are of values rounded to bfloat16; every other number is exact"
-        )
-    if len(prepared.layers) < prepared.model.num_layers:
-        notes.append(
-            f"{len(prepared.layers)} of {prepared.model.num_layers} layers were read: layer fractions are of those"
-        )
-    anatomy = prepared.model.anatomy
-    sites = prepared.spec.capture.sites
-    for site in sites:
-        other = anatomy.alias_of(site)
-        if other in sites:
-            notes.append(f"{site} is the very same tensor as {other}: one norm feeds attention and MLP")
-    named = [item.partition("=")[0] for item in prepared.spec.capture.site_modules]
-    bare = [s for s in BLOCK_SITES if s not in named and s in sites and anatomy.sites[s][0].endswith(INPUT)]
-    if bare:
-        notes.append(
-            f"no norm comes before it in this family: {' and '.join(bare)} is the residual stream itself, whose scale grows "
-            "with depth"
-        )
-    notes.extend(f"a site was named by hand: {item}" for item in prepared.spec.capture.site_modules)
-    if prepared.corpus.lengths_sha256 is not None:
-        notes.append("sequences have unequal lengths: padding is masked and counted nowhere")
-    if not prepared.text:
-        notes.append("text of the corpus is left out (--publish-text context shows it)")
-    return notes
 
 
 def _massive(prepared: Prepared, corpus: Corpus, cell: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from outliers.intervals import ShareSpan
 from outliers.spec import BLOCK
 
 FEATURES_SCHEMA: Any = pa.schema(
@@ -31,12 +32,18 @@ FEATURES_SCHEMA: Any = pa.schema(
         ("mean", pa.float32()),
         ("std", pa.float32()),
         ("kurtosis", pa.float32()),
+        ("max_sd", pa.float32()),
     ]
 )
 """A row per (site, layer, feature); counts in tokens; ladder_hits as summary.json's sweep magnitudes, ascending."""
 
+EARLIER_FEATURES_SCHEMA: Any = FEATURES_SCHEMA.remove(FEATURES_SCHEMA.get_field_index("max_sd"))
+"""Of studies that were published before max_sd was counted."""
+
 MOMENT_COLUMNS = ("mean", "std", "kurtosis")
 """Float sums, equal to 1e-12 only; null at `block`, whose values are two tensors'."""
+NULLABLE_COLUMNS = (*MOMENT_COLUMNS, "max_sd")
+"""max_sd is null where all values of a layer are equal."""
 
 MAX_LAYERS = 1_024
 MAX_FEATURES = 1 << 17
@@ -52,10 +59,12 @@ Site = Literal["attn_in", "mlp_in", "o_in", "resid", "block"]
 Reading = Literal["pooled", "union", "per_layer", "affected"]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 SweepLine = Annotated[list[Count], Field(max_length=MAX_MAGNITUDES)]
+Steps = SweepLine
 Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Feature = Annotated[int, Field(ge=0, lt=MAX_FEATURES)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=300)]
 # A folder of this machine is no name: neither /home/me/model nor ~/model nor C:\model.
 PublicName = Annotated[str, Field(min_length=1, max_length=300, pattern=r"^[A-Za-z0-9][^\\]*$")]
@@ -121,9 +130,12 @@ class CriteriaBlock(_Strict):
 
 
 class IntervalBlock(_Strict):
-    """95% intervals of both sides of a reading's rule, and the share of draws in which the feature passes."""
+    """The ends beside a share of tokens, which `intervals.shares` names, and the share of draws in which the feature passes.
 
-    layer_fraction: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    layer_fraction: percentiles over draws, in studies of before alone: a share of layers only grows with the corpus.
+    """
+
+    layer_fraction: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
     position_fraction: Annotated[list[Share], Field(min_length=2, max_length=2)] | None
     passes: Share
 
@@ -143,6 +155,7 @@ class FeatureRow(_Strict):
     of_sequences: Count
     first_token_hits: Count
     interval: IntervalBlock | None = None
+    max_sd: Size | None = None
 
     @model_validator(mode="after")
     def _sorted(self) -> FeatureRow:
@@ -189,6 +202,9 @@ class LayerRow(_Strict):
     median_magnitude: Number | None
     quantiles: Annotated[list[Number], Field(max_length=MAX_QUANTILES)] | None = None
     mean_inf_norm: Number | None = None
+    standard_deviation: Size | None = None
+    sd_hits: Steps | None = None
+    sd_features: Steps | None = None
 
 
 class MassiveRow(_Strict):
@@ -224,13 +240,33 @@ class Sweep(_Strict):
         return self
 
 
+class DeviationLadder(_Strict):
+    """How many features reach each multiple of their layer's standard deviation: anywhere, and in enough layers."""
+
+    multiples: Annotated[list[Size], Field(max_length=MAX_MAGNITUDES)]
+    features: dict[Site, Steps]
+    features_in_layers: dict[Site, Steps]
+
+    @model_validator(mode="after")
+    def _same_length(self) -> DeviationLadder:
+        _ascending(self.multiples, "the multiples of sd_ladder")
+        for site, counts in (*self.features.items(), *self.features_in_layers.items()):
+            if len(counts) != len(self.multiples):
+                raise ValueError(f"sd_ladder of {site} has {len(counts)} counts for {len(self.multiples)} multiples")
+        return self
+
+
 class IntervalCounts(_Strict):
-    """Over draws of whole sequences: how many features pass each reading, between the ends of the interval."""
+    """Over draws of whole sequences: how many features pass each reading, in the middle `level` of the draws.
+
+    shares: what the ends beside a share of tokens are; studies of before do not say, there they are percentiles of the draws.
+    """
 
     level: Share
     resamples: Count
     seed: Count
     counts: dict[Site, dict[Reading, Annotated[list[Count], Field(min_length=2, max_length=2)]]]
+    shares: ShareSpan | None = None
 
 
 class Histogram(_Strict):
@@ -248,7 +284,7 @@ class Histogram(_Strict):
 
 
 class Perplexity(_Strict):
-    """exp of the mean negative log-likelihood a token; nulls where that is not a finite number."""
+    """exp of the mean negative log-likelihood a token: null where that is beyond float64; `loss` null where it is not finite."""
 
     value: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     loss: Number | None
@@ -280,6 +316,8 @@ class Summary(_Strict):
     intervals: IntervalCounts | None = None
     massive_by_token: Annotated[list[MassiveRow], Field(max_length=MAX_MASSIVE)] | None = None
     massive_by_token_count: Count | None = None
+    massive_undecided: Count | None = None
+    sd_ladder: DeviationLadder | None = None
     quantile_levels: Annotated[list[Share], Field(max_length=MAX_QUANTILES)] = []
 
     @model_validator(mode="after")

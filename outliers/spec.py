@@ -29,7 +29,7 @@ EXECUTOR = re.compile(r"threads(=[1-9][0-9]{0,3})?|dask=[a-z]+://[^\s@]+")
 
 FORMAT_VERSION = 1
 """Of the capture on disk; part of capture_id."""
-ANALYSIS_VERSION = 2
+ANALYSIS_VERSION = 3
 """Raised whenever a number's meaning or value changes; part of study_id, so no mended bug is answered from old results."""
 
 
@@ -99,7 +99,7 @@ class CorpusSpec(Part):
         min_length=1,
         description="a text file, a folder, a data set's name on the hub, or builtin:python-docs",
     )
-    num_sequences: int = Field(4, ge=1, le=1_000_000, description="sequences to read")
+    num_sequences: int = Field(16, ge=1, le=1_000_000, description="sequences to read")
     sequence_length: int = Field(2048, ge=2, le=1_048_576, description="tokens in each sequence")
     seed: int = Field(0, ge=0, description="order in which the documents are taken; the same seed gives the same ids")
     bos: Literal["auto", "always", "never"] = Field(

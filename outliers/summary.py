@@ -40,6 +40,12 @@ CELL = np.dtype(
     ]
 )
 """One value and where it sits. `layer` counts captured layers, `site` is an index into the captured sites."""
+FINE = np.dtype([("layer", "<i4"), ("bits", "<u4"), ("count", "<i8")])
+"""How often a float32 magnitude occurs at resid in a captured layer, by its bits."""
+LAST_BIN = 0x7F7F
+"""The largest finite magnitude of bfloat16: the last bin of float32 values."""
+ALL_BINS = ((0, LAST_BIN), (0, LAST_BIN))
+"""Of a layer without values: nothing of it was left out."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,8 @@ class Summary:
     the deciding site by position; first_tokens and delimiter_tokens: (W,) int64, those that are the first of their
     sequence, or delimiters. top: CELL, the deciding site's tokens of largest magnitude for each feature. massive:
     CELL, candidates at resid; massive_cells: (L,) int64, how many values exceed 100 there; massive_by_token: (L,) int64,
-    how many of those are massive by their own token's median.
+    how many of those are massive by their own token's median. fine: FINE, of float32 values at resid those that round to a bin of
+    fine_windows, (L, 2, 2) int64: the first and last bin about the median, and about 1,000 times it (`second_look`).
     """
 
     frame: Frame
@@ -168,6 +175,8 @@ class Summary:
     massive: NDArray[Any]
     massive_cells: NDArray[np.int64]
     massive_by_token: NDArray[np.int64]
+    fine: NDArray[Any]
+    fine_windows: NDArray[np.int64]
 
     @classmethod
     def zero(cls, frame: Frame) -> Summary:
@@ -185,6 +194,8 @@ class Summary:
             massive=np.zeros(0, CELL),
             massive_cells=np.zeros(frame.num_layers, np.int64),
             massive_by_token=np.zeros(frame.num_layers, np.int64),
+            fine=np.zeros(0, FINE),
+            fine_windows=np.tile(np.array(ALL_BINS, np.int64), (frame.num_layers, 1, 1)),
         )
 
 
@@ -207,7 +218,27 @@ def merge(a: Summary, b: Summary) -> Summary:
         massive=largest(np.concatenate([a.massive, b.massive]), "layer", MASSIVE_KEPT),
         massive_cells=a.massive_cells + b.massive_cells,
         massive_by_token=a.massive_by_token + b.massive_by_token,
+        fine=add_up(np.concatenate([a.fine, b.fine])),
+        # what both have counted; an empty window stays one
+        fine_windows=np.stack(
+            [
+                np.maximum(a.fine_windows[..., 0], b.fine_windows[..., 0]),
+                np.minimum(a.fine_windows[..., 1], b.fine_windows[..., 1]),
+            ],
+            axis=-1,
+        ),
     )
+
+
+def add_up(fine: NDArray[Any]) -> NDArray[Any]:
+    """FINE with each (layer, bits) once, ascending."""
+    if not fine.size:
+        return fine
+    fine = fine[np.lexsort((fine["bits"], fine["layer"]))]
+    starts = np.flatnonzero(np.r_[True, (np.diff(fine["layer"]) != 0) | (np.diff(fine["bits"]) != 0)])
+    found = fine[starts]
+    found["count"] = np.add.reduceat(fine["count"], starts)
+    return found
 
 
 def largest(cells: NDArray[Any], group: str, keep: int) -> NDArray[Any]:

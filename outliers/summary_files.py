@@ -157,6 +157,8 @@ _WHOLE = (
     "massive",
     "massive_cells",
     "massive_by_token",
+    "fine",
+    "fine_windows",
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from outliers.scale import magnitudes
 from outliers.schema import FEATURES_SCHEMA
 from outliers.summary import Summary
 
@@ -63,6 +64,7 @@ def _site_rows(summary: Summary, site: str, numbers: tuple[int, ...]) -> pa.Tabl
         "max": high,
         "max_magnitude": np.maximum(np.abs(high), np.abs(low)),
         **_moments(summary, site, count),
+        "max_sd": magnitudes(summary, site).astype(np.float32).ravel(),
     }
     arrays = [_column(columns[field.name], field.type) for field in FEATURES_SCHEMA]
     return pa.Table.from_arrays(arrays, schema=FEATURES_SCHEMA)

@@ -155,3 +155,50 @@ def resampled(mask, resamples, layer_fraction, position_fraction):
         for reading, features in readings(mask[:, drawn], layer_fraction, position_fraction).items():
             found[reading].append(features)
     return found
+
+
+def _of_sequence(mask, feature, reading, affected, tokens):
+    """(counted, out of how many) of each sequence for the share of tokens of a reading; None where it has none."""
+    if reading == "per_layer":
+        return None
+    found = []
+    for s, length in enumerate(tokens):
+        own = mask[:, s, :length, feature]
+        if reading == "union":
+            found.append((int(own.any(axis=0).sum()), length))
+        else:
+            layers = mask.shape[0] if reading == "pooled" else affected
+            found.append((int(own.sum()), layers * length))
+    return found
+
+
+def _counted(mask, feature, reading, lengths=None):
+    tokens = [mask.shape[2]] * mask.shape[1] if lengths is None else lengths
+    real = [mask[layer, s, :n, feature].any() for layer in range(mask.shape[0]) for s, n in enumerate(tokens)]
+    affected = sum(any(real[layer * len(tokens) : (layer + 1) * len(tokens)]) for layer in range(mask.shape[0]))
+    return _of_sequence(mask, feature, reading, affected, tokens)
+
+
+def sequence_shares(mask, feature, reading):
+    """The share of tokens of each sequence alone, the layers of `affected` being those of all; None for per_layer."""
+    found = _counted(mask, feature, reading)
+    return None if found is None else [count / whole for count, whole in found]
+
+
+T_16 = 2.946712883338617
+"""The t that 1% of Student's distribution with 15 degrees of freedom lies beyond, both ends together (a printed table: 2.947)."""
+
+
+def logit_interval(mask, feature, reading, lengths=None):
+    """Of 16 sequences: the two ends beside the ratio of sums, on the logit scale; None for per_layer."""
+    found = _counted(mask, feature, reading, lengths)
+    if found is None:
+        return None
+    ratio = Fraction(sum(count for count, _ in found), sum(whole for _, whole in found))
+    if ratio in (0, 1):
+        return [float(ratio)] * 2
+    squares = sum((count - ratio * whole) ** 2 for count, whole in found) * 16 / 15
+    error = float(squares) ** 0.5 / sum(whole for _, whole in found)
+    share = float(ratio)
+    odds, factor = share / (1 - share), np.exp(T_16 * error / (share * (1 - share)))
+    return [odds / factor / (1 + odds / factor), odds * factor / (1 + odds * factor)]

@@ -41,7 +41,8 @@ def feature(number: int, magnitude: float) -> dict[str, Any]:
         "sequences": 2,
         "of_sequences": 2,
         "first_token_hits": 2,
-        "interval": {"layer_fraction": [0.5, 0.75], "position_fraction": [0.2, 0.3], "passes": 0.98},
+        "interval": {"position_fraction": [0.2, 0.3], "passes": 0.98},
+        "max_sd": 31.5,
     }
 
 
@@ -55,6 +56,7 @@ def summary(seed: int = 0, study_id: str = STUDY_ID) -> dict[str, Any]:
     readings["block"]["legacy"] = {"feature_sequence_pairs": 4, "features": found}
     layer = {"max_magnitude": 33.75, "hits": 210, "nonfinite": 0, "kurtosis": 61.5, "median_magnitude": None}
     layer |= {"quantiles": [2.5, 12.0], "mean_inf_norm": 30.5}
+    layer |= {"standard_deviation": 0.4, "sd_hits": [900, 210, 60, 9, 0], "sd_features": [32, 9, 4, 2, 0]}
     counts = {site: {how: len(rows) for how, rows in own.items() if how != "legacy"} for site, own in readings.items()}
     return {
         "schema_version": 1,
@@ -94,13 +96,20 @@ def summary(seed: int = 0, study_id: str = STUDY_ID) -> dict[str, Any]:
         "reading_counts": counts | {"block": counts["block"] | {"legacy": 2}},
         "systematic": found,
         "without_first_tokens": {"block": {"pooled": [7], "union": [3, 7], "per_layer": [], "affected": [7]}},
-        "intervals": {"level": 0.95, "resamples": 1000, "seed": 0, "counts": {"block": {"pooled": [1, 2]}}},
+        "intervals": {"level": 0.95, "resamples": 1000, "seed": 0, "counts": {"block": {"pooled": [1, 2]}}}
+        | {"shares": "range over sequences"},
+        "sd_ladder": {
+            "multiples": [3.0, 6.0, 10.0, 20.0, 50.0],
+            "features": {site: [32, 9, 4, 2, 0] for site in ("attn_in", "mlp_in", "block")},
+            "features_in_layers": {site: [30, 8, 3, 1, 0] for site in ("attn_in", "mlp_in", "block")},
+        },
         "quantile_levels": [0.99, 0.9999],
         "layers": [{"site": site, "layer": n, **layer} for site in ("attn_in", "mlp_in") for n in range(LAYERS)],
         "massive": None,
         "massive_count": None,
         "massive_by_token": None,
         "massive_by_token_count": None,
+        "massive_undecided": None,
         "sweep": {"magnitudes": LADDER, "counts": {"block": {"pooled": [9, 2, 1], "union": [9, 2, 1]}}}
         | {"counts_without_first_tokens": {"block": {"pooled": [8, 1, 1], "union": [9, 2, 1]}}},
         "histogram": {"attn_in": {"lower_edges": [0.5, 1.0, 2.0], "counts": [900, 80, 4]}},
@@ -146,7 +155,7 @@ def features(seed: int = 0) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in FEATURES_SCHEMA.names}
     for (site, n, j), value in zip(places, values, strict=True):
         moments = [None] * 3 if site == "block" else [0.1, 1.0 + seed, 40.0]
-        row = [site, n, j, TOKENS, 20, [60, 20, 3], 1, -1.0, float(value), float(value), *moments]
+        row = [site, n, j, TOKENS, 20, [60, 20, 3], 1, -1.0, float(value), float(value), *moments, 31.5]
         for name, cell in zip(columns, row, strict=True):
             columns[name].append(cell)
     return pa.table(columns, schema=FEATURES_SCHEMA)

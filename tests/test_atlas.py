@@ -47,7 +47,8 @@ def expected(summary):
         known = bool(values) and None not in values
         row[side] = sum(values) / len(values) if known else None
         for end, index in (("low", 0), ("high", 1)):
-            drawn = known and summary["intervals"] is not None
+            # a share of layers has no interval, though older studies published ends of it
+            drawn = known and summary["intervals"] is not None and side == "position_fraction"
             row[f"{side}_{end}"] = sum(i["interval"][side][index] for i in found) / len(found) if drawn else None
     row["max_magnitude"] = max([item["max_magnitude"] for item in found], default=None)
     row["perplexity"] = summary.get("perplexity", {}).get("value")
@@ -78,8 +79,9 @@ def test_every_number_of_every_study(store, tmp_path):
         check_columns(row, summary)
         assert [item["feature"] for item in row["features"]] == [item["feature"] for item in summary["systematic"]]
         for item, source in zip(row["features"], summary["systematic"], strict=True):
-            ends = source["interval"] and source["interval"]["layer_fraction"]
-            assert [item["layer_fraction_low"], item["layer_fraction_high"]] == (ends or [None, None])
+            ends = source["interval"] and source["interval"]["position_fraction"]
+            assert [item["position_fraction_low"], item["position_fraction_high"]] == (ends or [None, None])
+            assert item["layer_fraction_low"] is item["layer_fraction_high"] is None
         assert row["url"].startswith(f"{store}/")
         assert row["url"].endswith(summary["study_id"])
         assert read_study(row["url"]).manifest["results_digest"] == row["results_digest"]
@@ -132,6 +134,23 @@ def test_a_cut_list_gives_no_mean_over_pairs(tmp_path):
     assert row.legacy_pairs == legacy["feature_sequence_pairs"]
     assert row.legacy_features == 4
     assert row.legacy_layer_fraction is None
+
+
+@pytest.mark.parametrize(
+    ("shares", "ends", "level"),
+    [
+        (None, "range over resamples", None),  # studies of before do not say, and theirs were percentiles
+        ("range over sequences", "range over sequences", None),
+        ("95% interval", "95% interval", 0.95),
+        ("of another program", "of another program", None),
+    ],
+)
+def test_what_the_ends_of_shares_are(tmp_path, shares, ends, level):
+    summary = study(1, MODELS[0])
+    summary["intervals"] |= {"shares": shares} if shares else {}
+    quick_store(tmp_path, [summary])
+    (row,) = read_atlas(f"file://{tmp_path}").rows
+    assert (row.share_ends, row.interval_level) == (ends, level)
 
 
 def test_a_mean_over_a_part_of_the_features_is_none(tmp_path):

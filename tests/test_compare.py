@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import io
 
+import pytest
+from rich.console import Console
+
+from flows.runs import show_comparison
 from outliers.compare import compare
 from outliers.errors import BadInput, PublishRefused
 from outliers.published import read_store, read_study
-from tests.atlas_store import MODELS, dozen, edited, own, place_of, quick_store, store, study
+from tests.atlas_store import FINEWEB, MODELS, dozen, edited, own, place_of, quick_store, store, study
 
 __all__ = ["own", "store"]  # fixtures, found by name
 
@@ -155,3 +159,11 @@ def test_a_damaged_study_is_not_compared(own):
     next(place_of(own, 2).glob("*/summary.json")).write_text("{")
     with pytest.raises((BadInput, PublishRefused), match="another sha256"):
         compared(f"file://{own}", 1, 2)
+
+
+@pytest.mark.parametrize(("size", "said"), [((16, 2048), False), ((32, 1024), False), ((8, 2048), True)])
+def test_other_numbers_of_tokens_are_said_to_compare_by_per_layer_alone(tmp_path, size, said):
+    quick_store(tmp_path, [study(1, MODELS[0]), study(2, MODELS[0], corpus=(FINEWEB, *size))])
+    shown = io.StringIO()
+    show_comparison(Console(file=shown, width=300), compared(f"file://{tmp_path}", 1, 2))
+    assert ("so that these only grow with it; per_layer compares" in shown.getvalue()) == said

@@ -34,6 +34,7 @@ def test_intervals_equal_the_oracle_on_every_draw(tmp_path, monkeypatch, seed):
     criteria = {"layer_fraction": float(shares[0]), "position_fraction": float(shares[1]), "ladder": (6.0,)}
     _, content = findings(tmp_path, acts, criteria=criteria)
     assert content["intervals"]["resamples"] == RESAMPLES
+    assert content["intervals"]["shares"] == "range over sequences"
     between = 0
     for site, mask in oracle.hit_masks(exact, 6.0).items():
         drawn = oracle.resampled(mask, RESAMPLES, *shares)
@@ -44,10 +45,13 @@ def test_intervals_equal_the_oracle_on_every_draw(tmp_path, monkeypatch, seed):
             for row in content["readings"][site][reading]:
                 interval = row["interval"]
                 assert interval["passes"] == sum(row["feature"] in one for one in passing) / RESAMPLES
-                low, high = interval["layer_fraction"]
-                assert 0 <= low <= high <= 1
-                between += low < high
-                assert (interval["position_fraction"] is None) == (reading == "per_layer")
+                assert "layer_fraction" not in interval
+                wanted = oracle.sequence_shares(mask, row["feature"], reading)
+                if wanted is None:
+                    assert interval["position_fraction"] is None
+                    continue
+                assert interval["position_fraction"] == pytest.approx([min(wanted), max(wanted)], abs=1e-9)
+                between += min(wanted) < max(wanted)
     assert between, "every draw is alike: the example says nothing"
 
 
@@ -61,17 +65,41 @@ def test_an_interval_by_hand(tmp_path, monkeypatch):
     random = np.random.RandomState(0)
     times = [int((random.randint(0, 2, 2) == 0).sum()) for _ in range(400)]
     assert row["position_fraction"] == 0.5
-    assert row["interval"] == {
-        "layer_fraction": [0.0, 1.0],
-        "position_fraction": [0.0, 1.0],
-        "passes": sum(n > 0 for n in times) / 400,
-    }
+    assert row["interval"] == {"position_fraction": [0.0, 1.0], "passes": sum(n > 0 for n in times) / 400}
     assert content["intervals"] == {
         "level": 0.95,
         "resamples": 400,
         "seed": 0,
         "counts": {"mlp_in": dict.fromkeys(("pooled", "union", "per_layer", "affected"), (0, 1))},
+        "shares": "range over sequences",
     }
+
+
+@pytest.mark.parametrize("lengths", [None, [10 + n % 7 for n in range(16)]])
+def test_from_16_sequences_on_an_interval_equals_the_oracle(tmp_path, monkeypatch, lengths):
+    """Student's on the logit scale about a ratio of sums, from a table of t and plain loops."""
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 20)
+    acts, exact = random_acts(1, "bfloat16", shape=(3, 16, 16), width=5)
+    for site in BLOCK:
+        acts[site][..., 4] = synthetic.store(np.full((3, 16, 16), 7.0, np.float32), "bfloat16")[0]
+        exact[site][..., 4] = 7.0
+    options = {} if lengths is None else {"lengths": lengths}
+    _, content = findings(tmp_path, acts, criteria={"ladder": (6.0,)}, **options)
+    assert content["intervals"]["shares"] == "95% interval"
+    seen = 0
+    for site, mask in oracle.hit_masks(exact, 6.0).items():
+        for reading, rows in content["readings"][site].items():
+            for row in rows["features"] if reading == "legacy" else rows:
+                wanted = None if reading == "legacy" else oracle.logit_interval(mask, row["feature"], reading, lengths)
+                ends = row.get("interval", {}).get("position_fraction")
+                assert (ends is None) == (wanted is None)
+                if wanted is not None:
+                    assert ends == pytest.approx(wanted, abs=2e-9)
+                    assert ends[0] <= row["position_fraction"] <= ends[1]
+                    seen += ends[0] < ends[1]
+    assert seen
+    full = [row for row in content["readings"]["block"]["union"] if row["feature"] == 4]
+    assert full[0]["interval"]["position_fraction"] == [1.0, 1.0]
 
 
 def test_sequences_of_unequal_length_weigh_by_their_tokens(tmp_path, monkeypatch):
@@ -86,8 +114,7 @@ def test_sequences_of_unequal_length_weigh_by_their_tokens(tmp_path, monkeypatch
     assert row["position_fraction"] == 0.25
     random = np.random.RandomState(0)
     times = [int((random.randint(0, 2, 2) == 0).sum()) for _ in range(200)]
-    shares = sorted(10 * n / (10 * n + 30 * (2 - n)) for n in times)
-    assert row["interval"]["position_fraction"] == [shares[5], shares[-6]] == [0.0, 1.0]
+    assert row["interval"]["position_fraction"] == [0.0, 1.0]
     assert row["interval"]["passes"] == sum(10 * n / (10 * n + 30 * (2 - n)) >= 0.25 for n in times) / 200
 
 

@@ -149,7 +149,7 @@ def test_a_whole_study_of_documents(tmp_path, workspace, folder):
     assert all(row["nonfinite"] == 0 for row in content["layers"])
     outcome = make_outcome(study, workspace, published=None, cached=False)
     low, high = content["intervals"]["counts"][study.site]["pooled"]
-    sure = f"95% interval of their number over sequences: {low if low == high else f'{low} to {high}'}"
+    sure = f"range over resamples of the sequences: {low if low == high else f'{low} to {high}'}"
     assert outcome.remarks() == [
         sure,
         f"perplexity {content['perplexity']['value']:.4g}, over {study.corpus.num_tokens - 5} tokens",

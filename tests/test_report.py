@@ -197,7 +197,8 @@ def test_how_sure_the_numbers_are(tmp_path: Path) -> None:
     assert interval["position_fraction"] == [0, 132 / 768] and 0 < interval["passes"] < 1
     write_report(tmp_path, {})
     text, rows = read(tmp_path)[1].text, table_rows(tmp_path)
-    assert "95% interval over sequences: 1 to 2." in text
+    assert "Range over resamples of the sequences: 1 to 2." in text
+    assert "95% interval" not in text
     assert rows["7"] == ["7", "50.00", "100%", "0-5", "18%", "2/2", "100%", "138", "8.7%fails without"]
     assert rows["4"][4:] == ["8.59%0–17.2%", "1/2", f"{interval['passes'] * 100:g}%", "66", "4.55%passes without"]
     assert rows["block"][1] == "21–21 w/o first"

@@ -78,7 +78,7 @@ def test_a_study_is_shown_from_wherever_it_is(finished, tmp_path):
         assert done.stdout == ""
     assert len({done.stderr for done in shown}) == 1
     said = " ".join(shown[0].stderr.split())
-    assert "1 systematic outlier feature (95% interval over sequences: 1 to 1) by pooled at block" in said
+    assert "1 systematic outlier feature (range over resamples of the sequences: 1) by pooled at block" in said
     assert "model LlamaForCausalLM, bfloat16 corpus synthetic" in said
     assert "block 0 3 20 2 -9 -7.188" in said
 
