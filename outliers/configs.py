@@ -60,10 +60,28 @@ def _check_section(section: Mapping[str, Any], name: str) -> None:
         if value is not None and (not isinstance(value, str) or value.startswith("torch.")):
             plain = str(value).removeprefix("torch.")
             raise UnknownModel(f'the config.json of {name} has {key} = {_shown(value)}: write "{plain[:20]}" there')
-    quantization = section.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, Mapping):
-        raise UnknownModel(f"the config.json of {name} has quantization_config = {_shown(quantization)}, not an object")
+    _check_quantization(section.get("quantization_config"), name)
     _check_heads(section, name)
+
+
+def _check_quantization(quantization: object, name: str) -> None:
+    if quantization is None:
+        return
+    if not isinstance(quantization, Mapping):
+        raise UnknownModel(f"the config.json of {name} has quantization_config = {_shown(quantization)}, not an object")
+    block = quantization.get("weight_block_size")
+    if block is not None and not (
+        isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    ):
+        raise UnknownModel(
+            f"the quantization_config of {name} has weight_block_size = {_shown(block)}: two whole numbers, rows and columns"
+        )
+    for key in ("bits", "group_size"):
+        value = quantization.get(key)
+        if value is not None and (type(value) is not int or value == 0):
+            raise UnknownModel(
+                f"the quantization_config of {name} has {key} = {_shown(value)}, which is not a whole number"
+            )
 
 
 def _check_heads(section: Mapping[str, Any], name: str) -> None:

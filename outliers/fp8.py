@@ -82,7 +82,8 @@ def _fitting(key: str, scale: str, tensors: Mapping[str, Tensor], quantization: 
     shape, grid, dtype = tensors[key].shape, tensors[scale].shape, tensors[scale].dtype
     rows, columns = shape[-2:] if len(shape) > 1 else (1, math.prod(shape))
     given = quantization.get("weight_block_size", DEFAULT_BLOCK)
-    block = (max(1, rows), max(1, columns)) if given is None else _block(given, name)
+    # `configs` refused anything but two whole numbers
+    block = (max(1, rows), max(1, columns)) if given is None else (int(given[0]), int(given[1]))
     wanted = (*shape[:-2], math.ceil(rows / block[0]), math.ceil(columns / block[1]))
     one = math.prod(grid) == 1 and (math.prod(wanted) == 1 or quantization.get("weight_block_size") is None)
     if dtype not in SCALES or not (one or grid == wanted):
@@ -91,14 +92,6 @@ def _fitting(key: str, scale: str, tensors: Mapping[str, Tensor], quantization: 
             f"{block[0]} x {block[1]} has scales of shape {list(wanted)}: {_REMEDY}"
         )
     return Pair(key, scale, block)
-
-
-def _block(given: Any, name: str) -> tuple[int, int]:
-    if not isinstance(given, list | tuple) or len(given) != 2 or not all(type(n) is int and n > 0 for n in given):
-        raise UnknownModel(
-            f"the quantization_config of {name} has weight_block_size {str(given)[:50]}: two whole numbers, rows and columns"
-        )
-    return int(given[0]), int(given[1])
 
 
 def plain_shapes(

@@ -151,7 +151,11 @@ FIRST = r"model\.layers\.0\.mlp\.down_proj\.weight"
         ),
         ({"config": None}, None, "weights in FP8, first .*has no quantization_config"),
         ({"one": True}, None, r"is F32 of shape \[\]"),
-        ({"config": QUANTIZATION | {"weight_block_size": [16]}}, None, r"weight_block_size \[16\]: two whole numbers"),
+        (
+            {"config": QUANTIZATION | {"weight_block_size": [16]}},
+            None,
+            r"weight_block_size = \[16\]: two whole numbers",
+        ),
         ({"config": QUANTIZATION | {"weight_block_size": [0, 16]}}, None, "two whole numbers"),
     ],
 )
