@@ -194,7 +194,7 @@ def _run(
     info = prepared.model
     fetch_weights(info, workspace, lambda done, total: reporter.progress("download", done, total, "bytes"))
     fetched = time.monotonic()
-    model = load_model(info, workspace, devices.map(info))
+    model = load_model(info, workspace, devices.map(info), head=prepared.spec.capture.perplexity)
     loaded = time.monotonic()
     placed = f"; {devices.placement.sentence}" if devices.placement else ""
     log.info("loaded %s on %s in %.1f s%s", info.source.name, devices.kind, loaded - fetched, placed)

@@ -12,7 +12,6 @@ Xet (`hf_xet`, which the real hub serves large files with): it keeps chunks of i
 from __future__ import annotations
 
 import contextvars
-import json
 import logging
 import os
 import queue
@@ -26,6 +25,7 @@ import httpx
 
 from outliers.errors import DiskFull, UnknownModel
 from outliers.files import sha256_file, size_of
+from outliers.headers import read_json
 from outliers.hub import (
     INDEX,
     MAY_PASS,
@@ -123,8 +123,17 @@ class _Place:
         index = self.snapshot / INDEX
         if not index.exists():
             return WHOLE
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UnknownModel(f"{index} has no weight_map of names to files: delete it, and it is fetched again")
+        shards = set(places.values())
         return next((shard for shard in sorted(shards) if not (self.snapshot / shard).exists()), None)
+
+
+def cached_model(repo_id: str, commit: str) -> Path | None:
+    """The folder of a model whose files are all on this machine, None where one is lacking."""
+    place = cache_for(repo_id, commit)
+    return place.snapshot if place.lacking() is None else None
 
 
 def cache_for(repo_id: str, commit: str) -> _Place:

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliers.errors import UnknownModel
+from outliers.foreign import foreign
+from outliers.headers import named
 
 if TYPE_CHECKING:
+    from outliers.complete import Report
     from outliers.models import ModelSource
     from outliers.workspace import Workspace
 
@@ -62,10 +65,21 @@ def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import GgufConfig
+
+    from outliers.complete import read_report
 
     log.info("dequantizing %s to float32 (once)", source.name)
     place, file = str(Path(source.path).parent), Path(source.path).name
-    model = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
+    with foreign(f"the weights of {source.name} can't be read"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place,
+            gguf_file=file,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+    _refuse_made_up(read_report(report), source.name)
     shared: dict[int, str] = {}
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -80,6 +94,16 @@ def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
     Path(made.name).chmod(0o644)
     Path(made.name).replace(folder / WEIGHTS)
     return folder
+
+
+def _refuse_made_up(report: Report, name: str) -> None:
+    """A folder of weights is kept for every later study: all of them come from the file, the head too."""
+    wrong = [*report.missing, *(key for key, _, _ in report.mismatched)]
+    if wrong:
+        raise UnknownModel(
+            f"{name} lacks {len(wrong)} weights of its model, or has them in another shape, first {named(wrong)}: transformers "
+            "would make them up at random. Fetch or convert the file again"
+        )
 
 
 def _plain(config: Any) -> Any:

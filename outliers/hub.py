@@ -116,6 +116,7 @@ def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolv
     public = not found.private and not found.gated
     if kind == "dataset" or found.siblings is None:
         return Resolved(str(found.sha), public)
+    _refuse_adapter(name, asked, [file.rfilename for file in found.siblings], refuse)
     weights = [file for file in needed_files(_files(found)) if file.name.endswith(".safetensors")]
     if not weights:
         raise refuse(_no_weights(name, asked, [file.rfilename for file in found.siblings]))
@@ -140,6 +141,17 @@ def _cached_commit(kind: str, name: str, revision: str) -> str | None:
 
     found = try_to_load_from_cache(name, "config.json", revision=revision) if kind == "model" else None
     return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _refuse_adapter(name: str, asked: str, files: list[str], refuse: type[BadInput]) -> None:
+    """Where peft is installed, transformers would apply an adapter that lies beside a checkpoint."""
+    adapters = sorted(file for file in files if file == "adapter_config.json" or file.startswith("adapter_model."))
+    if adapters:
+        beside = "beside a checkpoint" if "config.json" in files else "and no model"
+        raise refuse(
+            f"{name} holds a LoRA adapter at '{asked}' ({', '.join(adapters)}) {beside}: which of the two models is meant? Name "
+            "the model that it was made for, or a merged one (peft's merge_and_unload)"
+        )
 
 
 def _no_weights(name: str, asked: str, files: list[str]) -> str:

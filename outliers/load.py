@@ -1,6 +1,7 @@
 """A described model -> its weights on the machine's devices. The only place that reads weights.
 
-Weights of the hub are fetched first, into the hub's own cache. Safetensors alone are read, no remote code is run. What the
+Weights of the hub are fetched first, into the hub's own cache. Safetensors alone are read, no remote code is run. What
+the checkpoint lacks is refused (`complete`), and FP8 is made plain by our own product (`fp8`). What the
 machine can't do as the description says (a quantization that needs a GPU, an implementation that is not there) is an
 error, never another arithmetic without a word. Before it: `model_info`, `devices`. After it: `capture`.
 """
@@ -9,12 +10,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outliers.complete import check_checkpoint, check_promised, check_report, read_report, without_quantization
 from outliers.devices import torch_place
-from outliers.errors import PlanRefused, UnknownModel
+from outliers.errors import PlanRefused
+from outliers.foreign import foreign
+from outliers.fp8 import LazyWeight, pairs, plain_shapes
+from outliers.headers import Tensor, read_checkpoint
 from outliers.library_errors import explained
-from outliers.model_info import ModelInfo, check_place, method_of, quantization_of
+from outliers.model_info import ModelInfo, build_empty, check_place, method_of, quantization_of
 from outliers.models import load_config
 from outliers.units import amounts
 from outliers.workspace import Workspace
@@ -32,14 +39,16 @@ DeviceMap = Mapping[str, str | int]
 """Module's name ("" for the whole model) -> torch device, or number of a GPU."""
 
 
-def load_model(info: ModelInfo, workspace: Workspace, devices: str | DeviceMap) -> torch.nn.Module:
+def load_model(
+    info: ModelInfo, workspace: Workspace, devices: str | DeviceMap, *, head: bool = True
+) -> torch.nn.Module:
     """The model with its weights on `devices` (one, or a device map), ready for inference, in the arithmetic that `info` names.
 
+    `head`: whether its head is used; a checkpoint may lack it where it is not. Every other weight comes from the checkpoint.
     Raises UnknownModel where the weights can't be read, PlanRefused where this machine can't compute with them, MemoryFull;
     HubUnavailable and DiskFull of the download where they are not here yet.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     where = {"": devices} if isinstance(devices, str) else dict(devices)
     options: dict[str, Any] = {
@@ -48,18 +57,56 @@ def load_model(info: ModelInfo, workspace: Workspace, devices: str | DeviceMap) 
         "trust_remote_code": False,
         "use_safetensors": True,
         "device_map": where,
+        "output_loading_info": True,
     }
     if info.experts_implementation:
         options["experts_implementation"] = info.experts_implementation
     options |= _quantization(info, workspace, where)
-    place = fetch_weights(info, workspace)
-    try:
-        with explained(f"loading {info.source.name} ({amounts(info.weight_bytes)[0]} of weights)", MEMORY, PLAIN):
-            model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(place, **options)
-    except OSError as error:
-        raise UnknownModel(f"the weights of {info.source.name} can't be read: {error}") from error
+    place = Path(fetch_weights(info, workspace))
+    check_checkpoint(info, workspace, head=head)
+    config = load_config(info.source, workspace)
+    what = f"loading {info.source.name} ({amounts(info.weight_bytes)[0]} of weights)"
+    with foreign(f"the weights of {info.source.name} can't be read"), explained(what, MEMORY, PLAIN):
+        model, report = _from_files(place, config, info, options)
+    check_report(read_report(report), info, config, head=head)
+    if info.quantization is None:
+        check_promised(model, info, config)
     _check(model, info)
     return model.eval()
+
+
+def _from_files(
+    place: Path, config: Any, info: ModelInfo, options: dict[str, Any]
+) -> tuple[torch.nn.Module, Mapping[str, Any]]:
+    """The model of a folder and what its loader reports. FP8 that is made plain is multiplied by its scales here."""
+    from transformers import AutoModelForCausalLM
+
+    quantization = quantization_of(config)
+    loaded: tuple[torch.nn.Module, Mapping[str, Any]]
+    if info.source.kind == "gguf" or info.quantization is not None or method_of(quantization) != "fp8":
+        loaded = AutoModelForCausalLM.from_pretrained(place, **options)
+        return loaded
+    plain = {key: value for key, value in options.items() if key != "quantization_config"}
+    with ExitStack() as opened:
+        weights = _plain_weights(read_checkpoint(place), quantization, info.source.name, opened)
+        model_class = type(build_empty(config, info.dtype, info.source.name))
+        loaded = model_class.from_pretrained(None, config=without_quantization(config), state_dict=weights, **plain)
+        return loaded
+
+
+def _plain_weights(
+    tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] | None, name: str, opened: ExitStack
+) -> dict[str, Any]:
+    """Name -> what gives a weight without scales when it is sliced, so that one at a time is in memory."""
+    from safetensors import safe_open
+
+    files = {tensor.file for tensor in tensors.values()}
+    readers = {file: opened.enter_context(safe_open(file, framework="pt")) for file in files}
+    slices = {key: readers[tensor.file].get_slice(key) for key, tensor in tensors.items()}
+    found: dict[str, Any] = {key: slices[key] for key in plain_shapes(tensors, quantization, name)}
+    for pair in pairs(tensors, quantization, name):
+        found[pair.weight] = LazyWeight(slices[pair.weight], slices[pair.scale], pair.block)
+    return found
 
 
 def fetch_weights(info: ModelInfo, workspace: Workspace, progress: Callable[[int, int], None] | None = None) -> str:

@@ -19,6 +19,8 @@ from outliers.anatomy import Anatomy
 from outliers.architectures import expert_counts
 from outliers.errors import BadInput, HubUnavailable, PlanRefused, UnknownModel
 from outliers.files import write_atomic
+from outliers.foreign import foreign
+from outliers.headers import read_header
 from outliers.models import ModelSource, load_config
 from outliers.quantization import DEQUANTIZABLE, Choice, Place, kept_as_stored, refusal, sentence, stored_method
 from outliers.weights import ITEM_BYTES, Weights, weigh
@@ -161,11 +163,8 @@ def build_empty(config: Any, dtype: str, name: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)  # type: ignore[no-untyped-call]
-    except (ValueError, KeyError, ImportError) as error:
-        raise UnknownModel(f"{name}: transformers can't build its config: {error}") from error
+    with foreign(f"{name}: transformers can't build its config"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)  # type: ignore[no-untyped-call]
 
 
 def quantization_of(config: Any) -> Mapping[str, Any] | None:
@@ -215,12 +214,8 @@ def stored_dtype(source: ModelSource) -> str:
         return _hub_dtype(source)
     sizes: dict[str, int] = {}
     for file in sorted(Path(source.path).glob("*.safetensors")):
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
+        for tensor in read_header(file).values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return _most(sizes, source)
 
 

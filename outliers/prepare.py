@@ -12,18 +12,21 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from outliers.complete import check_checkpoint
 from outliers.corpus import CorpusInfo, prepare_corpus
 from outliers.errors import BadInput
 from outliers.layout import Layout
 from outliers.machines import DEFAULT_PROVIDER, chosen
 from outliers.machines.local import find_gpus
 from outliers.machines.options import check_options
-from outliers.model_info import ModelInfo, check_folder, check_place, describe_model
-from outliers.models import find_model
+from outliers.model_info import ModelInfo, check_folder, check_place, describe_model, method_of, quantization_of
+from outliers.models import ModelSource, find_model, load_config
 from outliers.quantization import Place, installed_packages
 from outliers.spec import ANALYSIS_VERSION, FORMAT_VERSION, StudySpec, digest
 from outliers.workspace import Workspace
 
+FP8_PRODUCT = 2
+"""How FP8 weights are made plain: 1 was transformers' product, which is another where the last block is smaller."""
 ID_LENGTH = 16
 """Hex digits of an id: 64 bits, far beyond any number of studies one store will hold."""
 
@@ -77,6 +80,8 @@ def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -
             f"{info.source.name} was made for"
         )
     resolve_layers(spec, info)
+    if weights:
+        check_checkpoint(info, workspace, head=spec.capture.perplexity)
     return info
 
 
@@ -139,7 +144,7 @@ def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
     corpus = prepare_corpus(spec.corpus, info.source, workspace)
     layers = resolve_layers(spec, info)
     text = spec.publish_text == "context" or (spec.publish_text == "auto" and corpus.public)
-    capture = capture_digest(spec, info, corpus, layers)
+    capture = capture_digest(spec, info, corpus, layers, stored=stored_method(info.source, workspace))
     criteria = spec.criteria.model_dump(mode="json") | {
         "site": spec.deciding_site,
         "ladder": list(spec.criteria.magnitudes),
@@ -166,8 +171,10 @@ def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
     )
 
 
-def capture_digest(spec: StudySpec, info: ModelInfo, corpus: CorpusInfo, layers: tuple[int, ...]) -> str:
-    """Digest of what determines the activations, and of nothing else."""
+def capture_digest(
+    spec: StudySpec, info: ModelInfo, corpus: CorpusInfo, layers: tuple[int, ...], *, stored: str | None
+) -> str:
+    """Digest of what determines the activations, and of nothing else. `stored`: the method the checkpoint is quantized in."""
     modules = info.anatomy.modules(spec.capture.sites, layers)
     payload: dict[str, object] = {
         "format": FORMAT_VERSION,
@@ -181,9 +188,16 @@ def capture_digest(spec: StudySpec, info: ModelInfo, corpus: CorpusInfo, layers:
         "batch_sequences": spec.capture.batch_sequences,
         "sites": [[m.site, m.layer, m.path, m.side] for m in modules],
     }
+    if stored == "fp8" and info.quantization is None:
+        payload["fp8_product"] = FP8_PRODUCT
     if corpus.lengths_sha256 is not None:
         payload["lengths"] = corpus.lengths_sha256
     return digest(payload)
+
+
+def stored_method(source: ModelSource, workspace: Workspace) -> str | None:
+    """The method a checkpoint is quantized in on disk, whatever becomes of it in memory."""
+    return None if source.kind == "gguf" else method_of(quantization_of(load_config(source, workspace)))
 
 
 def read_prepared(path: Path, workspace: Workspace) -> Prepared:
