@@ -98,12 +98,12 @@ def label_of(manifest: Mapping[str, Any]) -> str | None:
 def finished(folder: Path) -> Finished:
     """A results folder, checked. Raises BadInput where it is not a finished study's, or not what was written there."""
     from outliers.errors import BadInput, DamagedResults
-    from outliers.finished import read_finished
+    from outliers.finished import REMEDY, read_finished
 
     try:
         found = read_finished(folder)
     except DamagedResults as error:
-        raise BadInput(str(error)) from error
+        raise BadInput(f"{error}; {REMEDY}") from error
     if found is None:
         raise BadInput(f"{folder} has no manifest.json: that study is not finished; run it again")
     return found

@@ -17,7 +17,8 @@ from outliers.allowlist import LOG, MANIFEST, SUMMARY, allowed_name
 from outliers.errors import DamagedResults, PublishRefused
 from outliers.manifest import digest_of, folder_of, headline_of, parse_manifest
 
-REMEDY = "run the same study again"
+REMEDY = "run the same study again, which makes them anew"
+"""For the end of a message to a person who asked for nothing but to see them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def read_finished(folder: Path, study_id: str | None = None) -> Finished | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, PublishRefused) as error:
-        raise DamagedResults(f"the results in {folder} are damaged: {error}; {REMEDY}") from error
+        raise _damaged(folder, str(error)) from error
     files = {item["path"]: _read(folder, item) for item in manifest["files"] if item["path"] != LOG}
     summary = _check(folder, manifest, files)
     if study_id is not None and manifest["study_id"] != study_id:
@@ -88,4 +89,4 @@ def _check(folder: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> d
 
 
 def _damaged(folder: Path, why: str) -> DamagedResults:
-    return DamagedResults(f"the results in {folder} are damaged: {why}; {REMEDY}")
+    return DamagedResults(f"the results in {folder} are not whole: {why}")

@@ -22,7 +22,7 @@ from typing import Any
 from outliers.allowlist import MANIFEST, SUMMARY
 from outliers.errors import BadInput, DamagedResults, OutliersError, PublishRefused, TargetError
 from outliers.files import unfinished_name
-from outliers.finished import read_finished
+from outliers.finished import REMEDY, read_finished
 from outliers.manifest import headline_of, parse_manifest, slug_safe
 from outliers.targets import Store, opened
 
@@ -121,7 +121,7 @@ def read_folders(results: Path) -> Shelf:
         try:
             found = read_finished(path.parent)
         except DamagedResults as error:
-            skipped.append(Skipped(str(path.parent), str(error)))
+            skipped.append(Skipped(str(path.parent), f"{error}; {REMEDY}"))
             continue
         if found is not None:
             studies.append(Published(str(path.parent), found.manifest))

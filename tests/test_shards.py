@@ -32,8 +32,8 @@ from outliers.parts import (
 from outliers.plan import request_for
 from outliers.prepare import prepare
 from outliers.publish import model_slug
-from outliers.spec import StudySpec
 from outliers.sealed import seal_folder
+from outliers.spec import StudySpec
 from outliers.workspace import open_workspace
 from tasks.shard import check_together
 from tasks.watch import start_step
