@@ -141,7 +141,7 @@ def _quiet_libraries() -> None:
 
 def study_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers study`."""
-    from flows.console import busy
+    from flows.console import busy, library_lines
     from flows.options import read_spec
 
     _quiet_libraries()
@@ -159,7 +159,8 @@ def study_command(arguments: argparse.Namespace, console: Console, argv: list[st
     warn_of_overdue(workspace, console)
     with busy(console, "looking at the model, the corpus and the target"):
         prepared = _prepare(spec, workspace, console)
-        outcome = find_outcome(prepared, workspace)
+        with library_lines(console):
+            outcome = find_outcome(prepared, workspace)
         if outcome is None:
             _check(prepared, workspace, console, argv)
     if outcome is None:
@@ -193,20 +194,11 @@ def _show_rented(console: Console, argv: list[str]) -> None:
 
 
 def _prepare(spec: StudySpec, workspace: Workspace, console: Console) -> Prepared:
-    import logging
-
-    from rich.logging import RichHandler
-
+    from flows.console import library_lines
     from outliers.prepare import prepare
 
-    logger = logging.getLogger("outliers")
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
+    with library_lines(console):
         return prepare(spec, workspace)
-    finally:
-        logger.removeHandler(handler)
 
 
 def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: list[str]) -> None:

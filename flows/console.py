@@ -41,6 +41,23 @@ def busy(console: Console, text: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def library_lines(console: Console) -> Iterator[None]:
+    """What the library itself says in the block is shown: what is read once, and what is damaged and made again."""
+    import logging
+
+    from rich.logging import RichHandler
+
+    logger = logging.getLogger("outliers")
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 class Steps:
     """Progress bars of the steps of a study, fed with the events of its jobs."""
 

@@ -17,6 +17,7 @@ from flows.console import feature_table, line
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from outliers.finished import Finished
     from outliers.workspace import Workspace
 
 ROWS = 40
@@ -52,7 +53,6 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
 
     from outliers.allowlist import FEATURES, SUMMARY
     from outliers.errors import BadInput
-    from outliers.manifest import read_manifest
     from outliers.parquet import read_parquet
     from outliers.published import read_study
 
@@ -63,8 +63,8 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         place, files, manifest = url, dict(study.files), study.manifest
     else:
         folder = newest(workspace) if name is None else find_run(name, workspace)
-        place, files = str(folder), {own: read_file(folder / own) for own in names}
-        manifest = read_manifest(folder) or {}
+        found = finished(folder)
+        place, files, manifest = str(folder), found.files, found.manifest
     try:
         return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest))
     except (ValueError, OSError, pa.ArrowException) as error:
@@ -79,9 +79,14 @@ def published_url(name: str, workspace: Workspace) -> str | None:
         return name
     given = Path(name).expanduser()
     own = workspace.study(name) if "/" not in name else given
-    if (own / "summary.json").exists() or (given / "summary.json").exists() or not given.is_dir():
+    if _is_results(own) or _is_results(given) or not given.is_dir():
         return None
     return store_url(name)
+
+
+def _is_results(folder: Path) -> bool:
+    """Whether a folder is a study's results, damaged or not: a published one's files lie a folder deeper."""
+    return any((folder / name).exists() for name in ("summary.json", "features.parquet", "report.html"))
 
 
 def label_of(manifest: Mapping[str, Any]) -> str | None:
@@ -90,15 +95,18 @@ def label_of(manifest: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def read_file(path: Path) -> bytes:
-    """A file of a results folder; BadInput where it is not there."""
-    from outliers.errors import BadInput
+def finished(folder: Path) -> Finished:
+    """A results folder, checked. Raises BadInput where it is not a finished study's, or not what was written there."""
+    from outliers.errors import BadInput, DamagedResults
+    from outliers.finished import REMEDY, read_finished
 
     try:
-        return path.read_bytes()
-    except OSError as error:
-        why = error.strerror or error
-        raise BadInput(f"{path} can't be read: {why}; that study is not whole, run it again") from error
+        found = read_finished(folder)
+    except DamagedResults as error:
+        raise BadInput(f"{error}; {REMEDY}") from error
+    if found is None:
+        raise BadInput(f"{folder} has no manifest.json: that study is not finished; run it again")
+    return found
 
 
 def newest(workspace: Workspace) -> Path:
@@ -116,10 +124,10 @@ def find_run(name: str, workspace: Workspace) -> Path:
     from outliers.errors import BadInput
 
     given = Path(name).expanduser()
-    known = sorted(path.name for path in workspace.results.glob("*") if (path / "summary.json").exists())
+    known = sorted(path.name for path in workspace.results.glob("*") if _is_results(path))
     if name in known:
         return workspace.study(name)
-    if (given / "summary.json").exists():
+    if _is_results(given):
         return given
     raise BadInput(f"there is no study {name} in {workspace.root}; there is: {', '.join(known) or 'none'}")
 

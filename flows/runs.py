@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.console import line
 from flows.options import add_common_options
-from flows.run_show import ROWS, find_run, label_of, published_url, read_file, show_command
+from flows.run_show import ROWS, find_run, finished, label_of, published_url, show_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -183,18 +183,13 @@ def compare_command(workspace: Workspace, arguments: argparse.Namespace, console
 def _with_summary(name: str, workspace: Workspace) -> Published:
     """A study with its summary.json, from wherever it is. Raises BadInput."""
     from outliers.allowlist import SUMMARY
-    from outliers.errors import BadInput
-    from outliers.manifest import read_manifest
     from outliers.published import Published, read_study
 
     url = published_url(name, workspace)
     if url is not None:
         return read_study(url)
-    folder = find_run(name, workspace)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise BadInput(f"{folder} has no manifest.json: that study is not finished; run it again")
-    return Published(str(folder), manifest, {SUMMARY: read_file(folder / SUMMARY)})
+    found = finished(find_run(name, workspace))
+    return Published(str(found.folder), found.manifest, {SUMMARY: found.files[SUMMARY]})
 
 
 def show_comparison(console: Console, found: Comparison) -> None:

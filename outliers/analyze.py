@@ -38,7 +38,7 @@ from outliers.prepare import Prepared
 from outliers.second_look import look_again
 from outliers.store import ChunkFiles, Journal
 from outliers.summary import Frame, Summary, merge
-from outliers.summary_files import CountsWriter, SequenceCounts, read_summary, write_summary
+from outliers.summary_files import STUDY, CountsWriter, SequenceCounts, read_summary, write_summary
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def analyze(
         total = summarize(whole, workers, tell)
     else:
         total = _spread(whole, executor, workers, lambda count: tell(count * len(layout.layers)))
-    write_atomic(target / "study.json", prepared.model_dump_json().encode())
+    write_atomic(target / STUDY, prepared.model_dump_json().encode())
     write_summary(target, total)
     return target
 

@@ -16,6 +16,7 @@
     │   ├── SiteError             a forward pass did not give exactly one tensor a site and layer
     │   ├── PublishRefused        the artifact store must not, or will not, take this
     │   │   ├── ForbiddenFile         not on the allow-list by name, content or size
+    │   │   ├── DamagedResults        a results folder is not what its manifest says
     │   │   ├── AccessDenied          wrong key, no rights, no such bucket
     │   │   └── DigestConflict        this study is published there with other numbers
     │   ├── SummaryMismatch       two summaries that are not of disjoint parts of one study
@@ -106,6 +107,10 @@ class PublishRefused(PermanentError):
 
 class ForbiddenFile(PublishRefused):
     """A file that may not leave the machine."""
+
+
+class DamagedResults(PublishRefused):
+    """A results folder is not what was written there."""
 
 
 class AccessDenied(PublishRefused):

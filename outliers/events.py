@@ -60,6 +60,19 @@ class Reporter(Protocol):
         """`done` of `total` (None: unknown) `unit` of `step`; calls may be thinned out, the one at the end is kept."""
 
 
+class Lines:
+    """A Reporter that says to a logger what is said, and no progress: for what takes seconds."""
+
+    def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
+        self._logger = logger
+
+    def log(self, level: Level, message: str) -> None:
+        self._logger.log({"debug": 10, "info": 20, "warning": 30, "error": 40}[level], message)
+
+    def progress(self, step: str, done: int, total: int | None, unit: str) -> None:
+        """Nothing."""
+
+
 class _Pace:
     """Lets at most one progress a step through in `seconds`, and each that completes its step."""
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from outliers.errors import UnknownModel
 from outliers.foreign import foreign
 from outliers.headers import named
+from outliers.sealed import LISTING, check_folder, drop_folder, seal_folder
 
 if TYPE_CHECKING:
     from outliers.complete import Report
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
+WEIGHTS_LISTING = f"{WEIGHTS}.{LISTING}"
 
 
 def gguf_folder(source: ModelSource, workspace: Workspace) -> Path:
     """The folder with config.json and the tokenizer of a GGUF file, made if absent."""
     folder = workspace.models / source.key / "gguf"
-    if folder.is_dir():
+    if folder.is_dir() and check_folder(folder):
         return folder
+    drop_folder(folder)
     from transformers import AutoConfig, AutoTokenizer
 
     log.info("reading the tokenizer of %s (once)", source.name)
@@ -53,6 +56,7 @@ def gguf_folder(source: ModelSource, workspace: Workspace) -> Path:
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".gguf-"))
     _plain(config).save_pretrained(made)
     tokenizer.save_pretrained(made)
+    seal_folder(made)
     _settle(made, folder)
     return folder
 
@@ -60,7 +64,7 @@ def gguf_folder(source: ModelSource, workspace: Workspace) -> Path:
 def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
     """The same folder, with the weights dequantized to float32 in it."""
     folder = gguf_folder(source, workspace)
-    if (folder / WEIGHTS).exists():
+    if (folder / WEIGHTS).exists() and check_folder(folder, WEIGHTS_LISTING):
         return folder
     import torch
     from safetensors.torch import save_file
@@ -93,6 +97,7 @@ def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
         os.fsync(written.fileno())
     Path(made.name).chmod(0o644)
     Path(made.name).replace(folder / WEIGHTS)
+    seal_folder(folder, (WEIGHTS,), WEIGHTS_LISTING)
     return folder
 
 

@@ -337,9 +337,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file or no object."""
+    """The JSON object in a file; None where there is no file, or it holds no object that can be read."""
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

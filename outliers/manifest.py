@@ -132,20 +132,25 @@ def build_manifest(
         "results_digest": digest_of(contents),
         "folder": folder_of(listed),
         "files": listed,
-        "headline": {
-            "model": summary["model"]["id"],
-            "num_systematic": len(summary["systematic"]),
-            "systematic": [row["feature"] for row in summary["systematic"][:HEADLINE_FEATURES]],
-            "reading": summary["criteria"]["reading"],
-            "site": summary["criteria"]["site"],
-            "num_tokens": summary["corpus"]["num_tokens"],
-            "num_layers": summary["model"]["num_layers"],
-            "hidden_size": summary["model"]["hidden_size"],
-        },
+        "headline": headline_of(summary),
         "spec": spec,
         "provenance": provenance,
     }
     return parse_manifest(dump_manifest(manifest), str(results))
+
+
+def headline_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers by which a study is listed, from its summary.json."""
+    return {
+        "model": summary["model"]["id"],
+        "num_systematic": len(summary["systematic"]),
+        "systematic": [row["feature"] for row in summary["systematic"][:HEADLINE_FEATURES]],
+        "reading": summary["criteria"]["reading"],
+        "site": summary["criteria"]["site"],
+        "num_tokens": summary["corpus"]["num_tokens"],
+        "num_layers": summary["model"]["num_layers"],
+        "hidden_size": summary["model"]["hidden_size"],
+    }
 
 
 def file_list(files: tuple[AllowedFile, ...]) -> list[dict[str, Any]]:

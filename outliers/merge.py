@@ -13,7 +13,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,11 @@ from pydantic import ValidationError
 from outliers.errors import BadInput, CorruptCapture, SummaryMismatch
 from outliers.parts import LOCKS, locked
 from outliers.prepare import Prepared
+from outliers.sealed import check_folder
 from outliers.summary import Summary, merge
-from outliers.summary_files import COUNTS, has_summary, read_summary, write_summary
+from outliers.summary_files import COUNTS, STUDY, TOTALS, UNREADABLE, read_summary, write_summary
 from outliers.workspace import Workspace
 
-STUDY = "study.json"
 POLL_SECONDS = 0.1
 
 
@@ -81,10 +80,12 @@ def _merge(prepared: Prepared, folders: list[Path], target: Path) -> Merged:
 
 
 def _study(folder: Path) -> Prepared:
-    if not has_summary(folder):
+    if not (folder / TOTALS).exists():
         raise BadInput(
             f"{folder} holds no summary: give a folder that `python -m outliers analyze` wrote, with totals.npz in it"
         )
+    if not check_folder(folder):
+        raise CorruptCapture(f"the summary in {folder} is not what was written there: analyze those sequences again")
     try:
         return Prepared.model_validate_json((folder / STUDY).read_bytes())
     except (OSError, ValidationError) as error:
@@ -114,7 +115,7 @@ def _copy_counts(folder: Path, into: Path, sequences: tuple[int, ...]) -> None:
         try:
             with np.load(copy, allow_pickle=False) as stored:
                 counted += stored["sequence"].tolist()
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise CorruptCapture(f"{path} can't be read: {error}; analyze those sequences again") from error
     if sorted(counted) != sorted(sequences):
         raise CorruptCapture(

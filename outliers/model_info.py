@@ -13,16 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from outliers.anatomy import Anatomy
 from outliers.architectures import expert_counts
 from outliers.errors import BadInput, HubUnavailable, PlanRefused, UnknownModel
-from outliers.files import write_atomic
 from outliers.foreign import foreign
 from outliers.headers import read_header
 from outliers.models import ModelSource, load_config
 from outliers.quantization import DEQUANTIZABLE, Choice, Place, kept_as_stored, refusal, sentence, stored_method
+from outliers.sealed import read_sealed, write_sealed
 from outliers.weights import ITEM_BYTES, Weights, weigh
 from outliers.workspace import Workspace
 
@@ -88,13 +88,21 @@ def describe_model(
     # the library decides the attention and experts implementations, so another version is described anew
     asked = hashlib.sha256(json.dumps([dtype, quantization, named]).encode()).hexdigest()[:12]
     memo = workspace.models / source.key / f"info-{asked}-{INFO_VERSION}-{metadata.version('transformers')}.json"
-    if memo.exists():
-        stored = ModelInfo.model_validate_json(memo.read_bytes())
-        return stored.model_copy(update={"source": source})
+    if (known := _remembered(memo)) is not None and known.source.key == source.key:
+        return known.model_copy(update={"source": source})
     info = _describe(source, dtype, workspace, quantization, named)
     memo.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(memo, info.model_dump_json(indent=1).encode())
+    write_sealed(memo, info.model_dump(mode="json"))
     return info
+
+
+def _remembered(memo: Path) -> ModelInfo | None:
+    """What was written of a model; None where there is nothing, or it is not what was written: it is described again."""
+    stored = read_sealed(memo)
+    try:
+        return None if stored is None else ModelInfo.model_validate(stored)
+    except ValidationError:
+        return None  # of another version
 
 
 def _describe(

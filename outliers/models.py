@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict
 
 from outliers.configs import check_config
 from outliers.errors import UnknownModel
-from outliers.files import write_atomic
 from outliers.foreign import foreign
 from outliers.headers import read_checkpoint, read_json
 from outliers.hub import resolve
+from outliers.sealed import read_sealed, write_sealed
 from outliers.spec import ModelSpec
 from outliers.workspace import Workspace
 
@@ -149,19 +149,20 @@ def _hub(spec: ModelSpec) -> ModelSource:
 
 
 def _sha256_cached(path: Path, workspace: Workspace) -> str:
-    """sha256 of a file, remembered by its size and times so that tens of gigabytes are read once."""
+    """sha256 of a file, remembered by its size and times so that tens of gigabytes are read once. The memory is sealed."""
     from outliers.files import sha256_file
 
     stat = path.stat()
     mark = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-    memo = workspace.models / "hashes" / hashlib.sha256(mark.encode()).hexdigest()[:24]
-    if memo.exists():
-        return memo.read_text()
+    memo = workspace.models / "hashes" / f"{hashlib.sha256(mark.encode()).hexdigest()[:24]}.json"
+    known = read_sealed(memo)
+    if known is not None and known.get("of") == mark:
+        return str(known["sha256"])
     if stat.st_size > 2_000_000_000:
         log.info("hashing %s (%.1f GB), once", path.name, stat.st_size / 1e9)
     value = sha256_file(path)
     memo.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(memo, value.encode())
+    write_sealed(memo, {"of": mark, "sha256": value})
     return value
 
 

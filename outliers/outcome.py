@@ -1,13 +1,14 @@
 """How a study ended, and whether it was there before anything ran.
 
 `find_outcome` looks at the artifact store first (or at the workspace, where nothing is published) and answers before
-a machine is asked for; `find_finished` says whether nothing but publishing is left. It decides nothing about machines.
-Before it: `prepare`. After it: the command and the flow.
+a machine is asked for; `find_finished` says whether nothing but publishing is left. Both answer only from files that were
+checked (`finished`): damaged results are fetched again, or written again from the private summary. A capture that was
+repaired is computed before anything answers. It decides nothing about machines. Before it: `prepare`. After it: the command and
+the flow.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -15,13 +16,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from outliers.allowlist import LOG
 from outliers.answer import crowded, disagreement, perplexity_words, range_words, reading_counts, resampled
-from outliers.errors import PublishRefused
-from outliers.files import sha256_file, size_of
-from outliers.manifest import read_manifest
+from outliers.errors import DamagedResults, OutliersError, WorkspaceError
+from outliers.events import Lines
+from outliers.files import size_of
+from outliers.finished import Finished, read_finished
 from outliers.prepare import Prepared
 from outliers.publish import fetch, model_slug, published_manifest
+from outliers.repair import is_repaired
+from outliers.reporting import known_digest, write_study
+from outliers.summary_files import has_summary
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -78,58 +82,96 @@ class Outcome(BaseModel):
 def find_outcome(prepared: Prepared, workspace: Workspace) -> Outcome | None:
     """The outcome of a study that is published at its target already, or, without a target, finished in the workspace.
 
-    The few published kilobytes are fetched where the workspace doesn't have them. Raises AccessDenied, StoreUnavailable.
+    The few published kilobytes are fetched where the workspace doesn't have them, whole and the same. Raises AccessDenied,
+    StoreUnavailable, PublishRefused where what is published is damaged.
     """
-    folder = workspace.study(prepared.study_id)
-    local = read_manifest(folder)
-    target = prepared.spec.publish_to
-    if target is None:
-        return make_outcome(prepared, workspace, published=None, cached=True) if local else None
-    slug = model_slug(prepared.model.source.id)
-    found = published_manifest(target, slug, prepared.study_id)
-    if found is None:
+    if is_repaired(workspace, prepared.capture_id):
+        log.warning("the capture %s was repaired: what is missing of it is computed again", prepared.capture_id)
         return None
-    if local is None or local["results_digest"] != found["results_digest"]:
-        log.info("fetching the published results of %s", prepared.title)
-        fetch(target, slug, prepared.study_id, folder)
-    return make_outcome(
-        prepared, workspace, published=f"{target}/{slug}/{prepared.study_id}/manifest.json", cached=True
-    )
+    target = prepared.spec.publish_to
+    slug = model_slug(prepared.model.source.id)
+    published = None if target is None else published_manifest(target, slug, prepared.study_id)
+    if target is None or published is None:
+        local = _local(prepared, workspace)
+        return _outcome(prepared, local, published=None, cached=True) if local and target is None else None
+    found = _whole(prepared, workspace)
+    if found is None or found.manifest != published:
+        log.warning("fetching the published results of %s into %s", prepared.title, workspace.study(prepared.study_id))
+        found = _fetched(prepared, workspace, target, slug)
+    url = f"{target}/{slug}/{prepared.study_id}/manifest.json"
+    return _outcome(prepared, found, published=url, cached=True)
 
 
 def find_finished(prepared: Prepared, workspace: Workspace) -> dict[str, Any] | None:
-    """The manifest of a study whose results are in the workspace, whole; None where anything of them is not as it says.
+    """The manifest of a study whose results are in the workspace, whole; None where they are not, or are to be made again.
 
-    A folder may be half there: the manifest comes home with the other files, in no order. The log is none of the results.
+    A folder may be half there: the manifest comes home with the other files, in no order. Damaged results of a study whose
+    private summary is here are written again from that.
     """
-    folder = workspace.study(prepared.study_id)
-    try:
-        manifest = read_manifest(folder)
-        if manifest is None or manifest["study_id"] != prepared.study_id:
-            return None
-        files = [file for file in manifest["files"] if file["path"] != LOG]
-        whole = all(sha256_file(folder / file["path"]) == file["sha256"] for file in files)
-    except (PublishRefused, OSError) as error:
-        log.warning("the results in %s are not whole: %s", folder, error)
+    if is_repaired(workspace, prepared.capture_id):
         return None
-    if not whole:
-        log.warning("the results in %s are not whole: they are not what their manifest says", folder)
-    return manifest if whole else None
+    found = _local(prepared, workspace)
+    return None if found is None else found.manifest
 
 
 def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | None, cached: bool) -> Outcome:
-    """The outcome of a study whose results folder is finished."""
+    """The outcome of a study whose results folder is finished. Raises DamagedResults where it is not what was written."""
     folder = workspace.study(prepared.study_id)
-    summary = json.loads((folder / "summary.json").read_text())
-    manifest = read_manifest(folder) or {"files": []}
+    found = read_finished(folder, prepared.study_id)
+    if found is None:
+        raise DamagedResults(f"{folder} has no manifest.json: that study is not finished; run the same study again")
+    return _outcome(prepared, found, published=published, cached=cached)
+
+
+def _whole(prepared: Prepared, workspace: Workspace) -> Finished | None:
+    """The results in the workspace, where they are whole; the log says where they are damaged."""
+    try:
+        return read_finished(workspace.study(prepared.study_id), prepared.study_id)
+    except DamagedResults as error:
+        log.warning("%s", error)
+        return None
+
+
+def _local(prepared: Prepared, workspace: Workspace) -> Finished | None:
+    """The results in the workspace; those of a study that was reported once are written again where they are damaged."""
+    found, known = _whole(prepared, workspace), known_digest(prepared, workspace)
+    if found is not None and known in (None, found.manifest["results_digest"]):
+        return found
+    if known is None or not has_summary(workspace.summary(prepared.capture_id, prepared.study_id)):
+        return None
+    folder = workspace.study(prepared.study_id)
+    log.warning("the results in %s are written again, from the summary of the capture", folder)
+    try:
+        write_study(prepared, workspace, Lines(log))
+        return read_finished(folder, prepared.study_id)
+    except (OutliersError, OSError) as error:
+        log.warning("they can't be written from the summary: %s", error)
+        return None
+
+
+def _fetched(prepared: Prepared, workspace: Workspace, target: str, slug: str) -> Finished:
+    """The published results, in the workspace and checked."""
+    folder = workspace.study(prepared.study_id)
+    try:
+        fetch(target, slug, prepared.study_id, folder)
+    except OSError as error:
+        raise WorkspaceError(f"the results can't be written into {folder}: {error}; move that folder away") from error
+    found = read_finished(folder, prepared.study_id)
+    if found is None:
+        raise DamagedResults(f"{folder} was removed while it was written; run the same study again")
+    return found
+
+
+def _outcome(prepared: Prepared, found: Finished, *, published: str | None, cached: bool) -> Outcome:
+    summary = found.summary
     return Outcome(
         study_id=prepared.study_id,
         capture_id=prepared.capture_id,
         title=prepared.title,
-        results=str(folder),
-        report=str(folder / "report.html"),
+        results=str(found.folder),
+        report=str(found.folder / "report.html"),
         published=published,
-        published_bytes=sum(int(item["size"]) for item in manifest["files"]),
+        published_bytes=sum(int(item["size"]) for item in found.manifest["files"]),
         systematic=summary["systematic"],
         cached=cached,
         nonfinite=sum(int(layer["nonfinite"]) for layer in summary["layers"]),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from outliers.errors import BadInput, CorruptCapture
-from outliers.files import write_atomic
 from outliers.prepare import Prepared
+from outliers.sealed import read_sealed, write_sealed
 from outliers.summary_files import has_summary
 from outliers.workspace import Workspace
 
@@ -112,16 +111,16 @@ def draft_of(part: Part, prepared: Prepared, workspace: Workspace) -> Path:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """What is told of a part's making, beside its summary and after it: then the part is whole."""
-    write_atomic(folder / RECORD, json.dumps(record).encode())
+    write_sealed(folder / RECORD, record)
 
 
 def read_record(part: Part, prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
     """What is told of the making of a part that is here. Raises CorruptCapture."""
     path = folder_of(part, prepared, workspace) / RECORD
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CorruptCapture(f"{path} can't be read: {error}; remove its folder, and the part is made again") from error
+    found = read_sealed(path)
+    if found is None:
+        raise CorruptCapture(f"{path} is not what was written there: remove its folder, and the part is made again")
+    return found
 
 
 def place_part(part: Part, prepared: Prepared, workspace: Workspace) -> None:
@@ -185,6 +184,6 @@ def _has_taken(handle: int) -> bool:
 
 
 def is_here(part: Part, prepared: Prepared, workspace: Workspace) -> bool:
-    """Whether the summary of a part has come, whole."""
+    """Whether the summary of a part has come, whole and as it was written."""
     folder = folder_of(part, prepared, workspace)
-    return (folder / RECORD).exists() and has_summary(folder)
+    return read_sealed(folder / RECORD) is not None and has_summary(folder)

@@ -22,6 +22,7 @@ from outliers.machines.options import check_options
 from outliers.model_info import ModelInfo, check_folder, check_place, describe_model, method_of, quantization_of
 from outliers.models import ModelSource, find_model, load_config
 from outliers.quantization import Place, installed_packages
+from outliers.sealed import SEAL, read_sealed
 from outliers.spec import ANALYSIS_VERSION, FORMAT_VERSION, StudySpec, digest
 from outliers.workspace import Workspace
 
@@ -206,9 +207,11 @@ def read_prepared(path: Path, workspace: Workspace) -> Prepared:
         content = json.loads(path.read_text())
     except OSError as error:
         raise BadInput(f"{path} can't be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: {error}") from error
     if isinstance(content, dict) and "capture_id" in content:
+        if SEAL in content and (content := read_sealed(path)) is None:
+            raise BadInput(f"{path} is not what was written there: run the same study again, which writes it anew")
         try:
             return Prepared.model_validate(content)
         except ValidationError as error:

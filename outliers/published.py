@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from outliers.allowlist import MANIFEST, SUMMARY
-from outliers.errors import BadInput, OutliersError, PublishRefused, TargetError
+from outliers.errors import BadInput, DamagedResults, OutliersError, PublishRefused, TargetError
 from outliers.files import unfinished_name
-from outliers.manifest import parse_manifest, read_manifest, slug_safe
+from outliers.finished import REMEDY, read_finished
+from outliers.manifest import headline_of, parse_manifest, slug_safe
 from outliers.targets import Store, opened
 
 WORKERS = 10
@@ -111,18 +113,18 @@ def _nothing(store: Store, skipped: Sequence[Skipped]) -> str:
 def read_folders(results: Path) -> Shelf:
     """The finished studies of a workspace's folder `results`, by model and id, without their summaries.
 
-    Raises BadInput where there is none.
+    Every file of them is checked; what is damaged is skipped and named. Raises BadInput where there is none.
     """
     studies: list[Published] = []
     skipped: list[Skipped] = []
     for path in sorted(results.glob(f"*/{MANIFEST}")):
         try:
-            manifest = read_manifest(path.parent)
-        except PublishRefused as error:
-            skipped.append(Skipped(str(path.parent), str(error)))
+            found = read_finished(path.parent)
+        except DamagedResults as error:
+            skipped.append(Skipped(str(path.parent), f"{error}; {REMEDY}"))
             continue
-        if manifest is not None:
-            studies.append(Published(str(path.parent), manifest))
+        if found is not None:
+            studies.append(Published(str(path.parent), found.manifest))
     if not studies and not skipped:
         raise BadInput(f"there is no finished study in {results}: run one with `outliers study`")
     studies.sort(key=lambda study: (study.manifest["headline"]["model"], study.manifest["study_id"]))
@@ -184,9 +186,25 @@ def _read(
             return Skipped(url, f"the manifest of {url} is of the study {manifest['study_id']}; remove it")
         if not wanted(manifest["headline"]):
             return None
-        return Published(url, manifest, {name: _file(store, place, manifest, name) for name in names})
+        files = {name: _file(store, place, manifest, name) for name in names}
+        if SUMMARY in files:
+            _check_headline(url, manifest, files[SUMMARY])
+        return Published(url, manifest, files)
     except (PublishRefused, TargetError) as error:
         return Skipped(url, str(error))
+
+
+def _check_headline(url: str, manifest: Mapping[str, Any], summary: bytes) -> None:
+    """PublishRefused where a manifest tells another headline than the summary.json that it names."""
+    try:
+        told = headline_of(json.loads(summary))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return  # of a newer format: whoever reads it says so
+    if manifest["headline"] != told:
+        raise PublishRefused(
+            f"the manifest of {url} says {manifest['headline']}, its summary.json {told}: it was changed; remove it and "
+            "publish again"
+        )
 
 
 def _file(store: Store, place: str, manifest: Mapping[str, Any], name: str) -> bytes:

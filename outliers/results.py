@@ -54,8 +54,8 @@ class Findings:
     intervals: Intervals | None
 
 
-def write_results(prepared: Prepared, workspace: Workspace) -> Path:
-    """Write the three files of a study into its results folder, from its summary; returns that folder.
+def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = None) -> Path:
+    """Write the three files of a study into its results folder, or into another, from its summary; returns that folder.
 
     Raises CaptureError where the summary is not of the whole corpus.
     """
@@ -71,7 +71,7 @@ def write_results(prepared: Prepared, workspace: Workspace) -> Path:
             f"features.parquet holds {rows.num_rows:,} of the {rows.num_rows + left_out:,} rows with a hit: those of the "
             "systematic features, then the largest; the whole table stays beside the capture"
         )
-    folder = workspace.study(prepared.study_id)
+    folder = workspace.study(prepared.study_id) if into is None else into
     folder.mkdir(parents=True, exist_ok=True)
     # a manifest says that a study is finished: an older one must not speak for files that are being rewritten
     (folder / "manifest.json").unlink(missing_ok=True)

@@ -6,22 +6,21 @@ and does only what is missing. `python -m outliers` and the jobs call these; non
 
 from __future__ import annotations
 
-import json
+import logging
 import platform
 import resource
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from outliers.errors import CaptureError, CorruptCapture
+from outliers.errors import CaptureError, CorruptCapture, DamagedResults
 from outliers.events import Reporter
-from outliers.files import write_atomic
 from outliers.prepare import Prepared
+from outliers.sealed import write_sealed
 from outliers.workspace import Workspace
 
-LIBRARIES = ("torch", "transformers", "numpy", "zarr", "pyarrow", "outlier-features")
+log = logging.getLogger(__name__)
 
 
 def run_extract(
@@ -54,7 +53,7 @@ def run_analyze(
         "peak_rss_bytes": peak_rss_bytes(),
         "executor": chosen.partition("=")[0],
     }
-    write_atomic(folder / "analysis.json", json.dumps(result).encode())
+    write_sealed(folder / "analysis.json", result)
     return result
 
 
@@ -67,21 +66,10 @@ def peak_rss_bytes() -> int:
 
 
 def run_report(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    """Write the results folder: numbers, plots, report, and last the manifest."""
-    from outliers.manifest import build_manifest, write_manifest
-    from outliers.report import write_report
-    from outliers.results import write_results
+    """Write the results folder: numbers, plots, report, and last the manifest. Raises as `reporting.write_study`."""
+    from outliers.reporting import write_study
 
-    reporter.progress("report", 0, 3, "parts")
-    folder = write_results(prepared, workspace)
-    reporter.progress("report", 1, 3, "parts")
-    known = provenance(prepared, workspace)
-    write_report(folder, known)
-    reporter.progress("report", 2, 3, "parts")
-    manifest = build_manifest(folder, spec=prepared.public_spec(), provenance=known)
-    write_manifest(folder, manifest)
-    reporter.progress("report", 3, 3, "parts")
-    return {"results_digest": manifest["results_digest"], "files": len(manifest["files"])}
+    return write_study(prepared, workspace, reporter)
 
 
 def run_verify(prepared: Prepared, workspace: Workspace, reporter: Reporter, *, repair: bool = False) -> dict[str, Any]:
@@ -97,47 +85,26 @@ def run_verify(prepared: Prepared, workspace: Workspace, reporter: Reporter, *, 
     return found.model_dump(include={"chunks", "bytes", "done", "of_sequences"})
 
 
-def provenance(prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
-    """What made the results: versions, devices, timings. It stands in the manifest and the report, in no number."""
-    capture = workspace.capture(prepared.capture_id)
-    summary = workspace.summary(prepared.capture_id, prepared.study_id)
-    return {
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
-        "system": f"{platform.system()} {platform.machine()}",
-        "model_revision": prepared.model.source.revision,
-        "attention": prepared.model.attention_implementation,
-        "experts": prepared.model.experts_implementation,
-        "extraction": [_without(run, "process") for run in _lines(capture / "extractions.jsonl")],
-        "analysis": json.loads((summary / "analysis.json").read_text()) if (summary / "analysis.json").exists() else {},
-    }
-
-
-def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != name}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record that a killed process may have left torn: what can't be read of it is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
 def run_state(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    """What of the study is here and finished."""
-    from outliers.manifest import read_manifest
+    """What of the study is here and finished: checked, not believed. A repaired capture's results are to be made again."""
+    from outliers.repair import is_repaired
+    from outliers.summary_files import has_summary
 
     return {
         "capture": capture_exists(prepared, workspace),
-        "summary": (workspace.summary(prepared.capture_id, prepared.study_id) / "totals.npz").exists(),
-        "results": read_manifest(workspace.study(prepared.study_id)) is not None,
+        "summary": has_summary(workspace.summary(prepared.capture_id, prepared.study_id)),
+        "results": not is_repaired(workspace, prepared.capture_id) and _results_exist(prepared, workspace),
     }
+
+
+def _results_exist(prepared: Prepared, workspace: Workspace) -> bool:
+    from outliers.finished import read_finished
+
+    try:
+        return read_finished(workspace.study(prepared.study_id), prepared.study_id) is not None
+    except DamagedResults as error:
+        log.warning("%s", error)
+        return False
 
 
 def capture_exists(prepared: Prepared, workspace: Workspace) -> bool:

@@ -1,6 +1,7 @@
 """The private form of a Summary on disk: never published, it travels from a machine to whoever merges.
 
-    <summary>/totals.npz            the totals, written last: a folder with them is a finished summary
+    <summary>/totals.npz            the totals
+    <summary>/checksums.json        every file of the summary with its checksum, written last: a folder with it is finished
     <summary>/sequences/<first>.npz counts of single sequences at the deciding magnitude, sparse, some sequences a file
     <summary>/study.json            the study, nothing left open (`prepare.Prepared`): merging refuses what is of another
 
@@ -10,6 +11,8 @@ Knows arrays and files, nothing of how they were counted. Before it: `analyze`. 
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +22,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.errors import CaptureError, CorruptCapture
+from outliers.sealed import check_folder, seal_folder
 from outliers.summary import Frame, SiteTotals, Summary
 
 COUNTS = "sequences"
 TOTALS = "totals.npz"
+STUDY = "study.json"
 BATCH_SEQUENCES = 64
 BATCH_BYTES = 8_000_000
 """A file of counts is closed at the first of both: neither their number nor what is held in memory grows."""
+UNREADABLE = (
+    ValueError,
+    KeyError,
+    IndexError,
+    OSError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy and zipfile raise for an archive that is not one."""
 
 
 @dataclass
@@ -117,7 +134,7 @@ def read_counts(folder: Path, frame: Frame) -> Iterator[SequenceCounts]:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = dict(stored)
-        except (ValueError, OSError, EOFError) as error:
+        except UNREADABLE as error:
             raise CorruptCapture(f"{path} can't be read: {error}; analyze again") from error
         for index in range(arrays["sequence"].size):
             yield _one(arrays, index, frame)
@@ -163,7 +180,7 @@ _WHOLE = (
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
-    """Write the totals; they appear last and whole."""
+    """Write the totals, whole, and last the checksums of all that is there."""
     arrays: dict[str, NDArray[Any]] = {name: getattr(summary, name) for name in _WHOLE}
     arrays["tokens"] = np.array(summary.tokens)
     arrays["frame"] = np.array(json.dumps(summary.frame.__dict__))
@@ -175,18 +192,23 @@ def write_summary(folder: Path, summary: Summary) -> None:
     temporary = folder / ".totals.npz"
     np.savez(temporary, **arrays)  # type: ignore[arg-type]  # as above
     temporary.replace(folder / TOTALS)
+    counts = sorted(f"{COUNTS}/{path.name}" for path in (folder / COUNTS).glob("*.npz"))
+    others = [name for name in (STUDY,) if (folder / name).exists()]
+    seal_folder(folder, (TOTALS, *others, *counts))
 
 
 def has_summary(folder: Path) -> bool:
-    """Whether there is a finished summary."""
-    return (folder / TOTALS).exists()
+    """Whether there is a finished summary, every file of it as it was written."""
+    return (folder / TOTALS).exists() and check_folder(folder)
 
 
 def read_summary(folder: Path) -> Summary:
     """The Summary in `folder`. Raises CaptureError where there is none, CorruptCapture where it can't be read."""
-    if not has_summary(folder):
-        raise CaptureError(f"there is no summary in {folder}: analyze first")
     path = folder / TOTALS
+    if not path.exists():
+        raise CaptureError(f"there is no summary in {folder}: analyze first")
+    if not check_folder(folder):
+        raise CorruptCapture(f"the summary in {folder} is not what was written there: analyze again")
     try:
         with np.load(path, allow_pickle=False) as stored:
             raw = json.loads(str(stored["frame"]))
@@ -203,5 +225,5 @@ def read_summary(folder: Path) -> Summary:
                 setattr(summary, name, stored[name])
             summary.tokens = int(stored["tokens"])
             return summary
-    except (ValueError, KeyError, OSError, EOFError, TypeError) as error:
+    except UNREADABLE as error:
         raise CorruptCapture(f"{path} can't be read: {error}; analyze again") from error

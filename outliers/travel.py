@@ -11,12 +11,12 @@ from pathlib import Path
 
 from outliers.download import FOLDER_VARIABLE
 from outliers.errors import PlanRefused
-from outliers.files import write_atomic
 from outliers.lease import HUB, UPLOADS
 from outliers.machines import DEFAULT_PROVIDER, chosen
 from outliers.machines.base import Machine
 from outliers.models import ModelSource
 from outliers.prepare import Prepared
+from outliers.sealed import write_sealed
 from outliers.spec import ComputeSpec
 from outliers.workspace import Workspace
 
@@ -62,7 +62,7 @@ def send_study(machine: Machine, prepared: Prepared, workspace: Workspace) -> st
     content = _for_machine(machine, prepared) if away else prepared
     local = workspace.root / ("sent" if away else "studies") / f"{prepared.study_id}.json"
     local.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(local, content.model_dump_json().encode())
+    write_sealed(local, content.model_dump(mode="json"))
     _once(machine, local, place, content.model_dump_json())
     if away:
         corpus = f"corpora/{prepared.corpus.key}"

@@ -29,6 +29,7 @@ from outliers.events import Reporter
 from outliers.fingerprint import layout_from, read_fingerprint
 from outliers.journal import way_out
 from outliers.layout import Layout
+from outliers.repair import mark_repaired
 from outliers.store import ARRAYS, ChunkFiles, Journal, NamedChunk, group_files, hold, same_file
 
 NAMED = 5
@@ -148,6 +149,8 @@ def _verify(folder: Path, reporter: Reporter, workers: int, *, repair: bool = Fa
         _check_zarr(files, journal, found)
     marked = _to_mark(journal, found)
     if repair and found.damage:
+        # first the mark, by which results that are there don't answer any more
+        mark_repaired(folder, marked)
         _take_back(journal, layout, marked)
     sound = {s for s in journal.done if s < layout.num_sequences} - marked
     unfinished, foreign = _strangers(files, journal, sound)

@@ -89,7 +89,7 @@ def open_workspace(path: str | Path | None = None) -> Workspace:
         write_atomic(mark, json.dumps({"format": WORKSPACE_FORMAT}).encode())
     try:
         found = json.loads(mark.read_text())["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WorkspaceError(f"{mark} is not a workspace's mark; {remedy}, or remove that file") from error
     if not isinstance(found, int) or found > WORKSPACE_FORMAT:
         raise WorkspaceError(

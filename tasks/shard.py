@@ -19,7 +19,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from outliers.errors import PlanRefused
-from outliers.events import Level
+from outliers.events import Lines
 from outliers.machines import provider
 from outliers.machines.base import Machine
 from outliers.machines.local import LocalMachine
@@ -140,7 +140,7 @@ def merge(prepared: Prepared, parts: tuple[Part, ...], workspace: Workspace) -> 
         if (found := find_finished(prepared, workspace)) is not None:
             return {"results_digest": found["results_digest"], "files": len(found["files"])}
         merge_summaries([folder_of(part, prepared, workspace) for part in parts], workspace)
-        return run_report(prepared, workspace, _Lines())
+        return run_report(prepared, workspace, Lines(get_run_logger()))
 
 
 def told_of_parts(prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
@@ -172,16 +172,6 @@ def _waiting(what: str) -> Callable[[], None]:
         time.sleep(LOCK_SECONDS)
 
     return wait
-
-
-class _Lines:
-    """A Reporter that says to the run's log what is said, and no progress: a report takes seconds."""
-
-    def log(self, level: Level, message: str) -> None:
-        get_run_logger().log({"debug": 10, "info": 20, "warning": 30, "error": 40}[level], message)
-
-    def progress(self, step: str, done: int, total: int | None, unit: str) -> None:
-        """Nothing."""
 
 
 def _machine(

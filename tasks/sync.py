@@ -36,12 +36,13 @@ def sync(prepared: Prepared, made_on: dict[str, Any], workspace: Workspace, anal
     manifest = build_manifest(
         folder, spec=prepared.public_spec(), provenance=known, include_log=prepared.spec.publish_log
     )
-    write_manifest(folder, manifest)
     if manifest["results_digest"] != analyzed["results_digest"]:
         raise PublishRefused(
             f"the results in {folder} have digest {manifest['results_digest'][:12]}, the analysis made "
             f"{analyzed['results_digest'][:12]}: they were changed since; run the study again"
         )
+    # only now: a manifest vouches for the files
+    write_manifest(folder, manifest)
     if prepared.spec.publish_to is None:
         return None
     return publish(folder, prepared.spec.publish_to, model_slug(prepared.model.source.id))

@@ -32,6 +32,7 @@ from outliers.parts import (
 from outliers.plan import request_for
 from outliers.prepare import prepare
 from outliers.publish import model_slug
+from outliers.sealed import seal_folder
 from outliers.spec import StudySpec
 from outliers.workspace import open_workspace
 from tasks.shard import check_together
@@ -72,6 +73,8 @@ def test_a_part_is_here_once_its_record_is(tmp_path):
     write_record(folder_of(part, prepared, workspace), {})
     assert not is_here(part, prepared, workspace)
     (folder_of(part, prepared, workspace) / "totals.npz").write_bytes(b"")
+    assert not is_here(part, prepared, workspace)
+    seal_folder(folder_of(part, prepared, workspace), ("totals.npz",))
     assert is_here(part, prepared, workspace)
 
 

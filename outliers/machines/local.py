@@ -31,6 +31,7 @@ from outliers.machines.base import Completed, Excluded, Facts, Gpu, Machine, Mac
 
 NAME = "local"
 _MIB = 1 << 20
+_ID = re.compile(rb"[0-9a-f]{32}")
 _QUERY_SECONDS = 20.0
 QUERY = ("--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
 """What nvidia-smi is asked."""
@@ -96,6 +97,9 @@ def instance_id(workspace: Path) -> str:
     path = workspace / "instance"
     try:
         workspace.mkdir(parents=True, exist_ok=True)
+        if path.exists() and _ID.fullmatch(path.read_bytes()) is None:
+            # damaged: with another id what was remembered of this disk is asked for again
+            path.unlink()
         if not path.exists():
             draft = temporary_for(path)
             write_new(draft, uuid.uuid4().hex.encode())
