@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows import interrupt
 from flows.console import Steps, busy
 from flows.own_server import OwnServer, is_decided
+from flows.reach import check_server
+from outliers.machines import chosen
+from outliers.machines.local import NAME as HERE
 from outliers.spec import StudySpec
 
 if TYPE_CHECKING:
@@ -30,13 +34,18 @@ def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome
     """Run the very flow that the deployment runs, in this process; its own Prefect, where no server is configured."""
     server = settle_prefect(workspace.root)
     steps = Steps(console)
+    if chosen(spec.compute.provider) != HERE:
+        interrupt.allow(interrupt.REMOTE_SECONDS)
     with busy(console, STARTING):
         if not console.is_terminal:
             console.print(f"  {STARTING}")
+        if server is None:
+            check_server()
         from flows.study import study
         from outliers.outcome import Outcome
-        from tasks.watch import LISTENERS
+        from tasks.watch import LISTENERS, end_at_work
 
+        interrupt.LAST.append(end_at_work)
         if server is not None:
             server.wait()
 
@@ -62,7 +71,7 @@ def _library_lines(console: Console) -> Iterator[None]:
 
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     handler.setLevel(logging.INFO)
-    loggers = [logging.getLogger(name) for name in ("outliers.machines", "outliers.tenancy")]
+    loggers = [logging.getLogger(name) for name in ("outliers.machines", "outliers.tenancy", "outliers.own_server")]
     for logger in loggers:
         logger.addHandler(handler)
     try:
@@ -79,7 +88,7 @@ def settle_prefect(root: Path) -> OwnServer | None:
     """
     settle_home(root)
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    return None if is_decided(home) else OwnServer(home)
+    return None if is_decided(home) else OwnServer(home, give_up=interrupt.fail)
 
 
 def settle_home(root: Path) -> None:
