@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from flows import interrupt
 from flows.console import Steps, busy
 from flows.own_server import OwnServer, is_decided
 from flows.reach import check_server
+from outliers.errors import JobFailed
 from outliers.machines import chosen
 from outliers.machines.local import NAME as HERE
 from outliers.spec import StudySpec
@@ -57,9 +58,25 @@ def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome
     try:
         # a library that prints (SkyPilot's does) must not get into the one object of --json
         with steps.shown(), _library_lines(console), contextlib.redirect_stdout(sys.stderr):
-            return Outcome.model_validate(study(**parameters))
+            return Outcome.model_validate(_through(lambda: study(**parameters)))
     finally:
         LISTENERS.remove(steps.listen)
+
+
+def _through(run: Callable[[], Any]) -> Any:
+    """What the flow returns; where its Prefect server went away for good meanwhile, JobFailed in place of a traceback."""
+    import httpx
+
+    try:
+        return run()
+    except (httpx.HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
+            raise
+        raise JobFailed(
+            f"the Prefect server at {os.environ.get('PREFECT_API_URL') or 'the configured address'} did not answer any more "
+            f"({str(error) or type(error).__name__}). What is done is kept: once it is back, the same command goes on where "
+            "this one stopped"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -55,10 +55,12 @@ def check_server() -> None:
 
 def _settings() -> Any:
     """Prefect's settings. BadInput where they can't be read."""
-    from prefect.settings import get_current_settings
     from pydantic import ValidationError
 
     try:
+        # read as soon as Prefect is imported
+        from prefect.settings import get_current_settings
+
         return get_current_settings()
     except ValidationError as error:
         (first, *_) = error.errors(include_url=False, include_input=False)

@@ -50,9 +50,8 @@ def check_results(results: Path, include_log: bool = False) -> tuple[AllowedFile
     """The files of the folder `results` that may be published, sorted by path; manifest.json is not among them.
 
     run.log is one of them only with `include_log`, and of a long one its end (`runlog.publishable`). Leftovers of an
-    interrupted write are passed over. Raises
-    ForbiddenFile at the first file that is not allowed by name, kind, size or content, PublishRefused where one that a
-    study must have is missing.
+    interrupted write are passed over. Raises ForbiddenFile at the first file that is not allowed by name, kind, size or
+    content, PublishRefused where one that a study must have is missing.
     """
     paths = [*_listed(results, ""), *(_listed(results, "plots/") if (results / "plots").exists() else ())]
     found = {path: _read(results, path) for path in sorted(paths) if path != MANIFEST and (include_log or path != LOG)}

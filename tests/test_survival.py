@@ -20,6 +20,7 @@ from outliers.spec import StudySpec
 from outliers.workspace import open_workspace
 from tests import tiny
 from tests.held_job import until
+from tests.test_reach import Recorder
 
 pytestmark = pytest.mark.servers
 
@@ -32,7 +33,9 @@ class Command:
     """`outliers study` of a tiny model, whose extraction can be held in its middle."""
 
     def __init__(self, folder: Path) -> None:
-        model = tiny.make_model(folder / "model", "Llama", hidden_size=64, num_hidden_layers=8, max_position_embeddings=2048)
+        model = tiny.make_model(
+            folder / "model", "Llama", hidden_size=64, num_hidden_layers=8, max_position_embeddings=2048
+        )
         self.workspace = open_workspace(folder / "workspace")
         corpus = {"source": "builtin:python-docs", "num_sequences": 60, "sequence_length": 256}
         self.spec = folder / "spec.json"
@@ -44,11 +47,20 @@ class Command:
     @contextlib.contextmanager
     def runs(self, **environment: str):
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
-        argv = [sys.executable, "-m", "flows.cli", "study", "--spec", str(self.spec), "--workspace", str(self.workspace.root)]
+        argv = [
+            sys.executable,
+            "-m",
+            "flows.cli",
+            "study",
+            "--spec",
+            str(self.spec),
+            "--workspace",
+            str(self.workspace.root),
+        ]
         with self.said.open("wb") as said:
             process = subprocess.Popen(
                 argv,
-                env=kept | {"HOME": str(self.spec.parent), **environment},
+                env=kept | {"PREFECT_HOME": str(self.workspace.root / "prefect"), **environment},
                 cwd=ROOT,
                 stdout=said,
                 stderr=said,
@@ -98,13 +110,18 @@ def no_job_is_left(command):
 
 
 def test_a_server_that_dies_is_started_again_and_the_study_goes_on(command):
-    with command.runs() as process:
+    """All of it behind a proxy that the shell names for the rest of the world: nothing of it goes there."""
+    with (
+        Recorder() as proxy,
+        command.runs(HTTP_PROXY=proxy.url, ALL_PROXY=proxy.url, NO_PROXY="example.org") as process,
+    ):
         work = command.at_work(process)
         server = command.server(process)
         server.send_signal(signal.SIGKILL)
         until(lambda: (again := command.server(process)) is not None and again.pid != server.pid, "another server")
         work.resume()
         assert process.wait(240) == 0, command.text()
+    assert proxy.asked == []
     assert "it is started again" in command.text()
     assert (command.workspace.study(command.prepared.study_id) / "report.html").exists()
     (line,) = (command.workspace.capture(command.prepared.capture_id) / "extractions.jsonl").read_text().splitlines()
