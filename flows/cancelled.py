@@ -83,6 +83,6 @@ def _is_cancelled(run: UUID) -> bool:
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(run).state
-    except (PrefectException, httpx.HTTPError):
+    except (PrefectException, httpx.HTTPError, RuntimeError):
         return False  # the server is away for a moment
     return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)

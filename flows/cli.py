@@ -118,8 +118,11 @@ def main(argv: list[str] | None = None) -> int:
         "sweep": sweep_command,
         "machines": machines_command,
     }
+    from flows import interrupt
+
     try:
-        return verbs[arguments.verb](arguments, console, list(sys.argv[1:] if argv is None else argv))
+        with interrupt.bounded():
+            return verbs[arguments.verb](arguments, console, list(sys.argv[1:] if argv is None else argv))
     except BadInput as error:
         console.print(Text(f"refused: {error}", style="red"), soft_wrap=True)
         return REFUSED
@@ -127,8 +130,11 @@ def main(argv: list[str] | None = None) -> int:
         console.print(Text(f"failed: {error}", style="red"), soft_wrap=True)
         return FAILED
     except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on where this one stopped")
-        return 130
+        if interrupt.reason():
+            console.print(Text(f"failed: {interrupt.reason()}", style="red"), soft_wrap=True)
+            return FAILED
+        console.print(interrupt.SAID)
+        return interrupt.INTERRUPTED
 
 
 def _quiet_libraries() -> None:

@@ -9,12 +9,17 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows import interrupt
 from flows.console import Steps, busy
 from flows.own_server import OwnServer, is_decided
+from flows.reach import check_server
+from outliers.errors import JobFailed
+from outliers.machines import chosen
+from outliers.machines.local import NAME as HERE
 from outliers.spec import StudySpec
 
 if TYPE_CHECKING:
@@ -30,13 +35,18 @@ def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome
     """Run the very flow that the deployment runs, in this process; its own Prefect, where no server is configured."""
     server = settle_prefect(workspace.root)
     steps = Steps(console)
+    if chosen(spec.compute.provider) != HERE:
+        interrupt.allow(interrupt.REMOTE_SECONDS)
     with busy(console, STARTING):
         if not console.is_terminal:
             console.print(f"  {STARTING}")
+        if server is None:
+            check_server()
         from flows.study import study
         from outliers.outcome import Outcome
-        from tasks.watch import LISTENERS
+        from tasks.watch import LISTENERS, end_at_work
 
+        interrupt.LAST.append(end_at_work)
         if server is not None:
             server.wait()
 
@@ -48,9 +58,25 @@ def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome
     try:
         # a library that prints (SkyPilot's does) must not get into the one object of --json
         with steps.shown(), _library_lines(console), contextlib.redirect_stdout(sys.stderr):
-            return Outcome.model_validate(study(**parameters))
+            return Outcome.model_validate(_through(lambda: study(**parameters)))
     finally:
         LISTENERS.remove(steps.listen)
+
+
+def _through(run: Callable[[], Any]) -> Any:
+    """What the flow returns; where its Prefect server went away for good meanwhile, JobFailed in place of a traceback."""
+    import httpx
+
+    try:
+        return run()
+    except (httpx.HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
+            raise
+        raise JobFailed(
+            f"the Prefect server at {os.environ.get('PREFECT_API_URL') or 'the configured address'} did not answer any more "
+            f"({str(error) or type(error).__name__}). What is done is kept: once it is back, the same command goes on where "
+            "this one stopped"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -62,7 +88,7 @@ def _library_lines(console: Console) -> Iterator[None]:
 
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     handler.setLevel(logging.INFO)
-    loggers = [logging.getLogger(name) for name in ("outliers.machines", "outliers.tenancy")]
+    loggers = [logging.getLogger(name) for name in ("outliers.machines", "outliers.tenancy", "outliers.own_server")]
     for logger in loggers:
         logger.addHandler(handler)
     try:
@@ -79,7 +105,7 @@ def settle_prefect(root: Path) -> OwnServer | None:
     """
     settle_home(root)
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    return None if is_decided(home) else OwnServer(home)
+    return None if is_decided(home) else OwnServer(home, give_up=interrupt.fail)
 
 
 def settle_home(root: Path) -> None:

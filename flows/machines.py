@@ -15,6 +15,7 @@ from outliers.errors import BadInput, DiskFull, OutliersError
 from outliers.machines import PROVIDERS, provider
 from outliers.machines.base import GB, Rental
 from outliers.machines.rentals import Rentals
+from outliers.names import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +50,7 @@ def add_machines_parser(verbs: Any) -> None:
         "hosts": "the hosts that were added",
         "remove": "forget a host that was added",
         "list": "what is held or rented now: name, provider, state, price, spent so far, lease left, study",
-        "release": "end machines whoever holds them; one that is gone already is no error",
+        "release": "end machines whoever holds them; one that is gone already is no error, a name that none ever had is",
         "reap": "end every machine whose lease is over; the deployment `reap` does this on a schedule",
     }
     made = {name: actions.add_parser(name, help=text, description=text) for name, text in texts.items()}
@@ -216,9 +217,9 @@ def _remove(workspace: Workspace, arguments: argparse.Namespace, console: Consol
     hosts = Hosts(workspace.root)
     _refuse_if_held(workspace, arguments.name)
     if not hosts.remove(arguments.name):
-        raise BadInput(
-            f"no host '{arguments.name}' was added; added: {', '.join(h.name for h in hosts.all()) or 'none'}"
-        )
+        known = [host.name for host in hosts.all()]
+        meant = nearest(arguments.name, known)
+        raise BadInput(f"no host '{arguments.name}' was added{meant}; added: {', '.join(known) or 'none'}")
     if arguments.json:
         print(json.dumps({"removed": arguments.name}))
     return True
@@ -283,7 +284,9 @@ def _release(workspace: Workspace, arguments: argparse.Namespace, console: Conso
     with busy(console, _ASKING):
         rentals, silent = _rentals(workspace)
     known = {rental.name: rental for rental in rentals}
-    names = sorted(known) if arguments.all else arguments.name
+    names = sorted(known) if arguments.all else list(dict.fromkeys(arguments.name))
+    if not silent:
+        _refuse_unknown(workspace, names, sorted(known))
     done: list[str] = []
     # whatever could not be looked at may be what was meant
     failed = silent if not set(names) <= known.keys() or arguments.all else []
@@ -294,6 +297,20 @@ def _release(workspace: Workspace, arguments: argparse.Namespace, console: Conso
         except OutliersError as error:
             failed.append(f"{name} could not be released: {error}")
     return _told(arguments, console, done, failed)
+
+
+def _refuse_unknown(workspace: Workspace, names: list[str], known: list[str]) -> None:
+    """BadInput, before anything is released, for a name that no machine has or ever had: what was meant may still cost."""
+    from outliers.machines.sky import may_have
+
+    records = Rentals(workspace.root)
+    strange = [name for name in names if name not in known and not records.was_held(name) and not may_have(name)]
+    if strange:
+        meant = "".join(nearest(name, known) for name in strange[:1])
+        raise BadInput(
+            f"no machine {', '.join(map(repr, strange))} is held or rented, or ever was{meant}; held or rented: "
+            f"{', '.join(known) or 'none'}. Nothing was released (outliers machines list shows more)"
+        )
 
 
 def _release_one(workspace: Workspace, known: Rental | None, name: str) -> str:

@@ -122,6 +122,7 @@ def newest(workspace: Workspace) -> Path:
 def find_run(name: str, workspace: Workspace) -> Path:
     """The results folder of a study, by its id or as a folder. Raises BadInput."""
     from outliers.errors import BadInput
+    from outliers.names import nearest
 
     given = Path(name).expanduser()
     known = sorted(path.name for path in workspace.results.glob("*") if _is_results(path))
@@ -129,7 +130,8 @@ def find_run(name: str, workspace: Workspace) -> Path:
         return workspace.study(name)
     if _is_results(given):
         return given
-    raise BadInput(f"there is no study {name} in {workspace.root}; there is: {', '.join(known) or 'none'}")
+    meant = nearest(name, known)
+    raise BadInput(f"there is no study {name} in {workspace.root}{meant}; there is: {', '.join(known) or 'none'}")
 
 
 def chosen_rows(table: Any, summary: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:

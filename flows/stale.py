@@ -278,7 +278,7 @@ def _end_jobs(run: FlowRun) -> tuple[list[str], list[str]]:
     """End the steps on this computer that a cancelled run has left at work: they have its id in their environment."""
     done, failed = [], []
     for handle in jobs.running(_root(run)):
-        group = (jobs.read_json(handle.folder / "started.json") or {}).get("pgid")
+        group = jobs.group_of(handle.folder)
         with contextlib.suppress(psutil.Error):
             if not group or psutil.Process(group).environ().get("PREFECT__FLOW_RUN_ID") != str(run.id):
                 continue

@@ -33,6 +33,7 @@ from flows.sweep_processes import Processes
 from outliers.sweep import Sweep, SweepStudy, make_sweep, read_sweep
 from outliers.sweep_outcome import Ended, sentence, short, summary
 from outliers.workspace import open_workspace
+from tasks.progress import tried_once
 
 # what the form shows and a server refuses before there is a run, whose page would show a target's password
 Parallel = Annotated[int, Field(ge=1, le=64)]
@@ -191,12 +192,13 @@ class Board:
         rows = [self._row(study) for study in self._sweep.studies]
         share, said = 100.0 * len(self._ended) / len(rows), f"{len(self._ended)} of {len(rows)} studies have ended"
         try:
-            create_table_artifact(table=rows, key=self._key, description=said)
-            if self._progress is None:
-                made = create_progress_artifact(progress=share, key=f"{self._key}-progress", description=said)
-                self._progress = made if isinstance(made, UUID) else None
-            else:
-                update_progress_artifact(self._progress, progress=share, description=said)
+            with tried_once():
+                create_table_artifact(table=rows, key=self._key, description=said)
+                if self._progress is None:
+                    made = create_progress_artifact(progress=share, key=f"{self._key}-progress", description=said)
+                    self._progress = made if isinstance(made, UUID) else None
+                else:
+                    update_progress_artifact(self._progress, progress=share, description=said)
         except (PrefectException, httpx.HTTPError) as error:
             # a server that is away for a moment must not end the studies; the next change shows all
             get_run_logger().warning("the sweep's table could not be shown: %s", error)

@@ -8,6 +8,7 @@ a person with a browser.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import fcntl
 import json
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from flows.loopback import bypass_proxies, open_direct
 from flows.options import number
 from outliers.errors import BadInput, JobFailed, OutliersError
 from outliers.supervisor import end_with_parent
@@ -82,13 +84,18 @@ def environment(home: Path | None, port: int) -> dict[str, str]:
         os.environ["PREFECT_HOME"] = str(home.expanduser().absolute())
     settle_home(open_workspace(None).root)
     own = {"PREFECT_API_URL": f"http://{HOST}:{port}/api", "PREFECT_SERVER_API_HOST": HOST}
+    bypass_proxies(own["PREFECT_API_URL"])
+    # one password for the server and for all who ask it here
+    if password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or os.environ.get("PREFECT_API_AUTH_STRING"):
+        os.environ.setdefault("PREFECT_API_AUTH_STRING", password)
+        os.environ.setdefault("PREFECT_SERVER_API_AUTH_STRING", password)
     return QUIET | KEPT | dict(os.environ) | own
 
 
 def is_prefect(port: int) -> bool:
     """Whether a Prefect server answers there. BadInput where something else does."""
     try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}/api/health", timeout=5) as answer:
+        with open_direct(f"http://{HOST}:{port}/api/health", timeout=5) as answer:
             if json.load(answer) is True:
                 return True
     except urllib.error.HTTPError:
@@ -129,9 +136,20 @@ def wait_for(server: Started, port: int) -> None:
 def ask(port: int, path: str, body: object = None) -> Any:
     """One request to the server; POST where there is a body."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://{HOST}:{port}/api{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    headers = {"Content-Type": "application/json"}
+    if password := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
+    request = urllib.request.Request(f"http://{HOST}:{port}/api{path}", data, headers)
+    try:
+        with open_direct(request, timeout=30) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise BadInput(
+                f"the Prefect server at {HOST}:{port} refuses these credentials (HTTP {error.code}): PREFECT_API_AUTH_STRING "
+                "must be what it has in PREFECT_SERVER_API_AUTH_STRING"
+            ) from error
+        raise
 
 
 def cancel_runs(port: int) -> None:

@@ -29,6 +29,7 @@ from outliers.errors import BadInput, MachineLost, OutliersError
 from outliers.files import sha256_file
 from outliers.jobs import JobSpec
 from outliers.machines.local import LocalMachine
+from outliers.names import nearest
 
 if TYPE_CHECKING:
     from outliers.workspace import Workspace
@@ -142,7 +143,10 @@ def remove_captures(workspace: Path, request: dict[str, Any]) -> dict[str, Any]:
     for name in request["names"]:
         places = [place for place in _workspaces(workspace) if place.capture(name).is_dir()]
         if not places:
-            raise BadInput(f"there is no capture {name} on this host")
+            known = sorted({path.name for place in _workspaces(workspace) for path in place.captures.glob("*")})
+            raise BadInput(
+                f"there is no capture {name} on this host{nearest(name, known)}; there is: {', '.join(known) or 'none'}"
+            )
         removed[name] = sum(remove_capture(place, name) for place in places)
     return {"removed": removed}
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from outliers import contents
+from outliers import contents, runlog
 from outliers.errors import ForbiddenFile, PublishRefused
 from outliers.files import unfinished_name
 
@@ -49,9 +49,9 @@ def allowed_name(path: str) -> bool:
 def check_results(results: Path, include_log: bool = False) -> tuple[AllowedFile, ...]:
     """The files of the folder `results` that may be published, sorted by path; manifest.json is not among them.
 
-    run.log is one of them only with `include_log`; leftovers of an interrupted write are passed over. Raises
-    ForbiddenFile at the first file that is not allowed by name, kind, size or content, PublishRefused where one that a
-    study must have is missing.
+    run.log is one of them only with `include_log`, and of a long one its end (`runlog.publishable`). Leftovers of an
+    interrupted write are passed over. Raises ForbiddenFile at the first file that is not allowed by name, kind, size or
+    content, PublishRefused where one that a study must have is missing.
     """
     paths = [*_listed(results, ""), *(_listed(results, "plots/") if (results / "plots").exists() else ())]
     found = {path: _read(results, path) for path in sorted(paths) if path != MANIFEST and (include_log or path != LOG)}
@@ -92,13 +92,17 @@ def _listed(results: Path, prefix: str) -> list[str]:
 
 
 def _read(results: Path, path: str) -> bytes:
-    """The bytes of one file, which must be a regular one within the limit."""
+    """The bytes of one file, which must be a regular one within the limit; of a log, what is published of it."""
     try:
         # not followed, not waited for: what was a file when it was listed may be a link or a pipe now
         handle = os.open(results / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise _forbidden(path, "is not a regular file")
+            if path == LOG:
+                size = os.fstat(handle).st_size
+                file.seek(max(0, size - 2 * contents.MAX_LOG_BYTES))
+                return runlog.publishable(file.read(2 * contents.MAX_LOG_BYTES), size, contents.MAX_LOG_BYTES)
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise PublishRefused(f"{results / path} can't be read: {error.strerror or error}") from error

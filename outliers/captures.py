@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import BadInput, CaptureError
 from outliers.fingerprint import layout_from, read_fingerprint
+from outliers.names import nearest
 from outliers.outcome import held_bytes
 from outliers.store import ARRAYS, Journal, hold
 from outliers.workspace import Workspace
@@ -52,8 +53,10 @@ def find_capture(workspace: Workspace, name: str) -> Path:
     if os.sep in name and (folder / "capture.json").exists():
         return folder
     if folder.parent != workspace.captures or not folder.is_dir() or name in (os.curdir, os.pardir):
-        known = ", ".join(_ids(workspace)) or "none"
-        raise BadInput(f"there is no capture {name} in {workspace.root}; there is: {known}")
+        known = _ids(workspace)
+        raise BadInput(
+            f"there is no capture {name} in {workspace.root}{nearest(name, known)}; there is: {', '.join(known) or 'none'}"
+        )
     return folder
 
 

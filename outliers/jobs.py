@@ -8,7 +8,8 @@
         events.jsonl   the stream (see `events`): what the command printed, what it reported, heartbeats
         error.json     the OutliersError that the command recorded before it ended, if it did
         cancel.json    somebody asked for its end
-        reserve        room for its last words on a full disk; gone with its end
+        reserve        room for its last words on a full disk; gone with its end, or, where the supervisor was killed, once
+                       somebody finds the job dead or starts another one
         exit.json      how it ended; absent after a power cut or a SIGKILL of the supervisor
 
 `python -m outliers.supervisor FOLDER LOCK_FD` is the supervisor: the leader of a session of its own, which runs the command
@@ -40,6 +41,7 @@ from outliers import events
 from outliers.errors import BadInput, JobCancelled, JobFailed, MachineLost, OutliersError, from_record
 from outliers.events import Event
 from outliers.files import is_locked, write_atomic
+from outliers.leftovers import DRAFT, RESERVE, tidy, tidy_all
 
 Status = Literal["running", "done", "failed", "cancelled", "lost"]
 
@@ -50,10 +52,10 @@ LEASE_ENDED = "lease"
 """Why a job was cancelled: the machine is to be held no longer."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ATTEMPT = re.compile(r"[0-9]{4,9}")
 _START_SECONDS = 60.0
 _KILL_SECONDS = 10.0
 _LAST_LINES = 15
-_RESERVE = "reserve"
 _RESERVE_BYTES = 1 << 16
 
 
@@ -87,6 +89,7 @@ def start(workspace: Path, job: JobSpec) -> JobHandle:
         raise BadInput(f"job '{job.name}' has no command that could be run: {list(job.argv)}")
     home = (workspace / "jobs" / job.name).absolute()
     home.mkdir(parents=True, exist_ok=True)
+    tidy_all(workspace)
     with (home / "lock").open("ab") as starters:
         fcntl.flock(starters, fcntl.LOCK_EX)
         last = newest(workspace, job.name)
@@ -107,7 +110,7 @@ def start(workspace: Path, job: JobSpec) -> JobHandle:
 def newest(workspace: Path, name: str) -> JobHandle | None:
     """The latest attempt at the job of that name, whatever became of it; None if there was none."""
     home = (workspace / "jobs" / name).absolute()
-    attempts = [int(path.name) for path in home.glob("[0-9]*") if path.name.isdigit()]
+    attempts = [int(path.name) for path in home.glob("[0-9]*") if _ATTEMPT.fullmatch(path.name)]
     return JobHandle(name, max(attempts), home / f"{max(attempts):04d}") if attempts else None
 
 
@@ -115,19 +118,27 @@ def running(workspace: Path) -> tuple[JobHandle, ...]:
     """Every job of a workspace that runs now."""
     names = sorted(path.name for path in (workspace / "jobs").glob("*") if _NAME.fullmatch(path.name))
     latest = [handle for name in names if (handle := newest(workspace, name)) is not None]
-    return tuple(handle for handle in latest if status(handle.folder) == "running")
+    return tuple(handle for handle in latest if _runs(handle.folder))
+
+
+def _runs(folder: Path) -> bool:
+    """Whether a job runs, by its lock alone where nothing else of it can be read: it must not be left out when all end."""
+    try:
+        return _held(folder) and read_json(folder / "exit.json") is None
+    except OSError:
+        return True
 
 
 def _new_attempt(home: Path, job: JobSpec, attempt: int) -> tuple[Path, int]:
     """The folder of a new attempt and its held lock; under its name the folder was never seen without either."""
-    draft, folder = home / ".new", home / f"{attempt:04d}"
+    draft, folder = home / DRAFT, home / f"{attempt:04d}"
     # A starter that was killed here left it; the lock on the name says that no other is at work.
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     record = {"name": job.name, "attempt": attempt, "argv": job.argv, "env": sorted(job.env), "created": time.time()}
     write_json(draft / "job.json", record)
     # no zeros: some disks keep no room for them
-    (draft / _RESERVE).write_bytes(os.urandom(_RESERVE_BYTES))
+    (draft / RESERVE).write_bytes(os.urandom(_RESERVE_BYTES))
     lock = os.open(draft / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     fcntl.flock(lock, fcntl.LOCK_EX)
     draft.rename(folder)
@@ -220,6 +231,7 @@ def result(folder: Path) -> None:
     if how == "done":
         return
     if how == "lost":
+        tidy(folder)
         raise MachineLost(f"{name} vanished: its machine was stopped, or its supervisor killed; start it again")
     if how == "cancelled":
         if (read_json(folder / "cancel.json") or {}).get("reason") == LEASE_ENDED:
@@ -266,22 +278,41 @@ def cancel(folder: Path, grace_seconds: float = 10.0, reason: str = "") -> Statu
     free, since the process group's number may by then be somebody else's. Raises JobFailed if it can't be ended.
     """
     if _held(folder) and not (folder / "exit.json").exists():
-        write_json(folder / "cancel.json", {"requested": time.time(), "reason": reason})
+        # on a disk that takes nothing more the job ends all the same, and then looks killed
+        with contextlib.suppress(OSError):
+            _write_last(folder, "cancel.json", {"requested": time.time(), "reason": reason})
     # The number is known a moment after the lock is held.
     _until(lambda: not _held(folder) or (folder / "started.json").exists(), _START_SECONDS)
-    pgid = (read_json(folder / "started.json") or {}).get("pgid")
+    pgid = group_of(folder)
     for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, _KILL_SECONDS)):
         if not _held(folder):
             break
         if pgid:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pgid, number)
         _until(lambda: not _held(folder), seconds)
     if _held(folder):
         raise JobFailed(f"the job in {folder} can't be ended: process group {pgid} outlives SIGKILL")
     if (folder / "cancel.json").exists() and not (folder / "exit.json").exists():
-        write_exit(folder, None, signal.SIGKILL, None)
+        with contextlib.suppress(OSError):
+            write_exit(folder, None, signal.SIGKILL, None)
+    tidy(folder)
     return status(folder)
+
+
+def group_of(folder: Path) -> int | None:
+    """The process group of a job that runs: as its supervisor wrote it, else as its processes are found. None for neither."""
+    pgid = (read_json(folder / "started.json") or {}).get("pgid")
+    # a number that no group of ours has (0 and 1 mean other processes) was not written by a supervisor
+    if isinstance(pgid, int) and not isinstance(pgid, bool) and 1 < pgid < 1 << 22:
+        return pgid
+    import psutil
+
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(JOB_VARIABLE) == str(folder) and os.getpgid(process.pid) != os.getpgrp():
+                return os.getpgid(process.pid)
+    return None
 
 
 def write_exit(folder: Path, code: int | None, number: int | None, error: Mapping[str, Any] | None) -> None:
@@ -289,7 +320,7 @@ def write_exit(folder: Path, code: int | None, number: int | None, error: Mappin
     cancelled = (folder / "cancel.json").exists()
     record = {"code": code, "signal": number, "error": error, "cancelled": cancelled, "ended": time.time()}
     _write_last(folder, "exit.json", {**record, "ram_bytes": total_ram_bytes()})
-    (folder / _RESERVE).unlink(missing_ok=True)
+    (folder / RESERVE).unlink(missing_ok=True)
 
 
 def _write_last(folder: Path, name: str, value: Any) -> None:
@@ -297,7 +328,7 @@ def _write_last(folder: Path, name: str, value: Any) -> None:
     try:
         write_json(folder / name, value)
     except OSError:
-        (folder / _RESERVE).unlink(missing_ok=True)
+        (folder / RESERVE).unlink(missing_ok=True)
         write_json(folder / name, value)
 
 
@@ -337,9 +368,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file, or it holds no object that can be read."""
+    """The JSON object in a file; None where there is no file, or no object that can be read. OSError for a file that
+    can't be opened."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -1,19 +1,24 @@
 """The lease of a machine, on that machine: who holds it and until when, and the watchdog that ends what nobody renews.
 
-    <workspace>/lease.json       {"holders": {id: {"title", "until"}}, "remove_files"}; times of this machine's clock
+    <workspace>/lease.json       {"holders": {id: {"title", "until", "seconds", "boot", "since"}}, "remove_files"}
     <workspace>/lease.lock       held by who changes it
     <workspace>/watchdog.lock    held by the watchdog while it lives
 
 `python -m outliers.lease WORKSPACE` is the watchdog: detached, started by `hold`, gone with the last holder. It ends the
 jobs of its workspace, and removes their files if that was asked, with the weights that nobody else there needs. Whatever
 happens to who rented the machine, its processes end; a rented machine itself is ended by its provider's own timer. Of a
-study it knows which model it names. Before it: `agent`, which is asked over ssh. After it: `jobs`.
+study it knows which model it names.
+
+A lease that can't be read is over: `until` is unix seconds of this machine's clock, `since` seconds of its clock since boot
+`boot`, and the shorter of both counts, so a clock that is set back lengthens nothing. Nothing is longer than MAX_SECONDS.
+Before it: `agent`, which is asked over ssh. After it: `jobs`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 import subprocess
@@ -25,8 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from outliers import jobs
-from outliers.errors import JobFailed, MachineLost
+from outliers.errors import BadInput, JobFailed, MachineLost
 
+MAX_SECONDS = 7 * 86_400.0
+"""The longest that a study may ask for (`keep_seconds`, `grace_seconds`). What says more was not written by `hold`."""
+SLACK_SECONDS = 60.0
+"""A clock is set by its time server now and then: a lease that is longer by so little was the longest one."""
+CONFIRM_SECONDS = 1.0
+"""What can't be read is read again after so long, before anything ends for it."""
 POLL_VARIABLE = "OUTLIERS_WATCHDOG_SECONDS"
 _POLL_SECONDS = 5.0
 _CANCEL_SECONDS = 10.0
@@ -38,11 +49,13 @@ MACHINES, UPLOADS, HUB = "machines", "uploads", "hub"
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """`until`: the last holder's, in unix seconds of this machine; 0 where nobody holds it."""
+    """`until`: the last holder's, in unix seconds of this machine; 0 where nobody holds it. `readable`: whether the file was
+    what `hold` writes; what was not is held by nobody."""
 
     holders: dict[str, dict[str, Any]]
     until: float
     remove_files: bool
+    readable: bool = True
 
     def left(self) -> float:
         """Seconds until it ends; 0 where it has."""
@@ -50,23 +63,90 @@ class Lease:
 
 
 def read(workspace: Path) -> Lease:
-    """The lease as it is; one of nobody where there is none."""
-    record = jobs.read_json(workspace / "lease.json") or {}
-    holders = record.get("holders", {})
+    """The lease as it is; one of nobody where there is none, or none that can be read. Raises nothing."""
+    path = workspace / "lease.json"
+    try:
+        record = jobs.read_json(path)
+        readable = record is not None or not path.exists()
+    except OSError:
+        record, readable = None, False
+    given = (record or {}).get("holders", {})
+    if not isinstance(given, dict):
+        given, readable = {}, False
+    now, holders = time.time(), {}
+    for key, entry in given.items():
+        left = _left(entry, now)
+        if left is None:
+            readable = False
+        else:
+            # what the clock since boot leaves of it is what everybody sees
+            holders[key] = {**entry, "title": str(entry.get("title", "")), "until": now + left}
     until = max((float(one["until"]) for one in holders.values()), default=0.0)
-    return Lease(holders, until, bool(record.get("remove_files")))
+    return Lease(holders, until, (record or {}).get("remove_files") is True, readable)
+
+
+def _left(entry: object, now: float) -> float | None:
+    """Seconds that are left to a holder, negative where it is over; None where that can't be said: then it holds nothing."""
+    if not isinstance(entry, dict):
+        return None
+    until = _number(entry.get("until"))
+    if until is None or until - now > MAX_SECONDS + SLACK_SECONDS:
+        return None
+    left = until - now
+    if not entry.keys() & {"seconds", "boot", "since"}:
+        return left  # of a version that knew one clock
+    seconds, since = _number(entry.get("seconds")), _number(entry.get("since"))
+    if seconds is None or since is None or seconds > MAX_SECONDS:
+        return None
+    clock = _clock()
+    if entry.get("boot") == _boot() and clock >= since:
+        left = min(left, since + seconds - clock)
+    return min(left, seconds)
+
+
+def _number(value: object) -> float | None:
+    """A finite number that is not negative; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) and found >= 0 else None
+
+
+def _clock() -> float:
+    """Seconds since this machine was switched on, those in which it was asleep included where the system counts them."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+def _boot() -> str:
+    """What tells this boot of the machine from all others; "" where the system has no name for it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _entry(title: str, seconds: float) -> dict[str, Any]:
+    """A holder from now on. BadInput for a time that is none; no lease is longer than MAX_SECONDS."""
+    asked = _number(seconds) if seconds != math.inf else MAX_SECONDS
+    if asked is None:
+        raise BadInput(f"a lease of {seconds!r:.40} seconds can't be: 0 to {MAX_SECONDS:,.0f}")
+    asked = min(asked, MAX_SECONDS)
+    return {"title": title, "until": time.time() + asked, "seconds": asked, "boot": _boot(), "since": _clock()}
 
 
 def hold(workspace: Path, holder: str, title: str, seconds: float, remove_files: bool | None = None) -> Lease:
-    """`holder` needs the machine for `seconds` from now on; sees to it that the watchdog runs.
+    """`holder` needs the machine for `seconds` from now on, at most MAX_SECONDS; sees to it that the watchdog runs.
 
-    `remove_files`: whether files go with the lease; None leaves that as it is.
+    `remove_files`: whether files go with the lease; None leaves that as it is. Raises BadInput for a time that is none.
     """
     with _changing(workspace):
         known = read(workspace)
         # who is over is dropped here, so that a machine that is held for days keeps no list of the past
         holders = {key: one for key, one in known.holders.items() if one["until"] > time.time()}
-        holders[holder] = {"title": title, "until": time.time() + seconds}
+        holders[holder] = _entry(title, seconds)
         _write(workspace, holders, known.remove_files if remove_files is None else remove_files)
         _start_watchdog(workspace)
     return read(workspace)
@@ -90,7 +170,7 @@ def leave(workspace: Path, holder: str, keep_seconds: float = 0.0) -> Lease:
         holders = {key: one for key, one in known.holders.items() if one["until"] > time.time()}
         mine = holders.pop(holder, {"title": ""})
         if keep_seconds > 0:
-            holders[holder] = {"title": mine["title"], "until": time.time() + keep_seconds}
+            holders[holder] = _entry(mine["title"], keep_seconds)
         _write(workspace, holders, known.remove_files)
         if not holders:
             end(workspace, known.remove_files)
@@ -116,6 +196,8 @@ def end(workspace: Path, remove_files: bool) -> None:
             jobs.cancel(handle.folder, _CANCEL_SECONDS, jobs.LEASE_ENDED)
         except JobFailed as error:
             failed = error
+        except OSError as error:
+            failed = JobFailed(f"the job in {handle.folder} can't be ended: {error}")
     if failed is not None:
         raise failed
     if remove_files:
@@ -153,22 +235,32 @@ def watch(workspace: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
+        doubted = False
         while workspace.is_dir():  # who removes it has ended all that was in it
-            with _changing(workspace):
-                lease = read(workspace)
-                # under the lock: who holds again now waits, and then starts another watchdog
-                if lease.until <= time.time() and _ended(workspace, lease.remove_files):
-                    _write(workspace, {}, lease.remove_files)
-                    fcntl.flock(lock, fcntl.LOCK_UN)
+            try:
+                with _changing(workspace):
+                    lease = read(workspace)
+                    # under the lock: who holds again now waits, and then starts another watchdog
+                    sure = lease.readable or doubted
+                    if sure and lease.until <= time.time() and _ended(workspace, lease.remove_files):
+                        _write(workspace, {}, lease.remove_files)
+                        fcntl.flock(lock, fcntl.LOCK_UN)
+                        return
+            except OSError:
+                # neither lock nor lease can be had, from a disk that is failing, say: so nobody can renew
+                lease = Lease({}, 0.0, False, readable=False)
+                if doubted and _ended(workspace, False):
                     return
-            time.sleep(min(seconds, lease.left()) or seconds)
+            pause = seconds if lease.readable or doubted else CONFIRM_SECONDS
+            doubted = not lease.readable
+            time.sleep(min(pause, lease.left()) or pause)
 
 
 def _ended(workspace: Path, remove_files: bool) -> bool:
-    """Whether all of it has ended; what is stuck in the kernel is tried again."""
+    """Whether all of it has ended; what is stuck in the kernel, or can't be read just now, is tried again."""
     try:
         end(workspace, remove_files)
-    except JobFailed:
+    except (JobFailed, OSError):
         return False
     return True
 
@@ -186,13 +278,17 @@ def _start_watchdog(workspace: Path) -> None:
 
 
 def _write(workspace: Path, holders: dict[str, dict[str, Any]], remove_files: bool) -> None:
+    path = workspace / "lease.json"
     try:
-        jobs.write_json(workspace / "lease.json", {"holders": holders, "remove_files": remove_files})
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)  # none of ours: no lease could be written in its place
+        jobs.write_json(path, {"holders": holders, "remove_files": remove_files})
     except OSError:
         if holders:
             raise
         # a full disk must not keep a machine held: no file says the same
-        (workspace / "lease.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,11 @@ from pathlib import Path
 from outliers.events import Event
 
 NAME = "run.log"
+_HEAD_BYTES = 200
+"""Room for the line that says what was left out."""
+_NOT_TEXT = re.compile(r"[^\t\n\r\x1b\x20-\x7e\x80-\U0010ffff]|[\x80-\x84\x86-\x9f]")
+_ENCODED = re.compile(r"[A-Za-z0-9+/=_-]{1024,}")
+"""Longer than any word, and than any path; `contents` allows 4,095."""
 
 
 def line(event: Event, step: str) -> str:
@@ -40,6 +45,30 @@ def scrub(text: str, workspace: Path) -> str:
         if len(known) > 1:  # a name of one letter would blot out ordinary words
             text = re.sub(rf"\b{re.escape(known)}\b", shown, text)
     return text
+
+
+def publishable(data: bytes, of_bytes: int, most_bytes: int) -> bytes:
+    """What is published of a log: at most `most_bytes` from its end, in whole lines, below a line that says so.
+
+    `data`: the log, or its end; `of_bytes`: the size of all of it. What is no text, and runs of characters that could be
+    encoded data, are taken out, so that nothing which a step happened to print keeps a finished study from its target.
+    """
+    whole = len(data) == of_bytes
+    text = data.decode("utf-8", "replace")
+    if not whole:
+        # the piece begins in the middle of a line, maybe of a character
+        text = text.partition("\n")[2] or text.lstrip("\ufffd")
+    clean = _ENCODED.sub(lambda run: f"{run[0][:32]}...({len(run[0]):,} characters)", _NOT_TEXT.sub("\ufffd", text))
+    kept = clean.encode()
+    if whole and len(kept) <= most_bytes:
+        return kept
+    room = most_bytes - _HEAD_BYTES
+    if len(kept) > room:
+        # cut where a line ends; a line that is longer than all of it is cut within, between two characters
+        end = kept[-room:]
+        kept = end.partition(b"\n")[2] or end.decode("utf-8", "ignore").encode()
+    head = f"... the end of this log: the last {len(kept):,} of {of_bytes:,} bytes; the beginning is not published\n"
+    return head.encode() + kept
 
 
 def _user() -> str:

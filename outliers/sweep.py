@@ -20,10 +20,11 @@ from pydantic import Field, ValidationError
 
 from outliers.errors import BadInput
 from outliers.machines import DEFAULT_PROVIDER, chosen
+from outliers.names import nearest
 from outliers.outcome import Outcome, find_outcome
 from outliers.prepare import prepare
 from outliers.spec import Part, StudySpec, digest
-from outliers.sweep_slips import PARTS, errors_of, holds, lines, nearest, origin, shown, told
+from outliers.sweep_slips import PARTS, errors_of, holds, lines, origin, shown, told
 from outliers.workspace import open_workspace
 
 __all__ = [

@@ -6,12 +6,12 @@ raises them as one BadInput with a line a mistake.
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from outliers.names import nearest
 from outliers.spec import CaptureSpec, ComputeSpec, CorpusSpec, CriteriaSpec, ModelSpec, StudySpec
 
 PARTS: dict[str, type[BaseModel]] = {
@@ -78,12 +78,6 @@ def told(item: Any, kind: type[BaseModel]) -> str:
 def shown(value: Any) -> str:
     """A value as it was written, without the user and password of an address: a run's page shows what is said here."""
     return re.sub(r"://[^/\s'\"]*@", "://...@", repr(value))
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """` (did you mean ...?)`, where one of the known names is close."""
-    close = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _elsewhere(path: list[str], value: Any, kind: type[BaseModel]) -> str:

@@ -16,25 +16,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
-import httpx
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
-from outliers import runlog
+from outliers import jobs, runlog
 from outliers.errors import JobFailed, MachineGone, MachineLost, OutliersError
 from outliers.events import Event
 from outliers.jobs import JobHandle, JobSpec
 from outliers.machines.base import Machine
 from outliers.parts import LOCKS, locked
 from outliers.prepare import Prepared
-from outliers.travel import forget_sent, secrets, send_model, send_study
+from outliers.travel import HERE, forget_sent, secrets, send_model, send_study
 from outliers.workspace import Workspace
-
-ARTIFACT_SECONDS = 2.0
-"""Progress artifacts are updated at most this often: each is a call to the server."""
+from tasks.progress import Progress
 
 LOCK_SECONDS = 0.1
 """Between two tries at a lock that another part has."""
@@ -49,6 +43,12 @@ run is cancelled) raises here. Parts of one study run in threads of one process,
 _SEEN: dict[tuple[str, JobHandle], int] = {}
 """How far each job of a disk was followed in this process: a retried task goes on there, so no line is said twice. On another
 machine of the same name everything is new."""
+
+AT_WORK: dict[JobHandle, Machine] = {}
+"""Jobs that this process follows now: they must not outlive a command that is ended."""
+
+INTERRUPT_SECONDS = 2.0
+"""What a job on this computer has to end by itself after Ctrl-C; its journal is whole at any moment."""
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
@@ -69,9 +69,10 @@ def run_step(
     that of others. `env`: variables of the job, which may be secret. Raises the step's own error. A job of that name that
     still runs is joined, not started again.
     """
-    handle = start_step(machine, prepared, verb, job_name, workspace, options, env)
-    progress = _Progress(f"{prepared.study_id}{part.replace(' ', '-').replace('/', 'of')}", f"{prepared.title}{part}")
-    logger, said = get_run_logger(), []
+    handle = _started(machine, prepared, verb, job_name, workspace, options, env)
+    AT_WORK[handle] = machine
+    progress = Progress(f"{prepared.study_id}{part.replace(' ', '-').replace('/', 'of')}", f"{prepared.title}{part}")
+    logger, said, waits = get_run_logger(), [], True
     mark = (machine.instance_id, handle)
     try:
         for event in machine.follow(handle, _SEEN.get(mark, 0)):
@@ -87,17 +88,21 @@ def run_step(
     except Exception:
         # the connection broke, or the step failed by itself: the job is left alone, and a retry joins it
         raise
-    except BaseException:
+    except BaseException as error:
         # cancelled, or Ctrl-C: what was paid for is in the journal, and nothing may go on unseen
+        waits = False
         with undisturbed():
             logger.warning("cancelled: ending %s on %s", job_name, machine.name)
+            hurry = isinstance(error, KeyboardInterrupt) and machine.provider == HERE
             try:
-                machine.cancel(handle)
-            except OutliersError as error:
+                machine.cancel(handle, *([INTERRUPT_SECONDS] if hurry else []))
+            except OutliersError as failed:
                 # it must not hide that the run was cancelled: the machine is released for that, and its jobs with it
-                logger.warning("%s could not be ended: %s", job_name, error)
+                logger.warning("%s could not be ended: %s", job_name, failed)
         raise
     finally:
+        AT_WORK.pop(handle, None)
+        progress.close(wait=waits)
         try:
             runlog.append(workspace.study(prepared.study_id), said, workspace.root)
         except OSError as error:
@@ -144,6 +149,31 @@ def _deaf(number: int, frame: object) -> None:
     """A handler that does nothing."""
 
 
+def _started(
+    machine: Machine, prepared: Prepared, verb: str, job_name: str, workspace: Workspace, *more: Any
+) -> JobHandle:
+    """`start_step`; interrupted while a job of this computer was being started, it is not left to itself."""
+    try:
+        return start_step(machine, prepared, verb, job_name, workspace, *more)
+    except Exception:
+        raise
+    except BaseException:
+        if machine.provider == HERE:
+            with undisturbed(), contextlib.suppress(OutliersError):
+                begun = jobs.newest(Path(machine.workspace), job_name)
+                if begun is not None and jobs.status(begun.folder) == "running":
+                    machine.cancel(begun, INTERRUPT_SECONDS)
+        raise
+
+
+def end_at_work() -> None:
+    """End the jobs on this computer that this process still follows, at once. Raises nothing that another one's end needs."""
+    for handle, machine in list(AT_WORK.items()):
+        if machine.provider == HERE:
+            with contextlib.suppress(OutliersError):
+                machine.cancel(handle, 0.5)
+
+
 def start_step(
     machine: Machine,
     prepared: Prepared,
@@ -178,34 +208,3 @@ def _result(machine: Machine, handle: JobHandle) -> dict[str, Any]:
         except ValueError as error:
             raise JobFailed(f"job {handle.name} left no readable result: {error}") from error
         return content
-
-
-class _Progress:
-    """A progress artifact for each thing that a step counts (download, extract...), updated now and then."""
-
-    def __init__(self, study_id: str, title: str) -> None:
-        self._study_id, self._title = study_id, title
-        self._artifacts: dict[str, UUID] = {}
-        self._told: dict[str, float] = {}
-
-    def show(self, event: Event) -> None:
-        if not event.total:
-            return
-        finished = event.done >= event.total
-        if not finished and time.monotonic() - self._told.get(event.step, float("-inf")) < ARTIFACT_SECONDS:
-            return
-        self._told[event.step] = time.monotonic()
-        try:
-            self._tell(event, min(100.0, 100.0 * event.done / event.total))
-        except (PrefectException, httpx.HTTPError) as error:
-            # a server that is away must not end the step; the next one shows where it is
-            get_run_logger().warning("the progress of %s could not be shown: %s", event.step, error)
-
-    def _tell(self, event: Event, share: float) -> None:
-        if event.step in self._artifacts:
-            update_progress_artifact(self._artifacts[event.step], progress=share)
-            return
-        key, description = f"{event.step}-{self._study_id}", f"{event.step} {self._title}"
-        made = create_progress_artifact(progress=share, key=key, description=description)
-        if isinstance(made, UUID):
-            self._artifacts[event.step] = made

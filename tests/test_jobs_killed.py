@@ -44,6 +44,36 @@ def test_a_killed_supervisor_takes_its_command_along(workspace):
     assert jobs.start(workspace, python("pass")).attempt == 2
 
 
+def test_what_a_killed_supervisor_leaves_is_removed_by_who_finds_the_job_dead(workspace):
+    """64 KB for each, for good: its reserve, and a file that it was writing."""
+    dead = [jobs.start(workspace, python("import time; time.sleep(30)", name=name)) for name in ("a", "b", "c")]
+    for handle in dead:
+        os.kill(started(handle.folder)["pgid"], signal.SIGKILL)
+        assert jobs.wait(handle.folder, 10) == "lost"
+        (handle.folder / ".exit.json.0123456789abcdef.part").write_text("{")
+        os.utime(handle.folder / ".exit.json.0123456789abcdef.part", (0, 0))
+    (young := dead[1].folder / ".exit.json.fedcba9876543210.part").write_text("{")
+    (draft := dead[2].folder.parent / ".new").mkdir()
+
+    def leftovers():
+        return {path.parent.parent.name for path in (workspace / "jobs").glob("*/*/*") if path.suffix == ".part"} | {
+            path.parent.parent.name for path in (workspace / "jobs").glob("*/*/reserve")
+        }
+
+    assert leftovers() == {"a", "b", "c"}
+    with pytest.raises(errors.MachineLost):
+        jobs.result(dead[0].folder)
+    assert leftovers() == {"b", "c"}
+    live = jobs.start(workspace, python("import time; time.sleep(30)", name="d"))
+    assert not draft.exists()
+    assert young.exists(), "somebody may be writing it"
+    young.unlink()
+    assert leftovers() == {"d"}
+    assert jobs.status(live.folder) == "running"
+    jobs.cancel(live.folder)
+    assert leftovers() == set()
+
+
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(30)"
 )

@@ -275,6 +275,9 @@ class Clock:
     def time(self):
         return self.now
 
+    def monotonic(self):
+        return self.now
+
 
 HOLDERS = st.sampled_from("abc")
 STEPS = st.lists(

@@ -80,18 +80,51 @@ def test_a_rented_machine_of_another_workspace_is_released_by_its_name(outliers,
     cloud.launch("somebodys", cloud.candidates(MachineRequest())[0][0], 600)
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
-    nothing = "outliers-stranger is not held: there is nothing to release"
-    assert nothing in outliers("machines", "release", "outliers-stranger")[2]
+    nobody = "no machine 'outliers-stranger' is held or rented, or ever was"
+    assert nobody in outliers("machines", "release", "outliers-stranger")[2]
     (home / ".sky").mkdir(parents=True)
-    code, out, _ = outliers("machines", "release", "outliers-stranger", "somebodys", "--json")
-    assert code == 0
-    assert json.loads(out)["done"] == [
-        "outliers-stranger is released",
-        "somebodys is not held: there is nothing to release",
-    ]
+    code, _, err = outliers("machines", "release", "outliers-stranger", "somebodys")
+    assert (code, cloud.names("down")) == (2, [])
+    assert "no machine 'somebodys' is held or rented" in err
+    code, out, _ = outliers("machines", "release", "outliers-stranger", "--json")
+    assert (code, json.loads(out)["done"]) == (0, ["outliers-stranger is released"])
     assert cloud.names("down") == ["outliers-stranger"]
     monkeypatch.setitem(sys.modules, "sky", None)
-    assert nothing in outliers("machines", "release", "outliers-stranger")[2]
+    assert nobody in outliers("machines", "release", "outliers-stranger")[2]
+
+
+def test_a_name_that_no_machine_has_is_refused_before_anything_is_released(outliers, workspace):
+    """What was meant may cost a dollar an hour: silence would say that it ended."""
+    records = Rentals(workspace)
+    for name in ("outliers-5f0c2a9d1b7e3c46", "m1", "gone"):
+        records.begin(name, "ssh", "lab1", 1.0, "run-1", "a study", 600)
+    records.end("gone", "released")
+    code, out, err = outliers("machines", "release", "m1", "outliers-5f0c2a9d1b7e3c64")
+    assert (code, out) == (2, "")
+    assert "(did you mean outliers-5f0c2a9d1b7e3c46?); held or rented: m1, outliers-5f0c2a9d1b7e3c46" in err
+    assert {rental.name for rental in records.all()} == {"m1", "outliers-5f0c2a9d1b7e3c46"}
+    assert "(did you mean outliers-5f0c2a9d1b7e3c46?)" in outliers("machines", "release", "outliers-5f0")[2]
+    for strange in ("", " ", "M1", "../m1", "m1/"):
+        code, _, err = outliers("machines", "release", strange)
+        assert (code, f"no machine {strange!r} is held" in err) == (2, True), err
+    # one that is gone is no error, and one that never was is not hidden behind it
+    assert outliers("machines", "release", "gone")[0] == 0
+    assert outliers("machines", "release", "gone", "never")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("machines", "remove", "lab11"), "no host 'lab11' was added (did you mean lab1?); added: lab1"),
+        (("captures", "rm", "abcd"), "there is no capture abcd in {}; there is: none"),
+        (("verify", "abcd"), "there is no capture abcd in {}; there is: none"),
+        (("runs", "show", "abcd"), "there is no study abcd in {}; there is: none"),
+    ],
+)
+def test_names_that_nothing_has_are_refused_with_what_there_is(outliers, workspace, words, said):
+    Hosts(workspace).add(Host("lab1", "box"))
+    code, _, err = outliers(*words)
+    assert (code, said.format(workspace) in err) == (2, True), err
 
 
 # The scheduled one

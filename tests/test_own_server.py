@@ -93,7 +93,7 @@ def test_its_history_is_where_prefect_keeps_its_own(tmp_path, monkeypatch, given
     monkeypatch.setattr(os, "environ", dict(os.environ) | given | {"HOME": str(tmp_path)})
     monkeypatch.chdir(tmp_path)
     homes = []
-    monkeypatch.setattr(inprocess, "OwnServer", homes.append)
+    monkeypatch.setattr(inprocess, "OwnServer", lambda home, give_up: homes.append(home))
     inprocess.settle_prefect(tmp_path / "workspace")
     assert homes == [tmp_path / place]
 

@@ -180,3 +180,57 @@ def test_writers_in_several_processes_lose_nothing(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "machines/history.jsonl").read_text().splitlines()]
     assert sorted(line["name"] for line in lines) == sorted(f"own-{me}-{i}" for me in range(4) for i in range(15))
     assert not list((tmp_path / "machines").glob("*.part"))
+
+
+@pytest.mark.parametrize("field", ["lease_until", "since", "price_per_hour"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", '"soon"', "null", "true", "[]", "1" * 400])
+def test_a_record_with_a_time_that_is_none_is_told_and_not_believed(tmp_path, field, value):
+    """Compared with NaN nothing is over, so nothing would end what it tells of."""
+    rentals = Rentals(tmp_path)
+    begin(rentals, "m1")
+    begin(rentals, "m2")
+    path = tmp_path / "machines" / "m1.json"
+    record = json.loads(path.read_text()) | {field: "@"}
+    path.write_text(json.dumps(record).replace('"@"', value))
+    assert [rental.name for rental in rentals.all()] == ["m2"]
+    (said,) = rentals.unreadable()
+    assert "m1.json is no record of a machine" in said
+    with pytest.raises(errors.WorkspaceError):
+        rentals.hold("m1", "run-1", "t", 60)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", "{", "[" * 100_000, '{"holders": []}', '{"holders": {"a": 1}}', '{"holders": {"a": {}}}'],
+)
+def test_a_record_that_is_none_hides_no_other(tmp_path, content):
+    rentals = Rentals(tmp_path)
+    begin(rentals, "m2")
+    (tmp_path / "machines" / "m1.json").write_text(content)
+    (tmp_path / "machines" / "m3.json").mkdir()
+    assert [rental.name for rental in rentals.all()] == ["m2"]
+    assert len(rentals.unreadable()) == 2
+
+
+def test_a_time_that_no_lease_reaches_is_over(tmp_path):
+    """The clock was set back by a month: what was rented before must not cost for that month."""
+    rentals = Rentals(tmp_path)
+    made = begin(rentals, seconds=3600)
+    assert not made.is_over(made.since)
+    assert made.is_over(made.since - 30 * 86_400)
+    assert not begin(rentals, seconds=lease.MAX_SECONDS).is_over(made.since)
+
+
+def test_a_history_that_is_damaged_is_counted_as_far_as_it_can_be_read(tmp_path):
+    rentals = Rentals(tmp_path)
+    begin(rentals)
+    rentals.end("m1", "released")
+    with (tmp_path / "machines" / "history.jsonl").open("ab") as file:
+        file.write(
+            b'[]\nnull\n\xff{\n{"name": "m1", "spent": NaN}\n{"name": "m1", "spent": "7"}\n{"name": "m1", "spent": 3.5}\n'
+        )
+    assert 3.5 <= rentals.spent("m1") < 3.6
+    assert rentals.was_held("m1")
+    assert not rentals.was_held("m")
+    assert rentals.ever("ssh")
+    assert not rentals.ever("sky")

@@ -7,6 +7,7 @@ one place where a machine is refused, the same for this computer and for one at 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from outliers.errors import BadInput
 from outliers.events import Event
 from outliers.jobs import JobHandle, JobSpec, Status
 from outliers.machines.capability import Capability, capability_of
+from outliers.lease import MAX_SECONDS, SLACK_SECONDS
 
 if TYPE_CHECKING:
     from outliers.spec import (
@@ -238,8 +240,11 @@ class Rental:
         return self.price_per_hour * max(0.0, now - self.since) / 3600
 
     def is_over(self, now: float) -> bool:
-        """Whether nobody has renewed it in time."""
-        return now >= self.lease_until
+        """Whether nobody has renewed it in time. A time that no lease reaches (the clock was set back, the record is damaged)
+        counts as over too: else nothing would ever end the machine."""
+        left = self.lease_until - now
+        # infinite: no record tells of it, and it ends by its provider's own timer
+        return left <= 0 or MAX_SECONDS + SLACK_SECONDS < left < math.inf
 
 
 class Provider(Protocol):

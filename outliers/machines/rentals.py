@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, get_args
 
 import psutil
 
@@ -59,7 +59,7 @@ class Rentals:
             return _parse(json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
             raise WorkspaceError(
                 f"{path} is no record of a machine ({error}); look at the provider's own list, and remove the file"
             ) from error
@@ -72,9 +72,20 @@ class Rentals:
         """Whether anything was ever held or rented there, as far as this workspace knows."""
         if self.all(provider):
             return True
+        return any(line.get("provider") == provider for line in self._history())
+
+    def was_held(self, name: str) -> bool:
+        """Whether a machine of that name is held, or was and has ended, as far as this workspace knows."""
+        return self._path(name).exists() or any(line.get("name") == name for line in self._history())
+
+    def _history(self) -> Iterator[dict[str, Any]]:
+        """The lines of machines that have ended; one that a crash left torn is passed over."""
         with contextlib.suppress(FileNotFoundError):
-            return f'"provider": "{provider}"' in (self.folder / HISTORY).read_text("utf-8")
-        return False
+            for text in (self.folder / HISTORY).read_text("utf-8", "replace").splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    line = json.loads(text)
+                    if isinstance(line, dict):
+                        yield line
 
     def unreadable(self) -> tuple[str, ...]:
         """What is wrong with each record that can't be read: it must not hide the others, and somebody has to be told."""
@@ -214,12 +225,9 @@ class Rentals:
 
     def spent(self, name: str) -> float:
         """Dollars that machines of that name have cost, ended ones included, until now."""
-        known, total = self.get(name), 0.0
-        with contextlib.suppress(FileNotFoundError):
-            for text in (self.folder / HISTORY).read_text("utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a line that a crash left torn
-                    line = json.loads(text)
-                    total += line.get("spent", 0.0) if line.get("name") == name else 0.0
+        known = self.get(name)
+        ended = [line.get("spent") for line in self._history() if line.get("name") == name]
+        total = sum(spent for spent in ended if is_number(spent) and spent > 0)
         return total + (known.spent(time.time()) if known else 0.0)
 
     def paid_seconds(self, name: str, most: float | None, price_per_hour: float) -> float:
@@ -288,15 +296,40 @@ def this_process() -> str:
 
 def _is_dead(process: str) -> bool:
     """Whether a process of this computer is gone; one of another is taken for alive."""
-    host, pid, created = process.rsplit(" ", 2)
-    if host != socket.gethostname():
-        return False
     try:
+        host, pid, created = process.rsplit(" ", 2)
+        if host != socket.gethostname():
+            return False
         return f"{psutil.Process(int(pid)).create_time():.2f}" != created
-    except psutil.NoSuchProcess:
-        return True
+    except (psutil.NoSuchProcess, ValueError, OverflowError):
+        return True  # also where it is no name of a process: who lives writes its own again
 
 
 def _parse(record: dict[str, Any]) -> Rental:
+    """The rental that a record tells of; ValueError, KeyError or TypeError where it is none.
+
+    Times that can't be have no comparison that ever says "over", so such a record is none either: it is told to whoever
+    looks, and `reap` fails at it, until somebody has looked.
+    """
     holders = {key: Holder(**value) for key, value in record.pop("holders").items()}
-    return Rental(**record, holders=holders)
+    rental = Rental(**record, holders=holders)
+    texts = (
+        rental.name,
+        rental.provider,
+        rental.place,
+        *(text for one in holders.values() for text in (one.title, one.process)),
+    )
+    if not all(isinstance(text, str) for text in texts) or rental.state not in get_args(RentalState):
+        raise TypeError("a name, a place or a state that is none")
+    numbers = (rental.price_per_hour, rental.since, rental.lease_until, *(one.until for one in holders.values()))
+    if not all(is_number(number) for number in numbers) or rental.price_per_hour < 0:
+        raise ValueError("a time or a price that is no number")
+    return rental
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value that JSON held is a finite number."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False

@@ -1,0 +1,113 @@
+"""Ctrl-C ends a command within seconds, wherever it is.
+
+What a command does about Ctrl-C is done in the exception that it raises: the job ends, a machine is given back. Then
+Prefect tells its server, and waits for minutes where that is gone; a library may be in the middle of a long call. So a
+thread counts from the signal on, and ends the process when its time is over: nothing that is journaled is lost by that, the
+job has been ended, and the server of the command ends with it. Knows no Prefect. Before it: `cli`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+END_SECONDS = 4.5
+"""From Ctrl-C to the end of the process, where everything is on this computer."""
+REMOTE_SECONDS = 45.0
+"""The same where a machine elsewhere is given back first: it may cost, so it is asked for as long as it may answer."""
+LAST_SECONDS = 1.5
+"""Before the end: what has not ended by itself is ended."""
+INTERRUPTED = 130
+SAID = "interrupted: the same command goes on where this one stopped"
+
+LAST: list[Callable[[], None]] = []
+"""Called once, in a thread, shortly before the process is ended: what must not outlive it."""
+
+
+class _Ending:
+    """How long the end may take, and why it came if not by Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.seconds = END_SECONDS
+        self.reason = ""
+        self.begun = threading.Event()
+        self.lock = threading.Lock()
+
+
+_ENDING = _Ending()
+
+
+def reason() -> str:
+    """Why the command was ended, where that was no Ctrl-C."""
+    return _ENDING.reason
+
+
+def allow(seconds: float) -> None:
+    """The end may take so long from now on."""
+    _ENDING.seconds = seconds
+
+
+def fail(text: str) -> None:
+    """End the command as Ctrl-C does, with this error instead. Called in any thread."""
+    _ENDING.reason = _ENDING.reason or text
+    _begin()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextlib.contextmanager
+def bounded(seconds: float = END_SECONDS) -> Iterator[None]:
+    """In the block, and in what follows an interrupted one, Ctrl-C ends the process in time. For the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    allow(seconds)
+    listening, telling = os.pipe()
+    os.set_blocking(telling, False)
+    # told by the C handler itself: also while the main thread is in a long call of a library
+    before = signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(listening,), name="interrupt", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(telling)
+
+
+def _listen(pipe: int) -> None:
+    with open(pipe, "rb", buffering=0) as numbers:
+        while told := numbers.read(1):
+            if told[0] == signal.SIGINT:
+                _begin()
+
+
+def _begin() -> None:
+    """Count, once."""
+    with _ENDING.lock:
+        if _ENDING.begun.is_set():
+            return
+        _ENDING.begun.set()
+    threading.Thread(target=_count, args=(time.monotonic(),), name="ending", daemon=True).start()
+
+
+def _count(began: float) -> None:
+    while (left := began + _ENDING.seconds - LAST_SECONDS - time.monotonic()) > 0:
+        time.sleep(min(left, 0.1))
+    last = threading.Thread(target=_end_all, name="last", daemon=True)
+    last.start()
+    last.join(LAST_SECONDS)
+    said = f"failed: {_ENDING.reason}" if _ENDING.reason else SAID
+    with contextlib.suppress(OSError):
+        # a terminal whose cursor a progress bar has hidden gets it back
+        os.write(2, (("\x1b[?25h\r" if os.isatty(2) else "") + said + "\n").encode())
+    os._exit(1 if _ENDING.reason else INTERRUPTED)
+
+
+def _end_all() -> None:
+    for act in LAST.copy():
+        # the process ends whatever this says
+        with contextlib.suppress(Exception):
+            act()

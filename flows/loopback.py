@@ -1,0 +1,47 @@
+"""A server on this computer's own loopback is reached directly, whatever proxy the shell names for the rest of the world.
+
+`HTTP_PROXY` without `NO_PROXY` sends also 127.0.0.1 to the proxy, which means its own loopback by that. Only the one address
+is taken out, with its port: an artifact store on loopback stays as the user has said. Before it: whoever has a server's URL.
+After it: urllib, httpx and websockets, which read `NO_PROXY`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import urllib.request
+from typing import Any
+from urllib.parse import urlsplit
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a host's name or address is this computer's loopback, as far as that can be said without asking anybody."""
+    if host is None:
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def bypass_proxies(url: str) -> None:
+    """Add a server on loopback to NO_PROXY of this process and of those it starts; what the user listed there stays."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)
+    except ValueError:
+        return
+    if host is None or not is_loopback(host):
+        return
+    # httpx can't read an IPv6 address with a port there
+    name = host if ":" in host else f"{host}:{port}"
+    # the small name wins where both are set, also where it is empty: so do all who read them
+    listed = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    names = [entry.strip() for entry in listed.split(",") if entry.strip()]
+    if name not in names and "*" not in names:
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*names, name])
+
+
+def open_direct(request: str | urllib.request.Request, timeout: float) -> Any:
+    """`urllib.request.urlopen` of a server on loopback, by no proxy. Raises as that does."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout)

@@ -1,0 +1,90 @@
+"""What is published of run.log: all of a short one, whole lines from the end of a long one, and never a refusal."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outliers import contents, runlog
+from outliers.allowlist import LOG, check_results
+from outliers.manifest import build_manifest, read_manifest, write_manifest
+from outliers.publish import fetch, publish
+from tests.publishing import results
+from tests.results_folder import finish
+
+__all__ = ["results"]  # the fixture, found by name
+
+MOST = contents.MAX_LOG_BYTES
+LINE = "2026-11-27T23:00:00Z info    extract: sequence {:07d} — Zeichen für Zeichen 字字字\n"
+
+
+def log_of(results) -> bytes:
+    (found,) = (file.data for file in check_results(results, include_log=True) if file.path == LOG)
+    return found
+
+
+def test_a_short_log_is_published_as_it_is(results):
+    text = "".join(LINE.format(number) for number in range(100)).encode()
+    (results / LOG).write_bytes(text)
+    assert log_of(results) == text
+
+
+@pytest.mark.parametrize("count", [12_000, 150_000])  # 1.1 MB, and more than a file of a study may have
+def test_of_a_long_log_the_last_whole_lines_are_published(results, count):
+    lines = [LINE.format(number) for number in range(count)]
+    (results / LOG).write_text("".join(lines), encoding="utf-8")
+    size = (results / LOG).stat().st_size
+    assert size > MOST
+    head, *kept = log_of(results).decode("utf-8").splitlines(keepends=True)
+    assert head.startswith("... the end of this log: the last ") and f" of {size:,} bytes" in head
+    assert kept == lines[-len(kept) :]
+    assert MOST - 1000 < len(log_of(results)) <= MOST
+    assert (results / LOG).stat().st_size == size, "here all of it stays"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.text(max_size=60) | st.binary(max_size=60), max_size=60),
+    st.integers(300, 2000),
+    st.integers(0, 3000),
+)
+def test_whatever_a_step_printed_may_be_published(pieces, most, before):
+    data = b"\n".join(piece if isinstance(piece, bytes) else piece.encode("utf-8", "replace") for piece in pieces)
+    found = runlog.publishable(data, len(data) + before, most)
+    assert len(found) <= most
+    contents.check_log(found)
+    if before or len(found) < len(data):
+        found.decode("utf-8")
+    if before:
+        assert found.startswith(b"... the end of this log")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"x" * 3_000_000,  # one line, longer than all that is published
+        "字".encode() * 1_000_000,
+        b"A" * 5000 + b"\n",  # what could be encoded data
+        b"\x00\x08\xff\xfe\n",
+        b"",
+        b"\n" * 3_000_000,
+    ],
+)
+def test_odd_logs_are_published_too(results, odd):
+    (results / LOG).write_bytes(odd)
+    contents.check_log(log_of(results))
+    assert len(log_of(results)) <= MOST
+
+
+def test_a_study_with_a_long_log_is_published_and_fetched(results, tmp_path):
+    finish(results)
+    (results / LOG).write_text("".join(LINE.format(number) for number in range(40_000)), encoding="utf-8")
+    before = read_manifest(results)
+    manifest = build_manifest(results, spec=before["spec"], provenance=before["provenance"], include_log=True)
+    write_manifest(results, manifest)
+    target = f"file://{tmp_path}/atlas"
+    publish(results, target, "a-model")
+    fetch(target, "a-model", manifest["study_id"], tmp_path / "back")
+    assert (tmp_path / "back" / LOG).read_bytes() == log_of(results)
+    assert manifest["results_digest"] == before["results_digest"]
