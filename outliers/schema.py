@@ -344,6 +344,7 @@ class TokenFeature(_Strict):
     tokens: Count
     first_token_share: Share | None
     delimiter_share: Share | None
+    special_share: Share | None = None
     positions: Positions
     top: Annotated[list[TopPlace], Field(max_length=MAX_TOP)]
 
@@ -355,6 +356,7 @@ class MassiveFeature(_Strict):
     tokens: Count
     first_token_share: Share
     delimiter_share: Share
+    special_share: Share | None = None
     positions: Positions
 
 
