@@ -81,9 +81,9 @@ class LayerCounts:
 class Span:
     """Some positions of a sequence, and what is known of them so far.
 
-    marks: (kind, position) bool, the delimiters and the special tokens. parts: how many calls of `Tally.count` its
-    layers are dealt to. keys: site -> (W, position), see `compiled.KEY_SHIFT`; touched: site -> (W,) bool, the features that have any. Once closed, union: site -> (W,) int64
-    tokens with a hit in any layer, legacy_union: (W,) int64 those by the legacy rule.
+    marks: (kind, position) bool, the delimiters and the special tokens. parts: how many calls of `Tally.count` its layers are
+    dealt to. keys: site -> (W, position), see `compiled.KEY_SHIFT`; touched: site -> (W,) bool, the features that have any.
+    Once closed, union: site -> (W,) int64 tokens with a hit in any layer, legacy_union: (W,) int64 those by the legacy rule.
     """
 
     sequence: int

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,7 +61,8 @@ def texts_of(file: TextFile) -> Iterator[str]:
 
 def check_table(file: TextFile) -> bool:
     """Read the first rows: whether there is a text among them. Raises CorpusError as `texts_of`."""
-    return any(text.strip() or number >= ROWS_WITHOUT for number, text in enumerate(texts_of(file)))
+    first = [bool(text.strip()) for text in islice(texts_of(file), ROWS_WITHOUT)]
+    return any(first) or len(first) == ROWS_WITHOUT
 
 
 def _text(value: object, place: str) -> str:

@@ -62,7 +62,15 @@ def _library(name: str) -> Iterator[None]:
 class Encoder:
     """The tokenizer of a model. Raises UnknownModel where it can't be read, or can't say where its tokens are in a text."""
 
-    def __init__(self, source: ModelSource, workspace: Workspace) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        workspace: Workspace,
+        *,
+        first_characters: int = WHOLE_CHARACTERS,
+        ahead_characters: int = LEAST_AHEAD,
+    ) -> None:
+        self._first_characters, self._least_ahead = first_characters, ahead_characters
         with _library(source.name):
             tokenizer = load_tokenizer(source, workspace)
             if not getattr(tokenizer, "is_fast", False):
@@ -132,9 +140,9 @@ class Encoder:
 
         A text is encoded whole where no place can be shown behind which nothing changes the tokens before it.
         """
-        characters = max(WHOLE_CHARACTERS, needed * CHARACTERS_PER_TOKEN)
+        characters = max(self._first_characters, needed * CHARACTERS_PER_TOKEN)
         while True:
-            ahead = max(LEAST_AHEAD, characters // 4)
+            ahead = max(self._least_ahead, characters // 4)
             known = text[: characters + ahead] if isinstance(text, str) else text.first(characters + ahead)
             with _library(self.name):
                 if len(known) < characters + ahead:
@@ -189,8 +197,10 @@ class Encoder:
         unseen: dict[int, str] = {}
         with _library(self.name):
             for number, blank in dict.fromkeys(zip(ids, (not piece for piece in pieces), strict=True)):
-                if number in self._special or number in prefix:
-                    special[number] = str(self.tokenizer.convert_ids_to_tokens(number))
+                token = str(self.tokenizer.convert_ids_to_tokens(number))
+                is_byte = self._byte_fallback and _BYTE.fullmatch(token)
+                if (number in self._special or number in prefix) and not is_byte:
+                    special[number] = token
                     continue
                 held = self._held(number)
                 if isinstance(held, bytes):
@@ -201,10 +211,10 @@ class Encoder:
 
     def _held(self, number: int) -> str | bytes:
         """The text of a token by itself; its bytes where they are no whole characters."""
-        if number in self._added:
-            return self._added[number]
         token = str(self.tokenizer.convert_ids_to_tokens(number))
         raw: bytes | None = None
+        if number in self._added and not _BYTE.fullmatch(token):
+            return self._added[number]
         if self._byte_level and all(character in _ALPHABET for character in token):
             raw = bytes(_ALPHABET[character] for character in token)
         elif self._byte_fallback and (match := _BYTE.fullmatch(token)):
