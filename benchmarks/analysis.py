@@ -136,7 +136,7 @@ def smollm2(scratch: Path, arguments: argparse.Namespace) -> Data:
     extract(prepared, place, reporter_from_environment())
     folder = place.capture(prepared.capture_id)
     return Data(
-        "smollm2", part_of(folder, layout_of_capture(folder), corpus.delimiters(), scratch), layout_of_capture(folder)
+        "smollm2", part_of(folder, layout_of_capture(folder), corpus.marks(), scratch), layout_of_capture(folder)
     )
 
 
@@ -262,7 +262,7 @@ def measure_kernels(data: Data, rounds: int) -> dict[str, float]:
     layers = min(8, frame.num_layers)
 
     def compiled() -> None:
-        tally.count(Span(0, 0, one.shape[0], np.zeros(one.shape[0], np.bool_)), range(layers), tiles, rows)
+        tally.count(Span(0, 0, one.shape[0], np.zeros((2, one.shape[0]), np.bool_)), range(layers), tiles, rows)
 
     ways = {
         "numpy": lambda: counting.by_numpy(one, other, peaks),

@@ -81,15 +81,15 @@ class LayerCounts:
 class Span:
     """Some positions of a sequence, and what is known of them so far.
 
-    delimiters: (position,) bool. parts: how many calls of `Tally.count` its layers are dealt to. keys: site -> (W, position),
-    see `compiled.KEY_SHIFT`; touched: site -> (W,) bool, the features that have any. Once closed, union: site -> (W,) int64
-    tokens with a hit in any layer, legacy_union: (W,) int64 those by the legacy rule.
+    marks: (kind, position) bool, the delimiters and the special tokens. parts: how many calls of `Tally.count` its layers are
+    dealt to. keys: site -> (W, position), see `compiled.KEY_SHIFT`; touched: site -> (W,) bool, the features that have any.
+    Once closed, union: site -> (W,) int64 tokens with a hit in any layer, legacy_union: (W,) int64 those by the legacy rule.
     """
 
     sequence: int
     start: int
     length: int
-    delimiters: NDArray[np.bool_]
+    marks: NDArray[np.bool_]
     parts: int = 1
     keys: dict[str, NDArray[Any]] = field(default_factory=dict)
     touched: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
@@ -328,7 +328,8 @@ class Tally:
     ) -> None:
         """Positions, delimiters and the largest tokens of the deciding site in this span."""
         frame, total = self.frame, self.summary
-        bins, delimited = np.zeros_like(total.position_tokens), np.zeros_like(total.delimiter_tokens)
+        bins = np.zeros_like(total.position_tokens)
+        marked = np.zeros((len(span.marks), bins.shape[1]), np.int64)
         found = np.empty((columns.size, TOP_TOKENS), np.int64)
         keys = np.empty((columns.size, TOP_TOKENS), one.dtype)
         kernel_spans.places(
@@ -339,9 +340,9 @@ class Tally:
             self._top_floors,
             span.start,
             frame.bin_positions,
-            span.delimiters,
+            span.marks,
             bins,
-            delimited,
+            marked,
             TOP_TOKENS,
             found,
             keys,
@@ -358,7 +359,8 @@ class Tally:
         cells["value"] = np.where(sign == 1, -cells["magnitude"], cells["magnitude"])
         with self._rest:
             total.position_tokens += bins
-            total.delimiter_tokens += delimited
+            total.delimiter_tokens += marked[0]
+            total.special_tokens += marked[1]
             total.first_tokens += firsts
             if not cells.size:
                 return

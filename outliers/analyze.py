@@ -70,8 +70,8 @@ def frame_of(prepared: Prepared, layout: Layout) -> Frame:
 class Part:
     """Sequences to summarize, and all that is needed for it: it can be sent to another process.
 
-    sequences: ascending. lengths: (sequence,) int32, tokens that are not padding. marks: (sequence, position) bool,
-    delimiters. folder: the capture. target: the folder of the part's summary.
+    sequences: ascending. lengths: (sequence,) int32, tokens that are not padding. marks: (sequence, kind, position) bool,
+    see `Corpus.marks`. folder: the capture. target: the folder of the part's summary.
     """
 
     folder: Path
@@ -107,9 +107,7 @@ def analyze(
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     rows = np.array(wanted)
-    whole = Part(
-        folder, frame_of(prepared, layout), tuple(wanted), corpus.lengths[rows], corpus.delimiters()[rows], target
-    )
+    whole = Part(folder, frame_of(prepared, layout), tuple(wanted), corpus.lengths[rows], corpus.marks()[rows], target)
     steps = len(wanted) * len(layout.layers)
 
     if not is_compiled():
@@ -325,7 +323,7 @@ class _Reader:
             chunks = layout.chunks_of(tokens)
             for chunk in range(chunks):
                 start, stop = layout.span(chunk).start, min(layout.span(chunk).stop, tokens)
-                span = Span(sequence, start, stop - start, part.marks[row, start:stop], parts=len(cuts))
+                span = Span(sequence, start, stop - start, part.marks[row, :, start:stop], parts=len(cuts))
                 for number, cut in enumerate(cuts):
                     last = chunk == chunks - 1 and number == len(cuts) - 1
                     yield _Unit(span, chunk, tokens, range(int(cut[0]), int(cut[-1]) + 1), last)

@@ -2,7 +2,7 @@
 
 Each source has a public name, an identity (what would change its text), and its documents in an order that the seed
 fixes. The order is made here and not by `datasets`: between its versions 4 and 5 the same seed came to mean another
-one. Nothing here knows tokens. Before it: `hub`. After it: `corpus`.
+one. Nothing here knows tokens. Before it: `hub`, `text_files`, `text_rows`. After it: `corpus`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,11 @@ from typing import Any
 from outliers.errors import CorpusError
 from outliers.hub import Patience, Resolved, plain, refusals, resolve, wait_as_told
 from outliers.spec import CorpusSpec
+from outliers.text_files import LONG_BYTES, LongText, TextFile, classify, find_files
+from outliers.text_rows import check_table, texts_of
 
 log = logging.getLogger(__name__)
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
-TABLE_SUFFIXES = (".parquet", ".jsonl", ".json")
 SHUFFLE_BUFFER = 1_000
 """Rows of a data set among which the seed chooses: larger mixes better and starts later."""
 SHUFFLE_VERSION = 2
@@ -38,27 +39,31 @@ class DocumentSource:
     name: str
     identity: tuple[str, ...]
     public: bool
-    texts: Callable[[CorpusSpec], Iterator[str]]
+    texts: Callable[[CorpusSpec], Iterator[str] | Iterator[str | LongText]]
 
 
 def find_documents(spec: CorpusSpec) -> DocumentSource:
-    """The source that `spec` names. Raises CorpusError where it can't be read, HubUnavailable."""
+    """The source that `spec` names, looked into. Raises CorpusError where it can't be read, HubUnavailable."""
     if spec.source.startswith("builtin:"):
         return _builtin(spec.source)
-    path = Path(spec.source).expanduser()
-    if path.exists():
-        files = _files(path)
-        if all(file.suffix in TABLE_SUFFIXES for file in files):
-            return _tables(path, files)
-        return _text_files(path, files)
-    if spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1 or path.suffix in TEXT_SUFFIXES:
+    try:
+        path = Path(spec.source).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~somebody who is not known here
+        raise CorpusError(f"there is no text at {spec.source}: {error}") from error
+    if exists:
+        kind, files = find_files(path)
+        return _text_files(files) if kind == "text" else _tables(path, files)
+    named = classify(path.name)
+    looks_local = spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1
+    if looks_local or named.kind != "other" or named.packed:
         raise CorpusError(f"there is no text at {spec.source}")
     return _hub(spec)
 
 
 def in_order(names: list[str], seed: int) -> list[int]:
     """Positions of `names` in the order that `seed` fixes on every machine: by the sha256 of seed and name."""
-    keys = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names]
+    keys = [hashlib.sha256(f"{seed}:{name}".encode(errors="surrogateescape")).digest() for name in names]
     return sorted(range(len(names)), key=keys.__getitem__)
 
 
@@ -76,36 +81,23 @@ def _builtin(source: str) -> DocumentSource:
     return DocumentSource(name=source, identity=(source, content), public=True, texts=texts)
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    found = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in (*TEXT_SUFFIXES, *TABLE_SUFFIXES))
-    if not found:
-        raise CorpusError(f"{path} holds no text: looked for {', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))}")
-    return found
-
-
-def _content(files: list[Path], root: Path) -> str:
+def _content(files: Sequence[TextFile]) -> str:
+    """What changes when a file is renamed, or another byte is in it."""
     hasher = hashlib.sha256()
     for file in files:
-        hasher.update(f"{file.relative_to(root) if file != root else file.name}\0".encode())
-        try:
-            hasher.update(hashlib.sha256(file.read_bytes()).digest())
-        except OSError as error:
-            raise CorpusError(f"{file} can't be read: {error.strerror}") from error
+        hasher.update(os.fsencode(file.name) + b"\0" + bytes.fromhex(file.sha256))
     return hasher.hexdigest()
 
 
-def _text_files(path: Path, files: list[Path]) -> DocumentSource:
-    content = _content(files, path)
-    names = [str(file.relative_to(path)) if file != path else file.name for file in files]
+def _text_files(files: Sequence[TextFile]) -> DocumentSource:
+    content = _content(files)
+    names = [file.name for file in files]
 
-    def texts(spec: CorpusSpec) -> Iterator[str]:
+    def texts(spec: CorpusSpec) -> Iterator[str | LongText]:
         for index in in_order(names, spec.seed):
-            try:
-                yield files[index].read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise CorpusError(f"{files[index]} is not UTF-8 text: {error}") from error
+            text = LongText(files[index])
+            small = not files[index].kind.packed and files[index].stamp[0] <= LONG_BYTES
+            yield text.first(LONG_BYTES + 1) if small else text
 
     return DocumentSource(name=f"local:{content[:12]}", identity=("text", content), public=False, texts=texts)
 
@@ -132,18 +124,19 @@ def shuffled(rows: Iterable[str], seed: int, buffer: int) -> Iterator[str]:
         yield held.pop()
 
 
-def _tables(path: Path, files: list[Path]) -> DocumentSource:
-    """Parquet or JSON-lines files with a text column, read as the hub's data sets are."""
-    content = _content(files, path)
-    kinds = {"parquet" if file.suffix == ".parquet" else "json" for file in files}
-    if len(kinds) > 1:
-        raise CorpusError(f"{path} mixes Parquet and JSON files: give one kind")
-    (kind,) = kinds
+def _tables(path: Path, files: Sequence[TextFile]) -> DocumentSource:
+    """Files with a text column, their rows in an order as of a data set of the hub."""
+    content = _content(files)
+    looks = [check_table(file) for file in files]  # into every one, also after one that has text
+    if not any(looks):
+        raise CorpusError(f"{path} holds no text: every row of its column 'text' is empty")
+
+    def rows(seed: int) -> Iterator[str]:
+        for index in in_order([str(number) for number in range(len(files))], seed):
+            yield from texts_of(files[index])
 
     def texts(spec: CorpusSpec) -> Iterator[str]:
-        with _reading(str(path)):
-            data_set = _open(kind, data_files=[str(file) for file in files], split="train")
-        return shuffled(_rows(data_set, spec, str(path)), spec.seed, SHUFFLE_BUFFER)
+        return shuffled(rows(spec.seed), spec.seed, SHUFFLE_BUFFER)
 
     identity = ("table", content, *_ORDER)
     return DocumentSource(name=f"local:{content[:12]}", identity=identity, public=False, texts=texts)

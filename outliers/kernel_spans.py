@@ -43,12 +43,12 @@ def close(one, other, columns, limits, deciding, legacy, begins, counts, firsts,
 
 
 @compiled
-def places(one, other, columns, deciding, floors, start, bin_positions, delimiters, bins, delimited, keep, found, keys):
+def places(one, other, columns, deciding, floors, start, bin_positions, marks, bins, marked, keep, found, keys):
     """Where the hits of the deciding site sit.
 
     one, other, columns: as in `close`. deciding: the limit. floors: (feature,) int64, magnitudes below which a token can't
-    be among a feature's largest any more. start: position of column 0. delimiters: (position,) bool. bins: (bin, feature)
-    int64 and delimited: (feature,) int64, to which tokens with a hit are added. found: (len(columns), keep) int64,
+    be among a feature's largest any more. start: position of column 0. marks: (kind, position) bool. bins: (bin, feature)
+    int64 and marked: (kind, feature) int64, to which tokens with a hit are added. found: (len(columns), keep) int64,
     overwritten with the positions of each feature's largest magnitudes, in order, -1 where there are no more; keys: the
     same shape, their keys.
     """
@@ -64,7 +64,8 @@ def places(one, other, columns, deciding, floors, start, bin_positions, delimite
             if key < least:
                 continue
             bins[(start + t) // bin_positions, j] += 1
-            delimited[j] += delimiters[t]
+            for kind in range(marks.shape[0]):
+                marked[kind, j] += marks[kind, t]
             magnitude = key >> KEY_SHIFT
             if magnitude < floors[j] or (count == keep and magnitude <= keys[n, keep - 1] >> KEY_SHIFT):
                 continue

@@ -52,6 +52,7 @@ def _systematic(prepared: Prepared, summary: Summary, corpus: Corpus, number: in
         "tokens": tokens,
         "first_token_share": int(summary.first_tokens[number]) / tokens,
         "delimiter_share": int(summary.delimiter_tokens[number]) / tokens,
+        "special_share": int(summary.special_tokens[number]) / tokens,
         "positions": _positions(frame, summary.position_tokens[:, number]),
         "top": [
             {
@@ -87,17 +88,21 @@ def _massive_feature(frame: Frame, corpus: Corpus, number: int, tokens: Iterable
         "tokens": len(places),
         "first_token_share": int((positions == 0).sum()) / len(places),
         "delimiter_share": sum(corpus.is_delimiter(*place) for place in places) / len(places),
+        "special_share": sum(corpus.is_special(*place) for place in places) / len(places),
         "positions": _positions(frame, np.bincount(positions // frame.bin_positions, minlength=frame.bins)),
     }
 
 
 def context(prepared: Prepared, corpus: Corpus, sequence: int, position: int) -> dict[str, str | None]:
-    """A token and the text around it, or nothing of them where text must not be shown."""
+    """A token and the text around it, in whole characters, or nothing of them where text must not be shown.
+
+    A token that is shown by its name or its bytes stands between what is before its characters and what begins with them.
+    """
     if not prepared.text:
         return {"token": None, "before": None, "after": None}
-    token, text = corpus.piece(sequence, position), corpus.sequence_texts[sequence]
+    token, text = corpus.shown(sequence, position), corpus.sequence_texts[sequence]
     start = int(corpus.starts[sequence, position])
-    end = start + len(token)
+    end = start + len(token) if token == corpus.piece(sequence, position) else start
     return {
         "token": token,
         "before": text[max(0, start - CONTEXT_CHARACTERS) : start],

@@ -382,6 +382,7 @@ class TokenFeature(_Strict):
     tokens: Count
     first_token_share: Share | None
     delimiter_share: Share | None
+    special_share: Share | None = None
     positions: Positions
     top: Annotated[list[TopPlace], Field(max_length=MAX_TOP)]
 
@@ -393,6 +394,7 @@ class MassiveFeature(_Strict):
     tokens: Count
     first_token_share: Share
     delimiter_share: Share
+    special_share: Share | None = None
     positions: Positions
 
 

@@ -157,9 +157,9 @@ class Summary:
     """Totals of a set of sequences.
 
     sequences: sorted ids. tokens: how many tokens they have. position_tokens: (bins, W) int64, tokens with a hit in any layer of
-    the deciding site by position; first_tokens and delimiter_tokens: (W,) int64, those that are the first of their
-    sequence, or delimiters. top: CELL, the deciding site's tokens of largest magnitude for each feature. massive:
-    CELL, candidates at resid; massive_cells: (L,) int64, how many values exceed 100 there; massive_by_token: (L,) int64,
+    the deciding site by position; first_tokens, delimiter_tokens and special_tokens: (W,) int64, those that are the first of
+    their sequence, delimiters, or special ones. top: CELL, the deciding site's tokens of largest magnitude for each feature.
+    massive: CELL, candidates at resid; massive_cells: (L,) int64, how many values exceed 100 there; massive_by_token: (L,) int64,
     how many of those are massive by their own token's median. fine: FINE, of float32 values at resid those that round to a bin of
     fine_windows, (L, 2, 2) int64: the first and last bin about the median, and about 1,000 times it (`second_look`).
     """
@@ -171,6 +171,7 @@ class Summary:
     position_tokens: NDArray[np.int64]
     first_tokens: NDArray[np.int64]
     delimiter_tokens: NDArray[np.int64]
+    special_tokens: NDArray[np.int64]
     top: NDArray[Any]
     massive: NDArray[Any]
     massive_cells: NDArray[np.int64]
@@ -190,6 +191,7 @@ class Summary:
             position_tokens=np.zeros((frame.bins, width), np.int64),
             first_tokens=np.zeros(width, np.int64),
             delimiter_tokens=np.zeros(width, np.int64),
+            special_tokens=np.zeros(width, np.int64),
             top=np.zeros(0, CELL),
             massive=np.zeros(0, CELL),
             massive_cells=np.zeros(frame.num_layers, np.int64),
@@ -214,6 +216,7 @@ def merge(a: Summary, b: Summary) -> Summary:
         position_tokens=a.position_tokens + b.position_tokens,
         first_tokens=a.first_tokens + b.first_tokens,
         delimiter_tokens=a.delimiter_tokens + b.delimiter_tokens,
+        special_tokens=a.special_tokens + b.special_tokens,
         top=largest(np.concatenate([a.top, b.top]), "feature", TOP_TOKENS),
         massive=largest(np.concatenate([a.massive, b.massive]), "layer", MASSIVE_KEPT),
         massive_cells=a.massive_cells + b.massive_cells,

@@ -170,6 +170,7 @@ _WHOLE = (
     "position_tokens",
     "first_tokens",
     "delimiter_tokens",
+    "special_tokens",
     "top",
     "massive",
     "massive_cells",

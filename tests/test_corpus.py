@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from outliers.corpus import load_corpus, prepare_corpus
-from outliers.errors import CorpusError
+from outliers.errors import CorpusError, UnknownModel
 from outliers.models import find_model
 from outliers.spec import CorpusSpec, ModelSpec
 from tests import tiny
@@ -168,3 +168,129 @@ def test_ids_that_changed_on_disk_are_noticed(workspace, models, texts):
     shutil.rmtree(path.parent)
     with pytest.raises(CorpusError, match="run the study again"):
         load_corpus(found.info, workspace)
+
+
+SHAPES = {
+    "a flipped bit": lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:],
+    "cut": lambda data: data[: len(data) // 2],
+    "zeros": lambda data: bytes(len(data)),
+    "empty": lambda _: b"",
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("damage", SHAPES)
+@pytest.mark.parametrize(
+    "name",
+    ["token_ids.npy", "lengths.npy", "starts.npy", "sequence_texts.json", "token_names.json", "corpus.json"],
+)
+def test_what_the_workspace_holds_is_refused_where_it_changed_and_made_again(workspace, models, texts, name, damage):
+    (texts / "t.txt").write_text("ab 龍. " * 40)
+    asked = {"num_sequences": 2, "sequence_length": 10}
+    first = corpus(workspace, models, texts / "t.txt", kind="bos", **asked)
+    folder = workspace.corpora / first.info.key
+    path = folder / name
+    if SHAPES[damage] is None:
+        path.unlink()
+    else:
+        path.write_bytes(SHAPES[damage](path.read_bytes()))
+    with pytest.raises(CorpusError, match="run the study again"):
+        load_corpus(first.info, workspace)
+    again = corpus(workspace, models, texts / "t.txt", kind="bos", **asked)
+    assert again.info == first.info
+    assert (again.token_ids == first.token_ids).all()
+    assert (again.starts == first.starts).all()
+    assert again.sequence_texts == first.sequence_texts
+    assert again.names == first.names
+    assert [path.name for path in workspace.corpora.iterdir()] == [folder.name]
+
+
+def test_a_file_in_the_place_of_a_corpus_and_an_old_corpus_are_replaced(workspace, models, texts):
+    (texts / "t.txt").write_text("x" * 100)
+    asked = {"num_sequences": 2, "sequence_length": 10}
+    first = corpus(workspace, models, texts / "t.txt", **asked)
+    folder = workspace.corpora / first.info.key
+    (folder / "corpus.json").write_text(first.info.model_dump_json())  # as version 1 wrote it
+    assert corpus(workspace, models, texts / "t.txt", **asked).info == first.info
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    assert corpus(workspace, models, texts / "t.txt", **asked).info == first.info
+
+
+def test_special_tokens_and_parts_of_characters_are_no_delimiters(workspace, models, texts):
+    (texts / "t.txt").write_text("龍馬。😀, a\n" * 9)
+    found = corpus(workspace, models, texts / "t.txt", kind="bos", num_sequences=1, sequence_length=22)
+    # BOS; 3 bytes for each of 龍, 馬, 。; 4 of the emoji; then `,`, a blank, `a`, a newline
+    assert [position for position in range(22) if found.delimiters()[0, position]] == [14, 15, 17]
+    assert np.flatnonzero(found.specials()[0]).tolist() == [0]
+    shown = [found.shown(0, position) for position in range(22)]
+    assert shown[:4] == ["<s>", "<0xE9>", "<0xBE>", "<0x8D>"]
+    assert shown[14:18] == [",", " ", "a", "\n"]
+    assert found.sequence_texts[0].startswith("龍馬。😀, a\n")
+    both = found.marks()
+    assert both.shape == (1, 2, 22)
+    assert (both[:, 0] == found.delimiters()).all()
+    assert (both[:, 1] == found.specials()).all()
+
+
+def test_the_text_around_a_token_has_whole_characters(workspace, models, texts):
+    from types import SimpleNamespace
+
+    from outliers.places import context
+
+    (texts / "t.txt").write_text("ab龍cd" * 9)
+    found = corpus(workspace, models, texts / "t.txt", kind="bos", num_sequences=1, sequence_length=20)
+    seen = [context(SimpleNamespace(text=True), found, 0, position) for position in range(6)]
+    text = found.sequence_texts[0]
+    assert seen[0] == {"token": "<s>", "before": "", "after": text[:60]}
+    assert seen[1] == {"token": "a", "before": "", "after": text[1:61]}
+    for place, byte in ((3, "E9"), (4, "BE"), (5, "8D")):
+        assert seen[place] == {"token": f"<0x{byte}>", "before": "ab", "after": text[2:62]}
+
+
+def test_padding_is_no_special_token(workspace, models, texts):
+    (texts / "t.txt").write_text("abc")
+    found = corpus(workspace, models, texts, kind="bos", num_sequences=1, sequence_length=9, packing="documents")
+    assert found.token_ids[0, 4:].tolist() == [EOS] * 5
+    assert np.flatnonzero(found.specials()[0]).tolist() == [0]
+
+
+def test_a_prefix_as_long_as_the_sequence_is_refused(workspace, texts, tmp_path):
+    from tests.test_tokenizing import with_template
+
+    source, ids = with_template(tmp_path, "[gMASK] <sop> $A")
+    (texts / "t.txt").write_text("abcdefgh")
+    with pytest.raises(CorpusError, match="begins a text with 2 tokens, and a sequence has 2"):
+        prepare_corpus(CorpusSpec(source=str(texts), num_sequences=1, sequence_length=2), source, workspace)
+    info = prepare_corpus(CorpusSpec(source=str(texts), num_sequences=2, sequence_length=5), source, workspace)
+    found = load_corpus(info, workspace)
+    assert found.token_ids[:, :2].tolist() == [[ids["[gMASK]"], ids["<sop>"]]] * 2
+    assert found.sequence_texts == ("abc", "def")
+    assert found.specials()[:, :3].tolist() == [[True, True, False]] * 2
+
+
+def test_ids_beyond_the_embedding_are_refused_also_of_a_corpus_that_is_there(workspace, models, texts):
+    (texts / "t.txt").write_text("abcdefgh")
+    source = find_model(ModelSpec(id=models["bos"]), workspace)
+    spec = CorpusSpec(source=str(texts), num_sequences=1, sequence_length=5)
+    for _ in range(2):
+        with pytest.raises(UnknownModel, match="gives the id 256, and the model's embedding ends at 255"):
+            prepare_corpus(spec, source, workspace, vocab_size=256)
+        assert prepare_corpus(spec, source, workspace, vocab_size=257).num_tokens == 5  # 257 itself is not used
+
+
+def test_a_bad_corpus_is_told_before_the_model_is_looked_at(workspace, texts):
+    from outliers.prepare import prepare
+    from outliers.spec import StudySpec
+
+    (texts / "t.txt").write_bytes("Größe".encode("latin-1"))
+    spec = tiny.spec_for("/there/is/no/model", texts / "t.txt")
+    with pytest.raises(CorpusError, match="is not UTF-8 text"):
+        prepare(StudySpec.model_validate(spec), workspace)
+
+
+def test_a_long_text_file_gives_the_ids_of_the_whole(workspace, models, texts):
+    line = "A sentence about 37 things — 龍, and so on.\n"
+    (texts / "t.txt").write_text(line * 40_000)
+    found = corpus(workspace, models, texts / "t.txt", num_sequences=4, sequence_length=300)
+    assert found.token_ids.ravel().tolist() == byte_ids(line * 40)[:1200]

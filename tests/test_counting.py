@@ -158,6 +158,7 @@ WHOLE = (
     "position_tokens",
     "first_tokens",
     "delimiter_tokens",
+    "special_tokens",
     "top",
     "massive",
     "massive_cells",
@@ -240,7 +241,7 @@ def parts(tmp_path_factory):
     prepared = synthetic.prepared_for(acts, "bfloat16")
     synthetic.write_capture(prepared, workspace, acts)
     folder, corpus = workspace.capture(prepared.capture_id), load_corpus(prepared.corpus, workspace)
-    frame, marks = frame_of(prepared, layout_of_capture(folder)), corpus.delimiters()
+    frame, marks = frame_of(prepared, layout_of_capture(folder)), corpus.marks()
     target = tmp_path_factory.mktemp("summary")
     return [
         summarize(Part(folder, frame, (s,), corpus.lengths[s : s + 1], marks[s : s + 1], target / str(s)))

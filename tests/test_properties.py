@@ -165,7 +165,7 @@ def test_however_it_is_counted_the_bits_are_the_same(capture, data):
 def part_of(prepared, workspace, sequences, place):
     """Some sequences of a capture as a part of its own."""
     folder, corpus = workspace.capture(prepared.capture_id), load_corpus(prepared.corpus, workspace)
-    frame, marks = frame_of(prepared, layout_of_capture(folder)), corpus.delimiters()
+    frame, marks = frame_of(prepared, layout_of_capture(folder)), corpus.marks()
     target = Path(tempfile.mkdtemp(dir=place)) / "part"
     return Part(folder, frame, tuple(sequences), corpus.lengths[sequences], marks[sequences], target)
 

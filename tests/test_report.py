@@ -260,7 +260,7 @@ def test_massive_activations_are_one_line_a_token(tmp_path: Path) -> None:
     text, tables = render_text(tmp_path), read(tmp_path)[1].rows
     assert "7 values at resid with abs(x) > 100" in text
     assert "1,000 times the median of the token itself: 7 values." in text
-    assert ["2", "3", "66.7%", "25%"] in tables  # feature, tokens, first tokens, delimiters
+    assert ["2", "3", "66.7%", "25%", "12.5%"] in tables  # feature, tokens, first tokens, delimiters, special tokens
     lines = [row for row in tables if row[0] in ("900.00", "-800.00")]
     # feature, layers, sequence, position
     assert [row[3:7] for row in lines] == [["2", "1-3", "0", "0"], ["2", "1-3", "1", "0"], ["2", "3", "1", "9"]]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from outliers.errors import BadInput
 from outliers.events import Event
 from outliers.jobs import JobHandle, JobSpec, Status
-from outliers.machines.capability import Capability, capability_of
 from outliers.lease import MAX_SECONDS, SLACK_SECONDS
+from outliers.machines.capability import Capability, capability_of
 
 if TYPE_CHECKING:
     from outliers.spec import (
