@@ -38,8 +38,8 @@ def without(*names):
     return lambda tensors: {key: value for key, value in tensors.items() if key not in names}
 
 
-def described(folder, workspace):
-    return describe_model(find_model(ModelSpec(id=str(folder)), workspace), "auto", workspace)
+def described(folder, workspace, dtype="auto"):
+    return describe_model(find_model(ModelSpec(id=str(folder)), workspace), dtype, workspace)
 
 
 def refusal(folder, workspace, **capture):
@@ -53,6 +53,8 @@ def refusal(folder, workspace, **capture):
 def test_each_family_is_taken_whole_and_refused_without_one_weight(tmp_path, workspace, family):
     tiny.make_model(tmp_path, family)
     check_checkpoint(described(tmp_path, workspace), workspace, head=True)
+    for dtype in ("bfloat16", "float16"):
+        load_model(described(tmp_path, workspace, dtype), workspace, "cpu")
     chance = random.Random(family)
     tensors = load_file(tmp_path / "model.safetensors")
     needed = sorted(key for key in tensors if "vision" not in key and "multi_modal" not in key)
