@@ -16,9 +16,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from outliers.configs import MOST
 from outliers.errors import UnknownModel
 from outliers.foreign import foreign
-from outliers.fp8 import plain_shapes
+from outliers.fp8 import FLOAT8, plain_shapes
 from outliers.headers import Tensor, named, read_checkpoint
 from outliers.model_info import ModelInfo, build_empty, method_of, quantization_of
 from outliers.models import ModelSource, load_config, refuse_adapter
@@ -48,13 +49,16 @@ _QUANTIZED = re.compile(
 )
 """Last part of a name that quantized weights, or what scales them, are kept under."""
 
+_VALUES = re.compile(r"(^|[._])(weight|bias|proj)$")
+_FLOATS = ("F64", "F32", "BF16", "F16")
+
 
 class Report(NamedTuple):
     """What a loader found: names that no file gave, (name, stored shape, needed shape), and names that no module took."""
 
-    missing: Collection[str]
-    mismatched: Collection[tuple[str, Shape, Shape]]
-    unexpected: Collection[str]
+    missing: list[str]
+    mismatched: list[tuple[str, Shape, Shape]]
+    unexpected: list[str]
 
 
 def check_checkpoint(info: ModelInfo, workspace: Workspace, *, head: bool) -> None:
@@ -76,7 +80,8 @@ def check_checkpoint(info: ModelInfo, workspace: Workspace, *, head: bool) -> No
     shapes = plain_shapes(tensors, quantization, name)
     if method_of(quantization) == "mxfp4":
         shapes = _unpacked(tensors, name)
-    _check_experts(shapes, config, name)
+    _check_experts(shapes, name)
+    _check_plain(tensors, shapes, name)
     check_report(_dry_run(config, shapes, info), info, config, head=head, shapes=shapes)
 
 
@@ -108,17 +113,35 @@ def _unpacked(tensors: Mapping[str, Tensor], name: str) -> dict[str, Shape]:
     return shapes
 
 
-def _check_experts(shapes: Mapping[str, Shape], config: Any, name: str) -> None:
+def _check_plain(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], name: str) -> None:
+    """Refuse weights in whole numbers or packed ones, which would be cast as if they were values."""
+    packed = [
+        key
+        for key in shapes
+        if _VALUES.search(key)
+        and key in tensors
+        and tensors[key].dtype not in (*_FLOATS, *FLOAT8)
+        and not (_MODALITY.search(key) or _FURTHER.search(key) or _MASK.search(key))
+    ]
+    if packed:
+        raise UnknownModel(
+            f"{name} holds {len(packed)} weights that are no floating-point numbers, first {named(packed)} in "
+            f"{tensors[packed[0]].dtype}, and its config.json does not say how they are scaled: take a checkpoint of the same "
+            "model in bfloat16"
+        )
+
+
+def _check_experts(shapes: Mapping[str, Shape], name: str) -> None:
     """Experts that a checkpoint keeps one by one are all there: transformers stacks those it finds, and the number of one
     that is missing would go to the next."""
     found: dict[str, dict[int, set[str]]] = {}
     for key in shapes:
-        match = re.match(r"(.*\.experts)\.(\d+)\.(.+)$", key)
+        match = re.match(r"(.*\.experts)\.(\d{1,9})\.(.+)$", key)
         if match and not _MODALITY.search(key) and not _FURTHER.search(key):
             found.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
     for path, experts in found.items():
         leaves = set().union(*experts.values())
-        numbers = range(max(experts) + 1)
+        numbers = range(min(max(experts) + 1, MOST["num_experts"]))
         lacking = [f"{path}.{n}.{leaf}" for n in numbers for leaf in sorted(leaves - experts.get(n, set()))]
         if lacking:
             _refuse_missing(lacking, name)
@@ -166,13 +189,13 @@ def _silent() -> Iterator[None]:
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity(logging.CRITICAL)
-    theirs.disable_progress_bar()
+    theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         theirs.set_verbosity(level)
         if bars:
-            theirs.enable_progress_bar()
+            theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def check_report(
@@ -185,7 +208,7 @@ def check_report(
     name = info.source.name
     needed = [key for key in report.missing if _needed(key, info, head=head)]
     if needed:
-        _refuse_missing(needed, name, renamed=list(report.unexpected))
+        _refuse_missing(needed, name, renamed=report.unexpected)
     if report.mismatched:
         first = "; ".join(f"{k} is {list(stored)}, needed {list(want)}" for k, stored, want in report.mismatched[:3])
         raise UnknownModel(
@@ -211,7 +234,7 @@ def _refuse_missing(missing: list[str], name: str, renamed: list[str] | None = N
 def _check_unexpected(unexpected: Collection[str], info: ModelInfo, config: Any, shapes: Mapping[str, Shape]) -> None:
     """Refuse weights of the text model, and quantized data, that no module took; others are named in the log."""
     name, further = info.source.name, int(getattr(config.get_text_config(), "num_nextn_predict_layers", None) or 0)
-    layer = re.compile(rf"(^|\.){re.escape(info.anatomy.layers)}\.(\d+)\.")
+    layer = re.compile(rf"(^|\.){re.escape(info.anatomy.layers)}\.(\d{{1,9}})\.")
     left: list[str] = []
     for key in unexpected:
         found = layer.search(key)

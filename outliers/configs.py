@@ -23,6 +23,8 @@ MOST = {
 """Whole number in a config -> the most it can be, far beyond any model; None is left to the family."""
 
 _MAY_BE_ZERO = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "n_inner")
+_BY_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "num_experts")
+"""May be a list with a number for each layer, as Gemma 3n has its MLP widths."""
 _DTYPES = ("dtype", "torch_dtype")
 _SECTIONS = ("text_config", "llm_config", "language_config")
 
@@ -50,7 +52,8 @@ def _check_section(section: Mapping[str, Any], name: str) -> None:
         if value is None:
             continue
         least = 0 if key in _MAY_BE_ZERO else 1
-        if type(value) is not int or not least <= value <= most:
+        values = value if isinstance(value, list) and value and key in _BY_LAYER else [value]
+        if not all(type(number) is int and least <= number <= most for number in values):
             raise UnknownModel(
                 f"the config.json of {name} has {key} = {_shown(value)}, which is not a whole number from {least} to {most:,}: "
                 "fetch the model's own config.json"
@@ -58,8 +61,11 @@ def _check_section(section: Mapping[str, Any], name: str) -> None:
     for key in _DTYPES:
         value = section.get(key)
         if value is not None and (not isinstance(value, str) or value.startswith("torch.")):
-            plain = str(value).removeprefix("torch.")
-            raise UnknownModel(f'the config.json of {name} has {key} = {_shown(value)}: write "{plain[:20]}" there')
+            plain = value.removeprefix("torch.") if isinstance(value, str) else "bfloat16"
+            raise UnknownModel(
+                f"the config.json of {name} has {key} = {_shown(value)}, which transformers can't read: a name such as "
+                f'"{plain[:20]}" stands there'
+            )
     _check_quantization(section.get("quantization_config"), name)
     _check_heads(section, name)
 
@@ -87,6 +93,8 @@ def _check_quantization(quantization: object, name: str) -> None:
 def _check_heads(section: Mapping[str, Any], name: str) -> None:
     heads, groups = section.get("num_attention_heads"), section.get("num_key_value_heads")
     hidden = section.get("hidden_size")
+    if isinstance(heads, list) or isinstance(groups, list):
+        return
     if heads and groups and heads % groups:
         raise UnknownModel(
             f"the config.json of {name} has {heads} num_attention_heads, which {groups} num_key_value_heads can't share evenly: "

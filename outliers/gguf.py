@@ -76,13 +76,14 @@ def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
     log.info("dequantizing %s to float32 (once)", source.name)
     place, file = str(Path(source.path).parent), Path(source.path).name
     with foreign(f"the weights of {source.name} can't be read"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             gguf_file=file,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
+        model, report = loaded
     _refuse_made_up(read_report(report), source.name)
     shared: dict[int, str] = {}
     tensors = {}

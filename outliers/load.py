@@ -82,16 +82,16 @@ def _from_files(
     from transformers import AutoModelForCausalLM
 
     quantization = quantization_of(config)
-    loaded: tuple[torch.nn.Module, Mapping[str, Any]]
+    loaded: Any
     if info.source.kind == "gguf" or info.quantization is not None or method_of(quantization) != "fp8":
         loaded = AutoModelForCausalLM.from_pretrained(place, **options)
-        return loaded
+        return loaded[0], loaded[1]
     plain = {key: value for key, value in options.items() if key != "quantization_config"}
     with ExitStack() as opened:
         weights = _plain_weights(read_checkpoint(place), quantization, info.source.name, opened)
         model_class = type(build_empty(config, info.dtype, info.source.name))
         loaded = model_class.from_pretrained(None, config=without_quantization(config), state_dict=weights, **plain)
-        return loaded
+        return loaded[0], loaded[1]
 
 
 def _plain_weights(

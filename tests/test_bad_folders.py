@@ -66,7 +66,7 @@ def config_lacking(*names):
         (config_lacking("model_type"), "has no model_type"),
         (config_with(model_type=3), "has no model_type"),
         (config_with(model_type="no-such-family"), "can't be read"),
-        (config_with(dtype="torch.bfloat16"), 'write "bfloat16" there'),
+        (config_with(dtype="torch.bfloat16"), 'a name such as "bfloat16" stands there'),
         (config_with(dtype=16), "has dtype = 16"),
         (config_with(dtype="float99"), "float99"),
         (config_with(num_hidden_layers=0), "num_hidden_layers = 0, which is not a whole number from 1 to 1,000"),

@@ -38,8 +38,8 @@ def without(*names):
     return lambda tensors: {key: value for key, value in tensors.items() if key not in names}
 
 
-def described(folder, workspace):
-    return describe_model(find_model(ModelSpec(id=str(folder)), workspace), "auto", workspace)
+def described(folder, workspace, dtype="auto"):
+    return describe_model(find_model(ModelSpec(id=str(folder)), workspace), dtype, workspace)
 
 
 def refusal(folder, workspace, **capture):
@@ -53,6 +53,8 @@ def refusal(folder, workspace, **capture):
 def test_each_family_is_taken_whole_and_refused_without_one_weight(tmp_path, workspace, family):
     tiny.make_model(tmp_path, family)
     check_checkpoint(described(tmp_path, workspace), workspace, head=True)
+    for dtype in ("bfloat16", "float16"):
+        load_model(described(tmp_path, workspace, dtype), workspace, "cpu")
     chance = random.Random(family)
     tensors = load_file(tmp_path / "model.safetensors")
     needed = sorted(key for key in tensors if "vision" not in key and "multi_modal" not in key)
@@ -101,6 +103,9 @@ def test_experts_are_not_counted_anew_where_one_is_missing(tmp_path, workspace):
     shifted = {k.replace("layers.1.mlp.experts.2.", "layers.1.mlp.experts.4."): v for k, v in tensors.items()}
     save_file(shifted, tmp_path / "model.safetensors", {"format": "pt"})
     assert "first model.layers.1.mlp.experts.2.down_proj.weight" in refusal(tmp_path, workspace)
+    far = tensors | {"model.layers.1.mlp.experts.999999999.down_proj.weight": torch.ones(2)}
+    save_file(far, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "first model.layers.1.mlp.experts.4.down_proj.weight" in refusal(tmp_path, workspace)
 
 
 @pytest.mark.parametrize("family", ["Llama", "DeepseekV3", "GptOss", "GPT2"])
@@ -180,6 +185,15 @@ def test_weights_that_nothing_would_apply(tmp_path, workspace, key, message):
     assert key in said and message in said
     with pytest.raises(UnknownModel, match=message):
         load_model(info, workspace, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fnuz])
+def test_values_that_are_packed_are_not_cast(tmp_path, workspace, dtype):
+    """They have the right name and shape; the numbers are not the weights."""
+    tiny.make_model(tmp_path)
+    key = "model.layers.1.mlp.down_proj.weight"
+    change(tmp_path, lambda t: t | {key: torch.zeros(t[key].shape, dtype=torch.uint8).view(dtype)})
+    assert f"1 weights that are no floating-point numbers, first {key}" in refusal(tmp_path, workspace)
 
 
 def test_old_masks_of_gpt2_are_left_alone_and_a_bias_is_not(tmp_path, workspace):

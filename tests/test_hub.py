@@ -32,6 +32,8 @@ def hub():
         repo("models", "org/gated", gated="manual", tokens=(SECRET,)),
         repo("models", "org/own", private=True, tokens=(SECRET,)),
         repo("models", "org/pickled", {"config.json": b"{}", "pytorch_model.bin": b"x"}),
+        repo("models", "org/adapted", MODEL | {"adapter_config.json": b"{}", "adapter_model.safetensors": b"a"}),
+        repo("models", "org/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"a"}),
         repo("models", "org/GGUF", {"b.Q8_0.gguf": b"GGUF", "b.Q4_0.gguf": b"GGUF"}),
         repo("models", "org/copies", MODEL | {"consolidated.safetensors": b"c" * 900, "original/a.safetensors": b"o"}),
         repo("datasets", "org/texts", {"a.parquet": b""}),
@@ -90,6 +92,14 @@ def ask(endpoint, tmp_path, kind, name, revision=None, token=None, times=1, **en
         ("model", "org/open", None, "badTöken", ["UnknownModel", "characters that no token has"]),
         ("model", "an org/open", None, None, ["UnknownModel", "no name that the hub could have"]),
         ("model", "org/pickled", None, None, ["UnknownModel", "pickled weights (.bin, .pt) are never loaded"]),
+        (
+            *("model", "org/adapted", None, None),
+            [
+                "UnknownModel",
+                "a LoRA adapter at 'main' (adapter_config.json, adapter_model.safetensors) beside a checkpoint",
+            ],
+        ),
+        ("model", "org/lora", None, None, ["UnknownModel", "and no model: which of the two"]),
         ("model", "org/GGUF", None, None, ["UnknownModel", "such as b.Q4_0.gguf, and pass its path"]),
         ("dataset", "org/texts", None, None, [COMMIT, True, None]),
         # text that not everybody may read is not published unasked
