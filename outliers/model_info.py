@@ -156,14 +156,19 @@ def check_place(info: ModelInfo, place: Place) -> None:
     raise PlanRefused(sentence(name, method, found, info.dtype, info.weight_bytes, plain))
 
 
-def check_folder(folder: Path, choice: Choice, workspace: Workspace, place: Place) -> None:
-    """PlanRefused where a folder's weights can't be computed with in a place, however they are loaded: from its config alone,
-    before gigabytes of them are hashed. Raises UnknownModel where that can't be read."""
+def kept_method(folder: Path, choice: Choice, workspace: Workspace) -> str | None:
+    """The method in which the weights of a model's folder would stay, None for plain ones: from its config alone, before
+    gigabytes of weights are hashed. Raises UnknownModel where that can't be read."""
     source = ModelSource(kind="folder", id="local", name=folder.name, revision="", path=str(folder.absolute()))
     stored = method_of(quantization_of(load_config(source, workspace)))
-    found = refusal(stored, place) if stored is not None and kept_as_stored(choice, stored) else None
-    if stored is not None and found is not None and found.remedy != "plain":
-        raise PlanRefused(sentence(source.name, stored, found, "", 0, 0))
+    return stored if kept_as_stored(choice, stored) else None
+
+
+def check_method(name: str, method: str, place: Place) -> None:
+    """PlanRefused where a model's weights can't be computed with in a place, however they are loaded."""
+    found = refusal(method, place)
+    if found is not None and found.remedy != "plain":
+        raise PlanRefused(sentence(name, method, found, "", 0, 0))
 
 
 def build_empty(config: Any, dtype: str, name: str) -> Any:

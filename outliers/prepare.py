@@ -20,7 +20,15 @@ from outliers.layout import Layout
 from outliers.machines import DEFAULT_PROVIDER, chosen
 from outliers.machines.local import find_gpus
 from outliers.machines.options import check_options
-from outliers.model_info import ModelInfo, check_folder, check_place, describe_model, method_of, quantization_of
+from outliers.model_info import (
+    ModelInfo,
+    check_method,
+    check_place,
+    describe_model,
+    kept_method,
+    method_of,
+    quantization_of,
+)
 from outliers.models import ModelSource, find_model, load_config
 from outliers.quantization import Place, installed_packages
 from outliers.sealed import SEAL, read_sealed
@@ -64,9 +72,9 @@ class Prepared(BaseModel):
 
 def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -> ModelInfo:
     """The model of a spec, described; also checks what only the config can tell. A plan needs no `weights`."""
-    place, folder = _place(spec), Path(spec.model.id).expanduser()
-    if (folder / "config.json").is_file():
-        check_folder(folder, spec.model.quantization, workspace, place)
+    folder = Path(spec.model.id).expanduser()
+    if (folder / "config.json").is_file() and (stays := kept_method(folder, spec.model.quantization, workspace)):
+        check_method(folder.name, stays, _place(spec))
     info = describe_model(
         find_model(spec.model, workspace, weights=weights),
         spec.model.dtype,
@@ -74,7 +82,8 @@ def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -
         quantization=spec.model.quantization,
         named=spec.capture.site_modules,
     )
-    check_place(info, place)
+    if info.quantization is not None:
+        check_place(info, _place(spec))
     _check_sites(spec, info)
     if info.max_positions is not None and spec.corpus.sequence_length > info.max_positions:
         raise BadInput(

@@ -75,6 +75,8 @@ class SweepStudy(Part):
         """The same for studies that differ in criteria or target alone: they share a capture, and a machine."""
         spec = self.spec.model_dump(mode="json", include={"model", "corpus", "capture"})
         spec["capture"].pop("perplexity")
+        if spec["model"]["quantization"] == "auto":  # makes plain what can be, which is what `none` asks for
+            spec["model"]["quantization"] = "none"
         compute = self.spec.compute
         return digest([spec, chosen(compute.provider), compute.machine, compute.host, compute.workspace])
 

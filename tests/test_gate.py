@@ -322,6 +322,10 @@ def test_a_sweep_shows_which_of_its_studies_can_not_run(tmp_path, workspace, fol
         },
         "two",
     )
+    gpt, _ = sweep.studies
+    none = gpt.spec.model.model_copy(update={"quantization": "none"})
+    same = gpt.model_copy(update={"spec": gpt.spec.model_copy(update={"model": none})})
+    assert same.capture_key == gpt.capture_key
     plan = plan_sweep(sweep, lambda name, root: Catalog(offer("sky", ("H100", 80))))
     found = {study.name: study for study in plan.studies}
     assert (found["gpt"].refused, found["gpt"].machine) == (None, "H100")
