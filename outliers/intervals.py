@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 ShareSpan = Literal["95% interval", "range over sequences"]
 """What the two ends beside a share of tokens are; studies of before have ends of percentiles of resamples."""
 BEFORE = "range over resamples"
-"""What the ends are in summaries that do not say it: percentiles, which cover 62 to 92% at 4 to 16 sequences."""
+"""What the ends are in summaries that do not say it: percentiles, which cover less (docs/results.md)."""
 FEWEST_SEQUENCES = 16
 """With so many and more the interval covers 93% or more of the truths that tests/coverage.py draws."""
 QUANTILE_LEVEL = 0.99
