@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 ShareSpan = Literal["95% interval", "range over sequences"]
 """What the two ends beside a share of tokens are; studies of before have ends of percentiles of resamples."""
 BEFORE = "range over resamples"
-"""What the ends are in summaries that do not say it: percentiles, which cover 62 to 92% at 4 to 16 sequences."""
+"""What the ends are in summaries that do not say it: percentiles, which cover less (docs/results.md)."""
 FEWEST_SEQUENCES = 16
 """With so many and more the interval covers 93% or more of the truths that tests/coverage.py draws."""
 QUANTILE_LEVEL = 0.99
@@ -42,19 +42,22 @@ def ends(counts: NDArray[np.int64], wholes: NDArray[np.int64]) -> tuple[float, f
     counts, wholes: (sequence,), what is counted in each and out of how much; two sequences or more, and no whole is 0.
     """
     count, whole = int(counts.sum()), int(wholes.sum())
-    size = counts.size
+    size, share = counts.size, count / whole
     if size < FEWEST_SEQUENCES:
         shares = counts / wholes
-        return round(float(shares.min()), DIGITS), round(float(shares.max()), DIGITS)
-    share = count / whole
+        return _around(share, float(shares.min()), float(shares.max()))
     if count in (0, whole):
         return share, share
     residuals = counts - share * wholes
     error = math.sqrt(size / (size - 1) * math.fsum((residuals**2).tolist())) / whole
     half = student_quantile(size - 1) * error / (share * (1 - share))
     middle = math.log(share / (1 - share))
-    low, high = (round(_share(end), DIGITS) for end in (middle - half, middle + half))
-    return low, high
+    return _around(share, _share(middle - half), _share(middle + half))
+
+
+def _around(share: float, low: float, high: float) -> tuple[float, float]:
+    """Rounded ends with the share between them."""
+    return min(share, round(low, DIGITS)), max(share, round(high, DIGITS))
 
 
 def _share(logit: float) -> float:

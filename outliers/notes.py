@@ -34,8 +34,9 @@ def notes(prepared: Prepared, summary: Summary, massive: Massive | None, cut: li
     nonfinite = sum(int(totals.nonfinite.sum()) for totals in summary.sites.values())
     if nonfinite:
         found.append(
-            f"{nonfinite:,} values are not finite: they are no hits and enter no other number, but their tokens stay in N, so "
-            "that every fraction of tokens is lower for them; in the median of their own token they are 0"
+            f"{nonfinite:,} {'value is' if nonfinite == 1 else 'values are'} not finite: no hits, and in no other number, but "
+            "their tokens stay in N, so that every fraction of tokens is lower for them; in the median of their own token they "
+            "are 0"
         )
     if "resid" in summary.frame.captured:
         found.append(RESID.format(summary.frame.magnitude))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from outliers.scale import magnitudes
 from outliers.schema import FEATURES_SCHEMA
@@ -25,7 +26,7 @@ def published_rows(table: pa.Table, systematic: list[dict[str, Any]], site: str)
     Where there are more than PUBLISHED_ROWS: those of the systematic features at the deciding site first, then by
     max_magnitude; in the table's own order.
     """
-    hit = table.filter(pa.compute.greater(table["hits"], 0))
+    hit = table.filter(pc.greater(table["hits"], 0))
     if hit.num_rows <= PUBLISHED_ROWS:
         return hit, 0
     feature, largest = hit["feature"].to_numpy(), hit["max_magnitude"].to_numpy()

@@ -158,3 +158,26 @@ def test_a_bin_is_what_rounds_to_it(bits):
         assert float((np.uint32(number) << np.uint32(16)).view(np.float32)) == oracle.to_bfloat16(value)
     for end, other in ((low, number), (high, number)):
         assert int(bin_of(np.array([end], np.float32).view(np.uint32))[0]) == other
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_median_of_zero_a_layer_of_nan_and_the_largest_float(tmp_path, dtype):
+    """Of zeros any value above 100 is massive, and there is no ratio; a layer without a finite value has none."""
+    resid = np.zeros((3, 2, 10, 6), np.float32)
+    resid[0, 0, 3, 1], resid[0, 1, 2, 5], resid[0, 1, 2, 4] = 101.0, np.finfo(np.float32).max, 100.0
+    resid[1] = np.nan
+    resid[2] = 1e-30
+    resid[2, 0, 0, 0] = np.inf
+    resid[2, 0, 0, 1] = -150.0
+    stored, exact = synthetic.store(resid, dtype)
+    prepared = synthetic.prepared_for({"resid": stored}, dtype)
+    workspace = open_workspace(tmp_path)
+    synthetic.write_capture(prepared, workspace, {"resid": stored})
+    _, content = synthetic.study(prepared, workspace)
+    wanted = {(0, 0, 3, 1), (2, 0, 0, 1)} | ({(0, 1, 2, 5)} if np.isfinite(exact[0, 1, 2, 5]) else set())
+    found = {(m["layer"], m["sequence"], m["position"], m["feature"]): m["ratio"] for m in content["massive"]}
+    assert found.keys() == wanted
+    assert (content["massive_count"], content["massive_undecided"]) == (len(wanted), 0)
+    assert found[0, 0, 3, 1] is None
+    assert found[2, 0, 0, 1] == 150 / float(exact[2, 1, 0, 0])
+    assert content["layers"][1]["standard_deviation"] is None

@@ -152,7 +152,8 @@ def test_a_whole_study_of_documents(tmp_path, workspace, folder):
     sure = f"range over resamples of the sequences: {low if low == high else f'{low} to {high}'}"
     assert outcome.remarks() == [
         sure,
-        f"perplexity {content['perplexity']['value']:.4g}, over {study.corpus.num_tokens - 5} tokens",
+        f"perplexity {content['perplexity']['value']:.6g} (mean loss {content['perplexity']['loss']:.6f} nats a token), "
+        f"over {study.corpus.num_tokens - 5} tokens",
     ]
     broken = outcome.model_copy(update={"nonfinite": 1200, "perplexity": {"value": None, "loss": None, "tokens": 9}})
     assert [text.split(":")[0] for text in broken.remarks()] == [
