@@ -88,7 +88,8 @@ def _library_lines(console: Console) -> Iterator[None]:
 
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     handler.setLevel(logging.INFO)
-    loggers = [logging.getLogger(name) for name in ("outliers.machines", "outliers.tenancy", "outliers.own_server")]
+    names = ("outliers.machines", "outliers.tenancy", "outliers.own_server", "outliers.progress")
+    loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
         logger.addHandler(handler)
     try:

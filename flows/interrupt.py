@@ -72,6 +72,11 @@ def bounded(seconds: float = END_SECONDS) -> Iterator[None]:
     threading.Thread(target=_listen, args=(listening,), name="interrupt", daemon=True).start()
     try:
         yield
+    except KeyboardInterrupt:
+        # the end is sure to come: another Ctrl-C would only break off what is said and done until then
+        if _ENDING.begun.wait(1.0):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
     finally:
         signal.set_wakeup_fd(before)
         os.close(telling)

@@ -134,9 +134,12 @@ class OwnServer:
         return f"ended with {code}" if code is not None else f"did not answer within {seconds:.0f} s"
 
     def _last_words(self) -> str:
-        with self._log.open("rb") as log:
-            log.seek(self._from)
-            said = log.read()[-2000:].decode(errors="replace")
+        try:
+            with self._log.open("rb") as file:
+                file.seek(self._from)
+                said = file.read()[-2000:].decode(errors="replace")
+        except OSError as error:
+            return f"its log can't be read: {error}"
         return f"{self._log} says: {said.strip() or 'nothing'}"
 
     def _watch(self) -> None:

@@ -238,7 +238,7 @@ def result(folder: Path) -> None:
             raise MachineLost(f"{name} was ended because nobody had renewed the lease of its machine; start it again")
         raise JobCancelled(f"{name} was cancelled by another run that shared it, or by hand; started again, it goes on")
     record = read_json(folder / "exit.json") or {}
-    if error := record.get("error"):
+    if isinstance(error := record.get("error"), dict):
         raise from_record(str(error.get("kind")), str(error.get("message")))
     raise JobFailed(f"{name} {_describe(record)}{_last_lines(folder)}")
 
@@ -246,9 +246,10 @@ def result(folder: Path) -> None:
 def _describe(record: Mapping[str, Any]) -> str:
     number = record.get("signal")
     if number == signal.SIGKILL:
-        ram_gb = record.get("ram_bytes", 0) / 1e9
+        ram = record.get("ram_bytes")
+        ram_gb = (ram if isinstance(ram, int) else total_ram_bytes()) / 1e9
         return f"was killed (signal 9), most likely because memory ran out: this machine has {ram_gb:.1f} GB of RAM"
-    if number:
+    if isinstance(number, int) and 0 < number < signal.NSIG:
         return f"was ended by signal {number} ({signal.strsignal(number) or 'unknown'}), not by a cancel"
     return f"failed with exit code {record.get('code')}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
 import threading
 from collections.abc import Iterator
 from uuid import UUID
@@ -15,7 +16,6 @@ from uuid import UUID
 import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
-from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from outliers.events import Event
@@ -26,6 +26,8 @@ PAUSE_SECONDS = (2.0, 60.0)
 """After a failure the server is left alone for the first, then twice as long each time, up to the second."""
 CLOSE_SECONDS = 5.0
 """The last state is waited for at the end of a step, where the server has answered so far."""
+
+log = logging.getLogger("outliers.progress")
 
 
 @contextlib.contextmanager
@@ -96,9 +98,7 @@ class Progress:
                 self._pause = min(max(PAUSE_SECONDS[0], 2 * self._pause), PAUSE_SECONDS[1])
                 if not self._warned:
                     self._warned = True
-                    get_run_logger().warning(
-                        "the progress of %s can't be shown, the step itself goes on: %s", event.step, error
-                    )
+                    log.warning("the progress of %s can't be shown, the step itself goes on: %s", event.step, error)
                 return
 
     def _tell(self, event: Event, share: float) -> None:

@@ -24,7 +24,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows import loopback, reach
+from flows import loopback, reach, ui
 from outliers.errors import BadInput
 from tests import tiny
 from tests.s3 import free_ports
@@ -103,9 +103,9 @@ def test_a_password_is_given_where_one_is_asked_for():
     with answering(GOOD | {"/api/admin/version": ("password", f'"{VERSION}"')}) as (url, _):
         with temporary_settings({PREFECT_API_URL: url + "/api", PREFECT_API_AUTH_STRING: PASSWORD}):
             reach.check_server()
-        with temporary_settings({PREFECT_API_URL: url + "/api", PREFECT_API_AUTH_STRING: "admin:other"}):
-            with pytest.raises(BadInput, match="HTTP 401"):
-                reach.check_server()
+        wrong = temporary_settings({PREFECT_API_URL: url + "/api", PREFECT_API_AUTH_STRING: "admin:other"})
+        with wrong, pytest.raises(BadInput, match="HTTP 401"):
+            reach.check_server()
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_a_server_that_says_nothing_is_not_waited_for_long(monkeypatch):
 
 
 def test_where_no_server_is_named_and_none_may_be_started_nothing_begins():
-    with temporary_settings({PREFECT_SERVER_EPHEMERAL_ENABLED: False}, restore_defaults={PREFECT_API_URL}):
-        with pytest.raises(BadInput, match="PREFECT_SERVER_EPHEMERAL_ENABLED"):
-            reach.check_server()
+    none = temporary_settings({PREFECT_SERVER_EPHEMERAL_ENABLED: False}, restore_defaults={PREFECT_API_URL})
+    with none, pytest.raises(BadInput, match="PREFECT_SERVER_EPHEMERAL_ENABLED"):
+        reach.check_server()
     with temporary_settings({PREFECT_SERVER_EPHEMERAL_ENABLED: True}, restore_defaults={PREFECT_API_URL}):
         reach.check_server()
 
@@ -151,9 +151,9 @@ def test_the_command_refuses_a_dead_server_in_one_line(tmp_path):
     model = tiny.make_model(tmp_path / "model", "Llama", hidden_size=64, num_hidden_layers=8)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     dead = f"http://127.0.0.1:{free_ports(1)[0]}/api"
+    options = ["--model", str(model), "--workspace", str(tmp_path / "w"), "--corpus", "builtin:python-docs"]
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "study", "--model", str(model), "--workspace", str(tmp_path / "w")]
-        + ["--corpus", "builtin:python-docs", "--num-sequences", "2", "--sequence-length", "32"],
+        [sys.executable, "-m", "flows.cli", "study", *options, "--num-sequences", "2", "--sequence-length", "32"],
         env=kept | {"HOME": str(tmp_path), "PREFECT_API_URL": dead},
         cwd=ROOT,
         capture_output=True,
@@ -172,7 +172,10 @@ def test_the_command_refuses_a_dead_server_in_one_line(tmp_path):
     [("PREFECT_API_URL", "http://[::1/api"), ("PREFECT_CLIENT_MAX_RETRIES", "many"), ("PREFECT_LOGGING_LEVEL", "LOUD")],
 )
 def test_settings_that_prefect_can_not_read_are_one_line(tmp_path, name, value):
-    code = "from flows.reach import check_server\ntry:\n    check_server()\nexcept Exception as error:\n    print(type(error).__name__, error)"
+    code = (
+        "from flows.reach import check_server\ntry:\n    check_server()\n"
+        "except Exception as error:\n    print(type(error).__name__, error)"
+    )
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT")}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -218,20 +221,14 @@ NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "ht
 
 
 @pytest.fixture
-def proxies(monkeypatch):
-    """Set proxies for a test, and nothing else of them."""
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    # what the code under test sets is undone too
-    monkeypatch.setattr(os, "environ", os.environ)
-
-    def use(**given):
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
-
-    yield use
+def proxies():
+    """Set proxies for a test, and nothing else of them; what the code under test sets is undone too."""
+    before = dict(os.environ)
     for name in NAMES:
         os.environ.pop(name, None)
+    yield os.environ.update
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
@@ -283,3 +280,22 @@ def test_a_proxy_that_can_not_be_used_is_one_line(proxies, given):
             assert "ALL_PROXY" in str(error) and "\n" not in str(error)
         else:
             httpx.Client().close()
+
+
+def test_make_ui_asks_its_server_by_no_proxy_and_with_its_password(proxies, tmp_path):
+    for name in ("PREFECT_API_AUTH_STRING", "PREFECT_HOME", "PREFECT_API_URL"):
+        os.environ.pop(name, None)
+    os.environ["PREFECT_SERVER_API_AUTH_STRING"] = PASSWORD
+    guarded = GOOD | {"/api/admin/version": ("password", f'"{VERSION}"')}
+    with answering(guarded) as (url, _), Recorder() as proxy:
+        proxies(HTTP_PROXY=proxy.url, ALL_PROXY=proxy.url, NO_PROXY="example.org")
+        port = int(url.rpartition(":")[2])
+        given = ui.environment(tmp_path, port)
+        assert given["NO_PROXY"] == given["no_proxy"] == f"example.org,127.0.0.1:{port}"
+        assert given["HTTP_PROXY"] == proxy.url
+        assert ui.is_prefect(port)
+        assert ui.ask(port, "/admin/version") == VERSION
+        os.environ["PREFECT_API_AUTH_STRING"] = "admin:other"
+        with pytest.raises(BadInput, match=r"HTTP 401.*PREFECT_API_AUTH_STRING"):
+            ui.ask(port, "/admin/version")
+        assert proxy.asked == []

@@ -128,6 +128,7 @@ def test_a_server_that_dies_is_started_again_and_the_study_goes_on(command):
     assert json.loads(line)["sequences"] == 60, "the step was not begun again"
 
 
+@pytest.mark.long
 def test_a_server_that_can_not_be_started_again_ends_the_command_in_words(command):
     with command.runs() as process:
         work = command.at_work(process)
@@ -153,7 +154,7 @@ def test_a_server_that_can_not_be_started_again_ends_the_command_in_words(comman
     assert [json.loads(line)["sequences"] for line in record.read_text().splitlines()] == [60 - done]
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_ctrl_c_ends_a_command_whose_server_does_not_answer(command, signals):
     """The server is there and says nothing, and the job is deaf: the worst of both. A second Ctrl-C changes nothing."""
     with command.runs() as process:
