@@ -189,7 +189,8 @@ def test_a_publication_whose_headline_was_edited_is_refused(copy, shelf):
     """By whoever reads its summary; a study that fetches it checks every file and the digest."""
     workspace, (_, target, url) = copy[0], shelf
     edit(Path(url.removeprefix("file://")) / "manifest.json", b'"num_systematic": ', b'"num_systematic": 1')
-    assert "its summary.json" in read_store(target, summaries=True).skipped[0].why
+    with pytest.raises(BadInput, match=r"says num_systematic 16, its summary\.json says 6"):
+        read_store(target, summaries=True)
     with pytest.raises(PublishRefused, match="are not whole"):
         find_outcome(shelf[0], workspace)
 
