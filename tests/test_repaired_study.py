@@ -1,4 +1,4 @@
-"""`outliers verify --repair`, then the same command: what was damaged is computed, counted, and compared with what is published."""
+"""`outliers verify --repair`, then the same command: what was damaged is computed, counted, and must come to the first digest."""
 
 from __future__ import annotations
 
