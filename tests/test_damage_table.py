@@ -62,4 +62,4 @@ def test_no_damage_of_any_file_changes_an_answer_or_is_a_raw_error(tmp_path, pub
     """It prints the table: the docs have what was seen."""
     world = World(tmp_path, published=published)
     with_jobs(world.root)
-    print(table({"": world}))
+    print(table([world]))
