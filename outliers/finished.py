@@ -81,10 +81,10 @@ def _check(folder: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> d
         raise _damaged(folder, f"they are not a study's ({error})") from error
     for name, value in own.items():
         if manifest[name] != value:
-            raise _damaged(folder, f"{MANIFEST} says {name} {manifest[name]}, its files say {value}")
+            raise _damaged(folder, f"{MANIFEST} says {name} {manifest[name]}, its files give {value}")
     model = manifest["spec"].get("model")
     if isinstance(model, dict) and model.get("dtype", dtype) != dtype:
-        raise _damaged(folder, f"{MANIFEST} says dtype {model['dtype']}, its files say {dtype}")
+        raise _damaged(folder, f"{MANIFEST} says dtype {model['dtype']}, its files give {dtype}")
     return summary
 
 

@@ -200,10 +200,11 @@ def _check_headline(url: str, manifest: Mapping[str, Any], summary: bytes) -> No
         told = headline_of(json.loads(summary))
     except (ValueError, KeyError, TypeError, RecursionError):
         return  # of a newer format: whoever reads it says so
-    if manifest["headline"] != told:
+    own = manifest["headline"]
+    for name in (name for name in told if own[name] != told[name]):
         raise PublishRefused(
-            f"the manifest of {url} says {manifest['headline']}, its summary.json {told}: it was changed; remove it and "
-            "publish again"
+            f"the manifest of {url} says {name} {own[name]}, its summary.json says {told[name]}: one of them was changed; "
+            "remove it and publish again"
         )
 
 

@@ -15,7 +15,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,16 @@ from typing import Any
 from outliers import jobs
 from outliers.errors import OutliersError
 from outliers.machines.local import LocalMachine
+from outliers.manifest import results_digest
 from outliers.outcome import find_finished, find_outcome, make_outcome
-from outliers.prepare import prepare, read_prepared
+from outliers.prepare import Prepared, prepare, read_prepared
 from outliers.publish import model_slug, publish
+from outliers.results import write_results
 from outliers.spec import StudySpec
 from outliers.steps import run_analyze, run_extract, run_report
+from outliers.summary_files import has_summary
 from outliers.travel import send_study
-from outliers.workspace import open_workspace
+from outliers.workspace import Workspace, open_workspace
 from tests import tiny
 from tests.synthetic import Silent
 
@@ -165,40 +168,52 @@ class World:
         assert how == "computed", how
         self.again, _ = self.ask(self.root)
 
-    def ask(self, root: Path) -> tuple[dict[str, Any], str]:
-        """What the study answers in a workspace, and what was done for it; as the command does it, without Prefect."""
+    def ask(self, root: Path, *, draws: bool = True) -> tuple[dict[str, Any], str]:
+        """What the study answers in a workspace, and what was done for it; as the command does it, without Prefect.
+
+        draws: whether a report is drawn where results are written, which takes most of the time and is in no number.
+        """
         workspace = open_workspace(root)
         prepared = prepare(self.spec, workspace)
-        before = _dates(workspace.study(prepared.study_id))
+        folder = workspace.study(prepared.study_id)
+        if not draws:
+            # of a study that nobody knows to have been reported the report is not written while it is looked for
+            for record in (root / "captures").glob("*/summaries/*.json"):
+                record.unlink()
+        before = _dates(folder)
         outcome, how = find_outcome(prepared, workspace), "answered"
         if outcome is None:
+            how = "written again"
             if find_finished(prepared, workspace) is None:
-                here = workspace.capture(prepared.capture_id)
-                machine = LocalMachine(root, "here")
-                prepared = read_prepared(Path(send_study(machine, prepared, workspace)), workspace)
-                begun = (here / "journal.jsonl").exists()
-                read = run_extract(prepared, workspace, Silent())["sequences"]
-                run_analyze(prepared, workspace, Silent())
-                run_report(prepared, workspace, Silent())
-                how = ("computed in part" if begun else "computed") if read else "counted again"
+                how = self._steps(prepared, workspace, draws)
+                if not draws:
+                    return _numbers(root / "light"), how
             target = self.spec.publish_to
-            url = (
-                publish(workspace.study(prepared.study_id), target, model_slug(prepared.model.source.id))
-                if target
-                else None
-            )
+            slug = model_slug(prepared.model.source.id)
+            url = publish(folder, target, slug) if target else None
             outcome = make_outcome(prepared, workspace, published=url, cached=False)
-        elif before != _dates(workspace.study(prepared.study_id)):
+        elif before != _dates(folder):
             how = "fetched again" if self.spec.publish_to else "written again"
-        told = outcome.model_dump(
-            include={"study_id", "capture_id", "systematic", "nonfinite", "perplexity", "interval"}
-        )
-        folder = workspace.study(prepared.study_id)
-        digests = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("summary.json", "tokens.json")}
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        return told | digests | {name: manifest[name] for name in ("results_digest", "headline")}, how
+        assert outcome.systematic == json.loads((folder / "summary.json").read_bytes())["systematic"]
+        return _numbers(folder), how
 
-    def outcome_of(self, case: Case, seed: int = 0) -> str:
+    def _steps(self, prepared: Prepared, workspace: Workspace, draws: bool) -> str:
+        """The steps on the machine, of which each does what is missing."""
+        machine = LocalMachine(workspace.root, "here")
+        prepared = read_prepared(Path(send_study(machine, prepared, workspace)), workspace)
+        how = "written again"
+        if not has_summary(workspace.summary(prepared.capture_id, prepared.study_id)):
+            begun = (workspace.capture(prepared.capture_id) / "journal.jsonl").exists()
+            read = run_extract(prepared, workspace, Silent())["sequences"]
+            run_analyze(prepared, workspace, Silent())
+            how = ("computed in part" if begun else "computed") if read else "counted again"
+        if draws:
+            run_report(prepared, workspace, Silent())
+        else:
+            write_results(prepared, workspace, workspace.root / "light")
+        return how
+
+    def outcome_of(self, case: Case, seed: int = 0, *, draws: bool = False) -> str:
         """What comes of a case, in a copy of the workspace: what was done, or the error. AssertionError for another answer."""
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "ws"
@@ -208,12 +223,20 @@ class World:
                 return "not read"
             damage(root / case.file, case.damage, seed)
             try:
-                told, how = self.ask(root)
+                told, how = self.ask(root, draws=draws)
             except OutliersError as error:
                 assert str(error), case
                 return f"refused ({type(error).__name__})"
             assert told == self.told, f"{case} changed the answer"
             return how
+
+
+def _numbers(folder: Path) -> dict[str, str]:
+    """The digest of all numbers and of the files that hold them: whatever wrote them."""
+    names = ("summary.json", "tokens.json")
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names} | {
+        "results_digest": results_digest(folder)
+    }
 
 
 def _dates(folder: Path) -> dict[str, int]:
@@ -231,12 +254,14 @@ def _remove(root: Path, state: str) -> None:
         shutil.rmtree(root / "captures", ignore_errors=True)
 
 
-def table(worlds: dict[str, World]) -> str:
+def table(worlds: Sequence[World]) -> str:
     """The table as Markdown: a row a kind of file, a column a damage."""
     cells: dict[tuple[str, str], dict[str, None]] = {}
     counted = 0
-    for world in worlds.values():
+    for world in worlds:
         for number, case in enumerate(cases(world.root)):
+            if world.spec.publish_to and not case.kind.startswith("results"):
+                continue  # what is published has a part in no other
             cells.setdefault((case.kind, case.damage), {})[world.outcome_of(case, number)] = None
             counted += 1
     lines = ["| file | what else is gone | " + " | ".join(DAMAGES) + " |", "|---" * (len(DAMAGES) + 2) + "|"]
@@ -254,6 +279,6 @@ def with_jobs(root: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        made = {"": World(Path(place) / "here"), "published": World(Path(place) / "published", published=True)}
-        with_jobs(made[""].root)
+        made = [World(Path(place) / "here"), World(Path(place) / "published", published=True)]
+        with_jobs(made[0].root)
         print(table(made))

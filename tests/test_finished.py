@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -61,7 +62,7 @@ def copy(made, tmp_path):
 @pytest.fixture
 def shelf(copy, tmp_path):
     """The study published in a folder: (study as it is asked for there, target, URL)."""
-    workspace, study, folder = copy
+    _, study, folder = copy
     target = f"file://{tmp_path}/store"
     publish(folder, target, model_slug(study.model.source.id))
     spec = study.spec.model_copy(update={"publish_to": target})
@@ -98,9 +99,17 @@ def other_numbers_throughout(folder):
     (folder / "manifest.json").write_bytes(dump_manifest(manifest))
 
 
+def flipped(name):
+    return lambda folder: flip(folder / name, 40)
+
+
+def gone(name):
+    return lambda folder: (folder / name).unlink()
+
+
 DAMAGES = {
-    **{f"{name}, flipped": (lambda name: lambda folder: flip(folder / name, 40))(name) for name in FILES},
-    **{f"{name}, gone": (lambda name: lambda folder: (folder / name).unlink())(name) for name in FILES},
+    **{f"{name}, flipped": flipped(name) for name in FILES},
+    **{f"{name}, gone": gone(name) for name in FILES},
     "torn": lambda folder: (folder / "summary.json").write_bytes((folder / "summary.json").read_bytes()[:500]),
     "zeros": lambda folder: (folder / "manifest.json").write_bytes(bytes(2000)),
     "of another study": lambda folder: edit(folder / "manifest.json", b'"study_id": "', b'"study_id": "0'),
@@ -112,27 +121,35 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_results_are_never_answered(made, copy, how):
-    """They are written again from the private summary, to the same digest, and no machine is asked for."""
+def test_damaged_results_are_never_answered(copy, how):
+    """Here without the private summary: nothing is left to answer from, and nothing is a traceback."""
     workspace, study, folder = copy
-    told = find_outcome(made[1], made[0])
+    (workspace.summary(study.capture_id, study.study_id) / "totals.npz").unlink()
     DAMAGES[how](folder)
+    assert find_outcome(study, workspace) is None
+    assert find_finished(study, workspace) is None
     assert not run_state(study, workspace, Silent())["results"]
     if how != "manifest.json, gone":
         with pytest.raises(DamagedResults, match="are not whole"):
             make_outcome(study, workspace, published=None, cached=True)
-        with pytest.raises((DamagedResults, BadInput)):
-            shelf = read_folders(workspace.results)
-            raise DamagedResults(shelf.skipped[0].why)
-    if how == "a folder":
-        assert find_outcome(study, workspace) is None  # nothing is removed that nobody knows
-        return
+        assert "are not whole" in read_folders(workspace.results).skipped[0].why
+
+
+def test_damaged_results_are_written_again_from_the_summary(made, copy):
+    workspace, study, folder = copy
+    told = find_outcome(made[1], made[0])
+    edit(folder / "summary.json", b'"hits":', b'"hits":1')
     again = find_outcome(study, workspace)
-    assert again.model_dump(exclude={"results", "report", "published_bytes"}) == told.model_dump(
-        exclude={"results", "report", "published_bytes"}
-    )
+    kept = {"results", "report", "published_bytes"}
+    assert again.model_dump(exclude=kept) == told.model_dump(exclude=kept)
     assert read_manifest(folder)["results_digest"] == read_manifest(made[0].study(study.study_id))["results_digest"]
     assert find_finished(study, workspace) is not None
+
+
+def test_what_is_in_the_way_of_results_is_left_alone(copy):
+    workspace, study, folder = copy
+    DAMAGES["a folder"](folder)
+    assert find_outcome(study, workspace) is None
 
 
 def test_results_that_agree_with_themselves_alone_are_not_answered(copy):
@@ -170,12 +187,10 @@ def test_of_a_published_study_damaged_results_are_fetched_again(copy, shelf, how
 
 def test_a_publication_whose_headline_was_edited_is_refused(copy, shelf):
     """By whoever reads its summary; a study that fetches it checks every file and the digest."""
-    workspace, study, folder = copy
-    _, target, url = shelf
-    place = url.removeprefix("file://")
-    path = type(folder)(place) / "manifest.json"
-    edit(path, b'"num_systematic": ', b'"num_systematic": 1')
-    assert "its summary.json" in read_store(target, summaries=True).skipped[0].why
+    workspace, (_, target, url) = copy[0], shelf
+    edit(Path(url.removeprefix("file://")) / "manifest.json", b'"num_systematic": ', b'"num_systematic": 1')
+    with pytest.raises(BadInput, match=r"says num_systematic 16, its summary\.json says 6"):
+        read_store(target, summaries=True)
     with pytest.raises(PublishRefused, match="are not whole"):
         find_outcome(shelf[0], workspace)
 
@@ -299,7 +314,7 @@ def test_a_hash_that_was_damaged_is_computed_again(tmp_path):
 
 def test_what_a_step_is_given_is_sealed(copy):
     workspace, study, _ = copy
-    place = type(workspace.root)(send_study(LocalMachine(workspace.root, "here"), study, workspace))
+    place = Path(send_study(LocalMachine(workspace.root, "here"), study, workspace))
     assert read_prepared(place, workspace) == study
     whole = place.read_bytes()
     for old, new in ((b'"magnitude": 6.0', b'"magnitude": 7.0'), (b'"num_tokens": ', b'"num_tokens": 1')):

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 
-from outliers.sealed import changed_files, checksums, read_sealed, write_sealed
+from outliers.sealed import (
+    LARGE_BYTES,
+    LISTING,
+    changed_files,
+    check_folder,
+    checksums,
+    drop_folder,
+    read_sealed,
+    seal_folder,
+    write_sealed,
+)
 
 CONTENT = {"tokens": [1, 2, 3], "name": "ü", "share": 0.06, "nothing": None}
 
@@ -41,3 +53,46 @@ def test_changed_files_are_named(tmp_path):
     (tmp_path / "a").write_text("A")
     (tmp_path / "b").unlink()
     assert changed_files(tmp_path, expected) == ("a", "b")
+
+
+def test_a_sealed_folder_is_whole_or_not(tmp_path):
+    (tmp_path / "part").mkdir()
+    for name in ("config.json", "part/weights.bin", ".hidden"):
+        (tmp_path / name).write_bytes(b"x" * 100)
+    assert not check_folder(tmp_path)
+    seal_folder(tmp_path)
+    assert check_folder(tmp_path)
+    (tmp_path / ".hidden").unlink()  # of no one who seals
+    assert check_folder(tmp_path)
+    for name in ("config.json", "part/weights.bin", LISTING):
+        whole = (tmp_path / name).read_bytes()
+        for content in (whole[:-1], whole[:50] + b"y" + whole[51:], b""):
+            (tmp_path / name).write_bytes(content)
+            assert not check_folder(tmp_path)
+        (tmp_path / name).unlink()
+        assert not check_folder(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+        assert check_folder(tmp_path)
+
+
+def test_a_large_file_is_listed_by_another_checksum(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(LARGE_BYTES + 3)
+    seal_folder(tmp_path, (path.name,), "weights.json")
+    mark = read_sealed(tmp_path / "weights.json")["files"][path.name]
+    assert mark == f"crc32:{zlib.crc32(bytes(LARGE_BYTES + 3)):08x}:{LARGE_BYTES + 3}"
+    assert check_folder(tmp_path, "weights.json")
+    with path.open("r+b") as file:
+        file.seek(LARGE_BYTES)
+        file.write(b"\x10")
+    assert not check_folder(tmp_path, "weights.json")
+    path.write_bytes(b"")
+    assert not check_folder(tmp_path, "weights.json")
+
+
+def test_a_folder_that_is_dropped_is_gone_and_one_that_is_not_there_is_no_error(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    drop_folder(tmp_path / "a")
+    drop_folder(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
