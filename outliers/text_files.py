@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from outliers.errors import CorpusError
 
@@ -165,7 +165,7 @@ def _walk(root: Path) -> Iterator[Path]:
             log.warning("%s is a link to a folder that is read already: left out", folder)
             continue
         seen.add((status.st_dev, status.st_ino))
-        linked = []
+        linked: list[Path] = []
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
@@ -259,6 +259,7 @@ def _suspect_lines(path: Path, kind: FileKind) -> None:
 @contextmanager
 def open_text(path: Path, packed: str, newline: str | None = None) -> Iterator[TextIO]:
     """A file as UTF-8 text without its byte order mark, unpacked while it is read."""
+    binary: Any  # three classes of binary files with one face
     if packed == "gz":
         binary = gzip.open(path, "rb")  # noqa: SIM115 - closed with the text below
     elif packed == "zst":
