@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import logging
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ ABOUT = (
     *("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "authors"),
     *("code_of_conduct", "security", "dataset_card", "dataset-card", "datacard", "data_card", "requirements"),
 )
-"""Beginnings of the names of texts that speak of a data set."""
+"""Names, up to what is no letter, of texts that speak of a data set."""
+_ABOUT = re.compile(rf"(?:{'|'.join(ABOUT)})(?![a-z])")
 ABOUT_TABLES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
 LONG_BYTES = 1 << 20
 """A larger text is read as far as its tokens are needed; as much of a packed file is looked at before it is read."""
@@ -123,7 +125,7 @@ def _choose(root: Path) -> dict[Path, FileKind]:
             raise CorpusError(f"{root} mixes {' and '.join(sorted(kinds))} files ({examples}): give one kind")
         chosen = tables
     else:
-        chosen = texts or [file for file in about if found[file].kind == "text"]
+        chosen = [file for file, kind in found.items() if kind.kind == "text"]
         others = [file for file in found if file not in about]
         if not chosen or (not texts and others):
             beside = f"; beside {_named(sorted(about), root)}" if about else ""
@@ -141,7 +143,7 @@ def _is_about(name: str) -> bool:
     lower = name.lower()
     if lower in ABOUT_TABLES:
         return True
-    return lower.startswith(ABOUT) and classify(name).kind != "table"
+    return bool(_ABOUT.match(lower)) and classify(name).kind != "table"
 
 
 def _named(files: Sequence[Path], root: Path) -> str:

@@ -238,6 +238,12 @@ def test_folders_that_mix_are_refused_by_name(texts):
         identity(texts)
 
 
+def test_a_readme_among_texts_is_one_of_them(texts):
+    for name in ("a.txt", "README.md", "noticeboard.txt"):
+        (texts / name).write_text(name)
+    assert sorted(read(texts)) == ["README.md", "a.txt", "noticeboard.txt"]
+
+
 def test_a_readme_beside_data_that_is_not_read_is_refused(texts):
     (texts / "README.md").write_text("# a data set\n")
     assert read(texts) == ["# a data set\n"]
