@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from outliers.complete import check_checkpoint
 from outliers.corpus import CorpusInfo, prepare_corpus
-from outliers.documents import find_documents
+from outliers.documents import find_local
 from outliers.errors import BadInput
 from outliers.layout import Layout
 from outliers.machines import DEFAULT_PROVIDER, chosen
@@ -151,7 +151,7 @@ def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
 def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
     """Settle a spec. Raises BadInput and its kinds for what can't be had, HubUnavailable when the hub is silent."""
     check_options(spec.compute)
-    documents = find_documents(spec.corpus)  # a mistyped text is told before a model is hashed or a tokenizer is read
+    documents = find_local(spec.corpus)  # a mistyped text is told before a model is hashed or a tokenizer is read
     info = model_info(spec, workspace)
     corpus = prepare_corpus(spec.corpus, info.source, workspace, documents=documents, vocab_size=info.vocab_size)
     layers = resolve_layers(spec, info)

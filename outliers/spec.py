@@ -103,7 +103,9 @@ class CorpusSpec(Part):
     sequence_length: int = Field(2048, ge=2, le=1_048_576, description="tokens in each sequence")
     seed: int = Field(0, ge=0, description="order in which the documents are taken; the same seed gives the same ids")
     bos: Literal["auto", "always", "never"] = Field(
-        "auto", description="begin each sequence with the BOS token; auto does what the model's tokenizer does"
+        "auto",
+        description="what begins each sequence: auto, what the model's tokenizer puts before a text; always, at least its BOS "
+        "token; never, nothing",
     )
     packing: Literal["joined", "documents"] = Field(
         "joined",

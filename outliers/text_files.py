@@ -12,12 +12,13 @@ import gzip
 import hashlib
 import io
 import logging
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from outliers.errors import CorpusError
 
@@ -40,7 +41,8 @@ ABOUT = (
     *("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "authors"),
     *("code_of_conduct", "security", "dataset_card", "dataset-card", "datacard", "data_card", "requirements"),
 )
-"""Beginnings of the names of texts that speak of a data set."""
+"""Names, up to what is no letter, of texts that speak of a data set."""
+_ABOUT = re.compile(rf"(?:{'|'.join(ABOUT)})(?![a-z])")
 ABOUT_TABLES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
 LONG_BYTES = 1 << 20
 """A larger text is read as far as its tokens are needed; as much of a packed file is looked at before it is read."""
@@ -123,7 +125,7 @@ def _choose(root: Path) -> dict[Path, FileKind]:
             raise CorpusError(f"{root} mixes {' and '.join(sorted(kinds))} files ({examples}): give one kind")
         chosen = tables
     else:
-        chosen = texts or [file for file in about if found[file].kind == "text"]
+        chosen = [file for file, kind in found.items() if kind.kind == "text"]
         others = [file for file in found if file not in about]
         if not chosen or (not texts and others):
             beside = f"; beside {_named(sorted(about), root)}" if about else ""
@@ -141,7 +143,7 @@ def _is_about(name: str) -> bool:
     lower = name.lower()
     if lower in ABOUT_TABLES:
         return True
-    return lower.startswith(ABOUT) and classify(name).kind != "table"
+    return bool(_ABOUT.match(lower)) and classify(name).kind != "table"
 
 
 def _named(files: Sequence[Path], root: Path) -> str:
@@ -165,7 +167,7 @@ def _walk(root: Path) -> Iterator[Path]:
             log.warning("%s is a link to a folder that is read already: left out", folder)
             continue
         seen.add((status.st_dev, status.st_ino))
-        linked = []
+        linked: list[Path] = []
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
@@ -259,6 +261,7 @@ def _suspect_lines(path: Path, kind: FileKind) -> None:
 @contextmanager
 def open_text(path: Path, packed: str, newline: str | None = None) -> Iterator[TextIO]:
     """A file as UTF-8 text without its byte order mark, unpacked while it is read."""
+    binary: Any  # three classes of binary files with one face
     if packed == "gz":
         binary = gzip.open(path, "rb")  # noqa: SIM115 - closed with the text below
     elif packed == "zst":

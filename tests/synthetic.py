@@ -7,7 +7,7 @@ import torch
 
 from outliers.analyze import analyze
 from outliers.anatomy import Anatomy
-from outliers.corpus import Corpus, CorpusInfo, token_hash, write_corpus
+from outliers.corpus import Corpus, CorpusInfo, TokenNames, token_hash, write_corpus
 from outliers.durable import Unsynced
 from outliers.fingerprint import shapes_of, write_fingerprint
 from outliers.layout import STORAGE, Layout
@@ -166,6 +166,7 @@ def _write_corpus(prepared, workspace, ids, lengths):
         lengths=lengths,
         starts=np.tile(starts, (ids.shape[0], 1)),
         sequence_texts=tuple("".join(pieces[:length]) for length in lengths),
+        names=TokenNames(special={1: "<one>", 3: "<three>"}),  # in the first sequence alone
     )
     write_corpus(corpus, workspace)
 

@@ -274,6 +274,7 @@ def test_where_the_largest_values_sit(workspace):
     assert (feature["feature"], feature["tokens"]) == (1, 24)
     assert feature["first_token_share"] == 2 / 24
     assert feature["delimiter_share"] == 6 / 24
+    assert feature["special_share"] == 2 / 24
     assert sum(feature["positions"]["counts"]) == 24
     best = feature["top"][0]
     assert (best["value"], best["site"], best["layer"], best["sequence"], best["position"]) == (

@@ -20,7 +20,7 @@ from outliers.errors import CorpusError
 from outliers.spec import CorpusSpec
 from outliers.text_files import LONG_BYTES, classify
 
-TEXTS = ["A plain sentence.", "2020-01-01", "007", "1.10", "line\nbreak, \"quotes\" and a\ttab", "", "中文 😀 é", "true"]  # fmt: skip
+TEXTS = ["A sentence.", "2020-01-01", "007", "1.10", 'line\nbreak, "quotes", a\ttab', "", "中文 😀 é", "true"]
 ROWS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
 
 
@@ -238,16 +238,22 @@ def test_folders_that_mix_are_refused_by_name(texts):
         identity(texts)
 
 
+def test_a_readme_among_texts_is_one_of_them(texts):
+    for name in ("a.txt", "README.md", "noticeboard.txt"):
+        (texts / name).write_text(name)
+    assert sorted(read(texts)) == ["README.md", "a.txt", "noticeboard.txt"]
+
+
 def test_a_readme_beside_data_that_is_not_read_is_refused(texts):
     (texts / "README.md").write_text("# a data set\n")
     assert read(texts) == ["# a data set\n"]
     (texts / "rows.jsonl.bz2").write_bytes(b"BZh9")
-    with pytest.raises(CorpusError, match="holds no text: .*; beside README.md has rows.jsonl.bz2"):
+    with pytest.raises(CorpusError, match=r"holds no text: .*; beside README\.md has rows\.jsonl\.bz2"):
         identity(texts)
 
 
 @pytest.mark.parametrize(
-    "source", ["rows.jsonl", "notes.CSV", "data/rows.txt.gz", "~nobody-is-called-so/a", "x" * 300 + "/y.txt"]
+    "source", ["rows.jsonl", "notes.CSV", "data/rows.txt.gz", "~nobody-known/a", "x" * 300 + "/y.txt"]
 )
 def test_a_mistyped_file_is_never_looked_for_on_the_hub(source):
     with pytest.raises(CorpusError, match="there is no text at"):

@@ -121,6 +121,7 @@ def test_a_character_that_becomes_several_tokens_is_no_delimiter(tmp_path, works
     assert "k" in names.unseen.values() or any("k" in text for text in names.unseen.values()) or len(found.ids) == 1
 
 
+_BROKEN = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
 DAMAGE = {
     "cut in the middle": lambda text: text[: len(text) // 2],
     "empty": lambda _: "",
@@ -128,7 +129,7 @@ DAMAGE = {
     "no JSON": lambda _: "version https://git-lfs.github.com/spec/v1",
     "a merge of tokens that are not there": lambda text: text.replace('"merges": []', '"merges": [["qq", "zz"]]'),
     "a pattern that is none": lambda text: json.dumps(
-        json.loads(text) | {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}}
+        json.loads(text) | {"pre_tokenizer": _BROKEN}
     ),
     "an id of a special token that is text": lambda text: text.replace("256", '"x"'),
     "no model": lambda text: json.dumps({name: part for name, part in json.loads(text).items() if name != "model"}),

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from outliers.models import ModelSource
 
 POOLS = (
-    "the quick brown fox jumps over lazy dogs and runs away from it all again".split(),
+    ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "and", "runs", "away", "from", "it", "all"],
     list("中文字符测试数据龍馬精神漢字"),
     ["😀", "👩‍👩‍👧", "é", "ñandú", "नमस्ते", "안녕하세요", "Ⅷ", "ﬁne", "e\u0301"],
     ["7", "42", "123", "98765", "1234567"],
@@ -37,7 +37,7 @@ def hard_text(seed, characters, run_share=0.0015):
 
 
 def _trained(tokenizer, trainer):
-    tokenizer.train_from_iterator([hard_text(seed, 1500) for seed in range(1000, 1020)], trainer)
+    tokenizer.train_from_iterator([hard_text(seed, 1500, 0) for seed in range(1000, 1010)], trainer)
     return tokenizer
 
 
