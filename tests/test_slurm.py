@@ -60,15 +60,13 @@ class Renter:
         self._folder = folder
         self._model = tiny.make_model(folder / "model", "Llama", dtype="bfloat16", num_hidden_layers=12)
 
-    def study(self, text: str) -> tuple[str, ...]:
+    def study(self, text: str, provider: str = "sky") -> tuple[str, ...]:
         """The words of a study of a text of its own: no other one has made its results, or its capture."""
         book = self._folder / f"{text}.txt"
         book.write_text(f"{text}: all that is gold does not glitter, not all those who wander are lost. " * 900)
         corpus = ("--corpus", str(book), "--num-sequences", "60", "--sequence-length", "128")
-        return (
-            *("study", "--provider", "sky", "--model", str(self._model), *corpus),
-            *("--upload-model", "--gpu-count", "0"),
-        )
+        rented = ("--upload-model", "--gpu-count", "0") if provider == "sky" else ()
+        return ("study", "--provider", provider, "--model", str(self._model), *corpus, *rented)
 
     def rent(self, name: str) -> list[str]:
         done = subprocess.run(
@@ -157,9 +155,8 @@ def test_rent_study_keep_release(renter):
     assert machine["provider"] == "sky"
     assert 0 < machine["received_bytes"] < 2_000_000
     assert not list((renter.workspace / "captures").glob("*/activations.zarr"))
-    local = renter.outliers(
-        *renter.study("kept"), "--provider", "local", "--workspace", str(renter.workspace) + "2", "--json"
-    )
+    here = renter.study("kept", provider="local")
+    local = renter.outliers(*here, "--workspace", str(renter.workspace) + "2", "--json")
     assert local.returncode == 0, local.stderr
     other = json.loads((Path(json.loads(local.stdout)["results"]) / "manifest.json").read_text())
     assert other["results_digest"] == manifest["results_digest"]
@@ -177,9 +174,6 @@ def test_rent_study_keep_release(renter):
 
 
 def test_cancelled_in_the_middle_and_released_at_once(renter, tmp_path):
-    renter.rent(NAME)
-    done = renter.outliers("machines", "release", NAME)
-    assert done.returncode == 0
     process = renter.start(*renter.study("cancelled"), log=tmp_path / "log")
     wait_for(lambda: process.poll() is not None or "one pass over" in (tmp_path / "log").read_text(errors="replace"))
     assert process.poll() is None, (tmp_path / "log").read_text(errors="replace")
