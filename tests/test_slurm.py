@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get("OUTLIERS_TEST_SLURM"), reason=REASON),
     pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing()),
 ]
+LIMIT = 900.0
+"""Seconds in which anything that is waited for has happened, on the slowest computer."""
 BIN = Path(sys.executable).parent
 SMI = """#!/bin/sh
 for number in 1 2; do echo "GPU-$number, NVIDIA A100-SXM4-80GB, 81920"; done
@@ -58,6 +60,7 @@ class Renter:
             "DO_NOT_TRACK": "1",
         }
         self._folder = folder
+        self._started: list[subprocess.Popen[bytes]] = []
         self._model = tiny.make_model(folder / "model", "Llama", dtype="bfloat16", num_hidden_layers=12)
 
     def study(self, text: str, provider: str = "sky") -> tuple[str, ...]:
@@ -71,7 +74,7 @@ class Renter:
     def rent(self, name: str) -> list[str]:
         done = subprocess.run(
             [sys.executable, "-c", RENT, str(self.workspace), name],
-            env=self.environment, capture_output=True, text=True, timeout=600, check=False,
+            env=self.environment, capture_output=True, text=True, timeout=LIMIT, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr + self.cluster.logs()
         return done.stdout.split()[-2:]
@@ -79,12 +82,20 @@ class Renter:
     def outliers(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(BIN / "outliers"), *arguments],
-            env=self.environment, capture_output=True, text=True, timeout=900, check=False,
+            env=self.environment, capture_output=True, text=True, timeout=LIMIT, check=False,
         )  # fmt: skip
 
     def start(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
+        command = [str(BIN / "outliers"), *arguments]
         with log.open("wb") as file:
-            return subprocess.Popen([str(BIN / "outliers"), *arguments], env=self.environment, stdout=file, stderr=file)
+            self._started.append(subprocess.Popen(command, env=self.environment, stdout=file, stderr=file))
+        return self._started[-1]
+
+    def end(self) -> None:
+        """No command lives on where a test failed: it would start an API server of its own once ours is gone."""
+        for process in self._started:
+            process.kill()
+            process.wait()
 
     def machines(self) -> dict[str, dict]:
         done = self.outliers("machines", "list", "--json")
@@ -109,7 +120,7 @@ class Renter:
 
     def nothing_stays(self, name: str, quiet_seconds: float = 0.0) -> None:
         """Neither a record nor a cluster nor an allocation; nor one that is made later, by an order that was overlooked."""
-        wait_for(lambda: not self.jobs().strip(), 120)
+        wait_for(lambda: not self.jobs().strip())
         time.sleep(quiet_seconds)
         assert not self.jobs().strip()
         assert self.machines() == {}
@@ -128,10 +139,14 @@ def renter(tmp_path_factory):
         smi = folder / "cluster" / "bin-node" / "nvidia-smi"
         smi.write_text(SMI)
         smi.chmod(0o755)
-        yield Renter(cluster, folder)
+        made = Renter(cluster, folder)
+        try:
+            yield made
+        finally:
+            made.end()
 
 
-def wait_for(condition, seconds=300, poll_seconds=0.5):
+def wait_for(condition, seconds=LIMIT, poll_seconds=0.5):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -167,7 +182,7 @@ def test_rent_study_keep_release(renter):
     released = renter.outliers("machines", "release", NAME)
     assert (released.returncode, "is released" in released.stderr) == (0, True)
     assert NAME not in renter.machines()
-    wait_for(lambda: not renter.jobs().strip(), 60)
+    wait_for(lambda: not renter.jobs().strip())
     assert "nothing to release" in renter.outliers("machines", "release", NAME).stderr
     # given up by its other holder, which knows nothing of that
     assert renter.outliers("machines", "reap").returncode == 0
@@ -178,9 +193,9 @@ def test_cancelled_in_the_middle_and_released_at_once(renter, tmp_path):
     wait_for(lambda: process.poll() is not None or "one pass over" in (tmp_path / "log").read_text(errors="replace"))
     assert process.poll() is None, (tmp_path / "log").read_text(errors="replace")
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130
-    wait_for(lambda: not renter.jobs().strip(), 180)
-    wait_for(lambda: not renter.machines(), 60)
+    assert process.wait(LIMIT) == 130
+    wait_for(lambda: not renter.jobs().strip())
+    wait_for(lambda: not renter.machines())
 
 
 def test_a_lost_machine_is_named_and_another_is_rented(renter, tmp_path):
@@ -190,13 +205,13 @@ def test_a_lost_machine_is_named_and_another_is_rented(renter, tmp_path):
     assert process.poll() is None, (tmp_path / "log").read_text(errors="replace")
     for line in renter.jobs().splitlines():
         renter.cluster.run("scancel", line.split()[0])
-    code, said = process.wait(400), (tmp_path / "log").read_text(errors="replace")
+    code, said = process.wait(LIMIT), (tmp_path / "log").read_text(errors="replace")
     if code:  # lost beyond its retries: the same command again is what a person would do
         assert "outliers-lost" in said
         done = renter.outliers(*options)
         assert done.returncode == 0, done.stderr
     assert not renter.machines()
-    wait_for(lambda: not renter.jobs().strip(), 60)
+    wait_for(lambda: not renter.jobs().strip())
 
 
 @pytest.mark.parametrize("moment", ["recorded", "allocated"])
@@ -210,7 +225,7 @@ def test_this_side_is_killed_before_its_launch_returns(renter, tmp_path, moment,
     assert (listed["provider"], listed["state"]) == ("sky", "launching")
     assert listed["place"].startswith("slurm")
     if how == "reap":
-        wait_for(lambda: time.time() > json.loads(renter.record(name).read_text())["lease_until"], 30)
+        wait_for(lambda: time.time() > json.loads(renter.record(name).read_text())["lease_until"])
     done = renter.outliers("machines", *(("reap",) if how == "reap" else ("release", name)), "--json")
     assert done.returncode == 0, done.stderr
     (said,) = json.loads(done.stdout)["done"]
@@ -225,7 +240,7 @@ def test_a_machine_whose_launch_nobody_awaits_ends_with_its_lease(renter, tmp_pa
     name = "outliers-orphan"
     renter.strike(name, lambda: renter.jobs().strip(), 60, tmp_path / "log")
     assert renter.jobs().strip()
-    wait_for(lambda: not renter.jobs().strip(), 480)
+    wait_for(lambda: not renter.jobs().strip())
     # whether that launch had ended is known to nobody here: the record waits for who makes sure
     listed = renter.machines()[name]
     assert (listed["state"], listed["lease_seconds_left"]) == ("launching", 0)
