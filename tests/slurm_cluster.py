@@ -28,7 +28,7 @@ from pathlib import Path
 from tests import slurm_files as files
 from tests.s3 import free_ports
 
-START_SECONDS = 120.0
+START_SECONDS = 600.0
 # The kernel kills it when its parent dies (PR_SET_PDEATHSIG = 1); a fork hook of subprocess would run Python between
 # fork and exec, which may deadlock in a process with threads. `unshare --kill-child` does the same for the next one,
 # which is the first process of a PID namespace: with it ends everything in there.
