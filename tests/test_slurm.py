@@ -103,7 +103,8 @@ class Renter:
         return {one["name"]: one for one in json.loads(done.stdout)["machines"]}
 
     def jobs(self) -> str:
-        return self.cluster.run("squeue", "--noheader")
+        """Number and name of each allocation; a name begins with the machine's."""
+        return self.cluster.run("squeue", "--noheader", "--format", "%i %j")
 
     def record(self, name: str) -> Path:
         """What this side wrote down before it asked for anything."""
@@ -219,7 +220,7 @@ def test_a_lost_machine_is_named_and_another_is_rented(renter, tmp_path):
 def test_this_side_is_killed_before_its_launch_returns(renter, tmp_path, moment, how):
     """The record is older than the launch, so it leads to whatever came up: also to a launch that still goes on."""
     name = f"outliers-{moment}-{how}"
-    conditions = {"recorded": lambda: renter.record(name).exists(), "allocated": lambda: renter.jobs().strip()}
+    conditions = {"recorded": lambda: renter.record(name).exists(), "allocated": lambda: name in renter.jobs()}
     renter.strike(name, conditions[moment], 10 if how == "reap" else 1800, tmp_path / "log")
     listed = renter.machines()[name]
     assert (listed["provider"], listed["state"]) == ("sky", "launching")
@@ -238,8 +239,8 @@ def test_this_side_is_killed_before_its_launch_returns(renter, tmp_path, moment,
 def test_a_machine_whose_launch_nobody_awaits_ends_with_its_lease(renter, tmp_path):
     """SkyPilot's server brings the launch to its end, and its timer the machine: nobody here does anything."""
     name = "outliers-orphan"
-    renter.strike(name, lambda: renter.jobs().strip(), 60, tmp_path / "log")
-    assert renter.jobs().strip()
+    renter.strike(name, lambda: name in renter.jobs(), 60, tmp_path / "log")
+    assert name in renter.jobs()
     wait_for(lambda: not renter.jobs().strip())
     # whether that launch had ended is known to nobody here: the record waits for who makes sure
     listed = renter.machines()[name]
