@@ -92,8 +92,9 @@ class Renter:
         return self._started[-1]
 
     def end(self) -> None:
-        """No command lives on where a test failed: it would start an API server of its own once ours is gone."""
-        for process in self._started:
+        """No command lives on where a test failed: it would rent beside the next, or start an API server of its own."""
+        while self._started:
+            process = self._started.pop()
             process.kill()
             process.wait()
 
@@ -140,11 +141,13 @@ def renter(tmp_path_factory):
         smi = folder / "cluster" / "bin-node" / "nvidia-smi"
         smi.write_text(SMI)
         smi.chmod(0o755)
-        made = Renter(cluster, folder)
-        try:
-            yield made
-        finally:
-            made.end()
+        yield Renter(cluster, folder)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(renter):
+    yield
+    renter.end()
 
 
 def wait_for(condition, seconds=LIMIT, poll_seconds=0.5):
