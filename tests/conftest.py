@@ -16,16 +16,27 @@ os.environ.update(
 )
 for name in ("OUTLIERS_WORKSPACE", "OUTLIERS_PROVIDER", "OUTLIERS_EVENTS", "OUTLIERS_JOB", "AWS_PROFILE", "HF_TOKEN"):
     os.environ.pop(name, None)
+# tests start Python hundreds of times: what is compiled is kept, as it is for everybody who does not say otherwise
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 
 from outliers.workspace import Workspace, open_workspace
 from tests.captured import llama, text
+from tests.fault_rows import pytest_terminal_summary, pytest_testnodedown
 from tests.prefect_home import prefect_home
 from tests.s3 import s3_server
 from tests.smollm2 import smollm2_workspace
 
-__all__ = ["llama", "prefect_home", "s3_server", "smollm2_workspace", "text"]
+__all__ = [
+    "llama",
+    "prefect_home",
+    "pytest_terminal_summary",
+    "pytest_testnodedown",
+    "s3_server",
+    "smollm2_workspace",
+    "text",
+]
 
 
 UNTOUCHED = (".ssh", ".sky", ".bashrc", ".bash_profile", ".profile", ".zshrc", ".zprofile", ".config/fish")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.s3 import free_ports
 
-START_SECONDS = 60
+START_SECONDS = 300
 USER = "postgres"
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.s3 import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
-START_SECONDS = 180
+START_SECONDS = 600
 
 _ENDS_WITH_PARENT = """
 import ctypes, os, signal, sys
@@ -81,7 +81,7 @@ class PrefectHome:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=START_SECONDS,
             check=False,
         )
         if check and done.returncode:

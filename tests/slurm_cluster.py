@@ -28,7 +28,7 @@ from pathlib import Path
 from tests import slurm_files as files
 from tests.s3 import free_ports
 
-START_SECONDS = 120.0
+START_SECONDS = 600.0
 # The kernel kills it when its parent dies (PR_SET_PDEATHSIG = 1); a fork hook of subprocess would run Python between
 # fork and exec, which may deadlock in a process with threads. `unshare --kill-child` does the same for the next one,
 # which is the first process of a PID namespace: with it ends everything in there.
@@ -207,6 +207,11 @@ class SlurmCluster:
             raise RuntimeError("uv is missing: pip install uv")
         return uv
 
+    def _uv_cache(self) -> str:
+        """Where this environment's packages were unpacked: an environment on the node is links to the same files."""
+        asked = [self._uv(), "cache", "dir"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
     def _programs(self) -> dict[str, Path]:
         """What the node has beside Debian's: our Python for studies, and one of 3.10, which SkyPilot asks uv for."""
         base = Path(sys.base_prefix) / "bin"
@@ -233,6 +238,8 @@ class SlurmCluster:
             "no_proxy",
         )
         inherited = {name: value for name, value in os.environ.items() if name.startswith(kept)}
+        # each rented machine has a home of its own: without this, each would download and unpack torch again
+        inherited["UV_CACHE_DIR"] = self._uv_cache()
         path = f"{self.folder / 'bin-node'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         return inherited | {"LANG": "C.UTF-8", "PATH": path} | self._variables
 

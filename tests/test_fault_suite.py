@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -14,7 +13,8 @@ from flows.stale import end_stale_runs
 from outliers.workspace import open_workspace
 from tests.fault_case import Case
 from tests.fault_kinds import RemoteCase, ShardsCase, SweepCase
-from tests.fault_table import table, tell
+from tests.fault_rows import keep
+from tests.fault_table import tell
 from tests.fault_world import GRACE_SECONDS, open_world, spec_of
 from tests.remote import NetnsMachine, needs_root
 from tests.ssh_studies import SESSION
@@ -103,11 +103,7 @@ def world(tmp_path_factory, s3_server, request):
             host = stack.enter_context(NetnsMachine(folder / "box", "box", environment=SESSION))
         made = stack.enter_context(open_world(folder, s3_server, host))
         yield made
-        text = table(made.rows)
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"\n\n{text}\n")
-        if place := os.environ.get("OUTLIERS_FAULTS_TABLE"):
-            Path(place).write_text(text + "\n")
+        keep(request.config, made.rows)
 
 
 @pytest.mark.parametrize("name", LONG if ALL else SHORT)

@@ -30,7 +30,6 @@ pytestmark = pytest.mark.servers
 BROWSER = chromium.executable() is not None and os.environ.get("OUTLIERS_TEST_BROWSER") == "1"
 in_browser = pytest.mark.skipif(not BROWSER, reason="takes minutes in a Chromium: `make test-browser`")
 STORAGE = "remote-file-system/outliers-results"
-TOLD_SECONDS = 180
 RENTS = """
 import time
 from prefect import flow
@@ -64,9 +63,7 @@ class Ui(PrefectHome):
                     command, env=self.environment, cwd=ROOT, stdout=said, stderr=said, stdin=subprocess.DEVNULL
                 )
             ]
-        self._await(
-            lambda: "Ctrl-C ends" in self.said.read_text(), "word of what to open", TOLD_SECONDS, self.said.read_text
-        )
+        self._await(lambda: "Ctrl-C ends" in self.said.read_text(), "word of what to open", explain=self.said.read_text)
         return self
 
     def __exit__(self, *_: object) -> None:
