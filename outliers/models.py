@@ -97,7 +97,7 @@ def _builtin(spec: ModelSpec, workspace: Workspace) -> ModelSource:
 
 
 def _gguf_file(path: Path, workspace: Workspace) -> ModelSource:
-    from outliers.gguf_header import check_gguf
+    from outliers.gguf_check import check_gguf
 
     if not path.is_file():
         raise UnknownModel(f"there is no file {path}")
