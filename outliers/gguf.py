@@ -1,8 +1,8 @@
 """A GGUF file -> a model's folder in the workspace, once: config and tokenizer at first, the weights when a machine needs them.
 
-transformers reads a GGUF slowly (a tokenizer takes 6 s, the weights 12 s and more) and refuses to save what it read,
-because the model is then marked as quantized. So the dequantized float32 weights are saved from a fresh model of the
-same config: they load again in under a second.
+The tokenizer is made of the file's own metadata (`gguf_tokenizer`). transformers reads the weights of a GGUF file slowly
+(12 s and more) and refuses to save what it read, because the model is then marked as quantized. So the dequantized
+float32 weights are saved from a fresh model of the same config: they load again in under a second.
 """
 
 from __future__ import annotations
@@ -10,11 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliers.errors import UnknownModel
+from outliers.gguf_header import read_header
+from outliers.gguf_tokenizer import make_tokenizer
+from outliers.sealed import changed_files, checksums, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from outliers.models import ModelSource
@@ -24,34 +30,81 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 
+FOLDER = "gguf-2"
+"""Name of the folder; another where the same file gives another config or tokenizer, so that an older one is never read."""
+
+_LISTING = "files.json"
+"""Sealed: the checksums of config.json and of the tokenizer's files."""
+
 
 def gguf_folder(source: ModelSource, workspace: Workspace) -> Path:
-    """The folder with config.json and the tokenizer of a GGUF file, made if absent."""
-    folder = workspace.models / source.key / "gguf"
-    if folder.is_dir():
-        return folder
-    from transformers import AutoConfig, AutoTokenizer
+    """The folder with config.json and the tokenizer of a GGUF file, made if absent or damaged.
 
+    Raises UnknownModel where the file can't be read, or its tokenizer is not one that is known here.
+    """
+    folder = workspace.models / source.key / FOLDER
+    if _is_whole(folder):
+        return folder
     log.info("reading the tokenizer of %s (once)", source.name)
-    place, file = str(Path(source.path).parent), Path(source.path).name
-    try:
-        config = AutoConfig.from_pretrained(place, gguf_file=file)
-        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
-    except ImportError as error:
-        raise UnknownModel(
-            "reading a GGUF file needs the package gguf: pip install 'outlier-features[demo]'"
-        ) from error
-    # The converter takes the special tokens from a default; the file's own ids are in the config.
-    for role in ("bos", "eos"):
-        number = getattr(config, f"{role}_token_id", None)
-        if number is not None:
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(number))
+    path = Path(source.path)
+    # refuses in a second what the config's reader would take a minute for
+    tokenizer = make_tokenizer(read_header(path), path.name)
+    config = _config(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".gguf-"))
     _plain(config).save_pretrained(made)
     tokenizer.save_pretrained(made)
+    write_sealed(made / _LISTING, {"files": checksums(made, sorted(file.name for file in made.iterdir()))})
     _settle(made, folder)
     return folder
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[tuple[str, str]]:
+    """A private folder that holds a link to this file alone, and the link's name.
+
+    A loader that is given it sees no config, adapter or code that happens to lie beside the file.
+    """
+    with tempfile.TemporaryDirectory(prefix="outliers-gguf-") as place:
+        (Path(place) / "model.gguf").symlink_to(path.absolute())
+        yield place, "model.gguf"
+
+
+def _config(path: Path) -> Any:
+    """transformers' config of a GGUF file. Raises UnknownModel."""
+    from transformers import AutoConfig
+
+    try:
+        with alone(path) as (place, file):
+            return AutoConfig.from_pretrained(place, gguf_file=file, trust_remote_code=False)
+    except ImportError as error:
+        raise UnknownModel(
+            "reading a GGUF file needs the package gguf: pip install 'outlier-features[demo]'"
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        NotImplementedError,
+        struct.error,
+    ) as error:
+        raise UnknownModel(f"the config of {path.name} can't be read: {error}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder has its config and tokenizer, as they were written."""
+    if not folder.is_dir():
+        return False
+    listing = read_sealed(folder / _LISTING)
+    if listing is None:
+        return False
+    changed = changed_files(folder, listing["files"])
+    if changed:
+        log.warning("%s in %s is not what was written there: it is made again", ", ".join(changed), folder)
+    return not changed
 
 
 def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
@@ -91,11 +144,15 @@ def _plain(config: Any) -> Any:
 
 
 def _settle(made: Path, folder: Path) -> None:
-    """Rename `made` to `folder`; another process may have been first with the same content."""
+    """Rename `made` to `folder`. Where that is there, damaged or made by another process, its files are replaced one by one."""
     try:
         made.chmod(0o755)
         made.rename(folder)
     except OSError:
-        shutil.rmtree(made)
         if not folder.is_dir():
+            shutil.rmtree(made)
             raise
+        # the listing comes last: until then the folder counts as damaged
+        for file in sorted(made.iterdir(), key=lambda file: file.name == _LISTING):
+            file.replace(folder / file.name)
+        made.rmdir()
