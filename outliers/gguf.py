@@ -117,8 +117,10 @@ def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
     from transformers import AutoModelForCausalLM
 
     log.info("dequantizing %s to float32 (once)", source.name)
-    place, file = str(Path(source.path).parent), Path(source.path).name
-    model = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
+    with alone(Path(source.path)) as (place, file):
+        model = AutoModelForCausalLM.from_pretrained(
+            place, gguf_file=file, dtype=torch.float32, trust_remote_code=False
+        )
     shared: dict[int, str] = {}
     tensors = {}
     for name, tensor in model.state_dict().items():
