@@ -57,7 +57,7 @@ def _read(folder: Path, named: dict[str, Any]) -> bytes:
         raise _damaged(folder, f"{MANIFEST} names the file '{path}', which no study has")
     try:
         size = (folder / path).stat().st_size
-        data = (folder / path).read_bytes() if size == named["size"] else None
+        data: bytes | None = (folder / path).read_bytes() if size == named["size"] else None
     except OSError as error:
         raise _damaged(
             folder, f"{path} {'is missing' if isinstance(error, FileNotFoundError) else error.strerror}"

@@ -124,7 +124,8 @@ def make_tokenizer(header: Mapping[str, Any], file: str) -> Any:
     _add_tokens(backend, vocabulary)
     _add_ends(backend, vocabulary, found, adds_bos)
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    return make(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
         **{names[role]: token for role, token in found.items() if token is not None},

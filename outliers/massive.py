@@ -125,7 +125,8 @@ def _own(summary: Summary, layer: int, window: int) -> NDArray[Any]:
     own = summary.fine[summary.fine["layer"] == layer]
     first, last = summary.fine_windows[layer, window].tolist()
     bins = bin_of(own["bits"])
-    return own[(bins >= first) & (bins <= last)]
+    chosen: NDArray[Any] = own[(bins >= first) & (bins <= last)]
+    return chosen
 
 
 def _reach(sizes: NDArray[np.float64], median: Fraction) -> NDArray[np.bool_]:

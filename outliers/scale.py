@@ -66,7 +66,8 @@ def magnitudes(summary: Summary, site: str) -> NDArray[np.float64]:
     totals = summary.sites[site]
     largest = np.maximum(totals.max.astype(np.float64), -totals.min.astype(np.float64))
     units = np.array([np.nan if own is None else own for own in deviations(summary, site)])
-    return np.where(np.isfinite(largest), largest, np.nan) / units[:, None]
+    found: NDArray[np.float64] = np.where(np.isfinite(largest), largest, np.nan) / units[:, None]
+    return found
 
 
 def layer_ladder(summary: Summary, site: str, layer: int) -> dict[str, Any]:
@@ -88,7 +89,8 @@ def layer_ladder(summary: Summary, site: str, layer: int) -> dict[str, Any]:
 
 def magnitudes_of_layer(totals: SiteTotals, layer: int) -> NDArray[np.float64]:
     """(feature,): the largest magnitude of each; -inf where nothing is finite."""
-    return np.maximum(totals.max[layer].astype(np.float64), -totals.min[layer].astype(np.float64))
+    largest: NDArray[np.float64] = np.maximum(totals.max[layer].astype(np.float64), -totals.min[layer].astype(np.float64))
+    return largest
 
 
 def ladder(summary: Summary, layer_share: Any) -> dict[str, Any]:
