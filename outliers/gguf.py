@@ -99,7 +99,6 @@ def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
     from outliers.complete import read_report
 
     log.info("dequantizing %s to float32 (once)", source.name)
-<<<<<<< HEAD
     _needs_package()
     with foreign(f"the weights of {source.name} can't be read"), alone(Path(source.path)) as (place, file):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -112,12 +111,6 @@ def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
         )
         model, report = loaded
     _refuse_made_up(read_report(report), source.name)
-=======
-    with alone(Path(source.path)) as (place, file):
-        model = AutoModelForCausalLM.from_pretrained(
-            place, gguf_file=file, dtype=torch.float32, trust_remote_code=False
-        )
->>>>>>> ggufid
     shared: dict[int, str] = {}
     tensors = {}
     for name, tensor in model.state_dict().items():

@@ -89,7 +89,9 @@ def layer_ladder(summary: Summary, site: str, layer: int) -> dict[str, Any]:
 
 def magnitudes_of_layer(totals: SiteTotals, layer: int) -> NDArray[np.float64]:
     """(feature,): the largest magnitude of each; -inf where nothing is finite."""
-    largest: NDArray[np.float64] = np.maximum(totals.max[layer].astype(np.float64), -totals.min[layer].astype(np.float64))
+    largest: NDArray[np.float64] = np.maximum(
+        totals.max[layer].astype(np.float64), -totals.min[layer].astype(np.float64)
+    )
     return largest
 
 
