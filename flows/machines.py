@@ -301,16 +301,31 @@ def _release(workspace: Workspace, arguments: argparse.Namespace, console: Conso
 
 def _refuse_unknown(workspace: Workspace, names: list[str], known: list[str]) -> None:
     """BadInput, before anything is released, for a name that no machine has or ever had: what was meant may still cost."""
-    from outliers.machines.sky import may_have
-
     records = Rentals(workspace.root)
-    strange = [name for name in names if name not in known and not records.was_held(name) and not may_have(name)]
+    strange = [
+        name
+        for name in names
+        if name not in known and not records.was_held(name) and not _is_elsewhere(workspace, name)
+    ]
     if strange:
         meant = "".join(nearest(name, known) for name in strange[:1])
         raise BadInput(
             f"no machine {', '.join(map(repr, strange))} is held or rented, or ever was{meant}; held or rented: "
             f"{', '.join(known) or 'none'}. Nothing was released (outliers machines list shows more)"
         )
+
+
+def _is_elsewhere(workspace: Workspace, name: str) -> bool:
+    """Whether a machine was rented from another workspace, or may have been: SkyPilot does not answer."""
+    from outliers.machines.sky import NAME, SkyProvider, may_have
+
+    if not may_have(name):
+        return False
+    source = provider(NAME, workspace.root)
+    try:
+        return not isinstance(source, SkyProvider) or source.has(name)
+    except OutliersError:
+        return True  # its release says why
 
 
 def _release_one(workspace: Workspace, known: Rental | None, name: str) -> str:

@@ -93,8 +93,15 @@ def test_a_rented_machine_of_another_workspace_is_released_by_its_name(outliers,
     assert nobody in outliers("machines", "release", "outliers-stranger")[2]
 
 
-def test_a_name_that_no_machine_has_is_refused_before_anything_is_released(outliers, workspace):
-    """What was meant may cost a dollar an hour: silence would say that it ended."""
+@pytest.mark.parametrize("used", [False, True])
+def test_a_name_that_no_machine_has_is_refused_before_anything_is_released(
+    outliers, workspace, tmp_path, monkeypatch, used
+):
+    """What was meant may cost a dollar an hour: silence would say that it ended. `used`: SkyPilot was, and is asked."""
+    cloud = Cloud(None, workspace)
+    monkeypatch.setitem(PROVIDERS, "sky", lambda workspace: cloud.provider())
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / (".sky" if used else "")).mkdir(parents=True)
     records = Rentals(workspace)
     for name in ("outliers-5f0c2a9d1b7e3c46", "m1", "gone"):
         records.begin(name, "ssh", "lab1", 1.0, "run-1", "a study", 600)

@@ -253,6 +253,10 @@ class SkyProvider:
             return f"{name} is still held by {len(others)} other runs"
         return self._end(known, wait)
 
+    def has(self, name: str) -> bool:
+        """Whether a machine of that name is rented, as SkyPilot knows it, whatever the records here say."""
+        return self._engine.status(name, refresh=False).state != "gone"
+
     def release(self, name: str) -> str:
         known = self._rentals.get(name)
         if known is not None:
