@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from transformers.utils import import_utils
 from outliers.errors import BadInput, PlanRefused, UnknownModel
 from outliers.machines.base import GB, Facts, Gpu, Offer
 from outliers.machines.capability import capability_of
+from outliers.machines.local import find_gpus, parse_gpus
+from outliers.machines.remote import read_facts
 from outliers.memory import needs
 from outliers.model_info import describe_model, method_of, quantization_of
 from outliers.models import find_model
@@ -131,6 +134,35 @@ def test_the_capability_of_a_gpu_by_its_name(name, capability):
     assert capability_of(name) == capability
     assert Gpu(name, 1).capability == capability
     assert Gpu(name, 1, (9, 9)).capability == (9, 9), "what a device says counts"
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus"),
+    [
+        ("GPU-a, NVIDIA A100-SXM4-80GB, 81920, 8.0", [("NVIDIA A100-SXM4-80GB", 81920, (8, 0))]),
+        (
+            "GPU-a, NVIDIA GB10, [N/A], 12.1\nGPU-b, Odd, name, 7, [N/A]",
+            [("NVIDIA GB10", 0, (12, 1)), ("Odd, name", 7, None)],
+        ),
+        ("GPU-a, Tesla T4, 15360", [("Tesla T4", 15360, None)]),
+        ('Field "compute_cap" is not a valid field to query.\n', []),
+    ],
+)
+def test_what_nvidia_smi_says_of_it(text, gpus):
+    found = parse_gpus(text)
+    assert found == tuple(Gpu(name, mib << 20, capability) for name, mib, capability in gpus)
+    facts = Facts(1, 1, 1, 1, found, "3.11")
+    assert read_facts(json.loads(json.dumps(asdict(facts)))) == facts, "as an agent sends it"
+
+
+def test_an_old_nvidia_smi_is_asked_again_without_it(tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\ncase \"$1\" in *compute_cap*) echo 'not a valid field'; exit 2;; *) echo 'GPU-a, Tesla T4, 15360';; esac\n"
+    )
+    smi.chmod(0o755)
+    (gpu,) = find_gpus(str(smi))
+    assert (gpu.name, gpu.reported, gpu.capability) == ("Tesla T4", None, (7, 5))
 
 
 # Configs
