@@ -62,7 +62,8 @@ def magnitudes(summary: Summary, site: str) -> NDArray[np.float64]:
     """
     if site == BLOCK:
         one, other = (magnitudes(summary, member) for member in BLOCK_SITES)
-        return np.fmax(one, other)
+        both: NDArray[np.float64] = np.fmax(one, other)
+        return both
     totals = summary.sites[site]
     largest = np.maximum(totals.max.astype(np.float64), -totals.min.astype(np.float64))
     units = np.array([np.nan if own is None else own for own in deviations(summary, site)])
@@ -89,10 +90,8 @@ def layer_ladder(summary: Summary, site: str, layer: int) -> dict[str, Any]:
 
 def magnitudes_of_layer(totals: SiteTotals, layer: int) -> NDArray[np.float64]:
     """(feature,): the largest magnitude of each; -inf where nothing is finite."""
-    largest: NDArray[np.float64] = np.maximum(
-        totals.max[layer].astype(np.float64), -totals.min[layer].astype(np.float64)
-    )
-    return largest
+    found: NDArray[np.float64] = np.maximum(totals.max[layer].astype(np.float64), -totals.min[layer].astype(np.float64))
+    return found
 
 
 def ladder(summary: Summary, layer_share: Any) -> dict[str, Any]:
