@@ -17,7 +17,8 @@ from outliers.events import Event
 NAME = "run.log"
 _HEAD_BYTES = 200
 """Room for the line that says what was left out."""
-_NOT_TEXT = re.compile(r"[^\t\n\r\x1b\x20-\x7e\x80-\U0010ffff]|[\x80-\x84\x86-\x9f]")
+_CONTINUED = re.compile(rb"\A[\x80-\xbf]{1,3}")
+_NOT_TEXT = re.compile(r"[^\t\n\r\x1b\x20-\x7e\x80-\U0010ffff]|[\x80-\x84\x86-\x9f\ud800-\udfff]")
 _ENCODED = re.compile(r"[A-Za-z0-9+/=_-]{1024,}")
 """Longer than any word, and than any path; `contents` allows 4,095."""
 
@@ -32,7 +33,7 @@ def append(folder: Path, lines: Iterable[str], workspace: Path) -> None:
     """Append lines, scrubbed, to the run.log of a results folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / NAME).open("a", encoding="utf-8") as file:
-        file.writelines(scrub(text, workspace) + "\n" for text in lines)
+        file.writelines(_plain(scrub(text, workspace)) + "\n" for text in lines)
 
 
 def scrub(text: str, workspace: Path) -> str:
@@ -50,25 +51,25 @@ def scrub(text: str, workspace: Path) -> str:
 def publishable(data: bytes, of_bytes: int, most_bytes: int) -> bytes:
     """What is published of a log: at most `most_bytes` from its end, in whole lines, below a line that says so.
 
-    `data`: the log, or its end; `of_bytes`: the size of all of it. What is no text, and runs of characters that could be
-    encoded data, are taken out, so that nothing which a step happened to print keeps a finished study from its target.
+    `data`: the log, or its end; `of_bytes`: the size of all of it. What is no text stays what it is: that is judged after
+    this, by `contents`.
     """
-    whole = len(data) == of_bytes
-    text = data.decode("utf-8", "replace")
-    if not whole:
-        # the piece begins in the middle of a line, maybe of a character
-        text = text.partition("\n")[2] or text.lstrip("\ufffd")
-    clean = _ENCODED.sub(lambda run: f"{run[0][:32]}...({len(run[0]):,} characters)", _NOT_TEXT.sub("\ufffd", text))
-    kept = clean.encode()
-    if whole and len(kept) <= most_bytes:
-        return kept
-    room = most_bytes - _HEAD_BYTES
-    if len(kept) > room:
-        # cut where a line ends; a line that is longer than all of it is cut within, between two characters
-        end = kept[-room:]
-        kept = end.partition(b"\n")[2] or end.decode("utf-8", "ignore").encode()
+    if len(data) == of_bytes <= most_bytes:
+        return data
+    end = data[-(most_bytes - _HEAD_BYTES) :]
+    # cut where a line ends; where one is longer than all of that, between two characters
+    kept = end.partition(b"\n")[2] or _CONTINUED.sub(b"", end)
     head = f"... the end of this log: the last {len(kept):,} of {of_bytes:,} bytes; the beginning is not published\n"
     return head.encode() + kept
+
+
+def _plain(text: str) -> str:
+    """A line as it may be published: what is no text, and runs of characters that could be encoded data, are taken out.
+
+    So nothing that a step happens to print keeps its finished study from its target.
+    """
+    text = _NOT_TEXT.sub("\ufffd", text)
+    return _ENCODED.sub(lambda run: f"{run[0][:32]}...({len(run[0]):,} characters)", text)
 
 
 def _user() -> str:

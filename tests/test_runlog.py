@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from outliers import contents, runlog
 from outliers.allowlist import LOG, check_results
+from outliers.errors import ForbiddenFile
 from outliers.manifest import build_manifest, read_manifest, write_manifest
 from outliers.publish import fetch, publish
 from tests.publishing import results
@@ -44,37 +45,40 @@ def test_of_a_long_log_the_last_whole_lines_are_published(results, count):
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.lists(st.text(max_size=60) | st.binary(max_size=60), max_size=60),
-    st.integers(300, 2000),
-    st.integers(0, 3000),
-)
-def test_whatever_a_step_printed_may_be_published(pieces, most, before):
-    data = b"\n".join(piece if isinstance(piece, bytes) else piece.encode("utf-8", "replace") for piece in pieces)
+@given(st.text(), st.integers(300, 2000), st.integers(0, 3000))
+def test_what_is_published_is_the_end_of_what_was_there(text, most, before):
+    data = text.encode("utf-8", "replace") * 20
     found = runlog.publishable(data, len(data) + before, most)
     assert len(found) <= most
-    contents.check_log(found)
-    if before or len(found) < len(data):
-        found.decode("utf-8")
-    if before:
-        assert found.startswith(b"... the end of this log")
+    found.decode("utf-8")
+    if not before and len(data) <= most:
+        assert found == data
+    else:
+        head, _, kept = found.partition(b"\n")
+        assert head.startswith(b"... the end of this log")
+        assert data.endswith(kept)
 
 
-@pytest.mark.parametrize(
-    "odd",
-    [
-        b"x" * 3_000_000,  # one line, longer than all that is published
-        "字".encode() * 1_000_000,
-        b"A" * 5000 + b"\n",  # what could be encoded data
-        b"\x00\x08\xff\xfe\n",
-        b"",
-        b"\n" * 3_000_000,
-    ],
-)
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text() | st.text("abc\0\x08\ud800+/", min_size=1000, max_size=9000), max_size=5))
+def test_whatever_a_step_printed_may_be_published(tmp_path_factory, lines):
+    folder = tmp_path_factory.mktemp("log")
+    runlog.append(folder, lines, folder)
+    contents.check_log((folder / LOG).read_bytes())
+
+
+@pytest.mark.parametrize("odd", [("字" * 700 + " ").encode() * 1000, b"x " * 1_500_000, b"", b"\n" * 3_000_000])
 def test_odd_logs_are_published_too(results, odd):
     (results / LOG).write_bytes(odd)
     contents.check_log(log_of(results))
     assert len(log_of(results)) <= MOST
+
+
+@pytest.mark.parametrize("binary", [bytes(range(256)) * 8000, b"\x80" * 3_000_000, b"x" * 3_000_000, b"\0\n" * 600_000])
+def test_what_is_no_log_does_not_become_one_by_its_length(results, binary):
+    (results / LOG).write_bytes(binary)
+    with pytest.raises(ForbiddenFile):
+        check_results(results, include_log=True)
 
 
 def test_a_study_with_a_long_log_is_published_and_fetched(results, tmp_path):
