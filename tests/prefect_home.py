@@ -110,7 +110,7 @@ class PrefectHome:
         # of studies alone: `reap` has a schedule, and its runs come and go
         return self.post("/flow_runs/filter", {"flows": {"name": {"any_": ["study"]}}})
 
-    def wait(self, flow_run: str, *states: str, seconds: float = 240) -> dict:
+    def wait(self, flow_run: str, *states: str, seconds: float = START_SECONDS) -> dict:
         """The flow run, once it is in one of `states`."""
         found: dict = {}
 
