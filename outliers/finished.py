@@ -52,12 +52,12 @@ def read_finished(folder: Path, study_id: str | None = None) -> Finished | None:
 
 def _read(folder: Path, named: dict[str, Any]) -> bytes:
     """One file of a folder, as its manifest describes it."""
-    path = named["path"]
+    path = str(named["path"])
     if not allowed_name(path) or path == MANIFEST:
         raise _damaged(folder, f"{MANIFEST} names the file '{path}', which no study has")
     try:
         size = (folder / path).stat().st_size
-        data = (folder / path).read_bytes() if size == named["size"] else None
+        data: bytes | None = (folder / path).read_bytes() if size == named["size"] else None
     except OSError as error:
         raise _damaged(
             folder, f"{path} {'is missing' if isinstance(error, FileNotFoundError) else error.strerror}"
