@@ -52,7 +52,7 @@ def read_finished(folder: Path, study_id: str | None = None) -> Finished | None:
 
 def _read(folder: Path, named: dict[str, Any]) -> bytes:
     """One file of a folder, as its manifest describes it."""
-    path = named["path"]
+    path = str(named["path"])
     if not allowed_name(path) or path == MANIFEST:
         raise _damaged(folder, f"{MANIFEST} names the file '{path}', which no study has")
     try:

@@ -17,6 +17,7 @@ from outliers.errors import BadInput, CaptureError, CorruptCapture, SummaryMisma
 from outliers.merge import merge_summaries, parse_sequences, spans
 from outliers.prepare import prepare
 from outliers.results import find
+from outliers.sealed import seal_folder
 from outliers.spec import StudySpec
 from outliers.steps import run_analyze, run_extract, run_report
 from outliers.summary_files import read_counts, read_summary
@@ -90,19 +91,25 @@ def test_totals_without_their_counts_are_refused(parts, tmp_path):
     words = (
         r"the totals in .*torn are of the sequences 4:7, the counts in its folder sequences of none: it is not whole"
     )
+    with pytest.raises(CorruptCapture, match="torn is not what was written there: analyze those sequences again"):
+        merge_summaries(given, workspace)
+    seal_folder(torn)  # as if it had been written so
     with pytest.raises(CorruptCapture, match=words):
         merge_summaries(given, workspace)
     with np.load(folders["a"] / "sequences" / "0.npz") as stored:  # those of 0:3, in the place of 4:7
         np.savez(file, **stored)
+    seal_folder(torn)
     with pytest.raises(
         CorruptCapture, match=r"sequences 4:7, the counts in its folder sequences of 0:3: it is not whole"
     ):
         merge_summaries(given, workspace)
     file.write_bytes(whole[:-40])
+    seal_folder(torn)
     with pytest.raises(CorruptCapture, match=r"4\.npz can't be read: .*; analyze those sequences again"):
         merge_summaries(given, workspace)
     assert list(workspace.captures.rglob("*.npz")) == []
     file.write_bytes(whole)
+    seal_folder(torn)
     assert merge_summaries(given, workspace).missing == ()
 
 
@@ -137,6 +144,7 @@ def test_another_study_is_refused_and_named(parts, tmp_path, change, words):
         content["model"]["source"]["id"] = f"local:{change['model']}"
     content["spec"]["criteria"] |= change.get("criteria", {})
     (other / "study.json").write_text(json.dumps(content))
+    seal_folder(other)
     with pytest.raises(SummaryMismatch, match=words):
         merge_summaries([folders["a"], other], open_workspace(tmp_path / "w"))
 
