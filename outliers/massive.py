@@ -122,11 +122,11 @@ def _half(low: float, high: float) -> Fraction:
 
 def _own(summary: Summary, layer: int, window: int) -> NDArray[Any]:
     """What was counted by bits in one window of a layer, ascending."""
-    own = summary.fine[summary.fine["layer"] == layer]
+    own: NDArray[Any] = summary.fine[summary.fine["layer"] == layer]
     first, last = summary.fine_windows[layer, window].tolist()
     bins = bin_of(own["bits"])
-    chosen: NDArray[Any] = own[(bins >= first) & (bins <= last)]
-    return chosen
+    inside: NDArray[Any] = own[(bins >= first) & (bins <= last)]
+    return inside
 
 
 def _reach(sizes: NDArray[np.float64], median: Fraction) -> NDArray[np.bool_]:

@@ -36,8 +36,8 @@ PENDING_VALUES = 1_000_000
 def bin_of(bits: NDArray[np.uint32]) -> NDArray[np.int64]:
     """The bin of magnitudes, as float32 bits without sign: bfloat16, ties to even, the largest finite one for all beyond it."""
     rounded = (bits.astype(np.int64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    least: NDArray[np.int64] = np.minimum(rounded, LAST_BIN)
-    return least
+    found: NDArray[np.int64] = np.minimum(rounded, LAST_BIN)
+    return found
 
 
 def bin_ends(first: int, last: int) -> tuple[float, float]:
