@@ -104,6 +104,7 @@ def test_parts_that_do_not_fit_together_are_refused_every_one(tmp_path):
         folder_of(part, prepared, workspace).mkdir(parents=True)
         write_record(folder_of(part, prepared, workspace), {})
         (folder_of(part, prepared, workspace) / "totals.npz").write_bytes(b"")
+        seal_folder(folder_of(part, prepared, workspace), ("totals.npz",))
     check_together(prepared, 4, workspace, 2 * needed, "the rest")
 
 

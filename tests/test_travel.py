@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from outliers.prepare import Prepared
+from outliers.prepare import read_prepared
 from outliers.travel import forget_sent, secrets, send_study
 from outliers.workspace import open_workspace
 from tests import synthetic
@@ -61,7 +61,8 @@ def test_a_machine_is_told_what_it_needs_alone(prepared, provider, tmp_path):
     machine.instance_id = f"disk-{provider}"
     place = send_study(machine, prepared, open_workspace(tmp_path))
     assert place == f"/there/machines/m/studies/{prepared.study_id}.json"
-    told = Prepared.model_validate_json(machine.files[f"studies/{prepared.study_id}.json"])
+    (tmp_path / "told.json").write_text(machine.files[f"studies/{prepared.study_id}.json"])
+    told = read_prepared(tmp_path / "told.json", open_workspace(tmp_path))
     kept = {"gpu_count": 2, "executor": "threads=3"}
     kept |= {"gpu_filter": "A100-80GB", "min_vram": 80.0} if provider == "ssh" else {}
     assert told.spec.compute.model_dump(exclude_defaults=True) == kept
