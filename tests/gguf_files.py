@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 PLAIN = (
     "Hello world, it's 2024-11-05: don't, I'll, WE'VE, they'RE 'll 3.14159 1234567 12 345 (x+1)*y == 'a1b2'\n\n"
@@ -121,7 +122,7 @@ def write_sentencepiece(path: Path, **keys: Any) -> Path:
 
 
 def write(path: Path, tokenizer: Mapping[str, Any], name: str = "made") -> Path:
-    """A GGUF file of a llama model of two layers, without a tensor; `tokenizer`: keys of tokenizer.ggml, None leaves one out."""
+    """A GGUF file of a llama model of two layers with one tensor each; `tokenizer`: keys of tokenizer.ggml, None leaves one out."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
     for key, number in (
@@ -137,6 +138,8 @@ def write(path: Path, tokenizer: Mapping[str, Any], name: str = "made") -> Path:
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     for key, value in tokenizer.items():
         _add(writer, f"tokenizer.ggml.{key}", value)
+    for layer in range(2):
+        writer.add_tensor(f"blk.{layer}.attn_norm.weight", np.ones(32, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from outliers import jobs
 from outliers.analyze import analyze
 from outliers.errors import BadInput, CorruptCapture, DamagedResults, DigestConflict, PublishRefused
-from outliers.files import sha256_file
+from outliers.files import is_locked, sha256_file
 from outliers.finished import read_finished
 from outliers.machines.local import LocalMachine, instance_id
 from outliers.manifest import digest_of, dump_manifest, folder_of, read_manifest
@@ -31,7 +32,7 @@ from outliers.summary_files import has_summary, read_summary
 from outliers.travel import send_study
 from outliers.verify import verify
 from outliers.workspace import open_workspace
-from tests import synthetic
+from tests import gguf_files, synthetic
 from tests.damaged import flip
 from tests.synthetic import Silent
 from tests.test_counting import random_acts
@@ -296,7 +297,7 @@ def test_other_numbers_after_a_repair_are_refused_and_overwrite_nothing(made, co
 
 def test_a_hash_that_was_damaged_is_computed_again(tmp_path):
     workspace, path = open_workspace(tmp_path / "ws"), tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF" + bytes(100))
+    gguf_files.write_byte_level(path, "smollm")
     spec = ModelSpec(id=str(path))
     revision = find_model(spec, workspace).revision
     (memo,) = (workspace.models / "hashes").iterdir()
@@ -328,6 +329,8 @@ def test_what_a_step_is_given_is_sealed(copy):
 def test_a_job_whose_end_cannot_be_read_is_lost_and_started_again(tmp_path, content):
     first = jobs.start(tmp_path, jobs.JobSpec("extract-x", ("true",)))
     jobs.result(first.folder)
+    while is_locked(first.folder / "lock"):  # its supervisor ends after its record does
+        time.sleep(0.01)
     for name in ("exit.json", "started.json", "job.json"):
         (first.folder / name).write_bytes(content)
     assert jobs.status(first.folder) == "lost"
