@@ -122,7 +122,10 @@ def write_sentencepiece(path: Path, **keys: Any) -> Path:
 
 
 def write(path: Path, tokenizer: Mapping[str, Any], name: str = "made") -> Path:
-    """A GGUF file of a llama model of two layers with one tensor each; `tokenizer`: keys of tokenizer.ggml, None leaves one out."""
+    """A GGUF file of a llama model of two layers with one tensor each.
+
+    `tokenizer`: keys of tokenizer.ggml; None leaves one out.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
     for key, number in (
