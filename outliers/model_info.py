@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from outliers.anatomy import Anatomy
 from outliers.architectures import expert_counts
+from outliers.configs import check_config
 from outliers.errors import BadInput, HubUnavailable, PlanRefused, UnknownModel
 from outliers.foreign import foreign
-from outliers.headers import read_header
+from outliers.headers import read_header, read_json
 from outliers.models import ModelSource, load_config
 from outliers.quantization import DEQUANTIZABLE, Choice, Place, kept_as_stored, refusal, sentence, stored_method
 from outliers.sealed import read_sealed, write_sealed
@@ -159,6 +160,7 @@ def check_place(info: ModelInfo, place: Place) -> None:
 def kept_method(folder: Path, choice: Choice, workspace: Workspace) -> str | None:
     """The method in which the weights of a model's folder would stay, None for plain ones: from its config alone, before
     gigabytes of weights are hashed. Raises UnknownModel where that can't be read."""
+    check_config(read_json(folder / "config.json"), folder.name)
     source = ModelSource(kind="folder", id="local", name=folder.name, revision="", path=str(folder.absolute()))
     stored = method_of(quantization_of(load_config(source, workspace)))
     return stored if kept_as_stored(choice, stored) else None
