@@ -190,7 +190,7 @@ def perplexity(nll: float, tokens: int) -> dict[str, Any]:
 
 def _listed(count: int, width: int) -> int:
     """How many of a list's features are written."""
-    return HEAD if 2 * count >= width else LISTED
+    return min(HEAD, LISTED) if 2 * count >= width else LISTED
 
 
 def _held(rows: Any) -> int:

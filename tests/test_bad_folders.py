@@ -335,17 +335,19 @@ def test_a_gguf_that_lacks_layers(tmp_path, workspace, made, message):
 
 def test_a_gguf_that_lacks_a_tensor_is_refused_by_the_loader(tmp_path, workspace):
     """transformers would make it up, and what it made up would be kept for every later study."""
-    from outliers.gguf import gguf_weights
+    from outliers.gguf import FOLDER, gguf_weights
     from outliers.models import ModelSource
+    from outliers.sealed import seal_folder
 
     for name, drop in (("whole", ()), ("lacking", ("blk.1.ffn_down",))):
         path = gguf(tmp_path / f"{name}.gguf", drop=drop)
         source = ModelSource(kind="gguf", id=name, name=name, revision=name, path=str(path))
         # its config and tokenizer, as they were read from the file before
-        folder = workspace.models / source.key / "gguf"
+        folder = workspace.models / source.key / FOLDER
         folder.mkdir(parents=True)
         tiny.make_model(folder, num_hidden_layers=2)
         (folder / "model.safetensors").unlink()
+        seal_folder(folder)
         if not drop:
             assert len(load_file(gguf_weights(source, workspace) / "model.safetensors")) == 21
             continue

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from outliers.capture import extract
+from outliers.repair import MARK
 from outliers.ring_size import ring_slots, writer_count
 from outliers.store import Journal
 from outliers.verify import verify
@@ -44,9 +45,9 @@ def zygote():
 
 
 def content(workspace, study):
-    """Every file of a capture but its journal, diary and summaries, by name, and the journal's entries."""
+    """Every file of a capture but its journal, diary, mark of a repair and summaries, by name, and the journal's entries."""
     root = workspace.capture(study.capture_id)
-    aside = {"lock", "journal.jsonl", "extractions.jsonl"}
+    aside = {"lock", "journal.jsonl", "extractions.jsonl", MARK}
     files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
     kept = {name: data for name, data in files.items() if name not in aside and not name.startswith("summaries")}
     return kept, entries(workspace, study)

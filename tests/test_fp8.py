@@ -159,7 +159,7 @@ FIRST = r"model\.layers\.0\.mlp\.down_proj\.weight"
         ({"config": QUANTIZATION | {"weight_block_size": [0, 16]}}, None, "two whole numbers"),
     ],
 )
-@pytest.mark.parametrize("quantization", ["none", "checkpoint"])
+@pytest.mark.parametrize("quantization", ["none", "auto"])
 def test_a_weight_without_the_scale_that_fits_it_is_refused(tmp_path, workspace, kind, damage, message, quantization):
     quantized(tmp_path, "Llama", **kind)
     if damage:
