@@ -377,5 +377,5 @@ def _magnitude_bins(histogram: NDArray[np.int64], dtype: str) -> dict[str, Any]:
 
 
 def _massive(prepared: Prepared, corpus: Corpus, cell: dict[str, Any]) -> dict[str, Any]:
-    token = corpus.piece(cell["sequence"], cell["position"]) if prepared.text else None
+    token = corpus.shown(cell["sequence"], cell["position"]) if prepared.text else None
     return cell | {"layer": prepared.layers[cell["layer"]], "token": token}
