@@ -133,11 +133,15 @@ def _whole(prepared: Prepared, workspace: Workspace) -> Finished | None:
 
 
 def _local(prepared: Prepared, workspace: Workspace) -> Finished | None:
-    """The results in the workspace; those of a study that was reported once are written again where they are damaged."""
+    """The results in the workspace, where they are known to be what was counted; else written again from the summary.
+
+    Without the digest that is kept apart, only the summary can say so: results that agree with themselves prove nothing.
+    """
     found, known = _whole(prepared, workspace), known_digest(prepared, workspace)
-    if found is not None and known in (None, found.manifest["results_digest"]):
+    counted = has_summary(workspace.summary(prepared.capture_id, prepared.study_id))
+    if found is not None and (known == found.manifest["results_digest"] or (known is None and not counted)):
         return found
-    if known is None or not has_summary(workspace.summary(prepared.capture_id, prepared.study_id)):
+    if not counted or (found is None and known is None):
         return None
     folder = workspace.study(prepared.study_id)
     log.warning("the results in %s are written again, from the summary of the capture", folder)

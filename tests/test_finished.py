@@ -163,6 +163,27 @@ def test_results_that_agree_with_themselves_alone_are_not_answered(copy):
     assert read_manifest(folder)["results_digest"] == known == known_digest(study, workspace)
 
 
+def test_edited_results_whose_digest_was_removed_are_not_answered(copy):
+    """Only the summary can tell then: what is written from it has other numbers, which is a refusal that names both."""
+    workspace, study, folder = copy
+    known = read_manifest(folder)["results_digest"]
+    other_numbers_throughout(folder)
+    summary = workspace.summary(study.capture_id, study.study_id)
+    summary.with_name(f"{summary.name}.json").unlink()
+    assert find_outcome(study, workspace) is None
+    with pytest.raises(DigestConflict, match=known):
+        run_report(study, workspace, Silent())
+
+
+def test_a_study_whose_digest_alone_was_removed_is_written_again(copy):
+    workspace, study, folder = copy
+    known = read_manifest(folder)["results_digest"]
+    summary = workspace.summary(study.capture_id, study.study_id)
+    summary.with_name(f"{summary.name}.json").unlink()
+    assert find_outcome(study, workspace) is not None
+    assert known_digest(study, workspace) == known == read_manifest(folder)["results_digest"]
+
+
 def test_without_the_summary_damaged_results_are_counted_again(copy):
     workspace, study, folder = copy
     known = read_manifest(folder)["results_digest"]
