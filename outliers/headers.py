@@ -87,6 +87,10 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
+    if not isinstance(content.get("metadata"), dict):
+        raise UnknownModel(
+            f'{index} has no metadata, which transformers asks for where it loads: add "metadata": {{}} beside its weight_map'
+        )
     places = content.get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise UnknownModel(f"{index} has no weight_map of names to files: {_AGAIN}")

@@ -126,7 +126,8 @@ def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolv
 def _offline(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolved:
     # a streamed data set leaves nothing here, but under its commit the ids made of it may be found
     pinned = kind == "dataset" and _COMMIT.fullmatch(asked)
-    commit = asked if pinned else _cached_commit(kind, name, asked)
+    with refusals(kind, name, asked, refuse):  # the cache too looks at the form of a name first
+        commit = asked if pinned else _cached_commit(kind, name, asked)
     if commit is None:
         raise refuse(
             f"'{name}' is no folder, file or built-in, and the hub is switched off (HF_HUB_OFFLINE) with nothing cached "

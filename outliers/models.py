@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict
 
 from outliers.configs import check_config
 from outliers.errors import UnknownModel
-from outliers.foreign import foreign
-from outliers.headers import read_checkpoint, read_json
+from outliers.foreign import foreign, reason
+from outliers.headers import read_checkpoint, read_json, refuse_pointer
 from outliers.hub import resolve
 from outliers.sealed import read_sealed, write_sealed
 from outliers.spec import ModelSpec
@@ -71,7 +71,7 @@ def find_model(spec: ModelSpec, workspace: Workspace, *, weights: bool = True) -
 def _find(spec: ModelSpec, workspace: Workspace, weights: bool) -> ModelSource:
     if spec.id.startswith("builtin:"):
         return _builtin(spec, workspace)
-    path = Path(spec.id).expanduser()
+    path = local_path(spec.id)
     if spec.id.endswith(".gguf") or path.is_file():
         return _gguf_file(path, workspace)
     if path.is_dir():
@@ -79,6 +79,16 @@ def _find(spec: ModelSpec, workspace: Workspace, weights: bool) -> ModelSource:
     if spec.id.startswith((".", "/", "~")) or spec.id.count("/") > 1 or not all(spec.id.split("/")):
         raise UnknownModel(f"there is no model at {spec.id}: not a folder, not a .gguf file")
     return _hub(spec)
+
+
+def local_path(name: str) -> Path:
+    """The path that a model's name would be. Raises UnknownModel for what no path can be."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long; ~somebody who is not known here
+        raise UnknownModel(f"there is no model at {name[:100]}: {reason(error)[:100]}") from error
+    return path
 
 
 def _builtin(spec: ModelSpec, workspace: Workspace) -> ModelSource:
@@ -116,6 +126,9 @@ def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
     if weights and not any(f.suffix in _WEIGHTS for f in files):
         raise UnknownModel(f"{path} has no .safetensors weights; pickled weights (.bin, .pt) are never loaded")
     check_config(read_json(path / "config.json"), path.name)
+    for file in files:
+        if file.suffix not in _WEIGHTS:
+            refuse_pointer(file, _beginning(file))  # tokenizer.json of large vocabularies is kept in git-lfs too
     if weights:
         read_checkpoint(path)  # before gigabytes are hashed
     listing = [[f.name, _sha256_cached(f, workspace)] for f in files]
@@ -123,6 +136,14 @@ def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
     return ModelSource(
         kind="folder", id=f"local:{revision[:12]}", name=path.name, revision=revision, path=str(path.absolute())
     )
+
+
+def _beginning(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(24)
+    except OSError as error:
+        raise UnknownModel(f"{file} can't be read: {error.strerror}") from error
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -190,5 +211,6 @@ def _read(reader: Any, what: str, source: ModelSource, workspace: Workspace) -> 
 
     place = gguf_folder(source, workspace) if source.kind == "gguf" else source.path
     revision = source.revision if source.kind == "hub" else None
-    with foreign(f"the {what} of {source.name} can't be read"):
+    remedy = "; it needs the model's own tokenizer.json and tokenizer_config.json" if what == "tokenizer" else ""
+    with foreign(f"the {what} of {source.name} can't be read{remedy}"):
         return reader.from_pretrained(place, revision=revision, trust_remote_code=False)

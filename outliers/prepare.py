@@ -29,7 +29,7 @@ from outliers.model_info import (
     method_of,
     quantization_of,
 )
-from outliers.models import ModelSource, find_model, load_config
+from outliers.models import ModelSource, find_model, load_config, local_path
 from outliers.quantization import Place, installed_packages
 from outliers.sealed import SEAL, read_sealed
 from outliers.spec import ANALYSIS_VERSION, FORMAT_VERSION, StudySpec, digest
@@ -72,7 +72,7 @@ class Prepared(BaseModel):
 
 def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -> ModelInfo:
     """The model of a spec, described; also checks what only the config can tell. A plan needs no `weights`."""
-    folder = Path(spec.model.id).expanduser()
+    folder = local_path(spec.model.id)
     if (folder / "config.json").is_file() and (stays := kept_method(folder, spec.model.quantization, workspace)):
         check_method(folder.name, stays, _place(spec))
     info = describe_model(

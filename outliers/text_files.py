@@ -48,7 +48,12 @@ LONG_BYTES = 1 << 20
 """A larger text is read as far as its tokens are needed; as much of a packed file is looked at before it is read."""
 _READ_BYTES = 1 << 20
 _SHOWN = 5
-_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 @dataclass(frozen=True)
@@ -221,9 +226,10 @@ def _hashed(file: TextFile) -> TextFile:
 
 
 def _decoded(decoder: codecs.IncrementalDecoder, piece: bytes, at: int, path: Path, *, final: bool = False) -> str:
-    if at == 0 and piece[:2] in _MARKS:
+    encoding = next((name for mark, name in _MARKS.items() if at == 0 and piece.startswith(mark)), None)
+    if encoding is not None:
         raise CorpusError(
-            f"{path} is not UTF-8 text, it begins as {_MARKS[piece[:2]]}: iconv -f UTF-16 -t UTF-8 makes it so"
+            f"{path} is not UTF-8 text, it begins as {encoding}: iconv -f {encoding} -t UTF-8 makes it so"
         )
     try:
         text = decoder.decode(piece, final)

@@ -222,10 +222,7 @@ def _csv(stream: TextIO, path: Path, delimiter: str) -> Iterator[Row]:
         header = next(reader, None)
         if header is None:
             return
-        if COLUMN not in header:
-            raise CorpusError(f"{path} has no column '{COLUMN}'; its columns: {', '.join(header)}")
-        if header.count(COLUMN) > 1:
-            raise CorpusError(f"{path} has {header.count(COLUMN)} columns '{COLUMN}': give it one")
+        _check_columns(header, path)
         place = header.index(COLUMN)
         for row in reader:
             if not row:
@@ -281,8 +278,10 @@ def _arrow(path: Path) -> Iterator[Row]:
 
 
 def _check_columns(names: list[str], path: Path) -> None:
-    if names.count(COLUMN) != 1:
-        raise CorpusError(f"{path} has no column '{COLUMN}'; its columns: {', '.join(sorted(names))}")
+    if COLUMN not in names:
+        raise CorpusError(f"{path} has no column '{COLUMN}'; its columns: {', '.join(names)}")
+    if names.count(COLUMN) > 1:
+        raise CorpusError(f"{path} has {names.count(COLUMN)} columns '{COLUMN}': give it one")
 
 
 def _batches(batches: Any) -> Iterator[Row]:

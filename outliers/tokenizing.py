@@ -93,6 +93,11 @@ class Encoder:
             self._byte_level = any("ByteLevel" in state for state in states)
             model = self._backend.model
             self._kind = type(model).__name__
+            if getattr(model, "dropout", None):
+                raise UnknownModel(
+                    f"the tokenizer of {source.name} leaves out merges at random (dropout {model.dropout}), and the same text "
+                    'gives other tokens each time: set "dropout" to null in its tokenizer.json'
+                )
             self._byte_fallback = bool(getattr(model, "byte_fallback", False)) or "ByteFallback" in states[2]
             affixes = ("continuing_subword_prefix", "end_of_word_suffix")
             self._joins_anywhere = self._kind in ("BPE", "Unigram") and not any(

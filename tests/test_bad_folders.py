@@ -238,6 +238,10 @@ def dropped(folder, index):
         (outside, "names the file '../other/model.safetensors', which is not one of its own folder"),
         (unmapped, "has no weight_map"),
         (numbered, "has no weight_map"),
+        (
+            lambda folder, index: index.pop("metadata"),
+            'has no metadata, which transformers asks for where it loads: add "meta',
+        ),
         (dropped, "lacks 9 weights of its model, first model.layers.2."),
     ],
 )
@@ -253,6 +257,13 @@ def test_an_index_that_is_none(tmp_path, workspace, whole, data):
     sharded(tmp_path, whole)
     (tmp_path / "model.safetensors.index.json").write_bytes(data)
     assert str(tmp_path / "model.safetensors.index.json") in refusal(tmp_path, workspace)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_in_the_place_of_a_tokenizer(tmp_path, workspace, whole, name):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 17210084\n"
+    written(tmp_path, whole | {name: pointer.encode()})
+    assert f"{name} is a pointer of git-lfs, not the file itself: run `git lfs pull`" in refusal(tmp_path, workspace)
 
 
 def test_weights_under_a_name_that_is_not_looked_for(tmp_path, workspace, whole):

@@ -66,6 +66,13 @@ def arrow(writer):
     return sink.getvalue()
 
 
+def arrow_twice():
+    sink, table = io.BytesIO(), pa.table([["x"], ["y"]], names=["text", "text"])
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue()
+
+
 def zst(data):
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
@@ -185,6 +192,7 @@ REFUSED = {
     "latin.txt": (b"x" * 3_000_000 + LATIN, "latin.txt is not UTF-8 text .*iconv"),
     "latin.csv": (b"text\n" + LATIN, "latin.csv is not UTF-8 text"),
     "utf16.txt": ("text".encode("utf-16"), "utf16.txt is not UTF-8 text, it begins as UTF-16"),
+    "utf32.txt": ("text".encode("utf-32"), "utf32.txt is not UTF-8 text, it begins as UTF-32: iconv -f UTF-32"),
     "utf16.jsonl": ('{"text": "x"}'.encode("utf-16"), "utf16.jsonl is not UTF-8 text"),
     "empty.txt": (b"", "holds no text: empty.txt has nothing but blanks"),
     "mark.txt": (codecs.BOM_UTF8, "has nothing but blanks"),
@@ -208,6 +216,8 @@ REFUSED = {
     "body.csv": (b"id,body\n1,x\n", "body.csv has no column 'text'; its columns: id, body"),
     "commas.csv": (b"id,text\n1,a text, with a comma\n", "commas.csv, line 2 has 3 fields, its header 2"),
     "quote.csv": (b'id,text\n1,"a text\n', "quote.csv, line 2 is not CSV"),
+    "twice.csv": (b"text,text\nx,y\n", "twice.csv has 2 columns 'text': give it one"),
+    "twice.arrow": (arrow_twice(), "twice.arrow has 2 columns 'text': give it one"),
     "numbers.parquet": ("parquet", "the column 'text' holds int and no text"),
     "torn.parquet": (arrow("parquet")[:-30], "torn.parquet can't be read"),
     "no.arrow": (b"no arrow", "no.arrow can't be read"),

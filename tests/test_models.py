@@ -86,6 +86,11 @@ def test_revision_of_a_folder_is_the_hash_of_its_files(tmp_path, workspace):
         ("./nothing", "there is no model at"),
         ("model.gguf", "there is no file"),
         ("Org/NotCached", "the hub is switched off"),
+        ("Org/Not Cached", "no name that the hub could have"),
+        ("name with blanks", "no name that the hub could have"),
+        ("nul\0", "no name that the hub could have"),
+        ("x" * 5000, "there is no model at xxx"),
+        ("~nobody_of_that_name/model", "there is no model at ~nobody"),
     ],
 )
 def test_models_that_are_not_there(workspace, name, message):

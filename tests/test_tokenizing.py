@@ -159,11 +159,21 @@ def test_a_tokenizer_without_a_fast_version_is_refused(tmp_path, workspace):
         Encoder(source, workspace)
 
 
+def test_a_tokenizer_that_leaves_out_merges_at_random_is_refused(tmp_path, workspace):
+    source = save(_plain(tmp_path), tmp_path / "it")
+    path = tmp_path / "it" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(content))
+    with pytest.raises(UnknownModel, match='gives other tokens each time: set "dropout" to null'):
+        Encoder(source, workspace)
+
+
 def test_no_tokenizer_at_all_is_refused(tmp_path, workspace):
     source = save(_plain(tmp_path), tmp_path / "it")
     for file in (tmp_path / "it").glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(UnknownModel, match="the tokenizer of it"):
+    with pytest.raises(UnknownModel, match=r"the tokenizer of it .*needs the model's own tokenizer\.json"):
         Encoder(source, workspace)
 
 
