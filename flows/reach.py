@@ -29,7 +29,7 @@ def check_server() -> None:
     Where the settings name none, nothing is asked: Prefect starts one then, if it may.
     """
     settings = _settings()
-    url = settings.api.url
+    url = (settings.api.url or "").rstrip("/")  # a sweep hands its server's address on with one
     if not url:
         if not settings.server.ephemeral.enabled:
             raise BadInput(

@@ -70,9 +70,11 @@ def check(url):
         reach.check_server()
 
 
-def test_a_server_that_is_well_is_asked_two_things():
+@pytest.mark.parametrize("path", ["/api", "/api/"])
+def test_a_server_that_is_well_is_asked_two_things(path):
+    """A sweep gives its studies the address with a slash at its end."""
     with answering(GOOD) as (url, asked):
-        check(url + "/api")
+        check(url + path)
     assert asked == ["/api/health", "/api/admin/version"]
 
 
