@@ -13,6 +13,7 @@ import copy
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,12 +24,17 @@ from outliers.fp8 import FLOAT8, plain_shapes
 from outliers.headers import Tensor, named, read_checkpoint
 from outliers.model_info import ModelInfo, build_empty, method_of, quantization_of
 from outliers.models import ModelSource, load_config, refuse_adapter
+from outliers.sealed import read_sealed, write_sealed
+from outliers.spec import digest
 from outliers.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+
+CHECK_VERSION = 1
+"""Raised when a checkpoint that passed may be refused."""
 
 Shape = tuple[int, ...]
 
@@ -71,6 +77,18 @@ def check_checkpoint(info: ModelInfo, workspace: Workspace, *, head: bool) -> No
     if folder is None:
         return
     refuse_adapter(folder)
+    asked = {"version": CHECK_VERSION, "head": head, "dtype": info.dtype, "kept": info.quantization}
+    made = digest(asked | {"transformers": metadata.version("transformers")})[:12]
+    memo = workspace.models / info.source.key / f"complete-{made}.json"
+    # the key names the files' own hash, or the hub's commit: what was whole once needs no torch to be asked again
+    if read_sealed(memo) == asked:
+        return
+    _check_files(info, workspace, folder, head=head)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(memo, asked)
+
+
+def _check_files(info: ModelInfo, workspace: Workspace, folder: Path, *, head: bool) -> None:
     tensors = read_checkpoint(folder)
     config = load_config(info.source, workspace)
     quantization = quantization_of(config)

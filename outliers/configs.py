@@ -26,7 +26,7 @@ _MAY_BE_ZERO = ("num_experts", "num_local_experts", "n_routed_experts", "num_exp
 _BY_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "num_experts")
 """May be a list with a number for each layer, as Gemma 3n has its MLP widths."""
 _DTYPES = ("dtype", "torch_dtype")
-_SECTIONS = ("text_config", "llm_config", "language_config")
+SECTIONS = ("text_config", "llm_config", "language_config")
 
 
 def check_config(content: Mapping[str, Any], name: str) -> None:
@@ -38,7 +38,7 @@ def check_config(content: Mapping[str, Any], name: str) -> None:
             "model's own"
         )
     _check_section(content, name)
-    for section in _SECTIONS:
+    for section in SECTIONS:
         inner = content.get(section)
         if isinstance(inner, Mapping):
             _check_section(inner, f"{name}, {section}")

@@ -11,13 +11,14 @@ import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from outliers.anatomy import Anatomy
 from outliers.architectures import expert_counts
-from outliers.configs import check_config
+from outliers.configs import SECTIONS, check_config
 from outliers.errors import BadInput, HubUnavailable, PlanRefused, UnknownModel
 from outliers.foreign import foreign
 from outliers.headers import read_header, read_json
@@ -157,12 +158,14 @@ def check_place(info: ModelInfo, place: Place) -> None:
     raise PlanRefused(sentence(name, method, found, info.dtype, info.weight_bytes, plain))
 
 
-def kept_method(folder: Path, choice: Choice, workspace: Workspace) -> str | None:
+def kept_method(folder: Path, choice: Choice) -> str | None:
     """The method in which the weights of a model's folder would stay, None for plain ones: from its config alone, before
     gigabytes of weights are hashed. Raises UnknownModel where that can't be read."""
-    check_config(read_json(folder / "config.json"), folder.name)
-    source = ModelSource(kind="folder", id="local", name=folder.name, revision="", path=str(folder.absolute()))
-    stored = method_of(quantization_of(load_config(source, workspace)))
+    content = read_json(folder / "config.json")
+    check_config(content, folder.name)
+    # as it stands there: transformers' own reader would load torch, also where a study is answered at once
+    sections = (content, *(content[name] for name in SECTIONS if isinstance(content.get(name), Mapping)))
+    stored = method_of(_quantization_in(tuple(SimpleNamespace(**section) for section in sections)))
     return stored if kept_as_stored(choice, stored) else None
 
 
@@ -184,8 +187,13 @@ def build_empty(config: Any, dtype: str, name: str) -> Any:
 
 def quantization_of(config: Any) -> Mapping[str, Any] | None:
     """What a config says of how weights are stored, as a plain mapping; None for a plain checkpoint. Raises UnknownModel."""
+    return _quantization_in((config, config.get_text_config()))
+
+
+def _quantization_in(parts: tuple[Any, ...]) -> Mapping[str, Any] | None:
+    """The same of the parts of a config, whose values are attributes."""
     for key in _CONFIG_KEYS:
-        for part in (config, config.get_text_config()):
+        for part in parts:
             found = getattr(part, key, None)
             if found is None:
                 continue

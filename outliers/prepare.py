@@ -26,10 +26,8 @@ from outliers.model_info import (
     check_place,
     describe_model,
     kept_method,
-    method_of,
-    quantization_of,
 )
-from outliers.models import ModelSource, find_model, load_config, local_path
+from outliers.models import find_model, local_path
 from outliers.quantization import Place, installed_packages
 from outliers.sealed import SEAL, read_sealed
 from outliers.spec import ANALYSIS_VERSION, FORMAT_VERSION, StudySpec, digest
@@ -73,7 +71,7 @@ class Prepared(BaseModel):
 def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -> ModelInfo:
     """The model of a spec, described; also checks what only the config can tell. A plan needs no `weights`."""
     folder = local_path(spec.model.id)
-    if (folder / "config.json").is_file() and (stays := kept_method(folder, spec.model.quantization, workspace)):
+    if (folder / "config.json").is_file() and (stays := kept_method(folder, spec.model.quantization)):
         check_method(folder.name, stays, _place(spec))
     info = describe_model(
         find_model(spec.model, workspace, weights=weights),
@@ -156,7 +154,7 @@ def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
     corpus = prepare_corpus(spec.corpus, info.source, workspace, documents=documents, vocab_size=info.vocab_size)
     layers = resolve_layers(spec, info)
     text = spec.publish_text == "context" or (spec.publish_text == "auto" and corpus.public)
-    capture = capture_digest(spec, info, corpus, layers, stored=stored_method(info.source, workspace))
+    capture = capture_digest(spec, info, corpus, layers, stored=info.stored_quantization)
     criteria = spec.criteria.model_dump(mode="json") | {
         "site": spec.deciding_site,
         "ladder": list(spec.criteria.magnitudes),
@@ -205,11 +203,6 @@ def capture_digest(
     if corpus.lengths_sha256 is not None:
         payload["lengths"] = corpus.lengths_sha256
     return digest(payload)
-
-
-def stored_method(source: ModelSource, workspace: Workspace) -> str | None:
-    """The method a checkpoint is quantized in on disk, whatever becomes of it in memory."""
-    return None if source.kind == "gguf" else method_of(quantization_of(load_config(source, workspace)))
 
 
 def read_prepared(path: Path, workspace: Workspace) -> Prepared:

@@ -107,7 +107,7 @@ def test_a_host_is_added_shown_and_forgotten(outliers, box, workspace):
     assert (code, json.loads(out)) == (0, {"removed": "lab1"})
     code, _, err = outliers("machines", "remove", "lab1")
     assert code == 2
-    assert "no host 'lab1' was added; added: lab2" in err
+    assert "no host 'lab1' was added (did you mean lab2?); added: lab2" in err
     assert list(box.home.iterdir()) == []
 
 
