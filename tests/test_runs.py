@@ -10,14 +10,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from flows.run_show import read_run
 from outliers.analyze import analyze
 from outliers.publish import model_slug, publish
-from outliers.schema import FEATURES_SCHEMA
 from outliers.steps import run_report
 from outliers.workspace import open_workspace
 from tests import synthetic
@@ -222,16 +219,7 @@ def test_studies_are_listed_from_the_workspace_and_from_where_they_are_published
 def test_a_label_is_shown(two):
     root = two[0]
     edited(root, 3, spec={"label": "gpu-b"})
-    folder = two[1][2].removeprefix("file://")
-    results = next(Path(folder).glob("*/summary.json")).parent
-    pq.write_table(pa.Table.from_pylist([], FEATURES_SCHEMA), results / "features.parquet")
-    shutil.copy(Path(folder) / "manifest.json", results)
     workspace = open_workspace(root.parent / "labels")
-    done = show(workspace, str(results))
-    assert done.returncode == 0, done.stderr
-    assert "label gpu-b" in " ".join(done.stderr.split())
-    assert ", float16" in done.stderr
-    assert json.loads(show(workspace, str(results), "--json").stdout)["label"] == "gpu-b"
     assert "gpu-b" in runs(workspace, "list", str(root)).stderr
 
 
