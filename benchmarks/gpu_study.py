@@ -9,7 +9,7 @@ Every step is `python -m outliers` in a process of its own, as a job runs it. Re
     twice      two captures of one study, in two workspaces: the checksum of every chunk, compared
     killed     a third one, ended by SIGKILL after some sequences and started again: the same
     batches    tokens a second at 1, 4 and 8 sequences a pass (each is another study, for it moves the last bits)
-    memory     the most that torch reserved on each device, beside the bytes that `plan` asks for
+    memory     the most that torch reserved on each device, and the bytes that `plan` asks for
     counted    the summary of the repeated capture equals that of the first, file by file
 
 Exit codes: 0 everything is equal and within its bounds, 1 something is not, 2 there is no GPU.
@@ -92,7 +92,7 @@ class Study:
             return 0
 
     def kill_after(self, sequences: int) -> int:
-        """Begin to extract and SIGKILL it once so many sequences are journaled; returns how many were."""
+        """Begin to extract and SIGKILL it once `sequences` are journaled; returns how many were."""
         process = self.start("extract")
         while process.poll() is None and self.journaled() < sequences:
             time.sleep(0.005)
