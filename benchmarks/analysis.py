@@ -171,7 +171,7 @@ def random_capture(
             entry["crc32"][site], entry["sizes"][site] = [c for c, _ in chunks], [n for _, n in chunks]
         unsynced.sync()
         journal.append([entry])
-    return Data(name, part_of(folder, layout, rng.random((sequences, length)) < 0.1, scratch), layout)
+    return Data(name, part_of(folder, layout, rng.random((sequences, 2, length)) < 0.1, scratch), layout)
 
 
 def read(data: Data) -> None:

@@ -23,7 +23,7 @@ from outliers.files import write_atomic
 from outliers.finished import read_finished
 from outliers.parts import LOCKS, locked
 from outliers.prepare import Prepared
-from outliers.repair import forget_repair, is_repaired
+from outliers.repair import forget_repair
 from outliers.sealed import read_sealed, write_sealed
 from outliers.workspace import Workspace
 
@@ -79,11 +79,9 @@ def _write(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict
 
 
 def _compare(prepared: Prepared, workspace: Workspace, digest: str, reporter: Reporter) -> None:
-    """Raise DigestConflict where the study was reported before, with other numbers."""
-    folder, repaired = workspace.study(prepared.study_id), is_repaired(workspace, prepared.capture_id)
-    before = known_digest(prepared, workspace)
-    if before is None and repaired:
-        before = _digest_in(folder, prepared.study_id)
+    """Raise DigestConflict where the study was reported before, with other numbers; whole results count as a report."""
+    folder = workspace.study(prepared.study_id)
+    before = known_digest(prepared, workspace) or _digest_in(folder, prepared.study_id)
     if before is None:
         return
     if before != digest:

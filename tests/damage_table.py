@@ -67,6 +67,7 @@ KINDS: tuple[tuple[str, str, str, int], ...] = (
     ("corpus: starts.npy", r"corpora/[^/]+/starts\.npy", "", 3),
     ("corpus: texts and description", r"corpora/[^/]+/.*\.json", "json", 3),
     ("model: what is known of it", r"models/[^/]+/info-.*\.json", "json", 3),
+    ("model: what was checked of it", r"models/[^/]+/complete-.*\.json", "json", 3),
     ("model: hashes", r"models/hashes/.*", "json", 3),
     ("model: made of a GGUF file", r"models/[^/]+/gguf[^/]*/.*", "json", 3),
     ("studies: what a step is given", r"studies/.*\.json", "json", 3),

@@ -166,7 +166,7 @@ def _write_corpus(prepared, workspace, ids, lengths):
         lengths=lengths,
         starts=np.tile(starts, (ids.shape[0], 1)),
         sequence_texts=tuple("".join(pieces[:length]) for length in lengths),
-        names=TokenNames(special={1: "<one>", 3: "<three>"}),  # in the first sequence alone
+        names=TokenNames(special={1: "<one>", 3: "<three>"}),
     )
     write_corpus(corpus, workspace)
 

@@ -124,9 +124,12 @@ def check_tokens(summary, exact, lengths):
         cells.setdefault(int(cell["feature"]), []).append((*place, float(cell["value"])))
     assert cells == best
     tokens = oracle.largest_tokens(exact, frame.site, 6.0, lengths, 10**9)
+    special = {divmod(number, frame.positions) for number in (1, 3)}  # synthetic's ids count on from sequence to sequence
     for feature, own in tokens.items():
         assert summary.first_tokens[feature] == sum(cell[1] == 0 for cell in own)
-        assert summary.delimiter_tokens[feature] == sum(cell[1] % 5 == 0 for cell in own)  # synthetic's pieces
+        assert summary.special_tokens[feature] == sum(cell[:2] in special for cell in own)
+        delimiters = [cell for cell in own if cell[1] % 5 == 0 and cell[:2] not in special]  # synthetic's pieces
+        assert summary.delimiter_tokens[feature] == len(delimiters)
         bins = np.bincount([cell[1] // frame.bin_positions for cell in own], minlength=frame.bins)
         np.testing.assert_array_equal(summary.position_tokens[:, feature], bins)
 
