@@ -38,10 +38,11 @@ def box(tmp_path, monkeypatch):
 @needs_sshd
 @pytest.mark.servers
 def test_a_lease_that_nobody_renews_ends_the_job_on_the_host(box):
-    machine = box.source.ensure("m1", MachineRequest(lease_seconds=2), "run-1", "a study")
+    machine = box.source.ensure("m1", MachineRequest(lease_seconds=5), "run-1", "a study")
     handle = machine.start(JobSpec("step", ("sleep", "94")))
-    box.source.hold("m1", "run-1", "a study", 4)
-    time.sleep(2.5)
+    held = time.monotonic()
+    box.source.hold("m1", "run-1", "a study", 8)
+    time.sleep(max(0.0, held + 5.2 - time.monotonic()))
     assert machine.status(handle) == "running"
     began = time.monotonic()
     # at once, and in the words of the job: this is no connection that may come back
