@@ -124,7 +124,8 @@ def check_tokens(summary, exact, lengths):
         cells.setdefault(int(cell["feature"]), []).append((*place, float(cell["value"])))
     assert cells == best
     tokens = oracle.largest_tokens(exact, frame.site, 6.0, lengths, 10**9)
-    special = {divmod(number, frame.positions) for number in (1, 3)}  # synthetic's ids count on from sequence to sequence
+    # synthetic's ids count on from sequence to sequence
+    special = {divmod(number, frame.positions) for number in (1, 3)}
     for feature, own in tokens.items():
         assert summary.first_tokens[feature] == sum(cell[1] == 0 for cell in own)
         assert summary.special_tokens[feature] == sum(cell[:2] in special for cell in own)
