@@ -33,7 +33,7 @@ def random_model(arguments: argparse.Namespace, folder: Path) -> str:
         else transformers.Qwen3MoeConfig(**sizes, **experts)
     )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(folder)
     return str(folder)
 

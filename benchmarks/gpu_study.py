@@ -107,7 +107,8 @@ class Study:
 
     def counts(self) -> dict[str, bytes]:
         """Array -> bytes of the totals of its summary."""
-        with np.load(self.workspace.summary(self.prepared.capture_id, self.prepared.study_id) / "totals.npz") as stored:
+        totals = self.workspace.summary(self.prepared.capture_id, self.prepared.study_id) / "totals.npz"
+        with np.load(totals, allow_pickle=False) as stored:
             return {name: stored[name].tobytes() for name in stored.files}
 
 

@@ -175,6 +175,7 @@ def _dry_run(config: Any, shapes: Mapping[str, Shape], info: ModelInfo) -> Repor
     with foreign(f"the weights of {info.source.name} don't fit the model of its config.json"), _silent():
         _, report = model_class.from_pretrained(
             None,
+            trust_remote_code=False,
             config=config,
             state_dict=empty,
             device_map={"": "meta"},

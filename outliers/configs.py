@@ -26,6 +26,7 @@ _MAY_BE_ZERO = ("num_experts", "num_local_experts", "n_routed_experts", "num_exp
 _BY_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "num_experts")
 """May be a list with a number for each layer, as Gemma 3n has its MLP widths."""
 _DTYPES = ("dtype", "torch_dtype")
+_IMPLEMENTATIONS = tuple(f"{start}{what}_implementation" for what in ("attn", "experts") for start in ("", "_"))
 SECTIONS = ("text_config", "llm_config", "language_config")
 
 
@@ -66,8 +67,21 @@ def _check_section(section: Mapping[str, Any], name: str) -> None:
                 f"the config.json of {name} has {key} = {_shown(value)}, which transformers can't read: a name such as "
                 f'"{plain[:20]}" stands there'
             )
+    for key in _IMPLEMENTATIONS:
+        _check_implementation(key, section.get(key), name)
     _check_quantization(section.get("quantization_config"), name)
     _check_heads(section, name)
+
+
+def _check_implementation(key: str, value: object, name: str) -> None:
+    """A name with a slash is code of the hub, which transformers would fetch and run where the package kernels is installed."""
+    values = value.values() if isinstance(value, Mapping) else (value,)
+    for one in values:
+        if one is not None and (not isinstance(one, str) or not one.replace("_", "").isalnum()):
+            raise UnknownModel(
+                f"the config.json of {name} has {key} = {_shown(value)}, which is no implementation of transformers' own: code "
+                "from elsewhere is never run; remove that line"
+            )
 
 
 def _check_quantization(quantization: object, name: str) -> None:

@@ -54,7 +54,6 @@ def load_model(
     options: dict[str, Any] = {
         "dtype": getattr(torch, info.dtype),
         "attn_implementation": info.attention_implementation,
-        "trust_remote_code": False,
         "use_safetensors": True,
         "device_map": where,
         "output_loading_info": True,
@@ -84,13 +83,14 @@ def _from_files(
     quantization = quantization_of(config)
     loaded: Any
     if info.source.kind == "gguf" or info.quantization is not None or method_of(quantization) != "fp8":
-        loaded = AutoModelForCausalLM.from_pretrained(place, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, **options)
         return loaded[0], loaded[1]
     plain = {key: value for key, value in options.items() if key != "quantization_config"}
     with ExitStack() as opened:
         weights = _plain_weights(read_checkpoint(place), quantization, info.source.name, opened)
         model_class = type(build_empty(config, info.dtype, info.source.name))
-        loaded = model_class.from_pretrained(None, config=without_quantization(config), state_dict=weights, **plain)
+        config = without_quantization(config)
+        loaded = model_class.from_pretrained(None, trust_remote_code=False, config=config, state_dict=weights, **plain)
         return loaded[0], loaded[1]
 
 

@@ -119,6 +119,7 @@ def _gguf_file(path: Path, workspace: Workspace) -> ModelSource:
 
 
 def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
+    refuse_outsiders(path)
     files = parts(path)
     refuse_adapter(path)
     if not (path / "config.json").is_file():
@@ -157,6 +158,28 @@ def refuse_adapter(folder: Path) -> None:
             f"{folder} holds a LoRA adapter ({', '.join(adapters)}) {beside}: which of the two models is meant? Merge it into "
             "the checkpoint (peft's merge_and_unload) and name the merged one, or move the adapter's files out of the folder"
         )
+
+
+def refuse_outsiders(folder: Path) -> None:
+    """Raises UnknownModel where an entry of a model's folder is a link out of it, or no file and no folder.
+
+    A link could name any file of this user, which would be read as a part of the model, and sent with --upload-model. The
+    hub's own cache is known: the links of a snapshot lead into the `blobs` of the same repository.
+    """
+    place = folder.resolve()
+    homes = [place] + ([place.parent.parent / "blobs"] if place.parent.name == "snapshots" else [])
+    for entry in sorted(folder.iterdir()):
+        try:
+            target = entry.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise UnknownModel(f"{entry} is a link to nothing, or to itself: fetch or copy the file again") from error
+        if not any(target.is_relative_to(home) for home in homes):
+            raise UnknownModel(
+                f"{entry} is a link out of its folder, to {target}: links are followed within a model's folder alone. Copy the "
+                "file into the folder, or name the folder that it is in"
+            )
+        if not (target.is_file() or target.is_dir()):
+            raise UnknownModel(f"{entry} is neither a file nor a folder: a model's folder holds files; remove it")
 
 
 def parts(path: Path) -> tuple[Path, ...]:
