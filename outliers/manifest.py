@@ -21,7 +21,7 @@ from outliers.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, SUMMARY, TOKE
 from outliers.errors import PublishRefused
 from outliers.files import write_atomic
 from outliers.parquet import read_parquet
-from outliers.schema import FEATURES_SCHEMA, MOMENT_COLUMNS
+from outliers.schema import FEATURES_SCHEMA, MOMENT_COLUMNS, NULLABLE_COLUMNS
 from outliers.spec import digest
 
 MANIFEST_VERSION = 1
@@ -89,18 +89,22 @@ def digest_of(contents: dict[str, bytes]) -> str:
     try:
         table = read_parquet(contents[FEATURES])
         kept = [name for name in FEATURES_SCHEMA.names if name not in MOMENT_COLUMNS]
-        payload[FEATURES] = [table.num_rows, *([name, _column_digest(table[name])] for name in kept)]
+        payload[FEATURES] = [table.num_rows, *([name, _column_digest(name, table[name])] for name in kept)]
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise PublishRefused(f"{FEATURES} is not a table of features: {error}; analyze the capture again") from error
     return digest(payload)
 
 
-def _column_digest(column: Any) -> str:
+def _column_digest(name: str, column: Any) -> str:
     """sha256 (hex) of a column's values in row order, independent of chunks, encoding and this machine's byte order."""
-    if column.null_count:
-        raise ValueError("a column of counts has nulls")
     flat = column.combine_chunks()
     hasher = hashlib.sha256()
+    if column.null_count:
+        if name not in NULLABLE_COLUMNS:
+            raise ValueError(f"the column {name} has nulls")
+        # which rows have no value, then the others' values
+        hasher.update(np.packbits(flat.is_null().to_numpy(zero_copy_only=False)).tobytes())
+        flat = flat.drop_null()
     if pa.types.is_list(flat.type):
         lengths = np.asarray([len(row) for row in flat.to_pylist()], dtype="<i8")
         hasher.update(lengths.tobytes())

@@ -103,9 +103,9 @@ WRITTEN = {
     "file.arrow": arrow("feather"),
     "rows.feather": arrow("feather"),
     "old.feather": arrow("feather 1"),
-    "rows.jsonl.gz": gzip.compress(lines()),
-    "two.jsonl.gz": gzip.compress(lines(ROWS[:3])) + gzip.compress(lines(ROWS[3:])),
-    "rows.JSON.GZ": gzip.compress(json.dumps(ROWS).encode()),
+    "rows.jsonl.gz": gzip.compress(lines(), mtime=0),
+    "two.jsonl.gz": gzip.compress(lines(ROWS[:3]), mtime=0) + gzip.compress(lines(ROWS[3:]), mtime=0),
+    "rows.JSON.GZ": gzip.compress(json.dumps(ROWS).encode(), mtime=0),
     "rows.csv.zst": zst(table_csv(",")),
     "rows.jsonl.zst": zst(lines(ROWS[:3])) + zst(lines(ROWS[3:])),
 }
@@ -137,7 +137,7 @@ def test_what_is_left_out_is_said(texts, caplog):
         ("a.TXT", b"some text\n"),
         ("a.txt", codecs.BOM_UTF8 + b"some text\n"),
         ("a.md", b"some text\r\n"),
-        ("a.txt.gz", gzip.compress(b"some text\n")),
+        ("a.txt.gz", gzip.compress(b"some text\n", mtime=0)),
         ("a.txt.zst", zst(codecs.BOM_UTF8 + b"some text\n")),
     ],
 )
@@ -196,8 +196,8 @@ REFUSED = {
     "utf16.jsonl": ('{"text": "x"}'.encode("utf-16"), "utf16.jsonl is not UTF-8 text"),
     "empty.txt": (b"", "holds no text: empty.txt has nothing but blanks"),
     "mark.txt": (codecs.BOM_UTF8, "has nothing but blanks"),
-    "blank.txt.gz": (gzip.compress(b" \n" * 99), "has nothing but blanks"),
-    "torn.txt.gz": (gzip.compress(os.urandom(3000).hex().encode())[:-900], "torn.txt.gz can't be read"),
+    "blank.txt.gz": (gzip.compress(b" \n" * 99, mtime=0), "has nothing but blanks"),
+    "torn.txt.gz": (gzip.compress(os.urandom(3000).hex().encode(), mtime=0)[:-900], "torn.txt.gz can't be read"),
     "no.txt.gz": (b"plain", "no.txt.gz can't be read"),
     "no.txt.zst": (b"plain", "no.txt.zst can't be read"),
     "empty.jsonl": (b"", "holds no text"),
@@ -221,7 +221,7 @@ REFUSED = {
     "numbers.parquet": ("parquet", "the column 'text' holds int and no text"),
     "torn.parquet": (arrow("parquet")[:-30], "torn.parquet can't be read"),
     "no.arrow": (b"no arrow", "no.arrow can't be read"),
-    "rows.parquet.gz": (gzip.compress(arrow("parquet")), "while it is packed"),
+    "rows.parquet.gz": (gzip.compress(arrow("parquet"), mtime=0), "while it is packed"),
     "rows.xlsx": (b"PK\x03\x04" + bytes(range(256)), "rows.xlsx is not UTF-8 text"),
 }
 

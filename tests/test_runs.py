@@ -216,11 +216,21 @@ def test_studies_are_listed_from_the_workspace_and_from_where_they_are_published
 
 
 @pytest.mark.servers
-def test_a_label_is_shown(two):
+def test_a_label_is_shown(two, tmp_path):
     root = two[0]
     edited(root, 3, spec={"label": "gpu-b"})
-    workspace = open_workspace(root.parent / "labels")
+    workspace = open_workspace(tmp_path / "labels")
     assert "gpu-b" in runs(workspace, "list", str(root)).stderr
+    acts = {"mlp_in": synthetic.store(np.full((2, 2, 5, 4), 7.0, np.float32), "float16")[0]}
+    prepared = synthetic.prepared_for(acts, "float16", label="gpu-b")
+    synthetic.write_capture(prepared, workspace, acts)
+    analyze(prepared, workspace, synthetic.Silent())
+    run_report(prepared, workspace, synthetic.Silent())
+    done = show(workspace, prepared.study_id)
+    assert done.returncode == 0, done.stderr
+    assert "label gpu-b" in " ".join(done.stderr.split())
+    assert ", float16" in done.stderr
+    assert json.loads(show(workspace, prepared.study_id, "--json").stdout)["label"] == "gpu-b"
 
 
 @pytest.mark.servers

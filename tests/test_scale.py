@@ -12,8 +12,10 @@ import pytest
 
 from outliers.allowlist import check_results
 from outliers.analyze import analyze
+from outliers.manifest import results_digest
 from outliers.report import write_report
 from outliers.results import perplexity, write_results
+from outliers.steps import run_report
 from tests import results_folder, synthetic
 from tests.html_page import Page
 from tests.test_counting import BLOCK, DTYPES, random_acts
@@ -217,3 +219,18 @@ def test_every_headline_names_the_readings_where_they_disagree(tmp_path, counts,
     arguments = argparse.Namespace(run=results_folder.STUDY_ID, feature=None, site=None, layer=None, json=False)
     show_command(open_workspace(tmp_path), arguments, Console(file=printed, width=200))
     assert (SAID in printed.getvalue()) == said
+
+
+def test_a_layer_whose_values_are_all_equal_has_results(workspace):
+    """It has no deviation, and so no magnitude in deviations: null in the table, and the study is whole."""
+    values = np.full((2, 2, 5, 4), 7.0, np.float32)
+    values[1, 0, 0, 0] = 6.0
+    acts = {"mlp_in": synthetic.store(values, "bfloat16")[0]}
+    prepared = synthetic.prepared_for(acts, "bfloat16")
+    synthetic.write_capture(prepared, workspace, acts)
+    analyze(prepared, workspace, synthetic.Silent())
+    told = run_report(prepared, workspace, synthetic.Silent())
+    folder = workspace.study(prepared.study_id)
+    rows = pq.read_table(folder / "features.parquet").to_pylist()
+    assert {row["layer"]: row["max_sd"] is None for row in rows} == {0: True, 1: False}
+    assert told["results_digest"] == results_digest(folder)
