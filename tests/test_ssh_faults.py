@@ -138,6 +138,7 @@ def test_the_cable_is_cut_and_sshd_restarted_in_the_middle(world, host, control,
     assert gone(host), ours(host)
 
 
+@pytest.mark.long
 def test_this_side_is_killed_and_started_again(world, host, control, undisturbed):
     words = whole_study(world, control, "--lease-seconds", "300", machine="again")
     first = control.start(*words)

@@ -94,11 +94,14 @@ def names() -> tuple[str, ...]:
 
 
 def constraints() -> tuple[str, ...]:
-    """Versions that everything is held to: constraints.txt of a checkout, else what is installed here."""
+    """Versions that everything is held to: constraints.txt of a checkout, with the hashes of hashes.txt, else what is
+    installed here, without."""
     lock = Path(outliers.__file__).parent.parent / "constraints.txt"
     if lock.is_file():
+        hashed = _hashes(lock.with_name("hashes.txt"))
         lines = lock.read_text("utf-8").splitlines()
-        return tuple(sorted(line.strip() for line in lines if line.strip() and not line.startswith("#")))
+        pinned = (line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        return tuple(sorted(" ".join((line, *hashed.get(line, ()))) for line in pinned))
     seen: dict[str, str] = {}
     waiting = list(names())
     while waiting:
@@ -115,6 +118,18 @@ def constraints() -> tuple[str, ...]:
             re.split(r"[\s<>=!~;\[(]", line, maxsplit=1)[0] for line in found.requires or () if "extra ==" not in line
         ]
     return tuple(sorted(seen.values()))
+
+
+def _hashes(path: Path) -> dict[str, tuple[str, ...]]:
+    """`name==version` -> its `--hash=sha256:...`, which uv compares with what it downloads.
+
+    None for torch and what comes with it: an index of its own serves other files of the same version.
+    """
+    if not path.is_file():
+        return {}
+    joined = path.read_text("utf-8").replace("\\\n", " ").splitlines()
+    entries = [line.partition("#")[0].split() for line in without_torch(tuple(joined))]
+    return {words[0]: tuple(word for word in words if word.startswith("--hash=sha256:")) for words in entries if words}
 
 
 def without_torch(lines: tuple[str, ...]) -> tuple[str, ...]:
