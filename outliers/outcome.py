@@ -2,9 +2,9 @@
 
 `find_outcome` looks at the artifact store first (or at the workspace, where nothing is published) and answers before
 a machine is asked for; `find_finished` says whether nothing but publishing is left. Both answer only from files that were
-checked (`finished`): damaged results are fetched again, or written again from the private summary. A capture that was
-repaired is computed before anything answers. It decides nothing about machines. Before it: `prepare`. After it: the command and
-the flow.
+checked (`finished`): damaged pages and pictures are rendered again, damaged numbers are fetched, or written from the private
+summary. A capture that was repaired is computed before anything answers. It decides nothing about machines. Before it:
+`prepare`. After it: the command and the flow.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from outliers.finished import Finished, read_finished
 from outliers.prepare import Prepared
 from outliers.publish import fetch, model_slug, published_manifest
 from outliers.repair import is_repaired
-from outliers.reporting import known_digest, write_study
+from outliers.reporting import known_digest, render_again, write_study
 from outliers.summary_files import has_summary
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
+
+_SAME = ("study_id", "capture_id", "results_digest", "headline")
+"""What of a published manifest the results here must agree with. Its pictures may be other bytes, of other versions."""
 
 
 class Outcome(BaseModel):
@@ -95,7 +98,7 @@ def find_outcome(prepared: Prepared, workspace: Workspace) -> Outcome | None:
         local = _local(prepared, workspace)
         return _outcome(prepared, local, published=None, cached=True) if local and target is None else None
     found = _whole(prepared, workspace)
-    if found is None or found.manifest != published:
+    if found is None or any(found.manifest[name] != published[name] for name in _SAME):
         log.warning("fetching the published results of %s into %s", prepared.title, workspace.study(prepared.study_id))
         found = _fetched(prepared, workspace, target, slug)
     url = f"{target}/{slug}/{prepared.study_id}/manifest.json"
@@ -124,11 +127,17 @@ def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | N
 
 
 def _whole(prepared: Prepared, workspace: Workspace) -> Finished | None:
-    """The results in the workspace, where they are whole; the log says where they are damaged."""
+    """The results in the workspace, where their numbers are whole; the log says what of them is damaged."""
     try:
         return read_finished(workspace.study(prepared.study_id), prepared.study_id)
     except DamagedResults as error:
         log.warning("%s", error)
+    if not render_again(workspace.study(prepared.study_id)):
+        return None
+    log.warning("its numbers are whole: page and pictures are rendered again")
+    try:
+        return read_finished(workspace.study(prepared.study_id), prepared.study_id)
+    except DamagedResults:
         return None
 
 
