@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,24 +106,20 @@ def _check_texts(numbers: Numbers, prepared: Prepared, workspace: Workspace) -> 
     listed = [row for name in ("massive", "massive_by_token") for row in numbers.summary.get(name) or ()]
     places = [row for feature in numbers.tokens["features"] for row in feature["top"]]
     places += numbers.tokens["massive"] or []
+    shape = (prepared.corpus.num_sequences, prepared.corpus.sequence_length)
+    if any(row["sequence"] >= shape[0] or row["position"] >= shape[1] for row in (*listed, *places)):
+        raise ValueError(f"there is a token outside of the corpus's {shape[0]} sequences of {shape[1]}")
     if not prepared.text:
         if any(row.get(key) is not None for row in (*listed, *places) for key in ("token", "before", "after")):
             raise ValueError("there is text, and the text of this corpus is not to be published")
         return
     corpus = load_corpus(prepared.corpus, workspace)
-    for row in _inside((*listed, *places), corpus.lengths):
+    for row in (*listed, *places):
         own = context(prepared, corpus, row["sequence"], row["position"])
         if any(row[key] != own[key] for key in own.keys() & row.keys()):
             raise ValueError(
                 f"the text at position {row['position']} of sequence {row['sequence']} is not the corpus's"
             )
-
-
-def _inside(rows: Iterable[dict[str, Any]], lengths: Any) -> Iterable[dict[str, Any]]:
-    for row in rows:
-        if row["sequence"] >= len(lengths) or row["position"] >= lengths[row["sequence"]]:
-            raise ValueError(f"the corpus has no position {row['position']} in sequence {row['sequence']}")
-        yield row
 
 
 def read_provenance(data: bytes) -> dict[str, Any]:

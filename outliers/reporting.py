@@ -143,7 +143,7 @@ def _explained(workspace: Workspace) -> Iterator[None]:
         if error.errno in _NO_ROOM:
             raise DiskFull(
                 f"report: the disk of {workspace.root} takes no more ({error}): free some, and run the same again"
-            )
+            ) from error
         raise JobFailed(
             f"report: {error}. The operating system refused this; remove the cause, and run the same again: what is done is not "
             "done again"

@@ -13,13 +13,13 @@ import pandas as pd
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from outliers.page import check_page
 
 from outliers.atlas import ATLAS_SCHEMA, Filter, atlas_table, groups, read_atlas, write_atlas_table
 from outliers.atlas_page import render
 from outliers.atlas_row import Row
 from outliers.compare import compare
 from outliers.errors import BadInput
-from outliers.page import check_page
 from outliers.published import read_study
 from tests.atlas_store import FINEWEB, MODELS, dozen, edited, own, quick_store, store, study
 

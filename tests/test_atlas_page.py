@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from outliers.page import check_page
 
 from outliers.atlas import Filter, groups, read_atlas
 from outliers.atlas_choose import MAX_VALUES, choices, keys
 from outliers.atlas_page import earlier_rows, render, write_atlas_page
 from outliers.atlas_plots import short
-from outliers.page import check_page
 from outliers.reference import EARLIER, PAPER, earlier
 from outliers.sweep import read_sweep
 from tests.atlas_store import FINEWEB, MODELS, dozen, edited, evil, many, quick_store, store, study
