@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from outliers.allowlist import FEATURES, NUMBERS, SUMMARY, TOKENS, Numbers, check_numbers, read_regular
-from outliers.errors import JobFailed, PublishRefused
+from outliers.errors import BadInput, JobFailed, PublishRefused
 from outliers.events import Reporter
 from outliers.machines.base import Machine
 from outliers.manifest import digest_of
@@ -43,7 +43,7 @@ def receive_study(
                 machine.download(f"{place}/{name}", aside / name)
             numbers = check_received({name: read_regular(aside, name) for name in NUMBERS}, prepared, workspace)
             known = read_provenance(read_regular(aside, PROVENANCE, MAX_PROVENANCE_BYTES))
-        except (PublishRefused, ValueError) as error:
+        except (BadInput, PublishRefused, ValueError) as error:
             raise JobFailed(
                 f"the numbers that {machine.name} gives of {prepared.title} are refused: {error}"
             ) from error

@@ -120,7 +120,7 @@ def test_where_all_features_pass_their_number_is_said_once(workspace):
 
 def test_results_of_before_are_still_allowed(tmp_path):
     """Without the keys and the column that this version adds, and with those that it left: ends of a share of layers."""
-    folder = results_folder.make_results(tmp_path, plots=0)
+    folder = results_folder.make_results(tmp_path, manifest=False)
     summary = json.loads((folder / "summary.json").read_text())
     for key in ("sd_ladder", "massive_undecided"):
         del summary[key]
@@ -202,7 +202,7 @@ def test_every_headline_names_the_readings_where_they_disagree(tmp_path, counts,
     assert (SAID in head) == said
     assert "range over resamples of the sequences: 0 to 2" in shown.getvalue()
     assert (f"**T{SAID[1:]}**" in markdown(outcome)) == said
-    folder = results_folder.make_results(tmp_path / "results" / results_folder.STUDY_ID, plots=0, manifest=False)
+    folder = results_folder.make_results(tmp_path / "results" / results_folder.STUDY_ID, manifest=False)
     summary = json.loads((folder / "summary.json").read_text())
     summary["reading_counts"]["block"] = counts | {"legacy": 2}
     for reading, rows in summary["readings"]["block"].items():
