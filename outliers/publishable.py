@@ -138,10 +138,11 @@ def write_publishable(folder: Path, study: Publishable) -> None:
 
 
 def is_written(folder: Path, study: Publishable) -> bool:
-    """Whether a folder holds a study, byte for byte."""
+    """Whether a folder holds a study, byte for byte, and no other plot."""
     wanted = {name: data for name, data in study.files.items() if name != LOG}
     wanted[MANIFEST] = dump_manifest(study.manifest)
+    found = {f"plots/{path.name}" for path in (folder / "plots").glob("*.png")}
     try:
-        return all(read_regular(folder, name) == data for name, data in wanted.items())
+        return found <= wanted.keys() and all(read_regular(folder, name) == data for name, data in wanted.items())
     except PublishRefused:
         return False

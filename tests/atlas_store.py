@@ -267,7 +267,7 @@ class CountingProxy:
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URL of a folder with a dozen studies, published as the program does it."""
     place = tmp_path_factory.mktemp("atlas")
-    publish_all(f"file://{place}/store", place / "work", dozen())
+    publish_all(f"file://{place}/store", dozen())
     return f"file://{place}/store"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from outliers.allowlist import check_results
+from outliers.allowlist import read_numbers
 from outliers.analyze import analyze
 from outliers.report import write_report
 from outliers.results import perplexity, write_results
@@ -94,7 +94,7 @@ def test_the_page_and_the_notes_say_it(scaled):
     counts = summary["reading_counts"]["block"]
     if len(set(counts.values())) > 1:
         assert ", ".join(f"{name} {counts[name]}" for name in ("pooled", "union", "per_layer", "affected")) in text
-    assert check_results(folder)
+    read_numbers(folder)
 
 
 def test_where_all_features_pass_their_number_is_said_once(workspace):
@@ -136,7 +136,7 @@ def test_results_of_before_are_still_allowed(tmp_path):
     (folder / "summary.json").write_text(json.dumps(summary))
     table = pq.read_table(folder / "features.parquet").drop_columns(["max_sd"])
     pq.write_table(table, folder / "features.parquet", compression="zstd")
-    assert check_results(folder)
+    read_numbers(folder)
     write_report(folder, {})
     text = Page((folder / "report.html").read_text()).text
     assert "range over resamples of the share of tokens" in text and "95% interval" not in text
