@@ -24,7 +24,7 @@ from outliers.finished import Finished, read_finished
 from outliers.prepare import Prepared
 from outliers.publish import fetch, model_slug, published_manifest
 from outliers.repair import is_repaired
-from outliers.reporting import known_digest, render_again, write_study
+from outliers.reporting import alone, known_digest, render_again, write_study
 from outliers.summary_files import has_summary
 from outliers.workspace import Workspace
 
@@ -120,23 +120,29 @@ def find_finished(prepared: Prepared, workspace: Workspace) -> dict[str, Any] | 
 def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | None, cached: bool) -> Outcome:
     """The outcome of a study whose results folder is finished. Raises DamagedResults where it is not what was written."""
     folder = workspace.study(prepared.study_id)
-    found = read_finished(folder, prepared.study_id)
+    found = _read(prepared, workspace)
     if found is None:
         raise DamagedResults(f"{folder} has no manifest.json: that study is not finished; run the same study again")
     return _outcome(prepared, found, published=published, cached=cached)
 
 
+def _read(prepared: Prepared, workspace: Workspace) -> Finished | None:
+    """The results in the workspace, while nobody writes them. Raises DamagedResults."""
+    with alone(prepared, workspace):
+        return read_finished(workspace.study(prepared.study_id), prepared.study_id)
+
+
 def _whole(prepared: Prepared, workspace: Workspace) -> Finished | None:
     """The results in the workspace, where their numbers are whole; the log says what of them is damaged."""
     try:
-        return read_finished(workspace.study(prepared.study_id), prepared.study_id)
+        return _read(prepared, workspace)
     except DamagedResults as error:
         log.warning("%s", error)
-    if not render_again(workspace.study(prepared.study_id)):
+    if not render_again(prepared, workspace):
         return None
     log.warning("its numbers are whole: page and pictures are rendered again")
     try:
-        return read_finished(workspace.study(prepared.study_id), prepared.study_id)
+        return _read(prepared, workspace)
     except DamagedResults:
         return None
 
@@ -156,7 +162,7 @@ def _local(prepared: Prepared, workspace: Workspace) -> Finished | None:
     log.warning("the results in %s are written again, from the summary of the capture", folder)
     try:
         write_study(prepared, workspace, Lines(log))
-        return read_finished(folder, prepared.study_id)
+        return _read(prepared, workspace)
     except (OutliersError, OSError) as error:
         log.warning("they can't be written from the summary: %s", error)
         return None
@@ -166,10 +172,11 @@ def _fetched(prepared: Prepared, workspace: Workspace, target: str, slug: str) -
     """The published results, in the workspace and checked."""
     folder = workspace.study(prepared.study_id)
     try:
-        fetch(target, slug, prepared.study_id, folder)
+        with alone(prepared, workspace):
+            fetch(target, slug, prepared.study_id, folder)
     except OSError as error:
         raise WorkspaceError(f"the results can't be written into {folder}: {error}; move that folder away") from error
-    found = read_finished(folder, prepared.study_id)
+    found = _read(prepared, workspace)
     if found is None:
         raise DamagedResults(f"{folder} was removed while it was written; run the same study again")
     return found

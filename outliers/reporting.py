@@ -49,7 +49,7 @@ def write_study(prepared: Prepared, workspace: Workspace, reporter: Reporter) ->
     Raises DigestConflict where the study had other numbers, CorruptCapture where the summary is not what was written,
     CaptureError where it is not of the whole corpus. Whoever else writes this study's results here is waited for.
     """
-    with _alone(prepared, workspace):
+    with alone(prepared, workspace):
         reporter.progress("report", 0, 3, "parts")
         _write_numbers(prepared, workspace, reporter)
         reporter.progress("report", 1, 3, "parts")
@@ -66,7 +66,7 @@ def write_study(prepared: Prepared, workspace: Workspace, reporter: Reporter) ->
 
 def write_numbers(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
     """Write the numbers of a study from its private summary, for whoever places them; their digest. Raises as `write_study`."""
-    with _alone(prepared, workspace):
+    with alone(prepared, workspace):
         reporter.progress("report", 0, 1, "parts")
         digest = _write_numbers(prepared, workspace, reporter)
         reporter.progress("report", 1, 1, "parts")
@@ -81,20 +81,22 @@ def place_study(
     `known`: the provenance of the numbers. Raises DigestConflict where the study had other numbers, ForbiddenFile where no
     page can be made of these, DiskFull, JobFailed where the folder can't be written.
     """
-    with _alone(prepared, workspace), _explained(workspace):
+    with alone(prepared, workspace), _explained(workspace):
         _compare(prepared, workspace, digest_of(numbers.files), reporter)
         found = make_publishable(numbers, spec=prepared.public_spec(), provenance=known)
         write_publishable(workspace.study(prepared.study_id), found)
         return _told(found)
 
 
-def render_again(folder: Path) -> bool:
+def render_again(prepared: Prepared, workspace: Workspace) -> bool:
     """Mend a results folder whose numbers are those of its manifest: page and pictures are rendered. Whether they were."""
-    try:
-        write_publishable(folder, read_publishable(folder))
-        return True
-    except (PublishRefused, OSError):
-        return False
+    folder = workspace.study(prepared.study_id)
+    with alone(prepared, workspace):
+        try:
+            write_publishable(folder, read_publishable(folder))
+            return True
+        except (PublishRefused, OSError):
+            return False
 
 
 def numbers_folder(prepared: Prepared, workspace: Workspace) -> Path:
@@ -130,7 +132,8 @@ def _record(prepared: Prepared, workspace: Workspace) -> Path:
     return summary.with_name(f"{summary.name}.json")
 
 
-def _alone(prepared: Prepared, workspace: Workspace) -> contextlib.AbstractContextManager[None]:
+def alone(prepared: Prepared, workspace: Workspace) -> contextlib.AbstractContextManager[None]:
+    """In the block nobody else reads or writes the study's results folder. It can't be nested."""
     return locked(workspace.root / LOCKS / f"{prepared.study_id}-report", lambda: time.sleep(POLL_SECONDS))
 
 

@@ -11,7 +11,8 @@ from outliers.errors import PublishRefused
 from outliers.manifest import read_manifest
 from outliers.prepare import Prepared
 from outliers.publish import model_slug, publish_study
-from outliers.publishable import make_publishable, write_publishable
+from outliers.publishable import Publishable, make_publishable, write_publishable
+from outliers.reporting import alone
 from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, is_transient, sync_key
 
@@ -32,6 +33,18 @@ def sync(prepared: Prepared, made_on: dict[str, Any], workspace: Workspace, anal
     `made_on`: what the manifest tells of the machine, or of the parts. `analyzed` shows the order in the run's graph, and
     names the results that are to be published.
     """
+    with alone(prepared, workspace):
+        study = _written(prepared, made_on, workspace, analyzed)
+    if prepared.spec.publish_to is None:
+        return None
+    check_listing(workspace.study(prepared.study_id))
+    return publish_study(study, prepared.spec.publish_to, model_slug(prepared.model.source.id))
+
+
+def _written(
+    prepared: Prepared, made_on: dict[str, Any], workspace: Workspace, analyzed: dict[str, Any]
+) -> Publishable:
+    """The study with all that its manifest tells, rendered from the numbers in the results folder, and written there."""
     folder = workspace.study(prepared.study_id)
     known = (read_manifest(folder) or {}).get("provenance", {})
     study = make_publishable(
@@ -47,7 +60,4 @@ def sync(prepared: Prepared, made_on: dict[str, Any], workspace: Workspace, anal
         )
     # only now: a manifest vouches for the files
     write_publishable(folder, study)
-    if prepared.spec.publish_to is None:
-        return None
-    check_listing(folder)
-    return publish_study(study, prepared.spec.publish_to, model_slug(prepared.model.source.id))
+    return study
