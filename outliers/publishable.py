@@ -133,7 +133,8 @@ def write_publishable(folder: Path, study: Publishable) -> None:
         if f"plots/{path.name}" not in study.files:
             path.unlink()
     for name in sorted(study.files.keys() - {LOG}):
-        write_atomic(folder / name, study.files[name])
+        if not _holds(folder, name, study.files[name]):
+            write_atomic(folder / name, study.files[name])
     write_atomic(folder / MANIFEST, dump_manifest(study.manifest))
 
 
@@ -142,7 +143,11 @@ def is_written(folder: Path, study: Publishable) -> bool:
     wanted = {name: data for name, data in study.files.items() if name != LOG}
     wanted[MANIFEST] = dump_manifest(study.manifest)
     found = {f"plots/{path.name}" for path in (folder / "plots").glob("*.png")}
+    return found <= wanted.keys() and all(_holds(folder, name, data) for name, data in wanted.items())
+
+
+def _holds(folder: Path, name: str, data: bytes) -> bool:
     try:
-        return found <= wanted.keys() and all(read_regular(folder, name) == data for name, data in wanted.items())
+        return read_regular(folder, name) == data
     except PublishRefused:
         return False
