@@ -45,6 +45,13 @@ class NotAllowedError(Exception):
     """Why the bytes may not be published, as a phrase that follows the file's name."""
 
 
+def first_error(error: ValidationError) -> str:
+    """The place and the first thing that is wrong there. A place may be a key of anybody's: only what is printable of it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(step) for step in first["loc"])[:200] or "the file"
+    return "".join(char if char.isprintable() else "\ufffd" for char in f"{place}: {first['msg']}")
+
+
 def check_summary(data: bytes) -> Summary:
     """summary.json, parsed."""
     return _checked_json(data, Summary)
@@ -63,9 +70,7 @@ def _checked_json(data: bytes, model: type[_Model]) -> _Model:
         json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats)
         return model.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(step) for step in first["loc"])[:200] or "the file"
-        raise NotAllowedError(f"is not the JSON that is published: {place}: {first['msg']}") from error
+        raise NotAllowedError(f"is not the JSON that is published: {first_error(error)}") from error
     except (ValueError, RecursionError) as error:
         raise NotAllowedError(f"is not readable JSON: {str(error)[:200]}") from error
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from outliers.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, SUMMARY, TOKENS
+from outliers.contents import first_error
 from outliers.errors import PublishRefused
 from outliers.files import write_atomic
 from outliers.parquet import read_parquet
@@ -214,10 +215,8 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
             )
         _Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(step) for step in first["loc"]) or "it"
         raise PublishRefused(
-            f"the manifest of {origin} is malformed: {place}: {first['msg']}; remove it and run again"
+            f"the manifest of {origin} is malformed: {first_error(error)}; remove it and run again"
         ) from error
     except (ValueError, RecursionError) as error:
         raise PublishRefused(f"the manifest of {origin} is no JSON: {error}; remove it and run again") from error

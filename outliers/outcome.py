@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from outliers.allowlist import NUMBERS
 from outliers.answer import crowded, disagreement, perplexity_words, range_words, reading_counts, resampled
 from outliers.errors import DamagedResults, OutliersError, WorkspaceError
 from outliers.events import Lines
@@ -29,9 +30,6 @@ from outliers.summary_files import has_summary
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
-
-_SAME = ("study_id", "capture_id", "results_digest", "headline")
-"""What of a published manifest the results here must agree with. Its pictures may be other bytes, of other versions."""
 
 
 class Outcome(BaseModel):
@@ -98,11 +96,16 @@ def find_outcome(prepared: Prepared, workspace: Workspace) -> Outcome | None:
         local = _local(prepared, workspace)
         return _outcome(prepared, local, published=None, cached=True) if local and target is None else None
     found = _whole(prepared, workspace)
-    if found is None or any(found.manifest[name] != published[name] for name in _SAME):
+    if found is None or _essence(found.manifest) != _essence(published):
         log.warning("fetching the published results of %s into %s", prepared.title, workspace.study(prepared.study_id))
         found = _fetched(prepared, workspace, target, slug)
     url = f"{target}/{slug}/{prepared.study_id}/manifest.json"
     return _outcome(prepared, found, published=url, cached=True)
+
+
+def _essence(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without what is rendered: other versions of matplotlib draw the same pictures in other bytes."""
+    return manifest | {"folder": None, "files": [file for file in manifest["files"] if file["path"] in NUMBERS]}
 
 
 def find_finished(prepared: Prepared, workspace: Workspace) -> dict[str, Any] | None:

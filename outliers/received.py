@@ -49,7 +49,7 @@ def receive_study(
             ) from error
     if digest is not None and digest_of(numbers.files) != digest:
         raise JobFailed(
-            f"{machine.name} said it counted {str(digest)[:12]}, its numbers of {prepared.title} are "
+            f"{machine.name} said it counted {digest[:12]!r}, its numbers of {prepared.title} are "
             f"{digest_of(numbers.files)[:12]}: run the same again"
         )
     placed = place_study(prepared, workspace, numbers, known, reporter)

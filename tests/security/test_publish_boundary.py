@@ -218,6 +218,14 @@ def test_text_that_may_not_leave_is_looked_for_here(case):
     case.receive()
 
 
+def test_a_refusal_shows_no_control_characters(case):
+    """A key that is not known is named by the error."""
+    case.edit("summary.json", lambda content: content.update({"\x1b]0;pwned\x07\u202e[/red]": 1}))
+    with pytest.raises(JobFailed, match="are refused") as caught:
+        case.receive()
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("name", [*NUMBERS, "provenance.json"])
 @pytest.mark.parametrize("how", ["missing", "a folder", "too large", "torn", "not UTF-8", "nested", "empty"])
 def test_files_that_are_none_are_refused(case, name, how):
@@ -240,7 +248,7 @@ def test_files_that_are_none_are_refused(case, name, how):
 
 
 def test_numbers_are_those_that_the_step_named(case):
-    with pytest.raises(JobFailed, match="said it counted 000000000000"):
+    with pytest.raises(JobFailed, match="said it counted '000000000000'"):
         case.receive("0" * 64)
     assert not case.results.exists()
 
