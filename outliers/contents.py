@@ -139,6 +139,9 @@ def _check_rows(table: Any, summary: Summary) -> None:
         low, high = pc.min(table[name]).as_py(), pc.max(table[name]).as_py()
         if low < 0 or high >= limit:
             raise NotAllowedError(f"has {name}s from {low} to {high}, its model has 0 to {limit - 1}")
+    strange = set(pc.unique(table["layer"]).to_pylist()) - {row.layer for row in summary.layers}
+    if strange:
+        raise NotAllowedError(f"has rows of layer {min(strange)}, which the summary does not have")
     # counted, not compared: one row for each place is what bounds the table
     places = (
         table.select(["site", "layer", "feature"])

@@ -50,6 +50,18 @@ class TestParquet:
         self.write(results, change(features()))
         refused(results, "features.parquet", word)
 
+    def test_a_layer_that_was_not_read(self, results: Path) -> None:
+        content = summary()
+        content["layers"] = [row for row in content["layers"] if row["layer"] != 2]
+        for rows in [
+            content["systematic"],
+            *(own[how] for own in content["readings"].values() for how in own if how != "legacy"),
+        ]:
+            for row in rows:
+                row["layers"] = [0, 1, 3]
+        (results / "summary.json").write_text(json.dumps(content))
+        refused(results, "features.parquet", "rows of layer 2")
+
     def test_more_rows_than_the_model_has(self, results: Path) -> None:
         # 3 sites x 4 layers x 8 x 32 features
         table = pa.concat_tables([features()] * (3 * 4 * 8 * 32 // features().num_rows + 1))
