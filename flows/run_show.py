@@ -52,6 +52,7 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
     import pyarrow as pa
 
     from outliers.allowlist import FEATURES, SUMMARY
+    from outliers.contents import NotAllowedError, check_features, check_summary
     from outliers.errors import BadInput
     from outliers.parquet import read_parquet
     from outliers.published import read_study
@@ -65,8 +66,18 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         folder = newest(workspace) if name is None else find_run(name, workspace)
         found = finished(folder)
         place, files, manifest = str(folder), found.files, found.manifest
+    name = SUMMARY
     try:
+        # others can write to a store, and a folder may come from anywhere
+        summary = check_summary(files[SUMMARY])
+        name = FEATURES
+        check_features(files[FEATURES], summary)
         return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest))
+    except NotAllowedError as error:
+        raise BadInput(
+            f"{place} is not a study that this program reads: {name} {error}. A newer one may have written it: update "
+            "outlier-features; else remove it and run the study again"
+        ) from error
     except (ValueError, OSError, pa.ArrowException) as error:
         raise BadInput(f"{place} is damaged: {error}; remove the folder and run the study again") from error
 

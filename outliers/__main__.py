@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="NAME",
                 help="threads, threads=N, or dask=ADDRESS of a Dask cluster that mounts the workspace (default: the spec's)",
             )
+        if verb == "report":
+            sub.add_argument(
+                "--numbers", action="store_true", help="the numbers alone, beside the summary: no page, no pictures"
+            )
         if verb == "verify":
             sub.add_argument("--repair", action="store_true", help="mark what is damaged: extract computes it again")
     return parser
@@ -117,6 +121,8 @@ def _options(arguments: argparse.Namespace, prepared: Prepared) -> dict[str, Any
     options: dict[str, Any] = {}
     if getattr(arguments, "repair", False):
         options["repair"] = True
+    if getattr(arguments, "numbers", False):
+        options["numbers"] = True
     if getattr(arguments, "sequences", None) is not None:
         batch = prepared.spec.capture.batch_sequences
         options["sequences"] = parse_sequences(arguments.sequences, prepared.corpus.num_sequences, batch)

@@ -1,20 +1,20 @@
-"""What may leave the machine: an allow-list by name, by size and by content.
+"""What may leave: an allow-list of names, sizes and contents.
 
-`check_results` looks at every file of a results folder and gives those that may be published, or names the first that
-may not. An activation can't pass: not under its own name, not renamed, not inside one of the allowed kinds of file.
-It knows nothing of targets. Before it: `results`, `report` wrote the folder. After it: `manifest`, `publish`.
-The contents are judged in `contents`.
+Numbers leave as they were checked (`contents`), a log where it is asked for; pages and pictures that lie in a folder never
+do: they are rendered anew from the numbers (`publishable`). So a file of a results folder is read only where its bytes are
+judged. It knows nothing of targets. Before it: `results` wrote the numbers. After it: `publishable`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from outliers import contents, runlog
 from outliers.errors import ForbiddenFile, PublishRefused
@@ -24,7 +24,8 @@ MAX_FILE_BYTES = 8_000_000
 MAX_STUDY_BYTES = 16_000_000
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
 REPORT, LOG, MANIFEST = "report.html", "run.log", "manifest.json"
-REQUIRED = (SUMMARY, TOKENS, FEATURES)
+NUMBERS = (SUMMARY, TOKENS, FEATURES)
+"""The files that a machine makes and a study must have."""
 
 _NAMES = frozenset({SUMMARY, TOKENS, FEATURES, REPORT, LOG, MANIFEST})
 _PLOT = re.compile(r"plots/[a-z0-9_-]{1,100}\.png")
@@ -32,13 +33,12 @@ _REMEDY = "take it out of the results folder, or write the study's results again
 
 
 @dataclass(frozen=True)
-class AllowedFile:
-    """A file that may be published: its path in the study, size in bytes, sha256 (hex), and the bytes judged."""
+class Numbers:
+    """The three files of a study, checked: their bytes by name, and both JSON files parsed."""
 
-    path: str
-    size: int
-    sha256: str
-    data: bytes = field(repr=False)
+    files: Mapping[str, bytes] = field(repr=False)
+    summary: dict[str, Any] = field(repr=False)
+    tokens: dict[str, Any] = field(repr=False)
 
 
 def allowed_name(path: str) -> bool:
@@ -46,90 +46,101 @@ def allowed_name(path: str) -> bool:
     return path in _NAMES or _PLOT.fullmatch(path) is not None
 
 
-def check_results(results: Path, include_log: bool = False) -> tuple[AllowedFile, ...]:
-    """The files of the folder `results` that may be published, sorted by path; manifest.json is not among them.
-
-    run.log is one of them only with `include_log`, and of a long one its end (`runlog.publishable`). Leftovers of an
-    interrupted write are passed over. Raises ForbiddenFile at the first file that is not allowed by name, kind, size or
-    content, PublishRefused where one that a study must have is missing.
-    """
-    paths = [*_listed(results, ""), *(_listed(results, "plots/") if (results / "plots").exists() else ())]
-    found = {path: _read(results, path) for path in sorted(paths) if path != MANIFEST and (include_log or path != LOG)}
-    for path in REQUIRED:
-        if path not in found:
-            raise PublishRefused(f"{results} has no {path}: not a finished study; analyze the capture again")
-    total = sum(len(data) for data in found.values())
-    if total > MAX_STUDY_BYTES:
-        largest = max(found, key=lambda path: len(found[path]))
-        raise ForbiddenFile(
-            f"{results} holds {total:,} bytes, a study publishes at most {MAX_STUDY_BYTES:,}; "
-            f"the largest file is {largest} with {len(found[largest]):,}"
-        )
-    _judge(found)
-    return tuple(AllowedFile(path, len(data), hashlib.sha256(data).hexdigest(), data) for path, data in found.items())
-
-
-def _listed(results: Path, prefix: str) -> list[str]:
-    """The paths of the files in one folder; ForbiddenFile for a name, a link or a folder that has no place there."""
-    listed: list[str] = []
+def check_numbers(files: Mapping[str, bytes]) -> Numbers:
+    """The three files of a study from their bytes. ForbiddenFile for the first that is not what its name says."""
+    path = SUMMARY
     try:
-        entries = sorted(os.scandir(results / prefix), key=lambda entry: entry.name)
-    except OSError as error:
-        raise PublishRefused(f"{results / prefix} can't be read: {error.strerror or error}") from error
-    for entry in entries:
-        path = prefix + entry.name
-        unfinished = unfinished_name(entry.name)
-        if entry.is_symlink():
-            raise _forbidden(path, "is a symbolic link; only files themselves are published")
-        if entry.is_dir():
-            if path != "plots":
-                raise _forbidden(path, "is a folder; the only folder of a study is plots/")
-        elif allowed_name(path):
-            listed.append(path)
-        elif unfinished is None or not allowed_name(prefix + unfinished):
-            raise _forbidden(path, f"is not on the allow-list: {', '.join(sorted(_NAMES))}, plots/<a-z0-9_->.png")
-    return listed
+        for path in NUMBERS:
+            if len(files[path]) > MAX_FILE_BYTES:
+                raise _too_large(path, len(files[path]))
+        path = SUMMARY
+        summary = contents.check_summary(files[SUMMARY])
+        path = TOKENS
+        contents.check_tokens(files[TOKENS], summary)
+        path = FEATURES
+        contents.check_features(files[FEATURES], summary)
+    except contents.NotAllowedError as error:
+        raise _forbidden(path, str(error)) from error
+    kept = {name: bytes(files[name]) for name in NUMBERS}
+    return Numbers(kept, json.loads(kept[SUMMARY]), json.loads(kept[TOKENS]))
 
 
-def _read(results: Path, path: str) -> bytes:
-    """The bytes of one file, which must be a regular one within the limit; of a log, what is published of it."""
+def read_numbers(folder: Path) -> Numbers:
+    """The numbers in a folder, whatever else lies there. Raises ForbiddenFile, PublishRefused where one is missing."""
+    for name in NUMBERS:
+        if not os.path.lexists(folder / name):
+            raise PublishRefused(f"{folder} has no {name}: not a finished study; analyze the capture again")
+    return check_numbers({name: read_regular(folder, name) for name in NUMBERS})
+
+
+def read_log(folder: Path) -> bytes | None:
+    """What is published of run.log (`runlog.publishable`); None where there is none. ForbiddenFile where it is no text."""
+    if not os.path.lexists(folder / LOG):
+        return None
     try:
-        # not followed, not waited for: what was a file when it was listed may be a link or a pipe now
-        handle = os.open(results / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise _forbidden(path, "is not a regular file")
-            if path == LOG:
-                size = os.fstat(handle).st_size
-                file.seek(max(0, size - 2 * contents.MAX_LOG_BYTES))
-                return runlog.publishable(file.read(2 * contents.MAX_LOG_BYTES), size, contents.MAX_LOG_BYTES)
-            data = file.read(MAX_FILE_BYTES + 1)
+        with _opened(folder, LOG) as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - 2 * contents.MAX_LOG_BYTES))
+            data = runlog.publishable(file.read(2 * contents.MAX_LOG_BYTES), size, contents.MAX_LOG_BYTES)
+        contents.check_log(data)
     except OSError as error:
-        raise PublishRefused(f"{results / path} can't be read: {error.strerror or error}") from error
-    if len(data) > MAX_FILE_BYTES:
-        size = (results / path).lstat().st_size
-        raise _forbidden(path, f"has {size:,} bytes, at most {MAX_FILE_BYTES:,} are published")
+        raise PublishRefused(f"{folder / LOG} can't be read: {error.strerror or error}") from error
+    except contents.NotAllowedError as error:
+        raise _forbidden(LOG, str(error)) from error
     return data
 
 
-def _judge(found: Mapping[str, bytes]) -> None:
-    """ForbiddenFile for the first file whose content is not what its name says; the summary is first."""
-    path = SUMMARY
+def check_listing(folder: Path) -> None:
+    """ForbiddenFile for the first thing in a results folder that no study has: another name, a link, a folder.
+
+    Nothing of it would leave; it is refused because whoever put it there may think so. Leftovers of an interrupted write
+    are passed over. Raises PublishRefused where the folder can't be read.
+    """
+    for prefix in ("", "plots/") if (folder / "plots").exists() else ("",):
+        try:
+            entries = sorted(os.scandir(folder / prefix), key=lambda entry: entry.name)
+        except OSError as error:
+            raise PublishRefused(f"{folder / prefix} can't be read: {error.strerror or error}") from error
+        for entry in entries:
+            _check_entry(prefix, entry)
+
+
+def _check_entry(prefix: str, entry: os.DirEntry[str]) -> None:
+    path, unfinished = prefix + entry.name, unfinished_name(entry.name)
+    if entry.is_symlink():
+        raise _forbidden(path, "is a symbolic link; only files themselves are published")
+    if entry.is_dir():
+        if path != "plots":
+            raise _forbidden(path, "is a folder; the only folder of a study is plots/")
+    elif not allowed_name(path) and (unfinished is None or not allowed_name(prefix + unfinished)):
+        raise _forbidden(path, f"is not on the allow-list: {', '.join(sorted(_NAMES))}, plots/<a-z0-9_->.png")
+
+
+def read_regular(folder: Path, path: str, most_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a regular file of a folder, within the limit. ForbiddenFile for anything else, PublishRefused, OSError's."""
     try:
-        summary = contents.check_summary(found[SUMMARY])
-        for path, data in found.items():
-            if path == TOKENS:
-                contents.check_tokens(data, summary)
-            elif path == FEATURES:
-                contents.check_features(data, summary)
-            elif path == REPORT:
-                contents.check_report(data, [found[plot] for plot in found if plot.startswith("plots/")])
-            elif path == LOG:
-                contents.check_log(data)
-            elif path != SUMMARY:
-                contents.check_png(data)
-    except contents.NotAllowedError as error:
-        raise _forbidden(path, str(error)) from error
+        with _opened(folder, path) as file:
+            data: bytes = file.read(most_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise PublishRefused(f"{folder / path} can't be read: {error.strerror or error}") from error
+    if len(data) > most_bytes:
+        raise _too_large(path, max(size, len(data)), most_bytes)
+    return data
+
+
+def _opened(folder: Path, path: str) -> Any:
+    # not followed, not waited for: what was a file when it was listed may be a link or a pipe now
+    handle = os.open(folder / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.fdopen(handle, "rb", closefd=True) if stat.S_ISREG(os.fstat(handle).st_mode) else None
+    if file is None:
+        os.close(handle)
+        raise _forbidden(path, "is not a regular file")
+    return file
+
+
+def _too_large(path: str, size: int, most_bytes: int = MAX_FILE_BYTES) -> ForbiddenFile:
+    return _forbidden(path, f"has {size:,} bytes, at most {most_bytes:,} are published")
 
 
 def _forbidden(path: str, why: str) -> ForbiddenFile:

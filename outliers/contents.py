@@ -7,21 +7,14 @@ Before it: `allowlist` read the bytes. After it: `allowlist` names the file.
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import struct
-import warnings
-import zlib
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ValidationError
 
-from outliers.page import check_page
 from outliers.parquet import open_parquet
 from outliers.schema import (
     EARLIER_FEATURES_SCHEMA,
@@ -35,29 +28,13 @@ from outliers.schema import (
 from outliers.spec import BLOCK
 
 MAX_LOG_BYTES = 1_000_000
-MAX_PNG_PIXELS = 8_000_000
-MAX_PNG_EXTRA_BYTES = 4_096
 MAX_PARQUET_EXTRA_BYTES = 65_536
 """Page indexes, magic numbers and the like; what lies in a Parquet file beyond its columns and its footer."""
 MAX_PARQUET_METADATA_BYTES = 65_536
+MAX_PARQUET_PLAIN_BYTES = 256_000_000
+MAX_ROWS = 300_000
+"""More than `tables` publishes of the widest model: a few bytes of a packed column can stand for any number of rows."""
 
-_PNG_START = b"\x89PNG\r\n\x1a\n"
-# Those that matplotlib and Pillow write; a private chunk may hold anything.
-_PNG_EXTRA = {
-    b"tEXt",
-    b"zTXt",
-    b"iTXt",
-    b"pHYs",
-    b"gAMA",
-    b"cHRM",
-    b"sRGB",
-    b"sBIT",
-    b"bKGD",
-    b"tRNS",
-    b"tIME",
-    b"PLTE",
-}
-_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _NOT_TEXT = re.compile(r"[^\t\n\r\x1b\x20-\x7e\x80-\U0010ffff]|[\x80-\x84\x86-\x9f]")
 _ENCODED = re.compile(r"[A-Za-z0-9+/=_-]{4096,}")
 
@@ -66,6 +43,13 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 class NotAllowedError(Exception):
     """Why the bytes may not be published, as a phrase that follows the file's name."""
+
+
+def first_error(error: ValidationError) -> str:
+    """The place and the first thing that is wrong there. A place may be a key of anybody's: only what is printable of it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(step) for step in first["loc"])[:200] or "the file"
+    return "".join(char if char.isprintable() else "\ufffd" for char in f"{place}: {first['msg']}")
 
 
 def check_summary(data: bytes) -> Summary:
@@ -86,9 +70,7 @@ def _checked_json(data: bytes, model: type[_Model]) -> _Model:
         json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats)
         return model.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(step) for step in first["loc"])[:200] or "the file"
-        raise NotAllowedError(f"is not the JSON that is published: {place}: {first['msg']}") from error
+        raise NotAllowedError(f"is not the JSON that is published: {first_error(error)}") from error
     except (ValueError, RecursionError) as error:
         raise NotAllowedError(f"is not readable JSON: {str(error)[:200]}") from error
 
@@ -111,8 +93,9 @@ def check_features(data: bytes, summary: Summary) -> None:
         for name, kind in columns.items():
             if not _same_type(file.schema_arrow.field(name).type, FEATURES_SCHEMA.field(name).type):
                 raise NotAllowedError(f"has {kind} in the column {name}, not {FEATURES_SCHEMA.field(name).type}")
-        if file.metadata.num_rows > summary.max_rows:
-            raise NotAllowedError(f"has {file.metadata.num_rows:,} rows, its model can have {summary.max_rows:,}")
+        most_rows = min(summary.max_rows, MAX_ROWS)
+        if file.metadata.num_rows > most_rows:
+            raise NotAllowedError(f"has {file.metadata.num_rows:,} rows, its model can have {most_rows:,}")
         _check_extras(file.metadata, len(data))
         _check_rows(file.read(use_threads=False), summary)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -135,6 +118,8 @@ def _check_extras(metadata: Any, size: int) -> None:
     most = max((column.num_values for column in columns), default=0)
     if most > metadata.num_rows * MAX_MAGNITUDES:
         raise NotAllowedError(f"holds {most:,} values in a column of {metadata.num_rows:,} rows")
+    if (plain := sum(column.total_uncompressed_size for column in columns)) > MAX_PARQUET_PLAIN_BYTES:
+        raise NotAllowedError(f"unpacks to {plain:,} bytes, at most {MAX_PARQUET_PLAIN_BYTES:,} are read")
     extra = size - metadata.serialized_size - sum(column.total_compressed_size for column in columns)
     if extra > MAX_PARQUET_EXTRA_BYTES:
         raise NotAllowedError(f"holds {extra:,} bytes outside of its columns, at most {MAX_PARQUET_EXTRA_BYTES:,}")
@@ -154,6 +139,9 @@ def _check_rows(table: Any, summary: Summary) -> None:
         low, high = pc.min(table[name]).as_py(), pc.max(table[name]).as_py()
         if low < 0 or high >= limit:
             raise NotAllowedError(f"has {name}s from {low} to {high}, its model has 0 to {limit - 1}")
+    strange = set(pc.unique(table["layer"]).to_pylist()) - {row.layer for row in summary.layers}
+    if strange:
+        raise NotAllowedError(f"has rows of layer {min(strange)}, which the summary does not have")
     # counted, not compared: one row for each place is what bounds the table
     places = (
         table.select(["site", "layer", "feature"])
@@ -173,61 +161,6 @@ def _check_rows(table: Any, summary: Summary) -> None:
     for name in MOMENT_COLUMNS:
         if block[name].null_count != block.num_rows:
             raise NotAllowedError(f"has a {name} at the site block, which has none")
-
-
-def check_png(data: bytes) -> None:
-    """A plot: a plain 8-bit PNG whose bytes are all part of the picture."""
-    header, pixels = _png_parts(data)
-    width, height, depth, colour, compression, filtering, interlace = struct.unpack(">IIBBBBB", header)
-    if depth > 8 or colour not in _PNG_CHANNELS or compression or filtering or interlace:
-        raise NotAllowedError(
-            f"has {depth} bits, colour type {colour}, interlace {interlace}; plots are plain 8-bit PNG"
-        )
-    if not 0 < width * height <= MAX_PNG_PIXELS:
-        raise NotAllowedError(f"has {width} x {height} pixels, at most {MAX_PNG_PIXELS:,} are published")
-    expected = height * (1 + (width * depth * _PNG_CHANNELS[colour] + 7) // 8)
-    reader = zlib.decompressobj()
-    try:
-        raw = reader.decompress(pixels, expected + 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-            Image.open(io.BytesIO(data), formats=["PNG"]).load()
-    except (zlib.error, OSError, UnidentifiedImageError, ValueError, SyntaxError, Warning) as error:
-        raise NotAllowedError(f"is not a PNG that can be decoded: {str(error)[:200]}") from error
-    if len(raw) != expected or not reader.eof or reader.unused_data or reader.unconsumed_tail:
-        raise NotAllowedError("holds bytes in its picture data that are no pixels")
-
-
-def _png_parts(data: bytes) -> tuple[bytes, bytes]:
-    """The header chunk and the joined picture data; NotAllowedError for anything else of size in the file."""
-    if not data.startswith(_PNG_START):
-        raise NotAllowedError(f"does not begin as a PNG does but with {data[:8].hex()}")
-    position, extra, header, pixels = len(_PNG_START), 0, b"", bytearray()
-    names: list[bytes] = []
-    while names[-1:] != [b"IEND"]:
-        head = data[position : position + 8]
-        if len(head) < 8:
-            raise NotAllowedError("is a PNG without an end")
-        length, name = int.from_bytes(head[:4], "big"), head[4:]
-        body = data[position + 8 : position + 8 + length]
-        position += 12 + length
-        names.append(name)
-        if name == b"IHDR" and len(names) == 1 and len(body) == length == 13:
-            header = body
-        elif name == b"IDAT":
-            pixels += body
-        elif name in _PNG_EXTRA or (name == b"IEND" and not length):
-            extra += length
-        else:
-            raise NotAllowedError(f"holds a PNG chunk {name!r} of {length:,} bytes, which plots do not have")
-    if position != len(data):
-        raise NotAllowedError(f"holds {len(data) - position:,} bytes after the end of its PNG; none are allowed")
-    if extra > MAX_PNG_EXTRA_BYTES or len(names) > 4_096 or not header:
-        raise NotAllowedError(
-            f"holds {extra:,} bytes of text and the like, at most {MAX_PNG_EXTRA_BYTES:,} are published"
-        )
-    return header, bytes(pixels)
 
 
 def check_log(data: bytes) -> None:
@@ -251,12 +184,3 @@ def _check_text(data: bytes) -> None:
         raise NotAllowedError(
             f"holds {len(encoded[0]):,} characters without a space at {encoded.start():,}; 4,095 are allowed"
         )
-
-
-def check_report(data: bytes, plots: Sequence[bytes]) -> None:
-    """report.html: a page that loads nothing and holds no data but the `plots` of its study."""
-    try:
-        rest = check_page(data.decode("utf-8"), plots)
-    except ValueError as error:
-        raise NotAllowedError(f"is not a report that is published: {str(error)[:300]}") from error
-    _check_text(rest.encode())

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outliers.allowlist import LOG, MANIFEST, SUMMARY, allowed_name
+from outliers.allowlist import LOG, MANIFEST, SUMMARY, allowed_name, read_regular
 from outliers.errors import DamagedResults, PublishRefused
 from outliers.manifest import digest_of, folder_of, headline_of, parse_manifest
 
@@ -55,15 +56,14 @@ def _read(folder: Path, named: dict[str, Any]) -> bytes:
     path = str(named["path"])
     if not allowed_name(path) or path == MANIFEST:
         raise _damaged(folder, f"{MANIFEST} names the file '{path}', which no study has")
+    if not os.path.lexists(folder / path):
+        raise _damaged(folder, f"{path} is missing")
     try:
-        size = (folder / path).stat().st_size
-        data: bytes | None = (folder / path).read_bytes() if size == named["size"] else None
-    except OSError as error:
-        raise _damaged(
-            folder, f"{path} {'is missing' if isinstance(error, FileNotFoundError) else error.strerror}"
-        ) from error
-    if data is None:
-        raise _damaged(folder, f"{path} has {size:,} bytes, {MANIFEST} says {named['size']:,}")
+        data = read_regular(folder, path)
+    except PublishRefused as error:
+        raise _damaged(folder, str(error)) from error
+    if len(data) != named["size"]:
+        raise _damaged(folder, f"{path} has {len(data):,} bytes, {MANIFEST} says {named['size']:,}")
     if (found := hashlib.sha256(data).hexdigest()) != named["sha256"]:
         raise _damaged(folder, f"{path} has sha256 {found[:12]}, {MANIFEST} says {named['sha256'][:12]}")
     return data

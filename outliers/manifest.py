@@ -2,7 +2,7 @@
 
 It is written last, into the results folder and at the target: a study without a manifest is not finished. The
 `results_digest` in it is over the numbers, not the bytes, so that two runs of one study can be compared.
-It knows nothing of targets. Before it: `results`, `report` and `allowlist`. After it: `publish`, `compare`.
+It knows nothing of targets. Before it: `publishable`, which has the files. After it: `publish`, `compare`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from outliers.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, SUMMARY, TOKENS, AllowedFile, check_results
+from outliers.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, SUMMARY, TOKENS
+from outliers.contents import first_error
 from outliers.errors import PublishRefused
 from outliers.files import write_atomic
 from outliers.parquet import read_parquet
@@ -28,6 +30,9 @@ MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 256_000
 HEADLINE_FEATURES = 20
 FOLDER_CHARACTERS = 12
+MAX_FILES = 100
+MAX_DEPTH, MAX_TEXT = 12, 4_096
+"""How deep the free parts of a manifest may be nested, and characters of one text in them."""
 
 _Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -43,15 +48,19 @@ class _File(_Part):
     sha256: _Hex
 
 
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+_Name = Annotated[str, Field(max_length=300)]
+
+
 class _Headline(_Part):
-    model: str
-    num_systematic: int
-    systematic: Annotated[list[int], Field(max_length=HEADLINE_FEATURES)]
-    reading: str
-    site: str
-    num_tokens: int
-    num_layers: int
-    hidden_size: int
+    model: _Name
+    num_systematic: _Count
+    systematic: Annotated[list[_Count], Field(max_length=HEADLINE_FEATURES)]
+    reading: _Name
+    site: _Name
+    num_tokens: _Count
+    num_layers: _Count
+    hidden_size: _Count
 
 
 class _Manifest(_Part):
@@ -60,7 +69,7 @@ class _Manifest(_Part):
     capture_id: _Id
     results_digest: _Hex
     folder: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
-    files: list[_File]
+    files: Annotated[list[_File], Field(max_length=MAX_FILES)]
     headline: _Headline
     spec: dict[str, Any]
     provenance: dict[str, Any]
@@ -78,7 +87,7 @@ def results_digest(results: Path) -> str:
         raise PublishRefused(f"{error.filename} can't be read: {error.strerror}; analyze the capture again") from error
 
 
-def digest_of(contents: dict[str, bytes]) -> str:
+def digest_of(contents: Mapping[str, bytes]) -> str:
     """`results_digest` from the bytes of the three files, by name."""
     payload: dict[str, Any] = {}
     for name in (SUMMARY, TOKENS):
@@ -117,30 +126,45 @@ def _column_digest(name: str, column: Any) -> str:
     return hasher.hexdigest()
 
 
-def build_manifest(
-    results: Path, *, spec: dict[str, Any], provenance: dict[str, Any], include_log: bool = False
-) -> dict[str, Any]:
-    """The manifest of the folder `results`; `spec` and `provenance` are published in it as they are.
+def build_manifest(files: Mapping[str, bytes], *, spec: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the files of a study, by path; `spec` and `provenance` are published in it as they are.
 
-    Raises ForbiddenFile for a file that may not be published, PublishRefused where the study is not complete or
-    `spec` and `provenance` are more than metadata.
+    Raises PublishRefused where `spec` and `provenance` are more than metadata.
     """
-    files = check_results(results, include_log)
-    contents = {file.path: file.data for file in files}
-    summary = json.loads(contents[SUMMARY])
+    summary = json.loads(files[SUMMARY])
     listed = file_list(files)
+    check_plain(spec, "spec")
+    check_plain(provenance, "provenance")
     manifest = {
         "schema_version": MANIFEST_VERSION,
         "study_id": summary["study_id"],
         "capture_id": summary["capture_id"],
-        "results_digest": digest_of(contents),
+        "results_digest": digest_of(files),
         "folder": folder_of(listed),
         "files": listed,
         "headline": headline_of(summary),
         "spec": spec,
         "provenance": provenance,
     }
-    return parse_manifest(dump_manifest(manifest), str(results))
+    return parse_manifest(dump_manifest(manifest), summary["study_id"])
+
+
+def check_plain(value: object, where: str, depth: int = 0) -> None:
+    """PublishRefused where a manifest's free part is more than names, numbers and short texts."""
+    if depth > MAX_DEPTH:
+        raise PublishRefused(f"{where} of a manifest is nested more than {MAX_DEPTH} deep; shorten it")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_plain(str(key), where, depth)
+            check_plain(inner, f"{where}.{str(key)[:60]}", depth + 1)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_plain(inner, where, depth + 1)
+    elif isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            raise PublishRefused(f"{where} of a manifest has a text of {len(value):,} characters, at most {MAX_TEXT:,}")
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise PublishRefused(f"{where} of a manifest has a number of {value.bit_length():,} bits, at most 63")
 
 
 def headline_of(summary: dict[str, Any]) -> dict[str, Any]:
@@ -157,10 +181,11 @@ def headline_of(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def file_list(files: tuple[AllowedFile, ...]) -> list[dict[str, Any]]:
+def file_list(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
     """The manifest's `files`, by path."""
     return [
-        {"path": file.path, "size": file.size, "sha256": file.sha256} for file in sorted(files, key=lambda f: f.path)
+        {"path": path, "size": len(files[path]), "sha256": hashlib.sha256(files[path]).hexdigest()}
+        for path in sorted(files)
     ]
 
 
@@ -194,10 +219,8 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
             )
         _Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(step) for step in first["loc"]) or "it"
         raise PublishRefused(
-            f"the manifest of {origin} is malformed: {place}: {first['msg']}; remove it and run again"
+            f"the manifest of {origin} is malformed: {first_error(error)}; remove it and run again"
         ) from error
     except (ValueError, RecursionError) as error:
         raise PublishRefused(f"the manifest of {origin} is no JSON: {error}; remove it and run again") from error

@@ -2,9 +2,9 @@
 
 `find_outcome` looks at the artifact store first (or at the workspace, where nothing is published) and answers before
 a machine is asked for; `find_finished` says whether nothing but publishing is left. Both answer only from files that were
-checked (`finished`): damaged results are fetched again, or written again from the private summary. A capture that was
-repaired is computed before anything answers. It decides nothing about machines. Before it: `prepare`. After it: the command and
-the flow.
+checked (`finished`): damaged pages and pictures are rendered again, damaged numbers are fetched, or written from the private
+summary. A capture that was repaired is computed before anything answers. It decides nothing about machines. Before it:
+`prepare`. After it: the command and the flow.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from outliers.allowlist import NUMBERS
 from outliers.answer import crowded, disagreement, perplexity_words, range_words, reading_counts, resampled
 from outliers.errors import DamagedResults, OutliersError, WorkspaceError
 from outliers.events import Lines
@@ -24,7 +25,7 @@ from outliers.finished import Finished, read_finished
 from outliers.prepare import Prepared
 from outliers.publish import fetch, model_slug, published_manifest
 from outliers.repair import is_repaired
-from outliers.reporting import known_digest, write_study
+from outliers.reporting import alone, known_digest, render_again, write_study
 from outliers.summary_files import has_summary
 from outliers.workspace import Workspace
 
@@ -95,11 +96,16 @@ def find_outcome(prepared: Prepared, workspace: Workspace) -> Outcome | None:
         local = _local(prepared, workspace)
         return _outcome(prepared, local, published=None, cached=True) if local and target is None else None
     found = _whole(prepared, workspace)
-    if found is None or found.manifest != published:
+    if found is None or _essence(found.manifest) != _essence(published):
         log.warning("fetching the published results of %s into %s", prepared.title, workspace.study(prepared.study_id))
         found = _fetched(prepared, workspace, target, slug)
     url = f"{target}/{slug}/{prepared.study_id}/manifest.json"
     return _outcome(prepared, found, published=url, cached=True)
+
+
+def _essence(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without what is rendered: other versions of matplotlib draw the same pictures in other bytes."""
+    return manifest | {"folder": None, "files": [file for file in manifest["files"] if file["path"] in NUMBERS]}
 
 
 def find_finished(prepared: Prepared, workspace: Workspace) -> dict[str, Any] | None:
@@ -117,18 +123,30 @@ def find_finished(prepared: Prepared, workspace: Workspace) -> dict[str, Any] | 
 def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | None, cached: bool) -> Outcome:
     """The outcome of a study whose results folder is finished. Raises DamagedResults where it is not what was written."""
     folder = workspace.study(prepared.study_id)
-    found = read_finished(folder, prepared.study_id)
+    found = _read(prepared, workspace)
     if found is None:
         raise DamagedResults(f"{folder} has no manifest.json: that study is not finished; run the same study again")
     return _outcome(prepared, found, published=published, cached=cached)
 
 
-def _whole(prepared: Prepared, workspace: Workspace) -> Finished | None:
-    """The results in the workspace, where they are whole; the log says where they are damaged."""
-    try:
+def _read(prepared: Prepared, workspace: Workspace) -> Finished | None:
+    """The results in the workspace, while nobody writes them. Raises DamagedResults."""
+    with alone(prepared, workspace):
         return read_finished(workspace.study(prepared.study_id), prepared.study_id)
+
+
+def _whole(prepared: Prepared, workspace: Workspace) -> Finished | None:
+    """The results in the workspace, where their numbers are whole; the log says what of them is damaged."""
+    try:
+        return _read(prepared, workspace)
     except DamagedResults as error:
         log.warning("%s", error)
+    if not render_again(prepared, workspace):
+        return None
+    log.warning("its numbers are whole: page and pictures are rendered again")
+    try:
+        return _read(prepared, workspace)
+    except DamagedResults:
         return None
 
 
@@ -147,7 +165,7 @@ def _local(prepared: Prepared, workspace: Workspace) -> Finished | None:
     log.warning("the results in %s are written again, from the summary of the capture", folder)
     try:
         write_study(prepared, workspace, Lines(log))
-        return read_finished(folder, prepared.study_id)
+        return _read(prepared, workspace)
     except (OutliersError, OSError) as error:
         log.warning("they can't be written from the summary: %s", error)
         return None
@@ -157,10 +175,11 @@ def _fetched(prepared: Prepared, workspace: Workspace, target: str, slug: str) -
     """The published results, in the workspace and checked."""
     folder = workspace.study(prepared.study_id)
     try:
-        fetch(target, slug, prepared.study_id, folder)
+        with alone(prepared, workspace):
+            fetch(target, slug, prepared.study_id, folder)
     except OSError as error:
         raise WorkspaceError(f"the results can't be written into {folder}: {error}; move that folder away") from error
-    found = read_finished(folder, prepared.study_id)
+    found = _read(prepared, workspace)
     if found is None:
         raise DamagedResults(f"{folder} was removed while it was written; run the same study again")
     return found

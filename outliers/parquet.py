@@ -27,8 +27,14 @@ def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
     return open_parquet(data).read(columns=columns, use_threads=False)
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file whole."""
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A Parquet file's bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_atomic(path, sink.getvalue().to_pybytes())
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file whole."""
+    write_atomic(path, parquet_bytes(table))

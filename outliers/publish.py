@@ -5,7 +5,7 @@
 
 The manifest makes a study visible. It is created only where there is none, so of several publishers one is first, and
 what it names is there already. Folders that no manifest names are invisible, and removed by a later publisher.
-It runs on the control side and knows nothing of models or activations. Before it: `manifest`. After it: readers.
+It runs on the control side and knows nothing of models or activations. Before it: `publishable`. After it: readers.
 """
 
 from __future__ import annotations
@@ -14,22 +14,14 @@ import hashlib
 import logging
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from outliers.allowlist import LOG, MANIFEST, AllowedFile, allowed_name, check_results
+from outliers.allowlist import MANIFEST, NUMBERS, allowed_name, check_numbers
 from outliers.errors import AccessDenied, BadInput, DigestConflict, ForbiddenFile, PublishRefused, StoreUnavailable
-from outliers.files import write_atomic
-from outliers.manifest import (
-    digest_of,
-    dump_manifest,
-    file_list,
-    folder_of,
-    parse_manifest,
-    read_manifest,
-    slug_safe,
-    write_manifest,
-)
+from outliers.manifest import dump_manifest, parse_manifest, slug_safe
+from outliers.publishable import Publishable, is_written, make_publishable, read_publishable, write_publishable
 from outliers.targets import Store, opened
 
 ORPHAN_SECONDS = 3600.0
@@ -75,16 +67,31 @@ def published_manifest(target: str, model_slug: str, study_id: str) -> dict[str,
 def publish(results: Path, target: str, model_slug: str) -> str:
     """Publishes the folder `results`, which has its manifest, and returns the URL of the published manifest.
 
-    Published already with the same results_digest: nothing is changed. Raises DigestConflict where it is published with
-    another one, ForbiddenFile or PublishRefused where the folder is not what its manifest says or may not leave the
-    machine, AccessDenied or TargetError where the target refuses, StoreUnavailable where it does not answer.
+    Its page and pictures are rendered anew; where they, or the manifest that names them, are others than the folder has, they
+    replace those. Raises ForbiddenFile or PublishRefused where the numbers are not what the manifest says or may not leave the
+    machine, and as `publish_study`.
     """
-    manifest, files = _verified(results)
+    study = read_publishable(results)
+    if not is_written(results, study):
+        _log.warning(
+            "what lies in %s beside the numbers is not what is rendered of them here: it is written again", results
+        )
+        write_publishable(results, study)
+    return publish_study(study, target, model_slug)
+
+
+def publish_study(study: Publishable, target: str, model_slug: str) -> str:
+    """Publishes a study and returns the URL of its manifest.
+
+    Published already with the same results_digest: nothing is changed. Raises DigestConflict where it is published with
+    another one, AccessDenied or TargetError where the target refuses, StoreUnavailable where it does not answer.
+    """
+    manifest = study.manifest
     place = _place(model_slug, manifest["study_id"])
     with opened(target) as store:
         there = _manifest_at(store, place)
         if there is None:
-            _upload(store, f"{place}/{manifest['folder']}", files)
+            _upload(store, f"{place}/{manifest['folder']}", study.files)
             created = store.create(f"{place}/{MANIFEST}", dump_manifest(manifest))
             there = manifest if created else _manifest_at(store, place)
         url = f"{store.url}/{place}/{MANIFEST}"
@@ -100,21 +107,38 @@ def publish(results: Path, target: str, model_slug: str) -> str:
 
 
 def fetch(target: str, model_slug: str, study_id: str, into: Path) -> dict[str, Any]:
-    """Downloads a published study into the folder `into`, its manifest last; returns the manifest.
+    """Brings a published study into the folder `into`, its manifest last; returns the published manifest.
 
-    Every file is verified. Raises PublishRefused where the study is not there, or not what its manifest says; then
+    Only the numbers are fetched: others can write to a store, so they are checked as a machine's are, and the page and the
+    pictures are rendered here. Raises PublishRefused where the study is not there, or not what its manifest says; then
     `into` has no manifest.
     """
     place = _place(model_slug, study_id)
+    (into / MANIFEST).unlink(missing_ok=True)
     with opened(target) as store:
         manifest = _manifest_at(store, place)
         if manifest is None:
             raise PublishRefused(f"{store.url}/{place} is not published; publish the study first")
-        (into / "plots").mkdir(parents=True, exist_ok=True)
-        (into / MANIFEST).unlink(missing_ok=True)
-        for file in manifest["files"]:
-            write_atomic(into / file["path"], _object(store, f"{place}/{manifest['folder']}", file))
-    write_manifest(into, manifest)
+        named = {file["path"]: file for file in manifest["files"]}
+        if missing := [name for name in NUMBERS if name not in named]:
+            raise PublishRefused(
+                f"the manifest of {store.url}/{place} names no {missing[0]}; remove it and publish again"
+            )
+        files = {name: _object(store, f"{place}/{manifest['folder']}", named[name]) for name in NUMBERS}
+        try:
+            study = make_publishable(check_numbers(files), spec=manifest["spec"], provenance=manifest["provenance"])
+        except ForbiddenFile as error:
+            raise PublishRefused(
+                f"{store.url}/{place} is not a study that this program reads: {error}. A newer one may have published it: update "
+                "outlier-features"
+            ) from error
+        for name in ("study_id", "capture_id", "results_digest", "headline"):
+            if study.manifest[name] != manifest[name]:
+                raise PublishRefused(
+                    f"the results at {store.url}/{place} are not whole: {MANIFEST} says {name} {manifest[name]}, its files give "
+                    f"{study.manifest[name]}; remove it and publish again"
+                )
+    write_publishable(into, study)
     return manifest
 
 
@@ -150,37 +174,17 @@ def _object(store: Store, folder: str, file: dict[str, Any]) -> bytes:
     )
 
 
-def _verified(results: Path) -> tuple[dict[str, Any], tuple[AllowedFile, ...]]:
-    """The manifest in `results` and its files, which are exactly those it names; their bytes are read once."""
-    manifest = read_manifest(results)
-    if manifest is None:
-        raise PublishRefused(f"{results} has no {MANIFEST}: not a finished study; analyze the capture again")
-    files = check_results(results, any(file["path"] == LOG for file in manifest["files"]))
-    named = {file["path"]: (file["size"], file["sha256"]) for file in manifest["files"]}
-    found = {file.path: (file.size, file.sha256) for file in files}
-    for path in sorted(named.keys() | found.keys()):
-        if named.get(path) != found.get(path):
-            raise ForbiddenFile(
-                f"{path} in {results} is not what the manifest says: {found.get(path, 'absent')} (bytes, sha256) "
-                f"instead of {named.get(path, 'absent')}; write the study's results and manifest again"
-            )
-    rebuilt = (folder_of(file_list(files)), digest_of({file.path: file.data for file in files}))
-    if rebuilt != (manifest["folder"], manifest["results_digest"]):
-        raise PublishRefused(f"{results / MANIFEST} does not belong to its files; write the manifest again")
-    return manifest, files
-
-
-def _upload(store: Store, folder: str, files: tuple[AllowedFile, ...]) -> None:
+def _upload(store: Store, folder: str, files: Mapping[str, bytes]) -> None:
     """Puts the files, and sees that they are there: the manifest must not name what a store has lost."""
-    for file in files:
-        store.put(f"{folder}/{file.path}", file.data)
+    for path in sorted(files):
+        store.put(f"{folder}/{path}", files[path])
     stored = store.list(f"{folder}/")
-    for file in files:
-        found = stored.get(f"{folder}/{file.path}")
-        if found is None or found.size_bytes != file.size:
+    for path, data in files.items():
+        found = stored.get(f"{folder}/{path}")
+        if found is None or found.size_bytes != len(data):
             size = "absent" if found is None else f"{found.size_bytes:,} bytes"
             raise StoreUnavailable(
-                f"{store.url}/{folder}/{file.path} was written with {file.size:,} bytes and is {size}; run it again"
+                f"{store.url}/{folder}/{path} was written with {len(data):,} bytes and is {size}; run it again"
             )
 
 

@@ -1,9 +1,9 @@
-"""The report: a results folder's numbers as `plots/*.png` and one self-contained `report.html`.
+"""The report: a study's numbers as pictures and one self-contained page.
 
-It reads the folder, has the pictures drawn (`plots`) and the tables worded (`report_rows`), and writes the page. It knows
+It has the pictures drawn (`plots`) and the tables worded (`report_rows`), and makes the page. It knows
 nothing of captures, machines or publishing, and has no clock: equal inputs give equal bytes. Every text of a model or
 corpus is escaped, and the page loads nothing.
-Before it: `results` wrote the three files. After it: `publish` checks and sends the results.
+Before it: `results` wrote the three files. After it: `publishable`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ from outliers.report_rows import (
     reading_rows,
 )
 
-__all__ = ["PLOT_TEXTS", "clip", "ranges", "render", "visible", "write_report"]
+__all__ = ["PLOT_TEXTS", "clip", "make_page", "make_plots", "ranges", "render", "visible", "write_report"]
 
 SCHEMA_VERSION = 1
+SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
 PLOT_TEXTS = {
     "heatmap.png": (
         "Layers and features",
@@ -94,19 +95,30 @@ def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path,
     is printed at the end of the page. Plots of an earlier report that have no data now are removed.
     Raises BadInput where a file is missing or unreadable, WorkspaceError where it is of a newer format.
     """
-    summary, tokens = _read_json(results / "summary.json"), _read_json(results / "tokens.json")
-    cells = _read_cells(results / "features.parquet", summary["criteria"]["site"])
-    plots = draw(summary, tokens, cells)
-    page = render(summary, tokens, cells, plots, provenance)
+    files = {name: _read(results / name) for name in (SUMMARY, TOKENS, FEATURES)}
+    plots = make_plots(files)
+    page = make_page(files, plots, provenance)
     folder = results / "plots"
     folder.mkdir(exist_ok=True)
     for stale in PLOT_TEXTS.keys() - {plot.name for plot in plots}:
         (folder / stale).unlink(missing_ok=True)
-    contents = {folder / plot.name: plot.png for plot in plots}
-    contents[results / "report.html"] = page.encode("utf-8", "replace")
+    contents = {folder / plot.name: plot.png for plot in plots} | {results / "report.html": page}
     for path, content in contents.items():
         write_atomic(path, content)
     return tuple(contents)
+
+
+def make_plots(files: Mapping[str, bytes]) -> tuple[Plot, ...]:
+    """The pictures of a study, from the bytes of its three files by name. Raises as `write_report`."""
+    summary, tokens = _json(files, SUMMARY), _json(files, TOKENS)
+    return draw(summary, tokens, _cells(files[FEATURES], summary["criteria"]["site"]))
+
+
+def make_page(files: Mapping[str, bytes], plots: Sequence[Plot], provenance: Mapping[str, object]) -> bytes:
+    """report.html of a study, from the bytes of its three files by name and its pictures. Raises as `write_report`."""
+    summary, tokens = _json(files, SUMMARY), _json(files, TOKENS)
+    cells = _cells(files[FEATURES], summary["criteria"]["site"])
+    return render(summary, tokens, cells, plots, provenance).encode("utf-8", "replace")
 
 
 def render(summary: Json, tokens: Json, cells: Cells, plots: Sequence[Plot], provenance: Mapping[str, object]) -> str:
@@ -166,20 +178,27 @@ def visible(text: object) -> str:
     return "".join("\ufffd" if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in shown)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> bytes:
     try:
-        value = json.loads(path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise BadInput(f"{path} does not exist; analyze the capture first (python -m outliers analyze)") from error
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is not readable JSON: {error}; analyze the capture again") from error
+    except OSError as error:
+        raise BadInput(f"{path} is not readable: {error}; analyze the capture again") from error
+
+
+def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(files[name])
+    except ValueError as error:
+        raise BadInput(f"{name} is not readable JSON: {error}; analyze the capture again") from error
     version = value.get("schema_version") if isinstance(value, dict) else None
     if version != SCHEMA_VERSION:
-        raise WorkspaceError(f"{path} has schema_version {version}, this program reads {SCHEMA_VERSION}; update it")
+        raise WorkspaceError(f"{name} has schema_version {version}, this program reads {SCHEMA_VERSION}; update it")
     return dict(value)
 
 
-def _read_cells(path: Path, site: str) -> Cells:
+def _cells(data: bytes, site: str) -> Cells:
     """The rows of features.parquet at `site` that have a hit."""
     import pyarrow
 
@@ -187,11 +206,9 @@ def _read_cells(path: Path, site: str) -> Cells:
 
     columns = ["site", "layer", "feature", "hits", "min", "max"]
     try:
-        table = read_parquet(path.read_bytes(), columns)
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} does not exist; analyze the capture first (python -m outliers analyze)") from error
+        table = read_parquet(data, columns)
     except (OSError, pyarrow.ArrowException) as error:
-        raise BadInput(f"{path} is not a readable table: {error}; analyze the capture again") from error
+        raise BadInput(f"{FEATURES} is not a readable table: {error}; analyze the capture again") from error
     held = np.asarray(table["site"].to_pylist(), dtype=object) == site
     held &= table["hits"].to_numpy() > 0
     low, high = (table[name].to_numpy().astype(np.float64)[held] for name in ("min", "max"))

@@ -1,36 +1,46 @@
-"""A finished summary -> the results folder: numbers, plots, report, and last the manifest; written aside, compared, then placed.
+"""A finished summary -> numbers, where it was counted; numbers -> the results folder, on the control side.
 
-    <capture>/summaries/<study_id>.json    results_digest of the study as it was first reported
+    <capture>/summaries/<study_id>/numbers/    what a machine gives: summary.json, tokens.json, features.parquet, provenance.json
+    <capture>/summaries/<study_id>.json        results_digest of the study as it was first reported
 
-A study that was reported before (its results were damaged since, or its capture was repaired) must come to the digest that it
-had: other numbers are refused and overwrite nothing. Before it: `analyze`, `merge`. After it: `outcome`, `publish`.
+A machine writes numbers and renders nothing. The page, the pictures and the manifest are made of checked numbers on the side
+that places the results folder; whoever runs `python -m outliers report` is both. A study that was reported before (its results
+were damaged since, or its capture was repaired) must come to the digest that it had: other numbers are refused and
+overwrite nothing. Before it: `analyze`, `merge`, `received`. After it: `outcome`, `publish`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import platform
 import shutil
 import time
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from outliers.allowlist import MANIFEST
-from outliers.errors import DamagedResults, DigestConflict
+from outliers.allowlist import NUMBERS, Numbers, read_numbers, read_regular
+from outliers.errors import DamagedResults, DigestConflict, DiskFull, JobFailed, PublishRefused
 from outliers.events import Reporter
 from outliers.files import write_atomic
 from outliers.finished import read_finished
+from outliers.manifest import digest_of
 from outliers.parts import LOCKS, locked
 from outliers.prepare import Prepared
+from outliers.publishable import Publishable, make_publishable, read_publishable, write_publishable
 from outliers.repair import forget_repair
-from outliers.sealed import read_sealed, write_sealed
+from outliers.sealed import check_folder, drop_folder, read_sealed, seal_folder, write_sealed
 from outliers.workspace import Workspace
 
 LIBRARIES = ("torch", "transformers", "numpy", "zarr", "pyarrow", "outlier-features")
-DRAFT = "draft"
-"""Folder of the private summary in which results are written first."""
+DRAFT, MADE = "draft", "numbers"
+"""Folders of the private summary: in which numbers are written first, and where they lie once they are whole."""
+PROVENANCE = "provenance.json"
 POLL_SECONDS = 0.1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def write_study(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
@@ -39,8 +49,76 @@ def write_study(prepared: Prepared, workspace: Workspace, reporter: Reporter) ->
     Raises DigestConflict where the study had other numbers, CorruptCapture where the summary is not what was written,
     CaptureError where it is not of the whole corpus. Whoever else writes this study's results here is waited for.
     """
-    with locked(workspace.root / LOCKS / f"{prepared.study_id}-report", lambda: time.sleep(POLL_SECONDS)):
-        return _write(prepared, workspace, reporter)
+    with alone(prepared, workspace):
+        reporter.progress("report", 0, 3, "parts")
+        _write_numbers(prepared, workspace, reporter)
+        reporter.progress("report", 1, 3, "parts")
+        made = numbers_folder(prepared, workspace)
+        found = make_publishable(
+            read_numbers(made), spec=prepared.public_spec(), provenance=json.loads((made / PROVENANCE).read_bytes())
+        )
+        reporter.progress("report", 2, 3, "parts")
+        write_publishable(workspace.study(prepared.study_id), found)
+        shutil.rmtree(made)
+        reporter.progress("report", 3, 3, "parts")
+        return _told(found)
+
+
+def write_numbers(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
+    """Write the numbers of a study from its private summary, for whoever places them; their digest. Raises as `write_study`."""
+    with alone(prepared, workspace):
+        reporter.progress("report", 0, 1, "parts")
+        digest = _write_numbers(prepared, workspace, reporter)
+        reporter.progress("report", 1, 1, "parts")
+        return {"results_digest": digest}
+
+
+def place_study(
+    prepared: Prepared, workspace: Workspace, numbers: Numbers, known: Mapping[str, Any], reporter: Reporter
+) -> dict[str, Any]:
+    """Render checked numbers and put them into the results folder; its digest and the number of its files.
+
+    `known`: the provenance of the numbers. Raises DigestConflict where the study had other numbers, ForbiddenFile where no
+    page can be made of these, DiskFull, JobFailed where the folder can't be written.
+    """
+    with alone(prepared, workspace), _explained(workspace):
+        _compare(prepared, workspace, digest_of(numbers.files), reporter)
+        found = make_publishable(numbers, spec=prepared.public_spec(), provenance=known)
+        write_publishable(workspace.study(prepared.study_id), found)
+        return _told(found)
+
+
+def render_again(prepared: Prepared, workspace: Workspace) -> bool:
+    """Mend a results folder whose numbers are those of its manifest: page and pictures are rendered. Whether they were."""
+    folder = workspace.study(prepared.study_id)
+    with alone(prepared, workspace):
+        try:
+            write_publishable(folder, read_publishable(folder))
+            return True
+        except (PublishRefused, OSError):
+            return False
+
+
+def numbers_folder(prepared: Prepared, workspace: Workspace) -> Path:
+    """Where the numbers of a study are written on the machine that counted."""
+    return workspace.summary(prepared.capture_id, prepared.study_id) / MADE
+
+
+def has_numbers(prepared: Prepared, workspace: Workspace) -> bool:
+    """Whether there are numbers, every file of them as it was written, with the digest that the study was reported with."""
+    folder = numbers_folder(prepared, workspace)
+    if not check_folder(folder):
+        return False
+    try:
+        digest = digest_of({name: read_regular(folder, name) for name in NUMBERS})
+    except PublishRefused:
+        return False
+    return known_digest(prepared, workspace) == digest
+
+
+def drop_numbers(prepared: Prepared, workspace: Workspace) -> None:
+    """Forget the numbers here, once they are in the results folder of the same workspace."""
+    drop_folder(numbers_folder(prepared, workspace))
 
 
 def known_digest(prepared: Prepared, workspace: Workspace) -> str | None:
@@ -54,28 +132,48 @@ def _record(prepared: Prepared, workspace: Workspace) -> Path:
     return summary.with_name(f"{summary.name}.json")
 
 
-def _write(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    from outliers.manifest import build_manifest, write_manifest
-    from outliers.report import write_report
+def alone(prepared: Prepared, workspace: Workspace) -> contextlib.AbstractContextManager[None]:
+    """In the block nobody else reads or writes the study's results folder. It can't be nested."""
+    return locked(workspace.root / LOCKS / f"{prepared.study_id}-report", lambda: time.sleep(POLL_SECONDS))
+
+
+@contextlib.contextmanager
+def _explained(workspace: Workspace) -> Iterator[None]:
+    """What the operating system refuses, as our error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise DiskFull(
+                f"report: the disk of {workspace.root} takes no more ({error}): free some, and run the same again"
+            ) from error
+        raise JobFailed(
+            f"report: {error}. The operating system refused this; remove the cause, and run the same again: what is done is not "
+            "done again"
+        ) from error
+
+
+def _told(found: Publishable) -> dict[str, Any]:
+    return {"results_digest": found.manifest["results_digest"], "files": len(found.manifest["files"])}
+
+
+def _write_numbers(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> str:
+    """The numbers from the summary, compared with those of before; their digest."""
     from outliers.results import write_results
 
-    reporter.progress("report", 0, 3, "parts")
-    draft = workspace.summary(prepared.capture_id, prepared.study_id) / DRAFT
+    made = numbers_folder(prepared, workspace)
+    draft = made.with_name(DRAFT)
     shutil.rmtree(draft, ignore_errors=True)
     write_results(prepared, workspace, draft)
-    reporter.progress("report", 1, 3, "parts")
-    known = provenance(prepared, workspace)
-    write_report(draft, known)
-    reporter.progress("report", 2, 3, "parts")
-    manifest = build_manifest(draft, spec=prepared.public_spec(), provenance=known)
-    write_manifest(draft, manifest)
-    _compare(prepared, workspace, manifest["results_digest"], reporter)
-    _place(draft, workspace.study(prepared.study_id), manifest)
-    write_sealed(_record(prepared, workspace), {"results_digest": manifest["results_digest"]})
+    write_atomic(draft / PROVENANCE, json.dumps(provenance(prepared, workspace), sort_keys=True).encode())
+    digest = digest_of({name: read_regular(draft, name) for name in NUMBERS})
+    _compare(prepared, workspace, digest, reporter)
+    seal_folder(draft)
+    drop_folder(made)
+    draft.rename(made)
+    write_sealed(_record(prepared, workspace), {"results_digest": digest})
     forget_repair(workspace, prepared.capture_id)
-    shutil.rmtree(draft)
-    reporter.progress("report", 3, 3, "parts")
-    return {"results_digest": manifest["results_digest"], "files": len(manifest["files"])}
+    return digest
 
 
 def _compare(prepared: Prepared, workspace: Workspace, digest: str, reporter: Reporter) -> None:
@@ -99,18 +197,6 @@ def _digest_in(folder: Path, study_id: str) -> str | None:
     except DamagedResults:
         return None
     return None if found is None else str(found.manifest["results_digest"])
-
-
-def _place(draft: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Copy a draft into the results folder, its manifest last; plots that it doesn't have go, what else lies there stays."""
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    named = {file["path"] for file in manifest["files"]}
-    for path in (folder / "plots").glob("*.png"):
-        if f"plots/{path.name}" not in named:
-            path.unlink()
-    for name in (*sorted(named), MANIFEST):
-        write_atomic(folder / name, (draft / name).read_bytes())
 
 
 def provenance(prepared: Prepared, workspace: Workspace) -> dict[str, Any]:

@@ -75,8 +75,8 @@ def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = 
     folder.mkdir(parents=True, exist_ok=True)
     # a manifest says that a study is finished: an older one must not speak for files that are being rewritten
     (folder / "manifest.json").unlink(missing_ok=True)
-    write_atomic(folder / "summary.json", _json(content))
-    write_atomic(folder / "tokens.json", _json(describe_tokens(prepared, found.summary, content, corpus)))
+    write_atomic(folder / "summary.json", json_bytes(content))
+    write_atomic(folder / "tokens.json", json_bytes(describe_tokens(prepared, found.summary, content, corpus)))
     write_parquet(private / "features.parquet", table)
     write_parquet(folder / "features.parquet", rows)
     return folder
@@ -97,7 +97,8 @@ def find(prepared: Prepared, private: Path) -> Findings:
     return Findings(summary, votes, drawn)
 
 
-def _json(content: Any) -> bytes:
+def json_bytes(content: Any) -> bytes:
+    """JSON as results are written: equal values give equal bytes."""
     return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
@@ -126,29 +127,11 @@ def summarize_study(prepared: Prepared, found: Findings, corpus: Corpus) -> dict
         readings[BLOCK]["legacy"] = legacy | {"features": legacy["features"][:LISTED]}
     massive = massive_activations(summary)
     cut = [f"{r} at {s}" for s, own in readings.items() for r, rows in own.items() if _held(rows) < counts[s][r]]
+    own = identity(prepared)
     content = {
         "schema_version": SCHEMA_VERSION,
-        "study_id": prepared.study_id,
-        "capture_id": prepared.capture_id,
-        "model": _model(prepared),
-        "corpus": {
-            "source": prepared.corpus.source,
-            "num_sequences": prepared.corpus.num_sequences,
-            "sequence_length": prepared.corpus.sequence_length,
-            "num_tokens": prepared.corpus.num_tokens,
-            "num_documents": prepared.corpus.num_documents,
-            "token_sha256": prepared.corpus.token_sha256,
-            "publish_text": "context" if prepared.text else "none",
-        },
-        "criteria": {
-            "magnitude": criteria.magnitude,
-            "layer_fraction": criteria.layer_fraction,
-            "position_fraction": criteria.position_fraction,
-            "reading": criteria.reading,
-            "site": prepared.site,
-            "sites": list(frame.captured),
-            "ladder": list(frame.ladder),
-        },
+        **own,
+        "criteria": own["criteria"] | {"sites": list(frame.captured), "ladder": list(frame.ladder)},
         "readings": readings,
         "reading_counts": counts,
         "systematic": systematic,
@@ -174,6 +157,32 @@ def summarize_study(prepared: Prepared, found: Findings, corpus: Corpus) -> dict
     if prepared.spec.capture.perplexity:
         content["perplexity"] = perplexity(votes.nll, votes.nll_tokens)
     return content
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """What of summary.json is known before anything is counted: ids, model, corpus, and the criteria but sites and ladder."""
+    criteria, corpus = prepared.spec.criteria, prepared.corpus
+    return {
+        "study_id": prepared.study_id,
+        "capture_id": prepared.capture_id,
+        "model": _model(prepared),
+        "corpus": {
+            "source": corpus.source,
+            "num_sequences": corpus.num_sequences,
+            "sequence_length": corpus.sequence_length,
+            "num_tokens": corpus.num_tokens,
+            "num_documents": corpus.num_documents,
+            "token_sha256": corpus.token_sha256,
+            "publish_text": "context" if prepared.text else "none",
+        },
+        "criteria": {
+            "magnitude": criteria.magnitude,
+            "layer_fraction": criteria.layer_fraction,
+            "position_fraction": criteria.position_fraction,
+            "reading": criteria.reading,
+            "site": prepared.site,
+        },
+    }
 
 
 def perplexity(nll: float, tokens: int) -> dict[str, Any]:

@@ -327,10 +327,34 @@ class Summary(_Strict):
         beyond = [row.layer for row in self.layers if row.layer >= self.model.num_layers]
         if beyond:
             raise ValueError(f"layer {beyond[0]} of a model with {self.model.num_layers} layers")
+        self._check_features()
         for site, readings in self.readings.items():
             if site != BLOCK and readings.legacy is not None:
                 raise ValueError(f"the reading legacy stands at block only, not at {site}")
         return self
+
+    def _check_features(self) -> None:
+        """Every listed feature and layer is one that the model has and that was read."""
+        layers, width = {row.layer for row in self.layers}, self.max_width
+        lists = [self.systematic]
+        for own in self.readings.values():
+            lists += [
+                own.pooled,
+                own.union,
+                own.per_layer,
+                own.affected,
+                *([own.legacy.features] if own.legacy else []),
+            ]
+        for row in itertools.chain.from_iterable(lists):
+            if row.feature >= width:
+                raise ValueError(f"feature {row.feature} of a model with at most {width} a site")
+            if not layers.issuperset(row.layers):
+                raise ValueError(f"feature {row.feature} has a layer that was not read")
+        for massive in (*(self.massive or ()), *(self.massive_by_token or ())):
+            if massive.feature >= width or massive.layer not in layers:
+                raise ValueError(
+                    f"a massive activation at feature {massive.feature} of layer {massive.layer}, not read"
+                )
 
     @property
     def max_width(self) -> int:

@@ -65,11 +65,16 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
-def run_report(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    """Write the results folder: numbers, plots, report, and last the manifest. Raises as `reporting.write_study`."""
-    from outliers.reporting import write_study
+def run_report(
+    prepared: Prepared, workspace: Workspace, reporter: Reporter, *, numbers: bool = False
+) -> dict[str, Any]:
+    """Write the results folder: numbers, plots, report, and last the manifest. Raises as `reporting.write_study`.
 
-    return write_study(prepared, workspace, reporter)
+    With `numbers` those alone, beside the summary: whoever asked for them renders them where they are published from.
+    """
+    from outliers.reporting import write_numbers, write_study
+
+    return (write_numbers if numbers else write_study)(prepared, workspace, reporter)
 
 
 def run_verify(prepared: Prepared, workspace: Workspace, reporter: Reporter, *, repair: bool = False) -> dict[str, Any]:
@@ -99,7 +104,10 @@ def run_state(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> d
 
 def _results_exist(prepared: Prepared, workspace: Workspace) -> bool:
     from outliers.finished import read_finished
+    from outliers.reporting import has_numbers
 
+    if has_numbers(prepared, workspace):
+        return True
     try:
         return read_finished(workspace.study(prepared.study_id), prepared.study_id) is not None
     except DamagedResults as error:

@@ -1,14 +1,16 @@
-"""Count on the machine that has the capture, and bring the results home: kilobytes, never activations."""
+"""Count on the machine that has the capture, bring the numbers home, and render them here: kilobytes, never activations."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from prefect import task
+from prefect.logging import get_run_logger
 
+from outliers.events import Lines
 from outliers.machines.base import Machine
-from outliers.manifest import read_manifest
 from outliers.prepare import Prepared
+from outliers.received import receive_study
 from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, analyze_key, is_transient
 from tasks.watch import run_step
@@ -29,13 +31,12 @@ def analyze(
 ) -> dict[str, Any]:
     """What was found: the digest of the results, seconds, files. `extracted` only shows the order in the run's graph.
 
-    `finished`: the machine has the results, and only Prefect has forgotten that: they are brought home, not made again.
+    `finished`: the machine has the numbers, and only Prefect has forgotten that: they are brought home, not made again.
     """
+    reporter = Lines(get_run_logger())
     if finished:
-        machine.download(f"results/{prepared.study_id}", workspace.study(prepared.study_id))
-        found = read_manifest(workspace.study(prepared.study_id)) or {}
-        return {"results_digest": found.get("results_digest"), "files": len(found.get("files", ()))}
+        return receive_study(prepared, machine, workspace, reporter)
     counted = run_step(machine, prepared, "analyze", f"analyze-{prepared.study_id}", workspace)
-    written = run_step(machine, prepared, "report", f"report-{prepared.study_id}", workspace)
-    machine.download(f"results/{prepared.study_id}", workspace.study(prepared.study_id))
-    return counted | written
+    job = f"report-{prepared.study_id}"
+    written = run_step(machine, prepared, "report", job, workspace, ("--numbers",))
+    return counted | receive_study(prepared, machine, workspace, reporter, str(written.get("results_digest")))

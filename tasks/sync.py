@@ -6,10 +6,13 @@ from typing import Any
 
 from prefect import task
 
+from outliers.allowlist import check_listing, read_log, read_numbers
 from outliers.errors import PublishRefused
-from outliers.manifest import build_manifest, read_manifest, write_manifest
+from outliers.manifest import read_manifest
 from outliers.prepare import Prepared
-from outliers.publish import model_slug, publish
+from outliers.publish import model_slug, publish_study
+from outliers.publishable import Publishable, make_publishable, write_publishable
+from outliers.reporting import alone
 from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, is_transient, sync_key
 
@@ -30,19 +33,31 @@ def sync(prepared: Prepared, made_on: dict[str, Any], workspace: Workspace, anal
     `made_on`: what the manifest tells of the machine, or of the parts. `analyzed` shows the order in the run's graph, and
     names the results that are to be published.
     """
+    with alone(prepared, workspace):
+        study = _written(prepared, made_on, workspace, analyzed)
+    if prepared.spec.publish_to is None:
+        return None
+    check_listing(workspace.study(prepared.study_id))
+    return publish_study(study, prepared.spec.publish_to, model_slug(prepared.model.source.id))
+
+
+def _written(
+    prepared: Prepared, made_on: dict[str, Any], workspace: Workspace, analyzed: dict[str, Any]
+) -> Publishable:
+    """The study with all that its manifest tells, rendered from the numbers in the results folder, and written there."""
     folder = workspace.study(prepared.study_id)
     known = (read_manifest(folder) or {}).get("provenance", {})
-    known |= made_on
-    manifest = build_manifest(
-        folder, spec=prepared.public_spec(), provenance=known, include_log=prepared.spec.publish_log
+    study = make_publishable(
+        read_numbers(folder),
+        spec=prepared.public_spec(),
+        provenance=known | made_on,
+        log=read_log(folder) if prepared.spec.publish_log else None,
     )
-    if manifest["results_digest"] != analyzed["results_digest"]:
+    if study.manifest["results_digest"] != analyzed["results_digest"]:
         raise PublishRefused(
-            f"the results in {folder} have digest {manifest['results_digest'][:12]}, the analysis made "
+            f"the results in {folder} have digest {study.manifest['results_digest'][:12]}, the analysis made "
             f"{analyzed['results_digest'][:12]}: they were changed since; run the study again"
         )
     # only now: a manifest vouches for the files
-    write_manifest(folder, manifest)
-    if prepared.spec.publish_to is None:
-        return None
-    return publish(folder, prepared.spec.publish_to, model_slug(prepared.model.source.id))
+    write_publishable(folder, study)
+    return study

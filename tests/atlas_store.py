@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 
-from outliers.allowlist import AllowedFile
-from outliers.manifest import build_manifest, file_list, folder_of, write_manifest
-from outliers.publish import model_slug, publish
+from outliers.allowlist import check_numbers
+from outliers.manifest import build_manifest, file_list, folder_of
+from outliers.parquet import parquet_bytes
+from outliers.publish import model_slug, publish_study
+from outliers.publishable import Publishable
 from tests import results_folder
 
 MODELS: list[tuple[str, float, float, int | None, int, int]] = [
@@ -138,20 +140,18 @@ def dozen() -> list[dict[str, Any]]:
     ]
 
 
-def finished(folder: Path, summary: dict[str, Any], *, spec: dict[str, Any] | None = None) -> Path:
-    """A finished results folder of a summary."""
-    results_folder.make_results(folder, plots=1, study_id=summary["study_id"], manifest=False)
-    (folder / "summary.json").write_text(json.dumps(summary))
-    write_manifest(folder, build_manifest(folder, spec=spec or {}, provenance={}))
-    return folder
+def bare(summary: dict[str, Any], spec: dict[str, Any] | None = None) -> Publishable:
+    """A study without page and pictures, which take seconds."""
+    tokens, features = results_folder.tokens(summary["study_id"]), results_folder.features()
+    contents = {"summary.json": summary, "tokens.json": tokens}
+    files = {name: json.dumps(content).encode() for name, content in contents.items()}
+    numbers = check_numbers(files | {"features.parquet": parquet_bytes(features)})
+    return Publishable(build_manifest(numbers.files, spec=spec or {}, provenance={}), numbers.files)
 
 
-def publish_all(target: str, place: Path, summaries: list[dict[str, Any]]) -> list[str]:
+def publish_all(target: str, summaries: list[dict[str, Any]]) -> list[str]:
     """Publishes studies as the program does; returns the URLs of their manifests."""
-    return [
-        publish(finished(place / summary["study_id"], summary), target, model_slug(summary["model"]["id"]))
-        for summary in summaries
-    ]
+    return [publish_study(bare(summary), target, model_slug(summary["model"]["id"])) for summary in summaries]
 
 
 def many(count: int) -> list[dict[str, Any]]:
@@ -174,10 +174,7 @@ def many(count: int) -> list[dict[str, Any]]:
 def objects(summary: dict[str, Any], others: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
     """`<slug>/<study_id>` and what a publisher puts there, by path; `others` are the files beside summary.json."""
     contents = {"summary.json": json.dumps(summary).encode(), **others}
-    files = tuple(
-        AllowedFile(path, len(data), hashlib.sha256(data).hexdigest(), data) for path, data in contents.items()
-    )
-    listed = file_list(files)
+    listed = file_list(contents)
     manifest = {
         "schema_version": 1,
         "study_id": summary["study_id"],
@@ -222,10 +219,8 @@ def evil(place: Path) -> str:
     """A store whose every name is markup; its URL."""
     summary = study(1, (EVIL, 1.0, 1.0, None, 16, 1024), corpus=(EVIL, 2, 64))
     summary["model"] |= {"architecture": EVIL, "revision": EVIL, "dtype": EVIL, "quantization": EVIL}
-    folder = finished(place / "work", summary, spec={"label": EVIL})
-    publish(folder, f"file://{place}/store", model_slug(EVIL))
-    other = study(2, MODELS[0])
-    publish_all(f"file://{place}/store", place / "others", [other])
+    publish_study(bare(summary, {"label": EVIL}), f"file://{place}/store", model_slug(EVIL))
+    publish_all(f"file://{place}/store", [study(2, MODELS[0])])
     (place / "store" / EVIL.replace("/", "-")).write_text("")
     return f"file://{place}/store"
 
@@ -272,7 +267,7 @@ class CountingProxy:
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URL of a folder with a dozen studies, published as the program does it."""
     place = tmp_path_factory.mktemp("atlas")
-    publish_all(f"file://{place}/store", place / "work", dozen())
+    publish_all(f"file://{place}/store", dozen())
     return f"file://{place}/store"
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from outliers import jobs
+from outliers.allowlist import MANIFEST, NUMBERS
 from outliers.errors import OutliersError
 from outliers.machines.local import LocalMachine
 from outliers.manifest import results_digest
@@ -193,8 +194,11 @@ class World:
             slug = model_slug(prepared.model.source.id)
             url = publish(folder, target, slug) if target else None
             outcome = make_outcome(prepared, workspace, published=url, cached=False)
-        elif before != _dates(folder):
+        elif before != (after := _dates(folder)):
             how = "fetched again" if self.spec.publish_to else "written again"
+            changed = {Path(path).name for path, date in after.items() if before.get(path) != date}
+            if changed - {MANIFEST} and not changed & set(NUMBERS):
+                how = "rendered again"
         assert outcome.systematic == json.loads((folder / "summary.json").read_bytes())["systematic"]
         return _numbers(folder), how
 

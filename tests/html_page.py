@@ -35,3 +35,23 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join("".join(self.texts).split())
+
+
+FORBIDDEN = {"script", "iframe", "object", "embed", "base", "frame", "applet", "form", "portal", "link"}
+
+
+def check_harmless(html: str) -> None:
+    """The page runs, frames and loads nothing, and says so to the browser."""
+    page = Page(html)
+    policies = [own["content"] or "" for tag, own in page.tags if own.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1
+    rules = dict(rule.strip().partition(" ")[::2] for rule in policies[0].split(";"))
+    assert rules.pop("style-src") == "'unsafe-inline'"
+    assert rules.pop("img-src", "data:") == "data:"
+    assert rules == dict.fromkeys(("default-src", "base-uri", "form-action"), "'none'")
+    for tag, own in page.tags:
+        assert tag not in FORBIDDEN, tag
+        for name, value in own.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href", "background"):
+                assert (value or "").startswith(("#", "data:image/png;base64,")), (tag, name, value)

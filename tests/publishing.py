@@ -22,18 +22,25 @@ from tests.s3 import BUCKET, S3Server, environment
 PUBLISHER = """
 import sys
 from pathlib import Path
-from outliers.publish import publish
+from outliers.manifest import build_manifest
+from outliers.publish import publish_study
+from outliers.publishable import Publishable, read_publishable
 try:
-    print(publish(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    study = read_publishable(Path(sys.argv[1]))
+    more = {f"plots/more-{n}.png": bytes(1000) for n in range(int(sys.argv[4]))}
+    if more:  # a study takes a while to publish
+        files = dict(study.files) | more
+        study = Publishable(build_manifest(files, spec={}, provenance={}), files)
+    print(publish_study(study, sys.argv[2], sys.argv[3]))
 except Exception as error:
     print(type(error).__name__, error)
     sys.exit(3)
 """
 
 
-def start_publisher(results: Path, target: str) -> subprocess.Popen[str]:
-    """A publisher as a process of its own, with this process's keys."""
-    command = [sys.executable, "-c", PUBLISHER, str(results), target, SLUG]
+def start_publisher(results: Path, target: str, more: int = 0) -> subprocess.Popen[str]:
+    """A publisher as a process of its own, with this process's keys; `more`: files that it publishes beside the study's."""
+    command = [sys.executable, "-c", PUBLISHER, str(results), target, SLUG, str(more)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

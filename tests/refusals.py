@@ -1,6 +1,6 @@
 """A results folder as it may leave, and the question whether it is refused.
 
-After it: `test_allowlist`, `test_contents`, `test_page`, which import the fixture by name.
+After it: `test_allowlist`, `test_contents`, which import the fixture by name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from outliers.allowlist import check_results
+from outliers.allowlist import check_listing, read_log, read_numbers
 from outliers.errors import ForbiddenFile
 from tests.results_folder import make_results
 
@@ -19,9 +19,16 @@ def results(tmp_path: Path) -> Path:
     return make_results(tmp_path / "results", manifest=False)
 
 
-def refused(results: Path, *words: str, include_log: bool = True) -> None:
+def refused(results: Path, *words: str) -> None:
     """The folder is refused, with a message that holds all `words`."""
     with pytest.raises(ForbiddenFile) as caught:
-        check_results(results, include_log)
+        check(results)
     for word in words:
         assert word in str(caught.value)
+
+
+def check(results: Path) -> None:
+    """What is looked at before a folder is published."""
+    check_listing(results)
+    read_numbers(results)
+    read_log(results)

@@ -6,8 +6,6 @@ values.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from outliers.manifest import build_manifest, write_manifest
+from outliers.allowlist import read_log, read_numbers
+from outliers.publishable import make_publishable, write_publishable
 from outliers.schema import FEATURES_SCHEMA
 
 STUDY_ID = "a" * 24
@@ -161,39 +159,14 @@ def features(seed: int = 0) -> pa.Table:
     return pa.table(columns, schema=FEATURES_SCHEMA)
 
 
-def png(seed: int = 0, width: int = 48, height: int = 32) -> bytes:
-    """A picture of noise, which no compression makes small."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    target = io.BytesIO()
-    Image.fromarray(pixels).save(target, "PNG")
-    return target.getvalue()
-
-
-def page(plots: list[bytes]) -> str:
-    """report.html with the pictures in it."""
-    images = "".join(
-        f'<img src="data:image/png;base64,{base64.b64encode(p).decode()}" alt="data: a plot">' for p in plots
-    )
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:">'
-        "<style>body { color: #123 }</style></head>"
-        f"<body><p>a url is data:text/plain,hi</p>{images}<a href='https://arxiv.org/abs/2208.07339'>paper</a></body></html>"
-    )
-
-
 def make_results(
-    folder: Path, *, seed: int = 0, plots: int = 3, log: bool = False, study_id: str = STUDY_ID, manifest: bool = True
+    folder: Path, *, seed: int = 0, log: bool = False, study_id: str = STUDY_ID, manifest: bool = True
 ) -> Path:
     """Writes the study into `folder` and returns it; `log` adds run.log to what is published."""
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(summary(seed, study_id)))
     (folder / "tokens.json").write_text(json.dumps(tokens(study_id)))
     pq.write_table(features(seed), folder / "features.parquet", compression="zstd")
-    pictures = [png(n) for n in range(plots)]
-    for n, picture in enumerate(pictures):
-        (folder / "plots" / f"plot_{n:03}.png").write_bytes(picture)
-    (folder / "report.html").write_text(page(pictures))
     (folder / "run.log").write_text("12:00:00 read 256 tokens\n\x1b[32mdone\x1b[0m\n")
     if manifest:
         finish(folder, log=log)
@@ -201,9 +174,12 @@ def make_results(
 
 
 def finish(folder: Path, *, log: bool = False) -> dict[str, Any]:
-    """Writes the manifest that fits the folder as it now is."""
-    made = build_manifest(
-        folder, spec={"model": {"id": "Qwen/Qwen3-0.6B"}}, provenance={"seconds": 1.5}, include_log=log
+    """Renders the study of the numbers in a folder, and writes the manifest that fits it as it now is."""
+    made = make_publishable(
+        read_numbers(folder),
+        spec={"model": {"id": "Qwen/Qwen3-0.6B"}},
+        provenance={"seconds": 1.5},
+        log=read_log(folder) if log else None,
     )
-    write_manifest(folder, made)
-    return made
+    write_publishable(folder, made)
+    return made.manifest

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.skipif(
 CUT_TABLES = (
     "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
 )
-EVIL = '"><script>window.pwned = 1; document.title = "pwned"</script><img src=x onerror="window.pwned = 2">'
+EVIL = (
+    '"><script>window.pwned = 1; document.title = "pwned"</script><img src=x onerror="window.pwned = 2">'
+    "</style></title><svg onload='window.pwned = 3'>javascript:window.pwned=4 \u202e\x1b[31m $\\frac{1}{0}$ {{ 7 * 7 }}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,8 @@ def test_text_is_never_a_script(browser, tmp_path, policy):
     assert tab.value("document.body.textContent").count("window.pwned") >= 8
     harmless(tab, folder / "report.html")
     assert tab.value("typeof window.pwned") == "undefined"
-    assert tab.value("document.querySelectorAll('img[src=x]').length") == 0
+    assert tab.value("document.title") != "pwned"
+    assert tab.value("document.querySelectorAll('img[src=x], svg[onload], a[href]').length") == 0
     assert tab.value("document.documentElement.scrollWidth") <= 390
     tab.close()
 

@@ -1,10 +1,9 @@
-"""Files judged by what is in them: pictures, tables and JSON with one thing more than they may have are refused."""
+"""Files judged by what is in them: tables and JSON with one thing more than they may have are refused."""
 
 from __future__ import annotations
 
 import json
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,60 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from outliers.allowlist import check_results
-from tests.refusals import refused, results
+from tests.refusals import check, refused, results
 from tests.results_folder import features, summary, tokens
 
 __all__ = ["results"]  # the fixture, found by name
-
-
-class TestPng:
-    @pytest.mark.parametrize(
-        ("change", "word"),
-        [
-            (lambda data: data + b"x", "after the end"),
-            (lambda data: data + data, "after the end"),
-            (lambda data: data[:-20], "without an end"),
-            (lambda data: data[:100] + b"\xff\xff" + data[102:], "decoded"),
-            (lambda data: b"\xff\xd8\xff" + data, "does not begin"),
-            (lambda data: insert(data, b"tEXt", b"k\0" + b"x" * 5_000), "text"),
-            (lambda data: insert(data, b"prVt", b"xxxx"), "chunk"),
-            (lambda data: insert(data, b"eXIf", b"xxxx"), "chunk"),
-        ],
-    )
-    def test_more_than_a_picture(self, results: Path, change: Callable[[bytes], bytes], word: str) -> None:
-        path = results / "plots" / "plot_000.png"
-        path.write_bytes(change(path.read_bytes()))
-        refused(results, "plots/plot_000.png", word)
-
-    def test_more_data_than_pixels(self, results: Path) -> None:
-        header = struct.pack(">IIBBBBB", 2, 2, 8, 0, 0, 0, 0)
-        raw = b"\0ab\0cd"
-        for pixels, fits in ((raw, True), (raw + b"more", False)):
-            (results / "plots" / "own.png").write_bytes(assembled(header, zlib.compress(pixels)))
-            if fits:
-                check_results(results)
-            else:
-                refused(results, "own.png", "no pixels")
-        (results / "plots" / "own.png").write_bytes(assembled(header, zlib.compress(raw) + b"more"))
-        refused(results, "own.png")
-
-    def test_sixteen_bits_a_pixel(self, results: Path) -> None:
-        header = struct.pack(">IIBBBBB", 2, 1, 16, 0, 0, 0, 0)
-        (results / "plots" / "bf16.png").write_bytes(assembled(header, zlib.compress(b"\0abcd")))
-        refused(results, "bf16.png", "16 bits")
-
-
-def chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
-def insert(data: bytes, name: bytes, body: bytes) -> bytes:
-    return data[:33] + chunk(name, body) + data[33:]
-
-
-def assembled(header: bytes, pixels: bytes) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 class TestParquet:
@@ -75,7 +24,7 @@ class TestParquet:
 
     def test_empty(self, results: Path) -> None:
         self.write(results, features().slice(0, 0))
-        check_results(results)
+        check(results)
 
     @pytest.mark.parametrize(
         ("change", "word"),
@@ -100,6 +49,13 @@ class TestParquet:
     def test_another_table(self, results: Path, change: Callable[[Any], Any], word: str) -> None:
         self.write(results, change(features()))
         refused(results, "features.parquet", word)
+
+    def test_a_layer_that_was_not_read(self, results: Path) -> None:
+        content = summary()
+        # the lists name layers 0, 1 and 3
+        content["layers"] = [row for row in content["layers"] if row["layer"] != 2]
+        (results / "summary.json").write_text(json.dumps(content))
+        refused(results, "features.parquet", "rows of layer 2")
 
     def test_more_rows_than_the_model_has(self, results: Path) -> None:
         # 3 sites x 4 layers x 8 x 32 features
@@ -155,6 +111,11 @@ class TestJson:
             (("layers", 0, "kurtosis"), float("nan")),
             (("layers", 0, "hits"), 1.5),
             (("layers", 0, "hits"), 10**400),
+            (("layers", 0, "kurtosis"), 10**400),
+            (("criteria", "magnitude"), 10**400),
+            (("systematic", 0, "layers"), [0, 4]),
+            (("systematic", 0, "feature"), 8 * 32),
+            (("readings", "block", "union", 0, "feature"), 8 * 32),
             (("layers", 0, "values"), [0.5]),
             (("systematic", 0, "values"), [0.5]),
             (("systematic", 0, "layers"), [1, 0]),
@@ -197,4 +158,4 @@ class TestJson:
         content["text"] = False
         content["features"][0]["top"][0] |= {"token": None, "before": None, "after": None}
         (results / "tokens.json").write_text(json.dumps(content))
-        check_results(results)
+        check(results)

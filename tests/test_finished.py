@@ -121,7 +121,23 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+RENDERED = tuple(how for how in DAMAGES if how.startswith("report.html"))
+
+
+@pytest.mark.parametrize("how", RENDERED)
+def test_damaged_pages_are_rendered_again(copy, how):
+    """From numbers that are whole: neither the summary nor a machine is asked."""
+    workspace, study, folder = copy
+    (workspace.summary(study.capture_id, study.study_id) / "totals.npz").unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    DAMAGES[how](folder)
+    (folder / "plots" / "heatmap.png").write_bytes(b"noise")
+    (folder / "plots" / "other.png").write_bytes(b"noise")
+    assert find_outcome(study, workspace) is not None
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("how", [how for how in DAMAGES if how not in RENDERED])
 def test_damaged_results_are_never_answered(copy, how):
     """Here without the private summary: nothing is left to answer from, and nothing is a traceback."""
     workspace, study, folder = copy

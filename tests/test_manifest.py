@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from outliers.allowlist import read_numbers
 from outliers.errors import ForbiddenFile, PermanentError, PublishRefused
 from outliers.files import sha256_file, unfinished_name, write_atomic
 from outliers.manifest import build_manifest, read_manifest, results_digest, write_manifest
+from outliers.publishable import read_publishable
 from tests.results_folder import features, finish, make_results, summary, tokens
 
 
@@ -123,7 +126,8 @@ class TestManifest:
     def test_content(self, results: Path) -> None:
         made = read_manifest(results)
         assert made is not None
-        paths = ["features.parquet", *(f"plots/plot_00{n}.png" for n in range(3))]
+        plots = ("heatmap", "layer_curves", "magnitudes", "massive_positions", "positions", "sweep")
+        paths = ["features.parquet", *(f"plots/{name}.png" for name in plots)]
         paths += ["report.html", "summary.json", "tokens.json"]
         assert [file["path"] for file in made["files"]] == paths
         for file in made["files"]:
@@ -169,12 +173,23 @@ class TestManifest:
     def test_forbidden_file_is_named(self, results: Path) -> None:
         (results / "weights.safetensors").write_bytes(b"x")
         with pytest.raises(ForbiddenFile, match=r"weights\.safetensors"):
-            build_manifest(results, spec={}, provenance={})
+            read_publishable(results)
 
-    @pytest.mark.parametrize("provenance", [{"x": float("nan")}, {"x": object()}, {"x": list(range(100_000))}])
+    @pytest.mark.parametrize(
+        "provenance",
+        [
+            {"x": float("nan")},
+            {"x": object()},
+            {"x": list(range(100_000))},
+            {"x": "y" * 5_000},
+            {"x": 10**400},
+            {"y" * 5_000: 1},
+            functools.reduce(lambda inner, _: {"x": inner}, range(40), {}),
+        ],
+    )
     def test_provenance_that_is_no_metadata(self, results: Path, provenance: dict[str, object]) -> None:
         with pytest.raises(PublishRefused):
-            build_manifest(results, spec={}, provenance=provenance)
+            build_manifest(read_numbers(results).files, spec={}, provenance=provenance)
 
     def test_absent(self, tmp_path: Path) -> None:
         assert read_manifest(tmp_path) is None

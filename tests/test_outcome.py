@@ -27,7 +27,7 @@ def test_results_that_are_whole_are_found_whatever_the_log_says_since(study):
     assert find_finished(prepared.model_copy(update={"study_id": "c" * 24}), workspace) is None
 
 
-@pytest.mark.parametrize("name", ["summary.json", "features.parquet", "report.html", "plots/plot_001.png"])
+@pytest.mark.parametrize("name", ["summary.json", "features.parquet", "tokens.json"])
 def test_results_of_which_a_file_is_missing_or_another_are_not(study, name, caplog):
     """As when a download was killed: the manifest may have come before the others."""
     prepared, workspace, folder = study

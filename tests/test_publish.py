@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from outliers.errors import BadInput, DigestConflict, ForbiddenFile, PublishRefused, TargetError
@@ -16,10 +17,12 @@ from outliers.manifest import read_manifest, write_manifest
 from outliers.publish import check_target, fetch, model_slug, publish, published_manifest
 from outliers.targets import opened
 from tests.publishing import Objects, other, results, s3, start_publisher, target
-from tests.results_folder import SLUG, STUDY_ID, finish, make_results, png
+from tests.results_folder import SLUG, STUDY_ID, finish, make_results
 
 __all__ = ["other", "results", "s3", "target"]  # fixtures, found by name
 pytestmark = pytest.mark.servers
+
+NOISE = np.random.default_rng(0).bytes(5_000)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -66,7 +69,9 @@ class TestOneStudy:
     def test_same_numbers_in_other_bytes_change_nothing(self, target: str, results: Path, tmp_path: Path) -> None:
         publish(results, target, SLUG)
         before = Objects(target).seen()
-        again = make_results(tmp_path / "again", plots=2)
+        again = make_results(tmp_path / "again", manifest=False)
+        (again / "summary.json").write_text(json.dumps(json.loads((again / "summary.json").read_text()), indent=2))
+        finish(again)
         assert read_manifest(again) != read_manifest(results)
         time.sleep(1.1)
         publish(again, target, SLUG)
@@ -98,10 +103,9 @@ class TestRefusals:
         "change",
         [
             lambda folder: (folder / "model.safetensors").write_bytes(b"x"),
-            lambda folder: (folder / "plots" / "late.png").write_bytes(png(9)),
-            lambda folder: (folder / "plots" / "plot_000.png").write_bytes(b"\0" * 512),
-            lambda folder: (folder / "report.html").unlink(),
+            lambda folder: (folder / "plots" / "late.bin").write_bytes(b"x"),
             lambda folder: (folder / "summary.json").write_text((folder / "summary.json").read_text() + " "),
+            lambda folder: (folder / "tokens.json").write_text("{}"),
         ],
     )
     def test_folder_that_is_not_its_manifest(
@@ -111,6 +115,26 @@ class TestRefusals:
         with pytest.raises(ForbiddenFile):
             publish(results, target, SLUG)
         assert Objects(target).seen() == {}
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda folder: (folder / "plots" / "late.png").write_bytes(NOISE),
+            lambda folder: (folder / "plots" / "heatmap.png").write_bytes(NOISE),
+            lambda folder: (folder / "report.html").write_bytes(b"<script>1</script>"),
+            lambda folder: (folder / "report.html").unlink(),
+        ],
+    )
+    def test_what_is_rendered_is_rendered_again(
+        self, target: str, results: Path, change: Callable[[Path], object]
+    ) -> None:
+        before = files_of(results)
+        change(results)
+        publish(results, target, SLUG)
+        assert files_of(results) == before
+        del before["run.log"]
+        stored = [Objects(target).read(key) for key in Objects(target).seen()]
+        assert sorted(data or b"" for data in stored) == sorted(before.values())
 
     def test_manifest_of_other_numbers(self, target: str, results: Path) -> None:
         manifest = read_manifest(results)

@@ -80,8 +80,8 @@ class TestServerGone:
         publish(results, self.TARGET, SLUG)
 
     def test_killed_between_two_objects(self, own_server: S3Server, tmp_path: Path) -> None:
-        results = make_results(tmp_path / "many", plots=200)
-        publisher = start_publisher(results, self.TARGET)
+        results = make_results(tmp_path / "many")
+        publisher = start_publisher(results, self.TARGET, more=90)
         deadline = time.monotonic() + 120
         with opened(self.TARGET) as store:
             while len(store.list("")) < 10:
@@ -92,14 +92,14 @@ class TestServerGone:
         assert output.startswith("StoreUnavailable"), output
         own_server.start()
         half = answered(Objects(self.TARGET).seen)
-        assert 10 <= len(half) < 200
+        assert 10 <= len(half) < 90
         assert answered(lambda: published_manifest(self.TARGET, SLUG, STUDY_ID)) is None
         answered(lambda: publish(results, self.TARGET, SLUG))
         assert fetch(self.TARGET, SLUG, STUDY_ID, tmp_path / "back") == read_manifest(results)
 
     def test_readers_see_all_or_nothing(self, own_server: S3Server, tmp_path: Path) -> None:
-        results = make_results(tmp_path / "many", plots=60)
-        publisher = start_publisher(results, self.TARGET)
+        results = make_results(tmp_path / "many")
+        publisher = start_publisher(results, self.TARGET, more=90)
         early = 0
         while published_manifest(self.TARGET, SLUG, STUDY_ID) is None:
             early += 1

@@ -46,7 +46,7 @@ def bucket(s3_server, tmp_path_factory):
     s3_server.start()
     url, proxy = f"s3://{BUCKET}/{uuid4().hex}", CountingProxy(s3_server.ports["s3"])
     with environment(s3_server.environment()):
-        publish_all(url, tmp_path_factory.mktemp("work"), dozen())
+        publish_all(url, dozen())
     with environment(s3_server.environment(s3_server.reader) | {"AWS_ENDPOINT_URL_S3": proxy.endpoint}):
         yield url, proxy
     proxy.close()

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outliers import contents, runlog
-from outliers.allowlist import LOG, check_results
+from outliers.allowlist import LOG, read_log
 from outliers.errors import ForbiddenFile
-from outliers.manifest import build_manifest, read_manifest, write_manifest
+from outliers.manifest import read_manifest
 from outliers.publish import fetch, publish
 from tests.publishing import results
 from tests.results_folder import finish
@@ -21,7 +21,8 @@ LINE = "2026-11-27T23:00:00Z info    extract: sequence {:07d} — Zeichen für Z
 
 
 def log_of(results) -> bytes:
-    (found,) = (file.data for file in check_results(results, include_log=True) if file.path == LOG)
+    found = read_log(results)
+    assert found is not None
     return found
 
 
@@ -78,17 +79,18 @@ def test_odd_logs_are_published_too(results, odd):
 def test_what_is_no_log_does_not_become_one_by_its_length(results, binary):
     (results / LOG).write_bytes(binary)
     with pytest.raises(ForbiddenFile):
-        check_results(results, include_log=True)
+        read_log(results)
 
 
 def test_a_study_with_a_long_log_is_published_and_fetched(results, tmp_path):
     finish(results)
     (results / LOG).write_text("".join(LINE.format(number) for number in range(40_000)), encoding="utf-8")
     before = read_manifest(results)
-    manifest = build_manifest(results, spec=before["spec"], provenance=before["provenance"], include_log=True)
-    write_manifest(results, manifest)
+    manifest = finish(results, log=True)
     target = f"file://{tmp_path}/atlas"
     publish(results, target, "a-model")
     fetch(target, "a-model", manifest["study_id"], tmp_path / "back")
-    assert (tmp_path / "back" / LOG).read_bytes() == log_of(results)
+    (published,) = (tmp_path / "atlas").glob(f"*/*/*/{LOG}")
+    assert published.read_bytes() == log_of(results)
+    assert not (tmp_path / "back" / LOG).exists()  # numbers alone are fetched
     assert manifest["results_digest"] == before["results_digest"]
