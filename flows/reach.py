@@ -53,6 +53,11 @@ def check_server() -> None:
     _check_version(_json(version), shown)
 
 
+def check_settings() -> None:
+    """BadInput where Prefect's settings can't be read."""
+    _settings()
+
+
 def _settings() -> Any:
     """Prefect's settings. BadInput where they can't be read."""
     from pydantic import ValidationError
