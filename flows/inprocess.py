@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows import interrupt, server_password
 from flows.console import Steps, busy
-from flows.own_server import TIMEOUT, TIMEOUT_SECONDS, OwnServer, is_decided, startup_seconds
+from flows.own_server import TIMEOUT, TIMEOUT_SECONDS, OwnServer, door, is_decided, startup_seconds
 from flows.reach import check_server, check_settings
 from outliers.errors import JobFailed
 from outliers.machines import chosen
@@ -109,7 +109,12 @@ def settle_prefect(root: Path) -> OwnServer | None:
     settle_home(root)
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
     server_password.adopt((home, root / "prefect"))
-    return None if is_decided(home) else OwnServer(home, give_up=interrupt.fail)
+    if not is_decided(home):
+        return OwnServer(home, give_up=interrupt.fail)
+    # where Prefect starts one after all, no page of another origin may use it
+    for name, value in door(f"http://{server_password.HOST}/api").items():
+        os.environ.setdefault(name, value)
+    return None
 
 
 def settle_home(root: Path) -> None:

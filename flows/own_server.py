@@ -43,21 +43,25 @@ TIMEOUT, TIMEOUT_SECONDS = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", 1
 """Prefect's own setting; its 20 s are not enough on two busy cores."""
 log = logging.getLogger("outliers.own_server")
 
-DECIDED = ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH", "PREFECT_API_KEY")
+DECIDED = ("PREFECT_API_URL", "PREFECT_PROFILES_PATH", "PREFECT_API_KEY")
 """Settings with which a user says which server is meant, beside the files that Prefect reads."""
 NO_SERVER = ("PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE")
 """Settings with which a user says whether a command may start one."""
+_PROFILE = "ephemeral"
+"""Prefect's own profile, where none is named: a command may start a server."""
+_YES = ("1", "true", "yes", "on", "t", "y")
 
 
 def is_decided(home: Path) -> bool:
     """Whether the user has told Prefect anything about servers: then Prefect goes by that, and nothing is started here.
 
-    `home`: the folder of Prefect's profiles. Knows what Prefect reads: the environment, profiles, and in the current folder
-    .env, prefect.toml and [tool.prefect] of pyproject.toml.
+    Leave to start one is no such word: that one is ours too, for Prefect's has no door. `home`: the folder of Prefect's
+    profiles. Knows what Prefect reads: the environment, profiles, and in the current folder .env, prefect.toml and
+    [tool.prefect] of pyproject.toml.
     """
-    if any(os.environ.get(name) for name in (*DECIDED, *NO_SERVER)):
+    if _decides(dict(os.environ)) or _profile_decides(home / "profiles.toml"):
         return True
-    if any(path.exists() for path in (home / "profiles.toml", Path("prefect.toml"))):
+    if Path("prefect.toml").exists():
         return True
     if Path(".env").is_file() and b"PREFECT_" in Path(".env").read_bytes().upper():
         return True
@@ -68,6 +72,26 @@ def is_decided(home: Path) -> bool:
         return "prefect" in tomllib.loads(project.read_text("utf-8")).get("tool", {})
     except ValueError:
         return True  # Prefect says what is wrong with it
+
+
+def _decides(settings: dict[str, str]) -> bool:
+    """Whether settings name a server, or say that none may be started."""
+    if any(settings.get(name) for name in DECIDED):
+        return True
+    return any(str(settings[name]).lower() not in _YES for name in NO_SERVER if settings.get(name))
+
+
+def _profile_decides(path: Path) -> bool:
+    """Whether the profile that Prefect uses decides; so does one that is not in the file."""
+    try:
+        content = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (ValueError, OSError):
+        return True  # Prefect says what is wrong with it
+    name = os.environ.get("PREFECT_PROFILE") or content.get("active", _PROFILE)
+    profile = content.get("profiles", {}).get(name)
+    return (
+        name != _PROFILE if profile is None else _decides({str(key).upper(): value for key, value in profile.items()})
+    )
 
 
 def startup_seconds() -> int:

@@ -119,7 +119,21 @@ DECIDED = [
     ({"PREFECT_API_URL": "http://127.0.0.1:4200/api"}, {}, True),
     ({"PREFECT_PROFILE": "mine"}, {}, True),
     ({"PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}, {}, True),
+    # leave to start one names none: it is ours, which has a door
+    ({"PREFECT_SERVER_EPHEMERAL_ENABLED": "true"}, {}, False),
     ({}, {"home/profiles.toml": 'active = "mine"'}, True),
+    (
+        {},
+        {
+            "home/profiles.toml": 'active = "ephemeral"\n[profiles.ephemeral]\nPREFECT_SERVER_ALLOW_EPHEMERAL_MODE = "true"'
+        },
+        False,
+    ),
+    ({}, {"home/profiles.toml": '[profiles.mine]\nPREFECT_API_URL = "http://127.0.0.1:4200/api"'}, False),
+    ({"PREFECT_PROFILE": "mine"}, {"home/profiles.toml": '[profiles.mine]\nPREFECT_API_KEY = "x"'}, True),
+    ({}, {"home/profiles.toml": 'active = "a"\n[profiles.a]\nPREFECT_API_URL = "http://127.0.0.1:4200/api"'}, True),
+    ({}, {"home/profiles.toml": 'active = "a"\n[profiles.a]\nPREFECT_SERVER_EPHEMERAL_ENABLED = "false"'}, True),
+    ({}, {"home/profiles.toml": "not TOML"}, True),
     ({}, {"prefect.toml": "[api]"}, True),
     ({}, {".env": "prefect_api_url=http://127.0.0.1:4200/api"}, True),
     ({}, {".env": "OTHER=1"}, False),

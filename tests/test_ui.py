@@ -5,6 +5,7 @@ The parts in a browser need Chromium. All is one server, started by the very com
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -84,6 +85,24 @@ class Ui(PrefectHome):
             *options,
         ]
 
+    @property
+    def password(self) -> str:
+        return self.password_file.read_text().strip()
+
+    @property
+    def password_file(self) -> Path:
+        return self.folder / "home" / f"ui-{self.port}.password"
+
+    def client_environment(self) -> dict[str, str]:
+        return self.environment | {"PREFECT_API_AUTH_STRING": self.password}
+
+    def headers(self, method: str) -> dict[str, str]:
+        basic = {"Authorization": "Basic " + base64.b64encode(self.password.encode()).decode()}
+        if method == "GET":
+            return basic
+        token = self.call("GET", "/csrf-token?client=test")["token"]
+        return basic | {"Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": token}
+
     def pids(self) -> list[int]:
         """Of the server and the worker, as it says them."""
         last = self.said.read_text().rsplit("Ctrl-C ends", 1)[1]
@@ -94,7 +113,7 @@ class Ui(PrefectHome):
         pipe = subprocess.PIPE
         return subprocess.Popen(
             [sys.executable, "-u", "-c", script],
-            env=self.environment,
+            env=self.client_environment(),
             cwd=ROOT,
             stdout=pipe,
             stderr=subprocess.STDOUT,
