@@ -31,7 +31,10 @@ CLOSED = ("/docs", "/redoc")
 
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 _ORIGIN = re.compile(r"https?://(.+)")
-_POLICY = b"script-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+_POLICY = (
+    b"script-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    b"frame-ancestors 'none'"
+)
 _HEADERS = (
     # no page of another origin may show this one in a frame, under its own buttons
     (b"x-frame-options", b"DENY"),

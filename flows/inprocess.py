@@ -40,10 +40,7 @@ def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome
     with busy(console, STARTING):
         if not console.is_terminal:
             console.print(f"  {STARTING}")
-        if server is None:
-            check_server()
-        else:
-            check_settings()
+        (check_server if server is None else check_settings)()
         from flows.study import study
         from outliers.outcome import Outcome
         from tasks.watch import LISTENERS, end_at_work

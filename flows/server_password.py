@@ -69,11 +69,15 @@ def read(home: Path, port: int) -> str | None:
         handle = os.open(file_of(home, port), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    with os.fdopen(handle, "rb") as file:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             return None
-        text = file.read(_MOST_BYTES).decode("ascii", "replace").strip()
+        text = os.read(handle, _MOST_BYTES).decode("ascii", "replace").strip()
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
     return text if _FORM.fullmatch(text) else None
 
 
