@@ -10,6 +10,7 @@ and history: whoever asks meanwhile waits. Before it: `inprocess`, which says wh
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import socket
@@ -49,6 +50,8 @@ NO_SERVER = ("PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL
 """Settings with which a user says whether a command may start one."""
 _PROFILE = "ephemeral"
 """Prefect's own profile, where none is named: a command may start a server."""
+_WORDS = ("api", "cloud", "ephemeral", "profile")
+"""Parts of the names of settings that say which server is meant, or whether one may be started."""
 _YES = ("1", "true", "yes", "on", "t", "y")
 
 
@@ -59,19 +62,26 @@ def is_decided(home: Path) -> bool:
     profiles. Knows what Prefect reads: the environment, profiles, and in the current folder .env, prefect.toml and
     [tool.prefect] of pyproject.toml.
     """
-    if _decides(dict(os.environ)) or _profile_decides(home / "profiles.toml"):
-        return True
-    if Path("prefect.toml").exists():
-        return True
-    if Path(".env").is_file() and b"PREFECT_" in Path(".env").read_bytes().upper():
-        return True
-    project = Path("pyproject.toml")
-    if not project.is_file():
-        return False
+    return _decides(dict(os.environ)) or _profile_decides(home / "profiles.toml") or _folder_decides()
+
+
+def _folder_decides() -> bool:
+    """Whether a file of the current folder speaks of servers, or can't be read: then Prefect says what is wrong with it."""
+    said = []
     try:
-        return "prefect" in tomllib.loads(project.read_text("utf-8")).get("tool", {})
-    except ValueError:
-        return True  # Prefect says what is wrong with it
+        if Path("prefect.toml").exists():
+            said.append(Path("prefect.toml").read_text("utf-8"))
+        if Path(".env").is_file():
+            lines = Path(".env").read_text("utf-8", "replace").upper().splitlines()
+            said += [line for line in lines if "PREFECT_" in line]
+        if Path("pyproject.toml").is_file():
+            said.append(
+                json.dumps(tomllib.loads(Path("pyproject.toml").read_text("utf-8")).get("tool", {}).get("prefect"))
+            )
+    except (ValueError, TypeError, OSError):
+        return True
+    text = "\n".join(said).lower()
+    return any(word in text for word in _WORDS)
 
 
 def _decides(settings: dict[str, str]) -> bool:
@@ -102,7 +112,7 @@ def startup_seconds() -> int:
     except ValueError:
         seconds = 0
     if seconds < 1:
-        raise BadInput(f"{TIMEOUT} is {text!r}: it must be a whole number of seconds, 1 or more")
+        raise BadInput(f"{TIMEOUT} is {text[:40]!r}: it must be a whole number of seconds, 1 or more")
     return seconds
 
 
