@@ -40,6 +40,7 @@ _HEADERS = (
     (b"x-frame-options", b"DENY"),
     (b"content-security-policy", _POLICY),
     (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
@@ -97,7 +98,9 @@ class Guard:
             return 400, f"this server answers to these names only: {listed}. {HOSTS} lists more, for `make ui`\n"
         if any(not self._is_own_page(origin, hosts[0]) for origin in origins):
             return 403, "this server answers no page of another origin\n"
-        if not origins and _is_of_other_page(headers, scope.get("method", "")):
+        # a link may lead here from anywhere, but not to the page that sets the password
+        link = () if scope["path"] == ENTRANCE else _LINK
+        if not origins and _is_of_other_page(headers, scope.get("method", ""), link):
             return 403, "this server answers no page of another origin\n"
         return None
 
@@ -118,13 +121,17 @@ class Guard:
         return found[1] == host or (named is not None and named[1] in self._more)
 
 
-def _is_of_other_page(headers: dict[bytes, list[str]], method: str) -> bool:
-    """Whether a browser says that another page wants this, for itself: an image, a script, a frame. A link to a page passes."""
+_LINK = ("GET", ["navigate"], ["document"])
+"""Method, mode and destination with which a browser follows a link."""
+
+
+def _is_of_other_page(headers: dict[bytes, list[str]], method: str, allowed: tuple[object, ...]) -> bool:
+    """Whether a browser says that another page wants this, for itself: an image, a script, a frame. `allowed`: what passes."""
     sites = headers.get(b"sec-fetch-site", [])
     if all(site in ("same-origin", "none") for site in sites):
         return False
     modes, wanted = headers.get(b"sec-fetch-mode"), headers.get(b"sec-fetch-dest")
-    return (method, modes, wanted) != ("GET", ["navigate"], ["document"])
+    return (method, modes, wanted) != allowed
 
 
 def _with_headers(send: Send) -> Send:

@@ -22,7 +22,7 @@ import tomllib
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from flows import server_password
 from flows.loopback import bypass_proxies, open_direct
@@ -84,24 +84,24 @@ def _folder_decides() -> bool:
     return any(word in text for word in _WORDS)
 
 
-def _decides(settings: dict[str, str]) -> bool:
+def _decides(settings: dict[str, Any]) -> bool:
     """Whether settings name a server, or say that none may be started."""
     if any(settings.get(name) for name in DECIDED):
         return True
-    return any(str(settings[name]).lower() not in _YES for name in NO_SERVER if settings.get(name))
+    return any(str(settings.get(name, "")).lower() not in ("", *_YES) for name in NO_SERVER)
 
 
 def _profile_decides(path: Path) -> bool:
     """Whether the profile that Prefect uses decides; so does one that is not in the file."""
     try:
         content = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
-    except (ValueError, OSError):
+        name = os.environ.get("PREFECT_PROFILE") or content.get("active", _PROFILE)
+        profile = content.get("profiles", {}).get(name)
+        if profile is None:
+            return bool(name != _PROFILE)
+        return _decides({key.upper(): value for key, value in profile.items()})
+    except (ValueError, TypeError, AttributeError, OSError):
         return True  # Prefect says what is wrong with it
-    name = os.environ.get("PREFECT_PROFILE") or content.get("active", _PROFILE)
-    profile = content.get("profiles", {}).get(name)
-    return (
-        name != _PROFILE if profile is None else _decides({str(key).upper(): value for key, value in profile.items()})
-    )
 
 
 def startup_seconds() -> int:

@@ -192,6 +192,7 @@ def test_our_own_page_and_client_get_what_they_ask_for(server):
     assert server.flows() - before == {f"ours-{number}" for number in range(5)}
     link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
     assert server.send("GET", "/api/health", link)[0] == 200, "a link to it may stand anywhere"
+    assert server.send("GET", "/enter", link)[0] == 403, "but none that sets another password"
 
 
 def test_what_is_open_without_a_password_tells_nothing(server):
@@ -290,6 +291,33 @@ while True:
     asked.sendall(b"HTTP/1.0 200 OK\\r\\nContent-Length: 4\\r\\n\\r\\ntrue")
     asked.close()
 """
+
+
+_STUDY = """
+import sys
+from pathlib import Path
+from flows.inprocess import settle_prefect
+from flows.reach import check_server
+assert settle_prefect(Path(sys.argv[1])) is None
+check_server()
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    client.create_flow_from_name("of-a-command")
+"""
+
+
+def test_a_command_in_another_terminal_is_let_in(made_by_ui, tmp_path):
+    """It knows the address alone; the folder is that of the workspace."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    (tmp_path / "prefect").symlink_to(made_by_ui.home)
+    environment = kept | {"HOME": str(tmp_path), "PREFECT_API_URL": f"http://localhost:{made_by_ui.port}/api"}
+    command = [sys.executable, "-c", _STUDY, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "of-a-command" in made_by_ui.flows()
+    (tmp_path / "prefect").unlink()
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert "refuses these credentials (HTTP 401)" in done.stderr, "who can't read the file is not"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs a second user")
