@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import interrupt
+from flows import interrupt, server_password
 from flows.console import Steps, busy
-from flows.own_server import OwnServer, is_decided
-from flows.reach import check_server
+from flows.own_server import TIMEOUT, TIMEOUT_SECONDS, OwnServer, door, is_decided, startup_seconds
+from flows.reach import check_server, check_settings
 from outliers.errors import JobFailed
 from outliers.machines import chosen
 from outliers.machines.local import NAME as HERE
@@ -40,8 +40,7 @@ def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome
     with busy(console, STARTING):
         if not console.is_terminal:
             console.print(f"  {STARTING}")
-        if server is None:
-            check_server()
+        (check_server if server is None else check_settings)()
         from flows.study import study
         from outliers.outcome import Outcome
         from tasks.watch import LISTENERS, end_at_work
@@ -106,14 +105,21 @@ def settle_prefect(root: Path) -> OwnServer | None:
     """
     settle_home(root)
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    return None if is_decided(home) else OwnServer(home, give_up=interrupt.fail)
+    server_password.adopt((home, root / "prefect"))
+    if not is_decided(home):
+        return OwnServer(home, give_up=interrupt.fail)
+    # where Prefect starts one after all, no page of another origin may use it
+    for name, value in door(f"http://{server_password.HOST}/api").items():
+        os.environ.setdefault(name, value)
+    return None
 
 
 def settle_home(root: Path) -> None:
-    """Where Prefect keeps its history, and that nobody is told anything."""
+    """Where Prefect keeps its history, and that nobody is told anything. BadInput where a setting can't be used."""
+    startup_seconds()
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ[TIMEOUT] = os.environ.get(TIMEOUT) or str(TIMEOUT_SECONDS)
     configured = {"PREFECT_HOME", "PREFECT_API_URL", "PREFECT_PROFILE"} & os.environ.keys()
     if not configured and not (Path.home() / ".prefect" / "profiles.toml").exists():
         os.environ["PREFECT_HOME"] = str(root / "prefect")

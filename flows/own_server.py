@@ -1,14 +1,16 @@
 """Prefect's server for one command, where the user has configured none: on loopback, beside the process, gone with it.
 
 Prefect would start one too: by importing its whole server into this process first, which takes seconds, one after the other,
-and leaving it to itself where this process is killed. What runs is the same application with the same services. One that dies
-while the command lives is started again, on the same socket and history: whoever asks meanwhile waits. Before it:
-`inprocess`, which says when. After it: a process of its own that runs this file.
+and leaving it to itself where this process is killed. What runs is the same application with the same services, behind a
+door (`guard`) and a password (`server_password`). One that dies while the command lives is started again, on the same socket
+and history: whoever asks meanwhile waits. Before it: `inprocess`, which says when. After it: a process of its own that runs
+`served`.
 """
 
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import socket
@@ -20,50 +22,127 @@ import tomllib
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
+from flows import server_password
 from flows.loopback import bypass_proxies, open_direct
-from outliers.errors import JobFailed
+from outliers.errors import BadInput, JobFailed
 from outliers.files import size_of
 from outliers.supervisor import end_with_parent
 
-HOST = "127.0.0.1"
+HOST = server_password.HOST
 STOP_SECONDS = 10.0
 LOOK_SECONDS = 0.5
 """Between two looks whether it still lives."""
 RESTARTS = 3
 """A server that dies a fourth time is not started again."""
 BACKLOG = 128
-AUTH, SERVER_AUTH = "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"
 LOG = "server.log"
+PRIVATE = 0o077
+"""The mask under which a server makes its files: database, log and results are this user's alone."""
+TIMEOUT, TIMEOUT_SECONDS = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", 120
+"""Prefect's own setting; its 20 s are not enough on two busy cores."""
 log = logging.getLogger("outliers.own_server")
 
-FAILED = 3
-"""Exit code of a server that never answered, as uvicorn's own command has it."""
-DECIDED = ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH", "PREFECT_API_KEY")
+DECIDED = ("PREFECT_API_URL", "PREFECT_PROFILES_PATH", "PREFECT_API_KEY")
 """Settings with which a user says which server is meant, beside the files that Prefect reads."""
 NO_SERVER = ("PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE")
 """Settings with which a user says whether a command may start one."""
+_PROFILE = "ephemeral"
+"""Prefect's own profile, where none is named: a command may start a server."""
+_WORDS = ("api", "cloud", "ephemeral", "profile")
+"""Parts of the names of settings that say which server is meant, or whether one may be started."""
+_YES = ("1", "true", "yes", "on", "t", "y")
 
 
 def is_decided(home: Path) -> bool:
     """Whether the user has told Prefect anything about servers: then Prefect goes by that, and nothing is started here.
 
-    `home`: the folder of Prefect's profiles. Knows what Prefect reads: the environment, profiles, and in the current folder
-    .env, prefect.toml and [tool.prefect] of pyproject.toml.
+    Leave to start one is no such word: that one is ours too, for Prefect's has no door. `home`: the folder of Prefect's
+    profiles. Knows what Prefect reads: the environment, profiles, and in the current folder .env, prefect.toml and
+    [tool.prefect] of pyproject.toml.
     """
-    if any(os.environ.get(name) for name in (*DECIDED, *NO_SERVER)):
-        return True
-    if any(path.exists() for path in (home / "profiles.toml", Path("prefect.toml"))):
-        return True
-    if Path(".env").is_file() and b"PREFECT_" in Path(".env").read_bytes().upper():
-        return True
-    project = Path("pyproject.toml")
-    if not project.is_file():
-        return False
+    return _decides(dict(os.environ)) or _profile_decides(home / "profiles.toml") or _folder_decides()
+
+
+def _folder_decides() -> bool:
+    """Whether a file of the current folder speaks of servers, or can't be read: then Prefect says what is wrong with it."""
+    said = []
     try:
-        return "prefect" in tomllib.loads(project.read_text("utf-8")).get("tool", {})
-    except ValueError:
+        if Path("prefect.toml").exists():
+            said.append(Path("prefect.toml").read_text("utf-8"))
+        if Path(".env").is_file():
+            lines = Path(".env").read_text("utf-8", "replace").upper().splitlines()
+            said += [line for line in lines if "PREFECT_" in line]
+        if Path("pyproject.toml").is_file():
+            said.append(
+                json.dumps(tomllib.loads(Path("pyproject.toml").read_text("utf-8")).get("tool", {}).get("prefect"))
+            )
+    except (ValueError, TypeError, OSError):
+        return True
+    text = "\n".join(said).lower()
+    return any(word in text for word in _WORDS)
+
+
+def _decides(settings: dict[str, Any]) -> bool:
+    """Whether settings name a server, or say that none may be started."""
+    if any(settings.get(name) for name in DECIDED):
+        return True
+    return any(str(settings.get(name, "")).lower() not in ("", *_YES) for name in NO_SERVER)
+
+
+def _profile_decides(path: Path) -> bool:
+    """Whether the profile that Prefect uses decides; so does one that is not in the file."""
+    try:
+        content = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
+        name = os.environ.get("PREFECT_PROFILE") or content.get("active", _PROFILE)
+        profile = content.get("profiles", {}).get(name)
+        if profile is None:
+            return bool(name != _PROFILE)
+        return _decides({key.upper(): value for key, value in profile.items()})
+    except (ValueError, TypeError, AttributeError, OSError):
         return True  # Prefect says what is wrong with it
+
+
+def startup_seconds() -> int:
+    """How long a server may take to answer. BadInput where the user's setting is no number of seconds."""
+    text = os.environ.get(TIMEOUT) or str(TIMEOUT_SECONDS)
+    try:
+        seconds = int(text)
+    except ValueError:
+        seconds = 0
+    if seconds < 1:
+        raise BadInput(f"{TIMEOUT} is {text[:40]!r}: it must be a whole number of seconds, 1 or more")
+    return seconds
+
+
+def door(url: str) -> dict[str, str]:
+    """Settings of a server at `url` (http://HOST:PORT/api): pages of its own origin alone may read it, changes need a token."""
+    return {
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": url.removesuffix("/api"),
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    }
+
+
+def private_log(path: Path) -> IO[bytes]:
+    """A log to add to, which only the user can read if it is made here. Raises OSError."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab")
+
+
+def start(held: socket.socket, environ: dict[str, str], log: IO[bytes], *options: str) -> subprocess.Popen[bytes]:
+    """`python -m flows.served` on a socket that listens, with its `options`; it ends with this process."""
+    return subprocess.Popen(
+        # -P: a folder called `flows` where the person stands is not ours
+        [sys.executable, "-P", "-m", "flows.served", str(held.fileno()), *options],
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        umask=PRIVATE,
+        pass_fds=[held.fileno()],
+        start_new_session=True,  # Ctrl-C is for the command: the server hears of the run's end first
+        preexec_fn=end_with_parent(),
+    )
 
 
 class OwnServer:
@@ -74,7 +153,8 @@ class OwnServer:
 
         `give_up`: called, in another thread, when it died and can't be started again, with a sentence that says so.
         """
-        home.mkdir(parents=True, exist_ok=True)
+        self._seconds = startup_seconds()
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log, self._give_up = home / LOG, give_up
         self._stopped = threading.Event()
         # the socket is made here, and kept: nobody can take the port while the server is being loaded, and who asks while
@@ -85,27 +165,15 @@ class OwnServer:
         self.url = f"http://{HOST}:{self._held.getsockname()[1]}/api"
         os.environ["PREFECT_API_URL"] = self.url
         bypass_proxies(self.url)
-        # a password that the user's own servers ask for: this one too, and its clients here know it
-        if password := os.environ.get(AUTH) or os.environ.get(SERVER_AUTH):
-            os.environ[AUTH] = os.environ[SERVER_AUTH] = password
+        server_password.settle(server_password.given() or server_password.make())
         self._process = self._start()
         atexit.register(self.stop)  # before Prefect's own, which still talk to it and so run first
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._from = size_of(self._log)
         known = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
-        with self._log.open("ab") as log:
-            return subprocess.Popen(
-                # -P: a folder called `flows` where the person stands is not ours
-                [sys.executable, "-P", "-m", "flows.own_server", str(self._held.fileno())],
-                env=known | {"PREFECT_SERVER_UI_ENABLED": "false"},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[self._held.fileno()],
-                start_new_session=True,  # Ctrl-C is for the command: the server hears of the run's end first
-                preexec_fn=end_with_parent(),
-            )
+        with private_log(self._log) as log:
+            return start(self._held, known | door(self.url) | {"PREFECT_SERVER_UI_ENABLED": "false"}, log)
 
     def wait(self) -> None:
         """Until it answers; from then on it is started again when it dies. JobFailed, with the end of its log, where it
@@ -120,8 +188,7 @@ class OwnServer:
 
     def _answers(self) -> str | None:
         """None once it answers; what it did instead where it ended, or took too long."""
-        seconds = float(os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"])
-        until = time.monotonic() + seconds
+        until = time.monotonic() + self._seconds
         while self._process.poll() is None and time.monotonic() < until and not self._stopped.is_set():
             try:
                 with open_direct(f"{self.url}/health", timeout=5) as answer:
@@ -131,7 +198,7 @@ class OwnServer:
                 pass  # not yet
             time.sleep(0.1)
         code = self._process.poll()
-        return f"ended with {code}" if code is not None else f"did not answer within {seconds:.0f} s"
+        return f"ended with {code}" if code is not None else f"did not answer within {self._seconds} s"
 
     def _last_words(self) -> str:
         try:
@@ -177,20 +244,3 @@ class OwnServer:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-
-
-def serve(descriptor: int) -> None:
-    """Prefect's server as it runs for a command, without pages, on a bound socket; until SIGTERM."""
-    import uvicorn
-    from prefect.server.api.server import create_app
-
-    app = create_app(ephemeral=True, final=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
-    with socket.socket(fileno=descriptor) as held:
-        server.run(sockets=[held])
-    if not server.started:
-        sys.exit(FAILED)
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]))

@@ -53,6 +53,11 @@ def check_server() -> None:
     _check_version(_json(version), shown)
 
 
+def check_settings() -> None:
+    """BadInput where Prefect's settings can't be read."""
+    _settings()
+
+
 def _settings() -> Any:
     """Prefect's settings. BadInput where they can't be read."""
     from pydantic import ValidationError
@@ -134,7 +139,8 @@ def _check_status(answer: Any, shown: str) -> None:
     if answer.status_code in (401, 403):
         raise BadInput(
             f"the Prefect server at {shown} refuses these credentials (HTTP {answer.status_code}): PREFECT_API_AUTH_STRING must "
-            "be what the server has in PREFECT_SERVER_API_AUTH_STRING (Prefect Cloud: PREFECT_API_KEY)"
+            "be what the server has in PREFECT_SERVER_API_AUTH_STRING (of `make ui`: what is in the file that it names; Prefect "
+            "Cloud: PREFECT_API_KEY)"
         )
     if answer.status_code >= 500:
         raise BadInput(

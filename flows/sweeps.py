@@ -127,15 +127,14 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> tuple
     """Run the flow in this process, which starts a Prefect server where none is configured."""
     from flows import interrupt
     from flows.inprocess import STARTING, settle_prefect
-    from flows.reach import check_server
+    from flows.reach import check_server, check_settings
     from outliers.workspace import open_workspace
 
     server = settle_prefect(open_workspace(sweep.studies[0].spec.compute.workspace).root)
     _say(console, f"  {len(sweep.studies)} studies, {sweep.parallel} at once; {STARTING}")
     # its studies end first, and give their machines back
     interrupt.allow(interrupt.REMOTE_SECONDS)
-    if server is None:
-        check_server()
+    (check_server if server is None else check_settings)()
     from flows.sweep import WATCHERS
     from flows.sweep import sweep as flow
 

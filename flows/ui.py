@@ -1,44 +1,41 @@
 """Prefect on this machine in one command: server, work pool, limit, deployments, worker. `make ui`, `python -m flows.ui`.
 
-All on loopback; nobody is told anything. What is there already is used: a server on the port, the pool, the history in
-the folder. Ctrl-C ends what this started, by its pid, and nothing else. It knows no study. Before it: nothing. After it:
-a person with a browser.
+All on loopback, behind a password; nobody is told anything. What is there already is used: a server on the port, the pool,
+the history in the folder. Ctrl-C ends what this started, by its pid, and nothing else. It knows no study. Before it:
+nothing. After it: a person with a browser.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import fcntl
-import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from flows.loopback import bypass_proxies, open_direct
+from flows import own_server, server_password
+from flows.asking import ask, asks_for_password, cancel_runs, check_owner, is_prefect
+from flows.guard import ENTRANCE
+from flows.loopback import bypass_proxies
 from flows.options import number
+from flows.server_password import AUTH, HOST, SERVER_AUTH
 from outliers.errors import BadInput, JobFailed, OutliersError
 from outliers.supervisor import end_with_parent
 from outliers.workspace import open_workspace
 
-HOST = "127.0.0.1"
 PORT = 4200
 """Prefect's own."""
 START_SECONDS = 180.0
 """A server took 17 to 29 s on two cores; its first start also makes the tables."""
-CANCEL_SECONDS = 45.0
-"""Prefect gives a cancelled run half a minute."""
 STOP_SECONDS = 40.0
 """For a server or a worker to end once asked."""
 
@@ -52,6 +49,8 @@ QUIET = {
 """Nobody is told anything; a setting of the user's own wins."""
 KEPT = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 """Prefect keeps slots in memory: after a restart of the server they would stay taken for good."""
+PAGES = "PREFECT_SERVER_UI_API_URL", "PREFECT_UI_API_URL"
+"""Where the pages ask: as they were reached themselves, by `localhost` or a forwarded port too, and never another origin."""
 
 
 @dataclass
@@ -86,30 +85,30 @@ def environment(home: Path | None, port: int) -> dict[str, str]:
     own = {"PREFECT_API_URL": f"http://{HOST}:{port}/api", "PREFECT_SERVER_API_HOST": HOST}
     bypass_proxies(own["PREFECT_API_URL"])
     # one password for the server and for all who ask it here
-    if password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or os.environ.get("PREFECT_API_AUTH_STRING"):
-        os.environ.setdefault("PREFECT_API_AUTH_STRING", password)
-        os.environ.setdefault("PREFECT_SERVER_API_AUTH_STRING", password)
-    return QUIET | KEPT | dict(os.environ) | own
+    if password := server_password.given():
+        os.environ.setdefault(AUTH, password)
+        os.environ.setdefault(SERVER_AUTH, password)
+    pages = {} if os.environ.keys() & set(PAGES) else {PAGES[0]: "/api"}
+    return QUIET | KEPT | own_server.door(own["PREFECT_API_URL"]) | pages | dict(os.environ) | own
 
 
-def is_prefect(port: int) -> bool:
-    """Whether a Prefect server answers there. BadInput where something else does."""
-    try:
-        with open_direct(f"http://{HOST}:{port}/api/health", timeout=5) as answer:
-            if json.load(answer) is True:
-                return True
-    except urllib.error.HTTPError:
-        pass
-    except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError):
-        with socket.socket() as probe:
-            if probe.connect_ex((HOST, port)) != 0:
-                return False
-    raise BadInput(f"something that is not Prefect answers at {HOST}:{port}: choose another with --port N")
+def start_server(port: int, environ: dict[str, str], log: Path) -> Started:
+    """Start the server on a socket that is made here, so that no other program can take the port meanwhile. BadInput where
+    one has it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind((HOST, port))
+        except OSError as error:
+            raise BadInput(f"{HOST}:{port} can't be used ({error}): choose another with --port N") from error
+        held.listen(own_server.BACKLOG)
+        with own_server.private_log(log) as out:
+            return Started("server", own_server.start(held, environ, out, "pages"), log)
 
 
 def start(name: str, environ: dict[str, str], log: Path, *arguments: str) -> Started:
     """Start `prefect ARGUMENTS` in a session of its own: Ctrl-C is for this command, which ends it in order."""
-    with log.open("ab") as out:
+    with own_server.private_log(log) as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", *arguments],
             env=environ,
@@ -133,45 +132,6 @@ def wait_for(server: Started, port: int) -> None:
     raise JobFailed(f"the server did not start; {server.log} ends:\n{server.log.read_text(errors='replace')[-2000:]}")
 
 
-def ask(port: int, path: str, body: object = None) -> Any:
-    """One request to the server; POST where there is a body."""
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
-    if password := os.environ.get("PREFECT_API_AUTH_STRING"):
-        headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
-    request = urllib.request.Request(f"http://{HOST}:{port}/api{path}", data, headers)
-    try:
-        with open_direct(request, timeout=30) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise BadInput(
-                f"the Prefect server at {HOST}:{port} refuses these credentials (HTTP {error.code}): PREFECT_API_AUTH_STRING "
-                "must be what it has in PREFECT_SERVER_API_AUTH_STRING"
-            ) from error
-        raise
-
-
-def cancel_runs(port: int) -> None:
-    """Cancel what runs in our pool and wait for that: a run whose worker and server just go stays Running for ever.
-
-    One that does not answer lost its process before, and is said to be cancelled.
-    """
-    states = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}
-    wanted = {"flow_runs": {"state": states}, "work_pools": {"name": {"any_": ["outliers"]}}}
-    found = ask(port, "/flow_runs/filter", wanted)
-    for run in found:
-        print(f"cancelling {run['name']}: Retry goes on with what it has", flush=True)
-        ask(port, f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
-    until = time.monotonic() + CANCEL_SECONDS
-    while found and time.monotonic() < until:
-        time.sleep(0.3)
-        found = ask(port, "/flow_runs/filter", wanted)
-    for run in found:
-        state = {"type": "CANCELLED", "name": "Cancelled", "message": "its process was gone when the server ended"}
-        ask(port, f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
-
-
 def run_settle(environ: dict[str, str], machines: int | None) -> str:
     """`python -m flows.settle` in that environment: Prefect reads its settings once a process."""
     options = [] if machines is None else ["--machines", str(machines)]
@@ -189,23 +149,59 @@ def run_settle(environ: dict[str, str], machines: int | None) -> str:
 
 
 def what_next(port: int, home: Path) -> str:
-    """What a person does now."""
+    """What a person does now. The password itself is shown on a terminal alone: elsewhere, this is a log."""
     url = f"http://{HOST}:{port}"
     form = f"{url}/deployments/deployment/{ask(port, '/deployments/name/study/study')['id']}/run"
+    start, password, credentials = url, "", ""
+    if (made := server_password.read(home, port)) is not None and made == os.environ.get(AUTH):
+        file = shlex.quote(str(server_password.file_of(home, port)))
+        password = f"\npassword    cat {file}   (for the page that asks for it; new at each start)"
+        credentials = f'PREFECT_API_AUTH_STRING="$(cat {file})" '
+        if sys.stdout.isatty():
+            start = f"{url}{ENTRANCE}#{made}   (this link logs a browser in)"
+    elif AUTH in os.environ:
+        password = "\npassword    the one in PREFECT_SERVER_API_AUTH_STRING"
     return f"""
-open        {url}
+open        {start}{password}
 a study     {form}
             such as model builtin:smollm2, corpus builtin:python-docs; then Submit
-or          PREFECT_API_URL={url}/api prefect deployment run study/study -p model=builtin:smollm2 -p corpus=builtin:python-docs
+or          {credentials}PREFECT_API_URL={url}/api \\
+            prefect deployment run study/study -p model=builtin:smollm2 -p corpus=builtin:python-docs
             `outliers study` with that PREFECT_API_URL shows here too
 kept in     {home} (SQLite; server.log, worker.log)"""
+
+
+def settle_password(port: int, home: Path, there: bool) -> contextlib.AbstractContextManager[None]:
+    """See to it that this process, and those it starts, know the password; a context that keeps its file.
+
+    `there`: a server runs that this command did not start. It is used as it is, which a sentence says.
+    """
+    if there:
+        check_owner(port)
+        if not asks_for_password(port):
+            print(
+                f"using the Prefect server at {HOST}:{port}. It asks for NO password: every page that is open in your browser, "
+                "and every user of this machine, can run commands as you through it. To have one, end that server first",
+                flush=True,
+            )
+            return contextlib.nullcontext()
+        print(f"using the Prefect server at {HOST}:{port}, which asks for a password", flush=True)
+        if not server_password.given() and (found := server_password.read(home, port)):
+            os.environ[AUTH] = found
+        return contextlib.nullcontext()
+    if server_password.given():
+        server_password.file_of(home, port).unlink(missing_ok=True)  # of a start that was killed
+        return contextlib.nullcontext()
+    made = server_password.make()
+    server_password.settle(made)
+    return server_password.kept(home, port, made)
 
 
 @contextlib.contextmanager
 def alone(home: Path) -> Iterator[bool]:
     """Whether this is the only `make ui` of that home; held while the block runs, and gone with the process."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "ui.lock").open("ab") as lock:
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with own_server.private_log(home / "ui.lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -216,14 +212,19 @@ def alone(home: Path) -> Iterator[bool]:
 
 def serve(port: int, home: Path, environ: dict[str, str], machines: int | None) -> int:
     """Start what is missing, say what to open, wait, and end what was started."""
+    there = is_prefect(port)
+    with settle_password(port, home, there):
+        known = {name: value for name in (AUTH, SERVER_AUTH) if (value := os.environ.get(name))}
+        return run(port, home, environ | known, machines, there)
+
+
+def run(port: int, home: Path, environ: dict[str, str], machines: int | None, there: bool) -> int:
+    """`serve`, once it is known whether a server is `there`, and the password."""
     started: list[Started] = []
     try:
-        if is_prefect(port):
-            print(f"using the Prefect server at {HOST}:{port}", flush=True)
-        else:
+        if not there:
             print("starting the Prefect server (half a minute)", flush=True)
-            command = ("server", "start", "--host", HOST, "--port", str(port))
-            started.append(start("server", environ, home / "server.log", *command))
+            started.append(start_server(port, environ, home / "server.log"))
             wait_for(started[0], port)
         print(run_settle(environ, machines), flush=True)
         from flows.settle import POOL
@@ -243,7 +244,7 @@ def serve(port: int, home: Path, environ: dict[str, str], machines: int | None) 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if [one.name for one in started if one.alive()] == ["server", "worker"]:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(BadInput, OSError, ValueError):
                 cancel_runs(port)
         for one in reversed(started):
             one.stop()
@@ -271,6 +272,8 @@ def main(argv: list[str] | None = None) -> int:
         home = Path(environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
         with alone(home) as first:
             if not first:
+                if not server_password.given() and (found := server_password.read(home, options.port)):
+                    os.environ[AUTH] = found
                 print(f"it runs already, from {home}: Ctrl-C there ends it" + what_next(options.port, home))
                 return 0
             return serve(options.port, home, environ, options.machines)

@@ -25,11 +25,14 @@ from outliers.workspace import Workspace, open_workspace
 from tests.captured import llama, text
 from tests.fault_rows import pytest_terminal_summary, pytest_testnodedown
 from tests.prefect_home import prefect_home
+from tests.prefect_ui import browser, logged_in
 from tests.s3 import s3_server
 from tests.smollm2 import smollm2_workspace
 
 __all__ = [
+    "browser",
     "llama",
+    "logged_in",
     "prefect_home",
     "pytest_terminal_summary",
     "pytest_testnodedown",

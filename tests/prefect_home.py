@@ -73,11 +73,19 @@ class PrefectHome:
                 process.kill()
                 process.wait()
 
+    def client_environment(self) -> dict[str, str]:
+        """Of whoever asks the server: where it has a password, with that."""
+        return self.environment
+
+    def headers(self, method: str) -> dict[str, str]:
+        """Of a request to the server: where it has a password, with that."""
+        return {}
+
     def prefect(self, *arguments: str, check: bool = True) -> str:
         """Run the `prefect` command; returns what it printed."""
         done = subprocess.run(
             [str(Path(sys.executable).with_name("prefect")), *arguments],
-            env=self.environment,
+            env=self.client_environment(),
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -142,7 +150,8 @@ class PrefectHome:
         data = None if body is None else json.dumps(body).encode()
         deadline = time.monotonic() + 60
         while True:
-            asked = urllib.request.Request(self.api + path, data, {"Content-Type": "application/json"}, method=method)
+            headers = {"Content-Type": "application/json"} | self.headers(method)
+            asked = urllib.request.Request(self.api + path, data, headers, method=method)
             try:
                 with urllib.request.urlopen(asked, timeout=60) as answer:
                     return json.loads(answer.read() or "null")
@@ -153,7 +162,8 @@ class PrefectHome:
 
     def _get(self, path: str):
         try:
-            with urllib.request.urlopen(self.api + path, timeout=5) as answer:
+            asked = urllib.request.Request(self.api + path, headers=self.headers("GET"))
+            with urllib.request.urlopen(asked, timeout=5) as answer:
                 return json.load(answer)
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return None

@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from flows import inprocess
-from flows.own_server import is_decided
+from flows.own_server import is_decided, startup_seconds
+from outliers.errors import BadInput
+from tests import tiny
 from tests.hub_server import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,16 +115,77 @@ def test_a_server_that_can_not_start_says_why(tmp_path):
     assert "make ui" in last
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("", 120),
+        ("7", 7),
+        (" 7 ", 7),
+        *((text, None) for text in ("soon", "0", "-1", "1.5", "nan", "inf", "1e3", "9" * 5000)),
+    ],
+)
+def test_the_time_of_its_start_is_a_number_of_seconds(monkeypatch, text, seconds):
+    monkeypatch.setenv("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", text)
+    if seconds is not None:
+        assert startup_seconds() == seconds
+        return
+    with pytest.raises(
+        BadInput, match=r"STARTUP_TIMEOUT_SECONDS is .*: it must be a whole number of seconds, 1 or more"
+    ):
+        startup_seconds()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "soon"), ("PREFECT_CLIENT_MAX_RETRIES", "many")],
+)
+def test_a_setting_that_is_none_is_refused_by_the_command(tmp_path, name, value):
+    model = tiny.make_model(tmp_path / "model", "Llama", hidden_size=64, num_hidden_layers=8)
+    kept = {key: text for key, text in os.environ.items() if not key.startswith("PREFECT")}
+    options = ["--model", str(model), "--workspace", str(tmp_path / "w"), "--corpus", "builtin:python-docs"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "study", *options, "--num-sequences", "2", "--sequence-length", "32"],
+        env=kept | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), name: value},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "refused: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "w").glob("captures/*")), "nothing was run"
+
+
 DECIDED = [
     ({}, {}, False),
     ({"PREFECT_LOGGING_LEVEL": "DEBUG"}, {}, False),
     ({"PREFECT_API_URL": "http://127.0.0.1:4200/api"}, {}, True),
     ({"PREFECT_PROFILE": "mine"}, {}, True),
     ({"PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}, {}, True),
+    # leave to start one names none: it is ours, which has a door
+    ({"PREFECT_SERVER_EPHEMERAL_ENABLED": "true"}, {}, False),
     ({}, {"home/profiles.toml": 'active = "mine"'}, True),
+    (
+        {},
+        {
+            "home/profiles.toml": 'active = "ephemeral"\n[profiles.ephemeral]\nPREFECT_SERVER_ALLOW_EPHEMERAL_MODE = "true"'
+        },
+        False,
+    ),
+    ({}, {"home/profiles.toml": '[profiles.mine]\nPREFECT_API_URL = "http://127.0.0.1:4200/api"'}, False),
+    ({"PREFECT_PROFILE": "mine"}, {"home/profiles.toml": '[profiles.mine]\nPREFECT_API_KEY = "x"'}, True),
+    ({}, {"home/profiles.toml": 'active = "a"\n[profiles.a]\nPREFECT_API_URL = "http://127.0.0.1:4200/api"'}, True),
+    ({}, {"home/profiles.toml": 'active = "a"\n[profiles.a]\nPREFECT_SERVER_EPHEMERAL_ENABLED = "false"'}, True),
+    ({}, {"home/profiles.toml": 'active = "a"\n[profiles.a]\nPREFECT_SERVER_EPHEMERAL_ENABLED = false'}, True),
+    ({}, {"home/profiles.toml": "not TOML"}, True),
+    ({}, {"home/profiles.toml": "profiles = 1"}, True),
     ({}, {"prefect.toml": "[api]"}, True),
     ({}, {".env": "prefect_api_url=http://127.0.0.1:4200/api"}, True),
+    ({}, {"prefect.toml": "[logging]\nlevel = 'DEBUG'"}, False),
     ({}, {".env": "OTHER=1"}, False),
+    ({}, {".env": "API=1\nPREFECT_LOGGING_LEVEL=DEBUG"}, False),
     ({}, {"pyproject.toml": "[tool.prefect.api]\nurl = 'http://127.0.0.1:4200/api'"}, True),
     ({}, {"pyproject.toml": "[project]\nname = 'other'"}, False),
     ({}, {"pyproject.toml": "not TOML"}, True),

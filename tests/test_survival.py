@@ -79,7 +79,7 @@ class Command:
         """The Prefect server of a command that lives."""
         for child in psutil.Process(process.pid).children():
             with contextlib.suppress(psutil.Error):
-                if "flows.own_server" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                if "flows.served" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
                     return child
         return None
 

@@ -9,12 +9,10 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import s3fs
@@ -22,13 +20,12 @@ import s3fs
 from outliers.prepare import prepare
 from outliers.spec import StudySpec
 from outliers.workspace import open_workspace
-from tests import chromium, tiny
-from tests.prefect_home import _ENDS_WITH_PARENT, ROOT, PrefectHome
+from tests import tiny
+from tests.prefect_home import ROOT
+from tests.prefect_ui import BROWSER, Page, Ui, in_browser
 from tests.s3 import BUCKET
 
 pytestmark = pytest.mark.servers
-BROWSER = chromium.executable() is not None and os.environ.get("OUTLIERS_TEST_BROWSER") == "1"
-in_browser = pytest.mark.skipif(not BROWSER, reason="takes minutes in a Chromium: `make test-browser`")
 STORAGE = "remote-file-system/outliers-results"
 RENTS = """
 import time
@@ -44,125 +41,6 @@ def rents(seconds):
         time.sleep(seconds)
 
 """
-
-
-class Ui(PrefectHome):
-    """`python -m flows.ui`, with the means to look at what it started."""
-
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        super().__init__(folder, environment)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.said = folder / "ui.txt"
-
-    def __enter__(self) -> Ui:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.said.open("wb") as said:
-            command = [sys.executable, "-c", _ENDS_WITH_PARENT, str(os.getpid()), *self.command()]
-            self._processes = [
-                subprocess.Popen(
-                    command, env=self.environment, cwd=ROOT, stdout=said, stderr=said, stdin=subprocess.DEVNULL
-                )
-            ]
-        self._await(lambda: "Ctrl-C ends" in self.said.read_text(), "word of what to open", explain=self.said.read_text)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        (process,) = self._processes
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-        process.wait(120)
-
-    def command(self, *options: str) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "flows.ui",
-            "--port",
-            str(self.port),
-            "--home",
-            str(self.folder / "home"),
-            *options,
-        ]
-
-    def pids(self) -> list[int]:
-        """Of the server and the worker, as it says them."""
-        last = self.said.read_text().rsplit("Ctrl-C ends", 1)[1]
-        return [int(part.split(")")[0]) for part in last.split("(")[1:]]
-
-    def python(self, script: str) -> subprocess.Popen[str]:
-        """A script of the control side, with this server."""
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            [sys.executable, "-u", "-c", script],
-            env=self.environment,
-            cwd=ROOT,
-            stdout=pipe,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-
-class Url(str):
-    """What `chromium.Tab` opens."""
-
-    def as_uri(self) -> str:
-        return str(self)
-
-
-class Page(chromium.Tab):
-    """A page of Prefect's, used as a person does: by the words on it, with mouse and keyboard."""
-
-    def __init__(self, browser, url: str) -> None:
-        super().__init__(browser.url, Url(url), 1280, 1000)
-
-    def until(self, expression: str, what: str, seconds: float = 60):
-        deadline = time.monotonic() + seconds
-        while not (found := self.value(expression)):
-            if time.monotonic() > deadline:
-                raise AssertionError(f"no {what} within {seconds} s on a page that says: {self.text()[:3000]}")
-            time.sleep(0.2)
-        return found
-
-    def text(self) -> str:
-        return self.value("document.body.innerText")
-
-    def see(self, *texts: str, seconds: float = 60) -> None:
-        for text in texts:
-            self.until(f"document.body.innerText.includes({json.dumps(text)})", text, seconds)
-
-    def click(self, text: str, within: str = "button, a, [role=menuitem], [role=tab], li") -> None:
-        """The last thing to click that says exactly this: a dialog comes after the page."""
-        x, y = self.until(
-            f"""(() => {{
-              const found = [...document.querySelectorAll({json.dumps(within)})].filter(
-                e => e.getClientRects().length && e.innerText.trim() === {json.dumps(text)} && !e.disabled).pop();
-              if (!found) return null;
-              found.scrollIntoView({{block: 'center'}});
-              const box = found.getBoundingClientRect();
-              return [box.x + box.width / 2, box.y + box.height / 2];
-            }})()""",
-            f"{text} to click",
-        )
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def fill(self, label: str, value: object) -> None:
-        """Type into the field under that label, over what is there."""
-        self.until(
-            f"""(() => {{
-              for (const e of document.querySelectorAll('label, span, div, p')) {{
-                if (![{json.dumps(label)}, {json.dumps(label + " (Optional)")}].includes(e.innerText.trim())) continue;
-                for (let up = e; up; up = up.parentElement) {{
-                  const field = up.querySelector('textarea, input:not([type=checkbox])');
-                  if (field) {{ field.scrollIntoView({{block: 'center'}}); field.focus(); field.select(); return true; }}
-                }}
-              }}
-              return false;
-            }})()""",
-            f"field {label}",
-        )
-        self.call("Input.insertText", text=str(value))
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +101,6 @@ def study(tmp_path_factory):
         "corpus": {"source": "builtin:python-docs", "num_sequences": 150, "sequence_length": 64},
         "compute": {"workspace": str(folder / "workspace")},
     }
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    made = chromium.Browser(tmp_path_factory.mktemp("chromium"))
-    yield made
-    made.close()
 
 
 def test_it_says_what_to_open_and_a_second_one_that_it_runs(ui, killed_and_waiting):
@@ -310,7 +181,7 @@ def test_retry_with_results_on_s3_does_not_extract_again(ui, study, s3_server, r
     if not BROWSER:
         ui.prefect("flow-run", "retry", flow_run)
     else:
-        page = Page(request.getfixturevalue("browser"), f"{ui.url}/runs/flow-run/{flow_run}")
+        page = Page(request.getfixturevalue("logged_in"), f"{ui.url}/runs/flow-run/{flow_run}")
         page.see("Failed", "analyze")
         page.click("Retry", "button")
         page.see("Retry")
@@ -325,10 +196,10 @@ def test_retry_with_results_on_s3_does_not_extract_again(ui, study, s3_server, r
 
 
 @in_browser
-def test_the_form_starts_a_study_and_its_pages_show_it(ui, study, browser):
+def test_the_form_starts_a_study_and_its_pages_show_it(ui, study, logged_in):
     _, parameters = study
     form = next(word for word in ui.said.read_text().split() if word.endswith("/run"))
-    page = Page(browser, form)
+    page = Page(logged_in, form)
     # groups, descriptions, bounds
     page.see("model", "corpus", "capture", "criteria", "compute", "publish_to", "sequences to read; 1 to 1,000,000")
     page.fill("id", parameters["model"])
@@ -342,7 +213,7 @@ def test_the_form_starts_a_study_and_its_pages_show_it(ui, study, browser):
     asked = set(page.requests)
     page.close()
 
-    live = Page(browser, f"{ui.url}/runs/flow-run/{flow_run}")
+    live = Page(logged_in, f"{ui.url}/runs/flow-run/{flow_run}")
     live.see("one pass over 150 sequences", seconds=120)
     live.see("model:model", "provider:local")
     live.click("Artifacts")
@@ -354,15 +225,17 @@ def test_the_form_starts_a_study_and_its_pages_show_it(ui, study, browser):
     assert flow_run in {item["id"] for item in found}
 
     artifacts = {item["key"].rsplit("-", 1)[0]: item for item in ui.artifacts(flow_run) if item["key"]}
-    page = Page(browser, f"{ui.url}/artifacts/artifact/{artifacts['study']['id']}")
+    page = Page(logged_in, f"{ui.url}/artifacts/artifact/{artifacts['study']['id']}")
     page.see("systematic outlier feature", "max magnitude")
     assert page.value("document.querySelectorAll('table td').length") >= 7
-    plot = Page(browser, f"{ui.url}/artifacts/artifact/{artifacts['heatmap']['id']}")
+    plot = Page(logged_in, f"{ui.url}/artifacts/artifact/{artifacts['heatmap']['id']}")
     plot.until("[...document.images].some(i => i.src.startsWith('data:image/png') && i.naturalWidth > 300)", "plot")
-    every = Page(browser, f"{ui.url}/artifacts")
+    every = Page(logged_in, f"{ui.url}/artifacts")
     every.see(*(item["key"] for item in artifacts.values()))
     asked |= {url for one in (page, live, plot, every) for url in one.requests}
     assert all(url.startswith((ui.url, "data:", "blob:")) for url in asked), "the pages tell nobody"
+    said = [event for one in (page, live, plot, every) for event in one.said]
+    assert "Content Security Policy" not in json.dumps(said), "what the pages need they may do"
 
 
 def test_a_killed_run_gives_its_slot_back(ui, killed_and_waiting):
