@@ -24,6 +24,7 @@ from outliers.errors import DeployFailed, JobFailed
 from outliers.machines.connection import Connection
 from outliers.machines.probe import OLDEST_PYTHON, Probe, Python
 from outliers.machines.wheel import Wheel, build_wheel, constraints, requirements, without_torch
+from outliers.visible import last_drawn, visible
 
 UPLOAD_SECONDS = 300.0
 INSTALL_SECONDS = 3600.0
@@ -218,6 +219,6 @@ def _run_script(connection: Connection, script: str, what: str) -> None:
 def _lines(connection: Connection, script: str) -> Iterator[str]:
     # over standard input, which has no limit, and read to its end first: what the script runs would take the rest for its own
     command = 'exec 2>&1; eval "$(cat)"'
-    for raw in connection.lines(command, SILENCE_SECONDS, script.encode()):
-        if text := raw.decode(errors="replace").rstrip():
+    for line in connection.lines(command, SILENCE_SECONDS, script.encode()):
+        if text := visible(last_drawn(line.data)).rstrip():
             yield text
