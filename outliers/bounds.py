@@ -26,6 +26,8 @@ LOG_CHARS = 16 << 20
 STEPS = 64
 """Things that one step of a study counts, each with a bar and an artifact. Ours count three."""
 INSTALLER_LINES = 20_000
+JSON_BYTES = 32 << 20
+"""A file of JSON that a job or a lease wrote, or the study that it is of."""
 RESULT_BYTES = 1 << 20
 """result.json of a job."""
 RECEIVED_BYTES = 512 << 20

@@ -7,7 +7,6 @@ process (the command's progress bars). A broken connection leaves the job alone;
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import tempfile
 import threading
@@ -20,9 +19,11 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from outliers import jobs, runlog
-from outliers.errors import JobFailed, MachineGone, MachineLost, OutliersError
+from outliers.bounds import RESULT_BYTES
+from outliers.errors import MachineGone, MachineLost, OutliersError
 from outliers.events import Event
 from outliers.jobs import JobHandle, JobSpec
+from outliers.machines.answers import parse_result
 from outliers.machines.base import Machine
 from outliers.parts import LOCKS, locked
 from outliers.prepare import Prepared
@@ -202,9 +203,5 @@ def _wait() -> None:
 def _result(machine: Machine, handle: JobHandle) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "result.json"
-        machine.download(f"{handle.folder}/result.json", local)
-        try:
-            content: dict[str, Any] = json.loads(local.read_text())
-        except ValueError as error:
-            raise JobFailed(f"job {handle.name} left no readable result: {error}") from error
-        return content
+        machine.download(f"{handle.folder}/result.json", local, max_bytes=RESULT_BYTES, max_files=1)
+        return parse_result(local.read_bytes(), handle.name)

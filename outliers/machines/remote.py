@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 from outliers import events
 from outliers.bounds import RECEIVED_BYTES, RECEIVED_FILES
-from outliers.errors import BadInput, DiskFull, JobFailed, MachineGone, MachineLost, from_record
+from outliers.errors import BadInput, DiskFull, JobFailed, MachineGone, MachineLost
 from outliers.events import Event
 from outliers.files import sha256_file
 from outliers.jobs import JobHandle, JobSpec, Status
+from outliers.machines.answers import parse_answer, read_facts
 from outliers.machines.archive import Limits, unpack
-from outliers.machines.base import Completed, Facts, Gpu
+from outliers.machines.base import Completed, Facts
 from outliers.machines.connection import Answer, Connection, quote
 from outliers.machines.deploy import Deployment, last_line
 
@@ -103,7 +104,7 @@ class RemoteMachine:
 
         done = self._patiently(once) if patient else once()
         # outside of the patience: a job that was lost is an answer, and no connection that may mend
-        return parse_answer(done.returncode, done.stdout, done.stderr, self.connection.destination)
+        return parse_answer(verb, done.returncode, done.stdout, done.stderr, self.connection.destination)
 
     def facts(self) -> Facts:
         return read_facts(self.ask("facts")["facts"])
@@ -181,7 +182,13 @@ class RemoteMachine:
 
     def start(self, job: JobSpec) -> JobHandle:
         made = self.ask("start", name=job.name, argv=list(job.argv), env=dict(job.env), seconds=120)
-        return JobHandle(made["name"], made["attempt"], Path(made["folder"]))
+        home = Path(self.workspace, "jobs", job.name)
+        folder = Path(made["folder"])
+        if made["name"] != job.name or folder.parent != home:
+            raise JobFailed(
+                f"{self.connection.destination} started '{made['name']}' in {folder}, not {job.name} in {home}"
+            )
+        return JobHandle(job.name, made["attempt"], folder)
 
     def follow(self, handle: JobHandle, offset: int = 0) -> Iterator[Event]:
         """As the protocol says; a broken connection is made again and the stream goes on where it broke."""
@@ -253,26 +260,3 @@ class RemoteMachine:
     def _lease(self) -> str:
         left = self._lease_left()
         return f"ends by itself in {left / 60:.0f} minutes" if left > 0 else "is over"
-
-
-def parse_answer(code: int, stdout: bytes, stderr: str, destination: str) -> dict[str, Any]:
-    """The agent's answer; raises the error in it, JobFailed where there is none."""
-    line = stdout.decode(errors="replace").strip().rpartition("\n")[2]
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        last = last_line(stderr) or line or f"exit code {code}"
-        raise JobFailed(f"{destination} can't answer: {last}") from error
-    if record := found.get("error"):
-        raise from_record(str(record["kind"]), str(record["message"]))
-    return dict(found)
-
-
-def read_facts(record: dict[str, Any]) -> Facts:
-    """Facts as an agent sends them."""
-    gpus = tuple(Gpu(**{**gpu, "reported": _pair(gpu.get("reported"))}) for gpu in record["gpus"])
-    return Facts(**{**record, "gpus": gpus})
-
-
-def _pair(found: list[int] | None) -> tuple[int, int] | None:
-    return None if found is None else (int(found[0]), int(found[1]))

@@ -22,10 +22,10 @@ from typing import Any
 
 from outliers.errors import BadInput, DeployFailed, HostRefused, JobFailed, MachineLost, PlanRefused, WorkspaceError
 from outliers.files import write_atomic
+from outliers.machines.answers import parse_answer
 from outliers.machines.base import NOT_AMONG, Excluded, Machine, MachineRequest, Offer, Rental, fits
 from outliers.machines.connection import Connection, quote
 from outliers.machines.deploy import deploy
-from outliers.machines.remote import parse_answer
 from outliers.machines.rentals import Rentals, even_unwritten, gone_by
 from outliers.machines.tenants import Access, Tenants
 
@@ -103,14 +103,14 @@ def access(host: Host) -> Access:
 
 
 def ask_host(workspace: Path, name: str, verb: str, **request: Any) -> dict[str, Any]:
-    """One question to a host about all that is below its folder, whoever made it; as `remote.parse_answer`."""
+    """One question to a host about all that is below its folder, whoever made it; as `answers.parse_answer`."""
     host = Hosts(workspace).get(name) or Host(name, name)
     reached = access(host)
     found = reached.probe()
     python = deploy(reached.connection, found, own_python=bool(reached.python)).python
     command = quote([*python, "-m", "outliers.agent", f"{found.root}/machines", verb])
     done = reached.connection.call(command, json.dumps(request).encode(), QUESTION_SECONDS)
-    return parse_answer(done.returncode, done.stdout, done.stderr, host.destination)
+    return parse_answer(verb, done.returncode, done.stdout, done.stderr, host.destination)
 
 
 def _look(host: Host, request: MachineRequest) -> Offer | Excluded:
