@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(stderr=True)
+    # names, labels and what machines and stores say are text and never markup, whoever prints them
+    console = Console(stderr=True, markup=False, emoji=False)
     verbs = {
         "study": study_command,
         "plan": plan_command,

@@ -70,7 +70,7 @@ class Lines:
         self._logger = logger
 
     def log(self, level: Level, message: str) -> None:
-        self._logger.log({"debug": 10, "info": 20, "warning": 30, "error": 40}[level], message)
+        self._logger.log({"debug": 10, "info": 20, "warning": 30, "error": 40}[level], "%s", message)
 
     def progress(self, step: str, done: int, total: int | None, unit: str) -> None:
         """Nothing."""

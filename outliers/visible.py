@@ -1,40 +1,61 @@
-"""Text of others as it may be shown: a terminal obeys none of it, and no page takes it for markup.
+"""Text that came from outside, with every character that could act on a terminal or reorder a line made visible.
 
-Each text goes through `visible`, or `visible_line`, once, where it enters: events and errors of a machine, what ssh and a
-host print, names that they give. Both leave their own result as it is. Knows no terminal and no page. Before it: whoever
-reads what another machine or program said. After it: logs, the terminal, Prefect's pages.
+It imports nothing heavy. `visible` and `visible_line` leave text that is visible already as it is. Nothing of such text is
+markup either: who prints with rich prints `Text`; for Markdown there are `markdown` and `code`. Before it: a store, a host, a
+model's name. After it: a message, a log line, a table.
 """
 
 from __future__ import annotations
 
 import html
 import re
+from typing import Any
 
-# C0 (but tab and line feed), DEL, C1; marks that turn the direction of text; two more ends of a line; halves of a pair,
-# which no encoding takes.
-_HIDDEN = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
-_CONTROL = re.compile(f"[{_HIDDEN}]")
-_LINE_CONTROL = re.compile(f"[\t\n{_HIDDEN}]")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~^$:/@])")
+ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""C0 but for newline and tab, DEL, C1, line and paragraph separators, bidirectional overrides and isolates, lone surrogates."""
+
+LINE_ACTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""The same, and newline and tab: what may not stand in one line."""
+
 _SPACE = re.compile(r"\s+")
+_MARKS = re.compile(r"([\\`*_{}\[\]()#!|~$])")
+_LIST = re.compile(r"^(\d{0,9})([-+=.])")
+"""What begins a list or a heading at the beginning of a line."""
+_LINK = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,20}|\bwww|\w)(:(?=//)|(?<=www)\.|@)")
+"""What some readers of Markdown make a link of without being asked."""
 
 
 def visible(text: str) -> str:
-    """`text` with each control character written out: ESC as the four characters backslash, x, 1, b.
-
-    Tabs and line feeds stay; a return before a line feed goes.
-    """
-    return _CONTROL.sub(_escape, text.replace("\r\n", "\n"))
+    r"""`text` with each control character as an escape: ESC is shown as \x1b, U+202E as \u202e. Newlines and tabs stay."""
+    return ACTS.sub(_escape, text.replace("\r\n", "\n"))
 
 
-def visible_line(text: str, most: int = 256) -> str:
-    """As `visible`, for a name: tabs and line feeds are written out too, and of more than `most` characters the rest is cut."""
-    return cut(_LINE_CONTROL.sub(_escape, text[: most + 1]), most)
+def visible_line(text: str, max_chars: int = 300) -> str:
+    r"""`text` as one line of at most `max_chars` characters: newlines are shown as \n too, and the end is cut with `...`."""
+    shown = LINE_ACTS.sub(_escape, text[: max_chars + 1])
+    return shown if len(text) <= max_chars and len(shown) <= max_chars else f"{shown[: max(0, max_chars - 3)]}..."
 
 
-def cut(text: str, most: int) -> str:
-    """At most `most` characters of `text`, and a note of how many there were."""
-    return text if len(text) <= most else f"{text[:most]}... (cut)"
+def _escape(found: re.Match[str]) -> str:
+    named = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}.get(found[0])
+    code = ord(found[0])
+    return named or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+def visible_values(value: Any) -> Any:
+    """A value of plain JSON (of limited depth) in which every string, keys included, is as `visible_line` shows it, uncut."""
+    if isinstance(value, str):
+        return LINE_ACTS.sub(_escape, value)
+    if isinstance(value, list | tuple):
+        return type(value)(visible_values(item) for item in value)
+    if isinstance(value, dict):
+        return {visible_values(key): visible_values(item) for key, item in value.items()}
+    return value
+
+
+def cut(text: str, max_chars: int) -> str:
+    """At most `max_chars` characters of `text`, and a note where more were there."""
+    return text if len(text) <= max_chars else f"{text[:max_chars]}... (cut)"
 
 
 def last_drawn(line: bytes) -> str:
@@ -43,21 +64,14 @@ def last_drawn(line: bytes) -> str:
 
 
 def markdown(text: str) -> str:
-    """`text` as one line of Markdown that shows just these characters, in a table too: no link, no HTML, no emphasis."""
+    """`text` as one line of Markdown that shows these characters, also in a table: no link, no HTML, no emphasis, no list."""
     plain = html.escape(_SPACE.sub(" ", visible(text)), quote=False)
-    # the entities that `html.escape` wrote hold none of these characters but & and ;
-    return _MARKDOWN.sub(r"\\\1", plain)
+    return _LINK.sub(r"\1\\\2", _LIST.sub(r"\1\\\2", _MARKS.sub(r"\\\1", plain)))
 
 
 def code(text: str) -> str:
     """`text` as a code span of Markdown, whatever backticks are in it."""
     plain = _SPACE.sub(" ", visible(text))
-    longest = max((len(run) for run in re.findall("`+", plain)), default=0)
-    fence = "`" * (longest + 1)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", plain)), default=0))
     room = " " if plain.startswith("`") or plain.endswith("`") else ""
     return f"{fence}{room}{plain}{room}{fence}"
-
-
-def _escape(found: re.Match[str]) -> str:
-    number = ord(found[0])
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from uuid import UUID
@@ -19,6 +20,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from outliers.events import Event
+from outliers.visible import markdown
 
 ARTIFACT_SECONDS = 2.0
 """Progress artifacts are updated at most this often: each is a call to the server."""
@@ -26,6 +28,9 @@ PAUSE_SECONDS = (2.0, 60.0)
 """After a failure the server is left alone for the first, then twice as long each time, up to the second."""
 CLOSE_SECONDS = 5.0
 """The last state is waited for at the end of a step, where the server has answered so far."""
+
+_NOT_IN_KEYS = re.compile(r"[^a-z0-9-]+")
+_KEY_CHARS = 40
 
 log = logging.getLogger("outliers.progress")
 
@@ -105,7 +110,9 @@ class Progress:
         if event.step in self._artifacts:
             update_progress_artifact(self._artifacts[event.step], progress=share)
             return
-        key, description = f"{event.step}-{self._study_id}", f"{event.step} {self._title}"
+        # a step of a machine's naming; Prefect takes small letters, digits and dashes, and shows the description as Markdown
+        name = _NOT_IN_KEYS.sub("-", event.step.lower())[:_KEY_CHARS]
+        key, description = f"{name}-{self._study_id}", markdown(f"{event.step} {self._title}")
         made = create_progress_artifact(progress=share, key=key, description=description)
         if isinstance(made, UUID):
             self._artifacts[event.step] = made

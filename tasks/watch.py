@@ -19,7 +19,7 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from outliers import jobs, runlog
-from outliers.bounds import RESULT_BYTES
+from outliers.bounds import LOG_CHARS, RESULT_BYTES, STEPS
 from outliers.errors import MachineGone, MachineLost, OutliersError
 from outliers.events import Event
 from outliers.jobs import JobHandle, JobSpec
@@ -73,18 +73,18 @@ def run_step(
     handle = _started(machine, prepared, verb, job_name, workspace, options, env)
     AT_WORK[handle] = machine
     progress = Progress(f"{prepared.study_id}{part.replace(' ', '-').replace('/', 'of')}", f"{prepared.title}{part}")
-    logger, said, waits = get_run_logger(), [], True
+    logger, said, waits = get_run_logger(), Said(f"{verb}{part}"), True
     mark = (machine.instance_id, handle)
     try:
         for event in machine.follow(handle, _SEEN.get(mark, 0)):
             _SEEN[mark] = event.end
-            if event.kind == "log":
-                logger.log(_LEVELS[event.level], event.message)
-                said.append(runlog.line(event, f"{verb}{part}"))
-            elif event.kind == "progress":
-                progress.show(event)
-            for listen in LISTENERS.copy():
-                listen(f"{verb}{part}", event if not part else replace(event, step=f"{event.step}{part}"))
+            for shown in said.taken(event):
+                if shown.kind == "log":
+                    logger.log(_LEVELS[shown.level], "%s", shown.message)
+                elif shown.kind == "progress":
+                    progress.show(shown)
+                for listen in LISTENERS.copy():
+                    listen(f"{verb}{part}", shown if not part else replace(shown, step=f"{shown.step}{part}"))
             heed_guards()
     except Exception:
         # the connection broke, or the step failed by itself: the job is left alone, and a retry joins it
@@ -105,7 +105,7 @@ def run_step(
         AT_WORK.pop(handle, None)
         progress.close(wait=waits)
         try:
-            runlog.append(workspace.study(prepared.study_id), said, workspace.root)
+            runlog.append(workspace.study(prepared.study_id), said.lines, workspace.root)
         except OSError as error:
             # a full disk ends the step with its own error, which this must not hide; the lines are in the run's log
             logger.warning("run.log could not be written: %s", error)
@@ -120,6 +120,34 @@ def run_step(
         _SEEN.pop(mark, None)
         raise
     return _result(machine, handle)
+
+
+class Said:
+    """What a step has said: the lines of its log, which a machine that was taken over can't make longer than LOG_CHARS, and
+    the things that it counts, at most STEPS."""
+
+    def __init__(self, step: str) -> None:
+        self.lines: list[str] = []
+        self._step = step
+        self._left = LOG_CHARS
+        self._counted: set[str] = set()
+
+    def taken(self, event: Event) -> list[Event]:
+        """The event, where it is one to be shown; in the place of the first log line that is too much, a warning."""
+        if event.kind == "progress":
+            if len(self._counted) < STEPS:
+                self._counted.add(event.step)
+            return [event] if event.step in self._counted else []
+        if event.kind != "log":
+            return [event]
+        if self._left <= 0:
+            return []
+        self._left -= len(event.message) + 1
+        if self._left <= 0:
+            text = f"{self._step} has printed {LOG_CHARS / 1e6:.0f} MB: nothing more of it is shown or kept"
+            event = replace(event, level="warning", message=text)
+        self.lines.append(runlog.line(event, self._step))
+        return [event]
 
 
 def heed_guards() -> None:

@@ -33,7 +33,9 @@ from outliers.visible import cut, visible, visible_line
 CONFIG_VARIABLE = "OUTLIERS_SSH_CONFIG"
 CONNECT_SECONDS = 15
 PERSIST_SECONDS = 60
-_DESTINATION = re.compile(r"(?!-)[^\s\x00-\x1f\x7f;&|<>$`\"'(){}*?!#]+")
+_DESTINATION = re.compile(r"[^\s\x00-\x1f\x7f;&|<>$`\"'(){}*?!#]{1,512}")
+_SCOPED = re.compile(r"(?<=:)([0-9a-f:.]*)%[0-9A-Za-z]+(?=\]?$)")
+"""The interface behind an IPv6 address: elsewhere ssh puts something in the place of a percent sign."""
 _WITH_PORT = re.compile(r"(?:([^@/]+)@)?\[?([^@/:\[\]]+)\]?:([0-9]+)")
 """One colon: an IPv6 address has more."""
 _LOST = 255
@@ -309,9 +311,16 @@ def in_sh(command: str) -> str:
 
 
 def check_destination(text: str) -> None:
-    """BadInput where `text` can't be what `ssh` calls a host, or has a port, which ssh takes from its configuration."""
-    if not _DESTINATION.fullmatch(text):
-        raise BadInput(f"'{text}' is no host: user@host, or a name of your ssh configuration")
+    """BadInput where `text` can't be what `ssh` calls a host, or has a port, which ssh takes from its configuration.
+
+    ssh's configuration may hand the name to a shell (ProxyCommand, Match exec): it has no character that one reads.
+    """
+    shown, what = visible_line(text), "user@host, or a name of your ssh configuration"
+    # of an address, and of a user and a host, each part
+    if text.startswith("-") or "@-" in text or "/-" in text:
+        raise BadInput(f"'{shown}' is no host: a name that begins with a dash would be an option of ssh; give {what}")
+    if not _DESTINATION.fullmatch(text) or visible_line(text, len(text)) != text or "%" in _SCOPED.sub("", text):
+        raise BadInput(f"'{shown}' is no host: {what}")
     if with_port := _WITH_PORT.fullmatch(text):
         user, host, port = with_port.groups()
         raise BadInput(

@@ -38,7 +38,9 @@ QUERY = ("--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheade
 """What nvidia-smi is asked."""
 OLD_QUERY = ("--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits")
 """What one is asked that refuses the first: of drivers before 2021."""
-_GPU_LINE = re.compile(r"([^,]+),(.+?),\s*(\d+|\[[^\]]*\])(?:,\s*(?:(\d+)\.(\d+)|\[[^\]]*\]))?\s*")
+_GPU_LINE = re.compile(
+    r"([^,]+),(.+?),\s*(\d{1,12}|\[[^\]]*\])(?:,\s*(?:(\d{1,3})\.(\d{1,3})|\[[^\]]*\]))?\s*", re.ASCII
+)
 
 _log = logging.getLogger(__name__)
 

@@ -118,7 +118,7 @@ class RemoteMachine:
         if done.returncode == 124:
             raise JobFailed(f"{argv[0]} took longer than {timeout_seconds:g} s on {self.name} and was ended")
         if done.returncode in (126, 127):
-            raise JobFailed(f"{argv[0]} can't be run on {self.name}: {done.text()}")
+            raise JobFailed(f"{argv[0]} can't be run on {self.name}: {last_line(done.text())}")
         code = done.returncode
         # a shell tells a signal as 128 and its number; what is above the last of them is a program's own
         code = 128 - code if 128 < code <= 128 + LAST_SIGNAL else code

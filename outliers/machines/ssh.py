@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from outliers.bounds import PATH_CHARS
 from outliers.errors import BadInput, DeployFailed, HostRefused, JobFailed, MachineLost, PlanRefused, WorkspaceError
 from outliers.files import write_atomic
 from outliers.machines.answers import parse_answer
@@ -28,6 +29,7 @@ from outliers.machines.connection import Connection, quote
 from outliers.machines.deploy import deploy
 from outliers.machines.rentals import Rentals, even_unwritten, gone_by
 from outliers.machines.tenants import Access, Tenants
+from outliers.visible import visible_line
 
 NAME = "ssh"
 DEFAULT_FOLDER = ".outliers"
@@ -83,7 +85,14 @@ class Hosts:
     def check(self, host: Host) -> None:
         """BadInput for a name that can't be."""
         if not _HOST_NAME.fullmatch(host.name):
-            raise BadInput(f"'{host.name}' is no name for a host: letters, digits, . _ - and at most 64 of them")
+            raise BadInput(
+                f"'{visible_line(host.name)}' is no name for a host: letters, digits, . _ - and at most 64 of them"
+            )
+        for option, text in (("--folder", host.folder), ("--python", host.python)):
+            if text != visible_line(text, PATH_CHARS):
+                raise BadInput(
+                    f"{option} '{visible_line(text)}' can't be the name of a file: it has control characters"
+                )
 
     def remove(self, name: str) -> bool:
         """Forget a host; whether it was known."""
