@@ -35,6 +35,11 @@ _KEY_CHARS = 40
 log = logging.getLogger("outliers.progress")
 
 
+def artifact_key(step: str, study_id: str) -> str:
+    """The key of a step's artifact, whatever a machine calls its step: small letters, digits and dashes."""
+    return f"{_NOT_IN_KEYS.sub('-', step.lower())[:_KEY_CHARS]}-{study_id}".strip("-")
+
+
 @contextlib.contextmanager
 def tried_once() -> Iterator[None]:
     """In the block Prefect's client asks once: what is only shown is worth no minute of retries."""
@@ -110,9 +115,8 @@ class Progress:
         if event.step in self._artifacts:
             update_progress_artifact(self._artifacts[event.step], progress=share)
             return
-        # a step of a machine's naming; Prefect takes small letters, digits and dashes, and shows the description as Markdown
-        name = _NOT_IN_KEYS.sub("-", event.step.lower())[:_KEY_CHARS]
-        key, description = f"{name}-{self._study_id}", markdown(f"{event.step} {self._title}")
+        # Prefect shows a description as Markdown
+        key, description = artifact_key(event.step, self._study_id), markdown(f"{event.step} {self._title}")
         made = create_progress_artifact(progress=share, key=key, description=description)
         if isinstance(made, UUID):
             self._artifacts[event.step] = made
