@@ -316,10 +316,12 @@ def check_destination(text: str) -> None:
     ssh's configuration may hand the name to a shell (ProxyCommand, Match exec): it has no character that one reads.
     """
     shown, what = visible_line(text), "user@host, or a name of your ssh configuration"
-    # of an address, and of a user and a host, each part
+    # of a user and a host, and of an address, each part
     if text.startswith("-") or "@-" in text or "/-" in text:
         raise BadInput(f"'{shown}' is no host: a name that begins with a dash would be an option of ssh; give {what}")
-    if not _DESTINATION.fullmatch(text) or visible_line(text, len(text)) != text or "%" in _SCOPED.sub("", text):
+    host = text.rpartition("@")[2]
+    plain = visible_line(text, len(text)) == text and "%" not in _SCOPED.sub("", text)
+    if not (_DESTINATION.fullmatch(text) and plain) or not host or "\\" in host or host.startswith("~"):
         raise BadInput(f"'{shown}' is no host: {what}")
     if with_port := _WITH_PORT.fullmatch(text):
         user, host, port = with_port.groups()
