@@ -71,9 +71,8 @@ class _Lease(_Answer):
     holders: Annotated[dict[Name, Seconds], Field(max_length=10_000)]
 
 
-class _Hold(_Lease):
-    facts: _Facts | None = None
-    instance_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+class _HoldFacts(_Lease, _FactsAnswer):
+    """Of `hold` that asks for facts too."""
 
 
 class _Held(_Lease):
@@ -124,7 +123,8 @@ class _Error(_Answer):
 
 _MODELS: dict[str, type[_Answer]] = {
     "facts": _FactsAnswer,
-    "hold": _Hold,
+    "hold": _Lease,
+    "hold facts": _HoldFacts,
     "leave": _Lease,
     "release": _Lease,
     "held": _Held,

@@ -104,7 +104,8 @@ class RemoteMachine:
 
         done = self._patiently(once) if patient else once()
         # outside of the patience: a job that was lost is an answer, and no connection that may mend
-        return parse_answer(verb, done.returncode, done.stdout, done.stderr, self.connection.destination)
+        asked = f"{verb} facts" if request.get("facts") else verb
+        return parse_answer(asked, done.returncode, done.stdout, done.stderr, self.connection.destination)
 
     def facts(self) -> Facts:
         return read_facts(self.ask("facts")["facts"])

@@ -131,6 +131,10 @@ def test_each_question_takes_its_own_answer_alone(machine, does):
     does(b'{"name": "other", "attempt": 1, "folder": "/r/machines/m1/jobs/other/0001"}')
     with pytest.raises(errors.JobFailed, match="box started 'other'"):
         machine.start(JobSpec("extract-1", ("true",)))
+    does(b'{"left": 1, "holders": {}}')
+    with pytest.raises(errors.JobFailed, match=r"box answers 'hold facts' .*facts: Field required"):
+        machine.ask("hold", holder="a", title="b", seconds_held=1, facts=True)
+    assert machine.ask("hold", holder="a", title="b", seconds_held=1) == {"left": 1, "holders": {}}
     does(b'{"left": 1e999, "holders": {}}')
     with pytest.raises(errors.JobFailed, match="box"):
         machine.ask("hold", holder="a", title="b", seconds_held=1)
