@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 LINE_BYTES = 1 << 20
 """One line of a stream of events, and of what an installer prints: fifteen times the longest that our steps write."""
-ANSWER_BYTES = 8 << 20
+ANSWER_BYTES = 4 << 20
 """Standard output of one command on a host, and its standard error. Our agent's longest answer is a list of captures."""
 STDERR_BYTES = 1 << 16
 """What is kept of the standard error of a command that is followed."""
@@ -35,7 +35,7 @@ RECEIVED_BYTES = 512 << 20
 is, goes far beyond."""
 RECEIVED_FILES = 10_000
 JSON_DEPTH = 32
-JSON_VALUES = 1_000_000
+JSON_VALUES = 300_000
 LARGEST = (1 << 63) - 1
 """The largest number that a count or a size can be."""
 LATEST = 253_402_300_799

@@ -103,11 +103,11 @@ class _Capture(_Answer):
 
 
 class _Captures(_Answer):
-    captures: Annotated[list[_Capture], Field(max_length=100_000)]
+    captures: Annotated[list[_Capture], Field(max_length=20_000)]
 
 
 class _Removed(_Answer):
-    removed: Annotated[dict[Name, Count], Field(max_length=100_000)]
+    removed: Annotated[dict[Name, Count], Field(max_length=20_000)]
 
 
 class _State(_Answer):

@@ -146,7 +146,7 @@ def test_each_question_takes_its_own_answer_alone(machine, does):
 def test_an_answer_without_end_is_cut_off(machine, does, stream):
     does(script=f"yes xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx >&{stream}")
     began = time.monotonic()
-    with pytest.raises(errors.JobFailed, match="box answered with more than 8,388,608 bytes, and was cut off"):
+    with pytest.raises(errors.JobFailed, match="box answered with more than 4,194,304 bytes, and was cut off"):
         machine.facts()
     assert time.monotonic() - began < 30
     does(told())
