@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
+from urllib.parse import quote
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 
 from outliers.outcome import Outcome
+from outliers.visible import code
+from outliers.visible import markdown as plain
 
 TABLE_ROWS = 50
+_URL = ":/?#@!$&'*+,;=%~"
+"""What stays in a link; brackets and spaces would end it in Markdown."""
 
 
 def show_outcome(outcome: Outcome, folder: Path) -> None:
     """Create the artifacts of a study."""
-    create_markdown_artifact(markdown(outcome), key=f"study-{outcome.study_id}", description=outcome.title)
+    title = plain(outcome.title)
+    create_markdown_artifact(markdown(outcome), key=f"study-{outcome.study_id}", description=title)
     for plot in sorted((folder / "plots").glob("*.png")):
         data = base64.b64encode(plot.read_bytes()).decode()
         create_image_artifact(
             image_url=f"data:image/png;base64,{data}",
             key=f"{plot.stem.replace('_', '-')}-{outcome.study_id}",
-            description=f"{outcome.title}: {plot.stem.replace('_', ' ')}",
+            description=f"{title}: {plain(plot.stem.replace('_', ' '))}",
         )
     if outcome.published:
         create_link_artifact(
-            link=outcome.published,
+            link=quote(outcome.published, safe=_URL),
             # no browser opens s3:// or file:// from a page: what can be copied is worth more than a name
-            link_text=outcome.published,
+            link_text=plain(outcome.published),
             key=f"manifest-{outcome.study_id}",
-            description=outcome.title,
+            description=title,
         )
 
 
@@ -36,7 +42,9 @@ def markdown(outcome: Outcome) -> str:
     """The answer and the table of systematic features, as Markdown; the page has the title above it already."""
     count = len(outcome.systematic)
     lines = [f"# {count} systematic outlier feature{'' if count == 1 else 's'}", ""]
-    lines += [f"**{outcome.disagreement[0].upper()}{outcome.disagreement[1:]}**", ""] if outcome.disagreement else []
+    lines += (
+        [f"**{plain(outcome.disagreement[0].upper() + outcome.disagreement[1:])}**", ""] if outcome.disagreement else []
+    )
     if outcome.cached:
         lines += ["The study was there already: nothing was run.", ""]
     if outcome.systematic:
@@ -48,16 +56,17 @@ def markdown(outcome: Outcome) -> str:
     if count > TABLE_ROWS:
         lines += ["", f"and {count - TABLE_ROWS} more: see report.html"]
     for text in outcome.remarks():
-        lines += ["", text]
-    places = [f"- report: `{outcome.report}`", f"- results: `{outcome.results}`"]
-    places += [f"- published: `{outcome.published}`"] if outcome.published else []
-    return "\n".join([*lines, "", f"Study `{outcome.study_id}`, capture `{outcome.capture_id}`", "", *places])
+        lines += ["", plain(text)]
+    places = [f"- report: {code(outcome.report)}", f"- results: {code(outcome.results)}"]
+    places += [f"- published: {code(outcome.published)}"] if outcome.published else []
+    ids = f"Study {code(outcome.study_id)}, capture {code(outcome.capture_id)}"
+    return "\n".join([*lines, "", ids, "", *places])
 
 
 def _row(feature: dict[str, float]) -> str:
     share = feature["position_fraction"]
     return (
-        f"| {feature['feature']} | {feature['max_magnitude']:g} | {feature['min']:g} | {feature['max']:g} "
+        f"| {feature['feature']:d} | {feature['max_magnitude']:g} | {feature['min']:g} | {feature['max']:g} "
         f"| {100 * feature['layer_fraction']:.1f} | {'' if share is None else f'{100 * share:.1f}'} "
         f"| {feature['sequences']}/{feature['of_sequences']} |"
     )

@@ -4,6 +4,7 @@ but the answer itself."""
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from outliers.estimate import told
 from outliers.events import Event
 from outliers.outcome import Outcome
 from outliers.plan import GpuShare, Plan
+from outliers.visible import visible
 
 TABLE_ROWS = 30
 PLAN_OFFERS = 8
@@ -35,7 +37,7 @@ MB = 1_000_000
 def busy(console: Console, text: str) -> Iterator[None]:
     """Something turns while the block runs, where there is somebody to see it."""
     if console.is_terminal:
-        with console.status(text):
+        with console.status(Text(text)):
             yield
     else:
         yield
@@ -44,18 +46,24 @@ def busy(console: Console, text: str) -> Iterator[None]:
 @contextlib.contextmanager
 def library_lines(console: Console) -> Iterator[None]:
     """What the library itself says in the block is shown: what is read once, and what is damaged and made again."""
-    import logging
-
     from rich.logging import RichHandler
 
     logger = logging.getLogger("outliers")
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    handler.setFormatter(_Visible("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+class _Visible(logging.Formatter):
+    """A record as a line in which nothing acts on a terminal: the library names files, models and what others said."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 class Steps:
@@ -65,10 +73,10 @@ class Steps:
         self.console = console
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description:<8}"),
+            TextColumn("{task.description:<8}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[unit]}", markup=False),
             TimeRemainingColumn(),
             console=console,
         )
@@ -105,7 +113,7 @@ class Steps:
         tenth = 10 * event.done // (event.total or 1)
         if tenth > self._tenth.get(event.step, -1):
             self._tenth[event.step] = tenth
-            self.console.print(f"  {event.step} {event.done:,} of {event.total:,} {event.unit}")
+            self.console.print(Text(f"  {event.step} {event.done:,} of {event.total:,} {event.unit}"))
 
 
 def _readable(event: Event) -> Event:
@@ -120,18 +128,17 @@ def show_outcome(console: Console, outcome: Outcome, held: int, answer: str) -> 
     count = len(outcome.systematic)
     console.print()
     if outcome.cached:
-        console.print(f"[bold]{outcome.title}[/bold] was there already: nothing had to run")
+        console.print(Text.assemble((visible(outcome.title), "bold"), " was there already: nothing had to run"))
     plural = "" if count == 1 else "s"
     others = f" ({outcome.disagreement})" if outcome.disagreement else ""
-    console.print(
-        f"[bold]{count} systematic outlier feature{plural}[/bold] {answer}{others}", highlight=False, soft_wrap=True
-    )
+    head = (f"{count} systematic outlier feature{plural}", "bold")
+    console.print(Text.assemble(head, visible(f" {answer}{others}")), soft_wrap=True)
     if outcome.systematic:
         console.print(feature_table(outcome.systematic))
     if count > TABLE_ROWS:
         console.print(f"and {count - TABLE_ROWS} more, in the report")
     for text in outcome.remarks():
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(Text(visible(text)), soft_wrap=True)
     line(console, "report", outcome.report)
     line(console, "results", outcome.results)
     if outcome.published:
@@ -142,7 +149,7 @@ def show_outcome(console: Console, outcome: Outcome, held: int, answer: str) -> 
 
 def line(console: Console, name: str, text: str, style: str = "") -> None:
     """One named fact; never broken into lines, so that a path can be copied."""
-    console.print(Text(f"{name:<11} ", style="bold"), Text(text, style=style), sep="", soft_wrap=True)
+    console.print(Text(f"{name:<11} ", style="bold"), Text(visible(text), style=style), sep="", soft_wrap=True)
 
 
 def feature_table(features: list[dict[str, Any]]) -> Table:

@@ -144,6 +144,7 @@ def _is_still_over(records: Rentals, rental: Rental) -> bool:
 
 
 def _add(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> bool:
+    from flows.console import busy
     from outliers.machines.ssh import Host, Hosts, access
 
     if not 0 <= arguments.price < math.inf:
@@ -151,7 +152,7 @@ def _add(workspace: Workspace, arguments: argparse.Namespace, console: Console) 
     host = Host(arguments.name, arguments.destination, arguments.folder, arguments.python, arguments.price)
     Hosts(workspace.root).check(host)
     _refuse_to_move(workspace, host)
-    with console.status(f"asking {host.destination} what it has"):
+    with busy(console, f"asking {host.destination} what it has"):
         found = access(host).probe()
     Hosts(workspace.root).add(host)
     if arguments.json:
@@ -292,7 +293,7 @@ def _release(workspace: Workspace, arguments: argparse.Namespace, console: Conso
     failed = silent if not set(names) <= known.keys() or arguments.all else []
     for name in names:
         try:
-            with console.status(f"releasing {name}"):
+            with busy(console, f"releasing {name}"):
                 done.append(_release_one(workspace, known.get(name), name))
         except OutliersError as error:
             failed.append(f"{name} could not be released: {error}")

@@ -179,9 +179,12 @@ def _check_number(name: str, value: int | None, known: Sequence[int]) -> None:
 
 
 def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    from outliers.answer import crowded, disagreement, perplexity_words, reading_counts
+    from rich.text import Text
 
-    summary = run.summary
+    from outliers.answer import crowded, disagreement, perplexity_words, reading_counts
+    from outliers.visible import visible_values
+
+    summary = visible_values(run.summary)
     model, corpus, rule = summary["model"], summary["corpus"], summary["criteria"]
     found = summary["systematic"]
     line(
@@ -192,7 +195,7 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
     kind = (model["architecture"], model["dtype"], model.get("quantization"))
     line(console, "model", ", ".join(part for part in kind if part))
     if run.label is not None:
-        line(console, "label", run.label)
+        line(console, "label", visible_values(run.label))
     line(
         console,
         "corpus",
@@ -200,20 +203,20 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
     )
     console.print()
     others = disagreement(reading_counts(summary))
-    console.print(
-        f"[bold]{len(found)} systematic outlier feature{'' if len(found) == 1 else 's'}[/bold]{_range(summary)} by "
-        f"{rule['reading']} at {rule['site']}, abs(x) >= {rule['magnitude']:g}{f'; {others}' if others else ''}",
-        highlight=False,
-        soft_wrap=True,
+    count = f"{len(found)} systematic outlier feature{'' if len(found) == 1 else 's'}"
+    rest = (
+        f"{_range(summary)} by {rule['reading']} at {rule['site']}, abs(x) >= {rule['magnitude']:g}"
+        f"{f'; {others}' if others else ''}"
     )
+    console.print(Text.assemble((count, "bold"), rest), soft_wrap=True)
     if (crowd := crowded(summary)) is not None:
-        console.print(crowd, highlight=False, soft_wrap=True)
+        console.print(Text(crowd), soft_wrap=True)
     if summary.get("perplexity") is not None:
         line(console, "perplexity", perplexity_words(summary["perplexity"]).removeprefix("perplexity "))
     if arguments.feature is None and arguments.layer is None and found:
         console.print(feature_table(found))
     console.print()
-    console.print(_row_table(rows[:ROWS], summary, console.width) if rows else _nothing(arguments))
+    console.print(_row_table(rows[:ROWS], summary, console.width) if rows else Text(_nothing(arguments)))
     if len(rows) > ROWS:
         console.print(f"and {len(rows) - ROWS:,} more rows (--feature, --site, --layer choose; --json has all)")
     for text in summary["notes"]:
@@ -236,6 +239,9 @@ def _nothing(arguments: argparse.Namespace) -> str:
 
 def _row_table(rows: list[dict[str, Any]], summary: dict[str, Any], width: int) -> Any:
     from rich.table import Table
+    from rich.text import Text
+
+    from outliers.visible import visible_values
 
     # the ladder where there is room for it: cut numbers say nothing
     ladder = summary["criteria"]["ladder"] if width >= WIDE else []
@@ -247,7 +253,7 @@ def _row_table(rows: list[dict[str, Any]], summary: dict[str, Any], width: int) 
     for row in rows:
         moments = [row["mean"], row["std"], row["kurtosis"], row.get("max_sd")]
         table.add_row(
-            row["site"],
+            Text(visible_values(row["site"])),
             *(str(row[name]) for name in ("layer", "feature")),
             *(f"{row[name]:,}" for name in ("hits", "first_token_hits")),
             *("" if value is None else f"{value:.4g}" for value in (row["min"], row["max"], *moments)),

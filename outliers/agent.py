@@ -2,7 +2,7 @@
 
     python -m outliers.agent WORKSPACE VERB     one JSON object in, one JSON object out
     python -m outliers.agent WORKSPACE follow FOLDER OFFSET     the lines of a job's stream, until it has ended
-    python -m outliers.agent WORKSPACE get PATH                 a file or a folder, as a tar
+    python -m outliers.agent WORKSPACE get PATH [NAME...]       a file or a folder's files, as a tar
 
 Secrets come with standard input, as part of a job's environment, and go nowhere else. Imports nothing heavy: an answer
 takes a tenth of a second. Errors of this project travel as {"error": {"kind", "message"}}. Before it: `ssh`, on
@@ -183,16 +183,17 @@ def _part(place: Path, sha256: str) -> Path:
     return place.with_name(f".{place.name}.{sha256[:16]}.part")
 
 
-def get(workspace: Path, path: str) -> None:
-    """A file, or a folder's files, as a tar on standard output; exit code 3 where there is nothing."""
+def get(workspace: Path, path: str, names: list[str]) -> None:
+    """A file, or a folder's files (those of `names`, if any), as a tar on standard output; exit code 3: there is nothing."""
     place = workspace / path
     if not place.exists():
         sys.exit(3)
-    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+    # dereference: of two names for one file the second would go as a link
+    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT, dereference=True) as archive:
         if place.is_file():
             archive.add(place, arcname="file", recursive=False)
             return
-        for found in sorted(place.rglob("*")):
+        for found in sorted(place / name for name in names) if names else sorted(place.rglob("*")):
             if found.is_file() and not found.is_symlink():
                 archive.add(found, arcname=f"folder/{found.relative_to(place)}", recursive=False)
 
@@ -246,7 +247,7 @@ def main(argv: list[str]) -> int:
     if verb == "follow":
         follow(Path(rest[0]), int(rest[1]))
     elif verb == "get":
-        get(root, rest[0])
+        get(root, rest[0], rest[1:])
     elif verb == "append":
         append(root, rest[0], rest[1], int(rest[2]))
     else:

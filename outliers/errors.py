@@ -40,6 +40,9 @@ A message gives the actual value, the limit, and what to do.
 
 from __future__ import annotations
 
+from outliers.bounds import MESSAGE_CHARS
+from outliers.visible import cut, visible, visible_line
+
 
 class OutliersError(Exception):
     """Base of all errors of this project; str() is one message for a person."""
@@ -177,6 +180,10 @@ def _family(root: type[OutliersError]) -> dict[str, type[OutliersError]]:
 
 
 def from_record(kind: str, message: str) -> OutliersError:
-    """The error that a job on a machine recorded as (class name, message); an unknown class becomes JobFailed."""
+    """The error that a job on a machine recorded as (class name, message); an unknown class becomes JobFailed.
+
+    The machine may have been taken over: its text is made visible and is bounded.
+    """
+    text = visible(cut(message, MESSAGE_CHARS))
     cause = _family(OutliersError).get(kind)
-    return cause(message) if cause else JobFailed(f"{kind}: {message}")
+    return cause(text) if cause else JobFailed(f"{visible_line(kind)}: {text}")

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from outliers import events
+from outliers.bounds import JSON_BYTES, LARGEST, parse_json
 from outliers.errors import BadInput, JobCancelled, JobFailed, MachineLost, OutliersError, from_record
 from outliers.events import Event
 from outliers.files import is_locked, write_atomic
@@ -244,14 +245,18 @@ def result(folder: Path) -> None:
 
 
 def _describe(record: Mapping[str, Any]) -> str:
-    number = record.get("signal")
+    number = _whole(record.get("signal"))
     if number == signal.SIGKILL:
-        ram = record.get("ram_bytes")
-        ram_gb = (ram if isinstance(ram, int) else total_ram_bytes()) / 1e9
+        ram_gb = (_whole(record.get("ram_bytes")) or total_ram_bytes()) / 1e9
         return f"was killed (signal 9), most likely because memory ran out: this machine has {ram_gb:.1f} GB of RAM"
-    if isinstance(number, int) and 0 < number < signal.NSIG:
+    if number is not None and 0 < number < signal.NSIG:
         return f"was ended by signal {number} ({signal.strsignal(number) or 'unknown'}), not by a cancel"
-    return f"failed with exit code {record.get('code')}"
+    return f"failed with exit code {_whole(record.get('code'))}"
+
+
+def _whole(value: object) -> int | None:
+    """A whole number as a record may hold it, not negative; None for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST else None
 
 
 def _last_lines(folder: Path) -> str:
@@ -369,10 +374,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file, or no object that can be read. OSError for a file that
-    can't be opened."""
+    """The JSON object in a file; None where there is no file, or no object that can be read: neither NaN nor a number of
+    thousands of digits is JSON, and no record of ours has JSON_BYTES. OSError for a file that can't be opened."""
     try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
+        with path.open("rb") as file:
+            data = file.read(JSON_BYTES + 1)
+        value = parse_json(data) if len(data) <= JSON_BYTES else None
+    except (FileNotFoundError, ValueError):
         return None
     return value if isinstance(value, dict) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from uuid import UUID
@@ -19,6 +20,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from outliers.events import Event
+from outliers.visible import markdown
 
 ARTIFACT_SECONDS = 2.0
 """Progress artifacts are updated at most this often: each is a call to the server."""
@@ -27,7 +29,15 @@ PAUSE_SECONDS = (2.0, 60.0)
 CLOSE_SECONDS = 5.0
 """The last state is waited for at the end of a step, where the server has answered so far."""
 
+_NOT_IN_KEYS = re.compile(r"[^a-z0-9-]+")
+_KEY_CHARS = 40
+
 log = logging.getLogger("outliers.progress")
+
+
+def artifact_key(step: str, study_id: str) -> str:
+    """The key of a step's artifact, whatever a machine calls its step: small letters, digits and dashes."""
+    return f"{_NOT_IN_KEYS.sub('-', step.lower())[:_KEY_CHARS]}-{study_id}".strip("-")
 
 
 @contextlib.contextmanager
@@ -105,7 +115,8 @@ class Progress:
         if event.step in self._artifacts:
             update_progress_artifact(self._artifacts[event.step], progress=share)
             return
-        key, description = f"{event.step}-{self._study_id}", f"{event.step} {self._title}"
+        # Prefect shows a description as Markdown
+        key, description = artifact_key(event.step, self._study_id), markdown(f"{event.step} {self._title}")
         made = create_progress_artifact(progress=share, key=key, description=description)
         if isinstance(made, UUID):
             self._artifacts[event.step] = made

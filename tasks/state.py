@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 from outliers.errors import JobFailed
+from outliers.machines.answers import parse_answer
 from outliers.machines.base import Machine
 from outliers.prepare import Prepared
 from outliers.travel import send_study
+from outliers.visible import cut, visible
 from outliers.workspace import Workspace
 
 SECONDS = 120
+SHOWN_CHARS = 2000
 
 
 def machine_state(machine: Machine, prepared: Prepared, workspace: Workspace) -> dict[str, bool]:
@@ -19,6 +20,6 @@ def machine_state(machine: Machine, prepared: Prepared, workspace: Workspace) ->
     argv = (*machine.python, "-m", "outliers", "state", place, "--workspace", machine.workspace)
     done = machine.run(argv, SECONDS)
     if done.returncode != 0:
-        raise JobFailed(f"{machine.name} can't say what it has: {done.stderr.strip() or done.stdout.strip()}")
-    found: dict[str, bool] = json.loads(done.stdout)
-    return found
+        said = visible(cut(done.stderr.strip() or done.stdout.strip(), SHOWN_CHARS))
+        raise JobFailed(f"{machine.name} can't say what it has: {said}")
+    return parse_answer("state", 0, done.stdout.encode(errors="replace"), done.stderr, machine.name)

@@ -7,7 +7,6 @@ process (the command's progress bars). A broken connection leaves the job alone;
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import tempfile
 import threading
@@ -20,9 +19,11 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from outliers import jobs, runlog
-from outliers.errors import JobFailed, MachineGone, MachineLost, OutliersError
+from outliers.bounds import LOG_CHARS, RESULT_BYTES, STEPS
+from outliers.errors import MachineGone, MachineLost, OutliersError
 from outliers.events import Event
 from outliers.jobs import JobHandle, JobSpec
+from outliers.machines.answers import parse_result
 from outliers.machines.base import Machine
 from outliers.parts import LOCKS, locked
 from outliers.prepare import Prepared
@@ -72,18 +73,18 @@ def run_step(
     handle = _started(machine, prepared, verb, job_name, workspace, options, env)
     AT_WORK[handle] = machine
     progress = Progress(f"{prepared.study_id}{part.replace(' ', '-').replace('/', 'of')}", f"{prepared.title}{part}")
-    logger, said, waits = get_run_logger(), [], True
+    logger, said, waits = get_run_logger(), Said(f"{verb}{part}"), True
     mark = (machine.instance_id, handle)
     try:
         for event in machine.follow(handle, _SEEN.get(mark, 0)):
             _SEEN[mark] = event.end
-            if event.kind == "log":
-                logger.log(_LEVELS[event.level], event.message)
-                said.append(runlog.line(event, f"{verb}{part}"))
-            elif event.kind == "progress":
-                progress.show(event)
-            for listen in LISTENERS.copy():
-                listen(f"{verb}{part}", event if not part else replace(event, step=f"{event.step}{part}"))
+            for shown in said.taken(event):
+                if shown.kind == "log":
+                    logger.log(_LEVELS[shown.level], "%s", shown.message)
+                elif shown.kind == "progress":
+                    progress.show(shown)
+                for listen in LISTENERS.copy():
+                    listen(f"{verb}{part}", shown if not part else replace(shown, step=f"{shown.step}{part}"))
             heed_guards()
     except Exception:
         # the connection broke, or the step failed by itself: the job is left alone, and a retry joins it
@@ -104,7 +105,7 @@ def run_step(
         AT_WORK.pop(handle, None)
         progress.close(wait=waits)
         try:
-            runlog.append(workspace.study(prepared.study_id), said, workspace.root)
+            runlog.append(workspace.study(prepared.study_id), said.lines, workspace.root)
         except OSError as error:
             # a full disk ends the step with its own error, which this must not hide; the lines are in the run's log
             logger.warning("run.log could not be written: %s", error)
@@ -119,6 +120,34 @@ def run_step(
         _SEEN.pop(mark, None)
         raise
     return _result(machine, handle)
+
+
+class Said:
+    """What a step has said: the lines of its log, which a machine that was taken over can't make longer than LOG_CHARS, and
+    the things that it counts, at most STEPS."""
+
+    def __init__(self, step: str) -> None:
+        self.lines: list[str] = []
+        self._step = step
+        self._left = LOG_CHARS
+        self._counted: set[str] = set()
+
+    def taken(self, event: Event) -> list[Event]:
+        """The event, where it is one to be shown; in the place of the first log line that is too much, a warning."""
+        if event.kind == "progress":
+            if len(self._counted) < STEPS:
+                self._counted.add(event.step)
+            return [event] if event.step in self._counted else []
+        if event.kind != "log":
+            return [event]
+        if self._left <= 0:
+            return []
+        self._left -= len(event.message) + 1
+        if self._left <= 0:
+            text = f"{self._step} has printed {LOG_CHARS / 1e6:.0f} MB: nothing more of it is shown or kept"
+            event = replace(event, level="warning", message=text)
+        self.lines.append(runlog.line(event, self._step))
+        return [event]
 
 
 def heed_guards() -> None:
@@ -202,9 +231,5 @@ def _wait() -> None:
 def _result(machine: Machine, handle: JobHandle) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "result.json"
-        machine.download(f"{handle.folder}/result.json", local)
-        try:
-            content: dict[str, Any] = json.loads(local.read_text())
-        except ValueError as error:
-            raise JobFailed(f"job {handle.name} left no readable result: {error}") from error
-        return content
+        machine.download(f"{handle.folder}/result.json", local, max_bytes=RESULT_BYTES, max_files=1)
+        return parse_result(local.read_bytes(), handle.name)

@@ -13,10 +13,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import import_utils
 
 from outliers.errors import BadInput, PlanRefused, UnknownModel
+from outliers.machines.answers import read_facts
 from outliers.machines.base import GB, Facts, Gpu, Offer
 from outliers.machines.capability import capability_of
 from outliers.machines.local import find_gpus, parse_gpus
-from outliers.machines.remote import read_facts
 from outliers.memory import needs
 from outliers.model_info import describe_model, method_of, quantization_of
 from outliers.models import find_model

@@ -24,6 +24,7 @@ import pytest
 from outliers import errors
 from outliers.files import sha256_file
 from outliers.machines import connection, remote
+from outliers.machines.archive import Limits, unpack
 from outliers.machines.base import MachineRequest
 from outliers.machines.connection import Connection
 from outliers.machines.ssh import Host, access
@@ -190,11 +191,12 @@ def test_folders_go_there_and_come_back(machine, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_capture_can_not_come_back_for_results(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "RECEIVED_LIMIT", 100_000)
+def test_a_capture_can_not_come_back_for_results(machine, tmp_path):
     Path(machine.workspace, "captured.bin").write_bytes(bytes(200_000))
-    with pytest.raises(errors.JobFailed, match=r"captured\.bin on m1 has 0 MB, too much to be results"):
-        machine.download("captured.bin", tmp_path / "in")
+    with pytest.raises(
+        errors.JobFailed, match=r"captured\.bin on m1 .*more than 100,000 bytes, too much to be results"
+    ):
+        machine.download("captured.bin", tmp_path / "in", max_bytes=100_000)
     assert not (tmp_path / "in").exists()
 
 
@@ -279,24 +281,23 @@ def test_a_long_folder_for_temporary_files_leaves_room_for_a_socket(tmp_path, mo
 def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
     (tmp_path / "in").mkdir()
     with pytest.raises(errors.JobFailed, match="none of ours"):
-        remote._unpack(archive(tarfile.TarInfo(name)), tmp_path / "in")
+        unpack(archive(tarfile.TarInfo(name)), tmp_path / "in", Limits(), "results")
     assert not list(tmp_path.rglob("*evil*"))
     assert list((tmp_path / "in").iterdir()) == []
 
 
-def test_what_is_no_plain_file_does_not_come(tmp_path):
-    members = []
-    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
-        member = tarfile.TarInfo(f"folder/{len(members)}")
-        member.type, member.linkname = kind, "/etc/passwd"
-        members.append(member)
-    remote._unpack(archive(*members), tmp_path / "in")
-    assert list((tmp_path / "in").iterdir()) == []
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
+def test_what_is_no_plain_file_does_not_come(tmp_path, kind):
+    member = tarfile.TarInfo("folder/x")
+    member.type, member.linkname = kind, "/etc/passwd"
+    with pytest.raises(errors.JobFailed, match="not a plain file"):
+        unpack(archive(member), tmp_path / "in", Limits(), "results")
+    assert list(tmp_path.iterdir()) == []
 
 
 def archive(*members):
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as file:
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as file:
         for member in members:
             member.size = 4 if member.type == tarfile.REGTYPE else 0
             file.addfile(member, io.BytesIO(b"evil"))

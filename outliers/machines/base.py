@@ -8,11 +8,12 @@ one place where a machine is refused, the same for this computer and for one at 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from outliers.bounds import RECEIVED_BYTES, RECEIVED_FILES
 from outliers.errors import BadInput
 from outliers.events import Event
 from outliers.jobs import JobHandle, JobSpec, Status
@@ -186,8 +187,20 @@ class Machine(Protocol):
     def upload(self, local: Path, remote: str) -> None:
         """Copies a file or folder to `remote`, relative to the workspace or full; files appear whole or not at all."""
 
-    def download(self, remote: str, local: Path) -> None:
-        """The way back of `upload`; BadInput where there is nothing at `remote`."""
+    def download(
+        self,
+        remote: str,
+        local: Path,
+        *,
+        max_bytes: int = RECEIVED_BYTES,
+        max_files: int = RECEIVED_FILES,
+        names: Collection[str] | None = None,
+    ) -> None:
+        """The way back of `upload`: plain files alone; BadInput where there is nothing at `remote`.
+
+        `names`: of a folder only these files, relative to it, as far as they are there. JobFailed for more than `max_bytes` in
+        `max_files` files: then nothing of it stays.
+        """
 
     def start(self, job: JobSpec) -> JobHandle:
         """Starts a detached job, or finds the one of that name that still runs."""

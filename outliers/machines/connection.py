@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import os
 import re
-import select
 import shlex
 import shutil
 import subprocess
@@ -24,17 +23,24 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+from outliers.bounds import ANSWER_BYTES, STDERR_BYTES
 from outliers.errors import BadInput, HostRefused, JobFailed, MachineLost
+from outliers.machines.pipes import Line, Silence, TooMuch, exchange, read_lines
+from outliers.visible import cut, visible, visible_line
 
 CONFIG_VARIABLE = "OUTLIERS_SSH_CONFIG"
 CONNECT_SECONDS = 15
 PERSIST_SECONDS = 60
-_DESTINATION = re.compile(r"(?!-)[^\s\x00-\x1f\x7f;&|<>$`\"'(){}*?!#]+")
+_DESTINATION = re.compile(r"[^\s\x00-\x1f\x7f;&|<>$`\"'(){}*?!#]{1,512}")
+_SCOPED = re.compile(r"(?<=:)([0-9a-f:.]*)%[0-9A-Za-z]+(?=\]?$)")
+"""The interface behind an IPv6 address: elsewhere ssh puts something in the place of a percent sign."""
 _WITH_PORT = re.compile(r"(?:([^@/]+)@)?\[?([^@/:\[\]]+)\]?:([0-9]+)")
 """One colon: an IPv6 address has more."""
 _LOST = 255
-_CHUNK = 1 << 16
+_SAID_CHARS = 2000
+"""Of what ssh itself says, so much is shown."""
 _OPTIONS = {
     "BatchMode": "yes",
     "ConnectTimeout": str(CONNECT_SECONDS),
@@ -55,15 +61,15 @@ _OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a command on the host ended; `stdout` as bytes, `stderr` as text."""
+    """How a command on the host ended; `stdout` as the bytes that came, `stderr` as text that can be shown."""
 
     returncode: int
     stdout: bytes
     stderr: str
 
     def text(self) -> str:
-        """Standard output as text, or standard error where there is none."""
-        return self.stdout.decode(errors="replace").strip() or self.stderr.strip()
+        """Standard output as text that can be shown, or standard error where there is none."""
+        return visible(self.stdout.decode(errors="replace")).strip() or self.stderr.strip()
 
 
 class Connection:
@@ -84,103 +90,100 @@ class Connection:
         self.received = 0
         self._lock = threading.Lock()
 
-    def call(self, command: str, stdin: bytes = b"", timeout_seconds: float = 60.0) -> Answer:
+    def call(
+        self, command: str, stdin: bytes = b"", timeout_seconds: float = 60.0, most_bytes: int = ANSWER_BYTES
+    ) -> Answer:
         """Run one shell command to its end, whatever its exit code.
 
-        Raises MachineLost where the host can't be reached, HostRefused for keys, JobFailed where it takes longer.
+        Raises MachineLost where the host can't be reached, HostRefused for keys, JobFailed where it takes longer or answers
+        with more than `most_bytes`.
         """
+        return self._exchange(command, stdin, timeout_seconds, most_bytes)
+
+    def receive(self, command: str, sink: IO[bytes], most_bytes: int, timeout_seconds: float) -> Answer:
+        """As `call`; what the command prints goes to a file and is not in the answer."""
+        return self._exchange(command, b"", timeout_seconds, most_bytes, sink)
+
+    def _exchange(
+        self, command: str, stdin: bytes, seconds: float, most_bytes: int, sink: IO[bytes] | None = None
+    ) -> Answer:
         self._open_master()
-        process = self._spawn(command)
+        process = self._spawn(command, subprocess.PIPE)
         try:
-            stdout, stderr = process.communicate(stdin, timeout=timeout_seconds)
+            stdout, stderr = exchange(process, stdin, seconds, most_bytes, sink)
         except subprocess.TimeoutExpired as error:
-            raise JobFailed(
-                f"{self.destination} has not ended this within {timeout_seconds:g} s: {_short(command)}"
-            ) from error
+            raise JobFailed(f"{self.destination} has not ended this within {seconds:g} s: {_short(command)}") from error
+        except TooMuch as error:
+            raise self._too_much(error, command) from error
         finally:
             _end(process)
-        self._count(len(command) + len(stdin), len(stdout) + len(stderr))
-        said = stderr.decode(errors="replace")
+        self._count(len(command) + len(stdin), len(stderr) + (len(stdout) if sink is None else sink.tell()))
+        said = visible(stderr.decode(errors="replace"))
         self._check(process.returncode, said)
         return Answer(process.returncode, stdout, said)
+
+    def _too_much(self, error: TooMuch, command: str) -> JobFailed:
+        return JobFailed(f"{self.destination} answered with {error}, and was cut off: {_short(command)}")
 
     def send(self, command: str, source: Path, offset: int, timeout_seconds: float) -> Answer:
         """Run a command with the bytes of a file from `offset` on as its standard input; as `call`."""
         self._open_master()
         size = source.stat().st_size - offset
-        with source.open("rb") as file, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with source.open("rb") as file:
             file.seek(offset)
             # the file itself and no pipe: nothing of it is held in memory
-            process = subprocess.Popen(self._argv(command), stdin=file, stdout=out, stderr=err, start_new_session=True)
+            process = self._spawn(command, file)
             try:
-                process.wait(timeout_seconds)
+                stdout, stderr = exchange(process, b"", timeout_seconds)
             except subprocess.TimeoutExpired as error:
                 raise MachineLost(
                     f"{source.name} ({size / 1e6:,.0f} MB) did not reach {self.destination} within {timeout_seconds:g} s"
                 ) from error
+            except TooMuch as error:
+                raise self._too_much(error, command) from error
             finally:
                 _end(process)
-            out.seek(0)
-            err.seek(0)
-            answer = Answer(process.returncode, out.read(), err.read().decode(errors="replace"))
+        answer = Answer(process.returncode, stdout, visible(stderr.decode(errors="replace")))
         self._check(answer.returncode, answer.stderr)  # how much of it had gone is not known then, and not counted
         self._count(len(command) + size, len(answer.stdout))
         return answer
 
-    def lines(self, command: str, silence_seconds: float, stdin: bytes = b"") -> Iterator[bytes]:
+    def lines(self, command: str, silence_seconds: float, stdin: bytes = b"") -> Iterator[Line]:
         """Each line that a command prints, as it comes, without an end of the command itself.
 
-        Raises MachineLost when the connection breaks or nothing comes for `silence_seconds`, JobFailed where the command
+        Raises MachineLost when the connection breaks or no line comes for `silence_seconds`, JobFailed where the command
         fails. Closing the iterator ends the connection.
         """
         self._open_master()
-        with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as asked:
+        errors: list[bytes] = []
+        with tempfile.TemporaryFile() as asked:
             asked.write(stdin)
             asked.seek(0)
-            process = subprocess.Popen(
-                self._argv(command),
-                stdin=asked,
-                stdout=subprocess.PIPE,
-                stderr=said,
-                start_new_session=True,
-            )
+            process = self._spawn(command, asked)
             try:
-                yield from self._read(process, silence_seconds)
+                for line in read_lines(process, silence_seconds, errors):
+                    self._count(0, line.size)
+                    yield line
                 code = process.wait(10)
+            except Silence as error:
+                raise MachineLost(f"{self.destination} has said nothing for {silence_seconds:g} s") from error
             except subprocess.TimeoutExpired as error:
                 raise MachineLost(f"the connection to {self.destination} hangs") from error
             finally:
                 _end(process)
-            self._count(len(command) + len(stdin), 0)
-            said.seek(0)
-            text = said.read().decode(errors="replace")
+        self._count(len(command) + len(stdin), 0)
+        text = visible(b"".join(errors).decode(errors="replace"))
         self._check(code, text)
         if code:
-            raise JobFailed(f"{_short(command)} failed on {self.destination} with exit code {code}: {text.strip()}")
-
-    def _read(self, process: subprocess.Popen[bytes], silence_seconds: float) -> Iterator[bytes]:
-        pipe = process.stdout
-        if pipe is None:
-            return
-        rest = b""
-        while True:
-            ready, _, _ = select.select([pipe], [], [], silence_seconds)
-            if not ready:
-                raise MachineLost(f"{self.destination} has said nothing for {silence_seconds:g} s")
-            data = os.read(pipe.fileno(), _CHUNK)
-            if not data:
-                return
-            self._count(0, len(data))
-            *whole, rest = (rest + data).split(b"\n")
-            for line in whole:
-                yield line + b"\n"
+            what = cut(text.strip(), _SAID_CHARS)
+            raise JobFailed(f"{_short(command)} failed on {self.destination} with exit code {code}: {what}")
 
     def close(self) -> None:
         """End the kept connection, where there is one."""
         if self._socket.exists():
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 subprocess.run(
-                    [*self._base(), "-O", "exit", self.destination], capture_output=True, timeout=10, check=False
+                    [*self._base(), "-O", "exit", "--", self.destination], capture_output=True, timeout=10, check=False
                 )
 
     def _open_master(self) -> None:
@@ -193,7 +196,16 @@ class Connection:
             if self._socket.exists() and self._has_master():
                 return
             with tempfile.TemporaryFile() as said:
-                argv = [*self._base(), "-o", f"ControlPersist={PERSIST_SECONDS}", "-M", "-N", "-f", self.destination]
+                argv = [
+                    *self._base(),
+                    "-o",
+                    f"ControlPersist={PERSIST_SECONDS}",
+                    "-M",
+                    "-N",
+                    "-f",
+                    "--",
+                    self.destination,
+                ]
                 try:
                     done = subprocess.run(
                         argv,
@@ -209,14 +221,14 @@ class Connection:
                         f"{self.destination} has not let us in within {CONNECT_SECONDS + 30} s; try `ssh {self.destination}`"
                     ) from error
                 said.seek(0)
-                text = said.read().decode(errors="replace")
+                text = visible(said.read(STDERR_BYTES).decode(errors="replace"))
             # another process may have been first with the same socket
             if done.returncode and not self._socket.exists():
                 raise self._refusal(text)
 
     def _has_master(self) -> bool:
         """Whether a process is behind the socket; a killed one leaves it, and it is in the way."""
-        argv = [*self._base(), "-O", "check", self.destination]
+        argv = [*self._base(), "-O", "check", "--", self.destination]
         with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs is none
             if subprocess.run(argv, capture_output=True, timeout=CONNECT_SECONDS, check=False).returncode == 0:
                 return True
@@ -243,12 +255,12 @@ class Connection:
         ]
 
     def _argv(self, command: str) -> list[str]:
-        return [*self._base(), "-o", "ControlMaster=no", self.destination, "--", in_sh(command)]
+        return [*self._base(), "-o", "ControlMaster=no", "--", self.destination, in_sh(command)]
 
-    def _spawn(self, command: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, command: str, stdin: int | IO[bytes]) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
         # a session of its own: Ctrl-C at the terminal is for us to handle, not for a half-sent file
-        return subprocess.Popen(self._argv(command), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        return subprocess.Popen(self._argv(command), stdin=stdin, stdout=pipe, stderr=pipe, start_new_session=True)
 
     def _count(self, sent: int, received: int) -> None:
         with self._lock:
@@ -264,7 +276,7 @@ class Connection:
 
     def _refusal(self, said: str) -> HostRefused | MachineLost:
         """What ssh's own words mean, with what to do."""
-        text, name = " ".join(said.split()), self.destination
+        text, name = cut(" ".join(said.split()), _SAID_CHARS), self.destination
         if "REMOTE HOST IDENTIFICATION HAS CHANGED" in said:
             return HostRefused(
                 f"the host key of {name} is not the one that known_hosts has: another machine answers, or it was set up "
@@ -299,9 +311,18 @@ def in_sh(command: str) -> str:
 
 
 def check_destination(text: str) -> None:
-    """BadInput where `text` can't be what `ssh` calls a host, or has a port, which ssh takes from its configuration."""
-    if not _DESTINATION.fullmatch(text):
-        raise BadInput(f"'{text}' is no host: user@host, or a name of your ssh configuration")
+    """BadInput where `text` can't be what `ssh` calls a host, or has a port, which ssh takes from its configuration.
+
+    ssh's configuration may hand the name to a shell (ProxyCommand, Match exec): it has no character that one reads.
+    """
+    shown, what = visible_line(text), "user@host, or a name of your ssh configuration"
+    # of a user and a host, and of an address, each part
+    if text.startswith("-") or "@-" in text or "/-" in text:
+        raise BadInput(f"'{shown}' is no host: a name that begins with a dash would be an option of ssh; give {what}")
+    host = text.rpartition("@")[2]
+    plain = visible_line(text, len(text)) == text and "%" not in _SCOPED.sub("", text)
+    if not (_DESTINATION.fullmatch(text) and plain) or not host or "\\" in host or host.startswith("~"):
+        raise BadInput(f"'{shown}' is no host: {what}")
     if with_port := _WITH_PORT.fullmatch(text):
         user, host, port = with_port.groups()
         raise BadInput(
@@ -312,7 +333,7 @@ def check_destination(text: str) -> None:
 
 
 def _short(command: str) -> str:
-    line = " ".join(command.split())
+    line = visible_line(" ".join(command.split()), 4096)
     return line if len(line) <= 120 else line[:117] + "..."
 
 

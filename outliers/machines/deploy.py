@@ -17,18 +17,23 @@ import json
 import logging
 import shlex
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from outliers.bounds import INSTALLER_LINES
 from outliers.errors import DeployFailed, JobFailed
 from outliers.machines.connection import Connection
 from outliers.machines.probe import OLDEST_PYTHON, Probe, Python
 from outliers.machines.wheel import Wheel, build_wheel, constraints, requirements, without_torch
+from outliers.visible import cut, last_drawn, visible
 
 UPLOAD_SECONDS = 300.0
 INSTALL_SECONDS = 3600.0
 SILENCE_SECONDS = 900.0
 """A torch of several gigabytes may be unpacked without a word for minutes."""
+
+_LINE_CHARS = 2000
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +83,7 @@ def deploy(connection: Connection, found: Probe, own_python: bool = False, wheel
     done = connection.call("sh -s", script.encode())
     there = done.stdout.decode(errors="replace").split()
     if "asked" not in there:
-        raise DeployFailed(f"{connection.destination} did not answer: {done.text()}")
+        raise DeployFailed(f"{connection.destination} did not answer: {last_line(done.text())}")
     if plan.venv is not None and "packages" not in there:
         _make_venv(connection, plan, found)
     if "code" not in there:
@@ -187,7 +192,7 @@ def _send_code(connection: Connection, plan: _Plan, found: Probe) -> None:
 
 def last_line(text: str) -> str:
     """The last line of what a program said: of a traceback, the error."""
-    return text.strip().rpartition("\n")[2].strip()
+    return cut(text.strip().rpartition("\n")[2].strip(), _LINE_CHARS)
 
 
 def _check_own(connection: Connection, plan: _Plan) -> None:
@@ -197,27 +202,33 @@ def _check_own(connection: Connection, plan: _Plan) -> None:
     )
     done = connection.call(command, timeout_seconds=120)
     if done.returncode:
+        lacking = cut(done.text(), _LINE_CHARS)
         raise DeployFailed(
-            f"{plan.interpreter} on {connection.destination} lacks {done.text()}: install it there, or leave --python out and "
+            f"{plan.interpreter} on {connection.destination} lacks {lacking}: install it there, or leave --python out and "
             "let an environment be made"
         )
 
 
 def _run_script(connection: Connection, script: str, what: str) -> None:
     """Run a script whose lines are shown as they come; DeployFailed with the last of them."""
-    said: list[str] = []
+    said: deque[str] = deque(maxlen=12)
+    began = time.monotonic()
     try:
-        for line in _lines(connection, script):
+        for number, line in enumerate(_lines(connection, script)):
+            if number >= INSTALLER_LINES:
+                raise JobFailed(f"it printed more than {INSTALLER_LINES:,} lines, and was cut off")
+            if time.monotonic() - began > INSTALL_SECONDS:
+                raise JobFailed(f"it took longer than {INSTALL_SECONDS:,.0f} s, and was cut off")
             said.append(line)
             _log.info("%s: %s", connection.destination, line)
     except JobFailed as error:
-        last = "\n  ".join(said[-12:])
+        last = "\n  ".join(said)
         raise DeployFailed(f"{what} on {connection.destination}: {error}\n  {last}") from error
 
 
 def _lines(connection: Connection, script: str) -> Iterator[str]:
     # over standard input, which has no limit, and read to its end first: what the script runs would take the rest for its own
     command = 'exec 2>&1; eval "$(cat)"'
-    for raw in connection.lines(command, SILENCE_SECONDS, script.encode()):
-        if text := raw.decode(errors="replace").rstrip():
+    for line in connection.lines(command, SILENCE_SECONDS, script.encode()):
+        if text := visible(cut(last_drawn(line.data), _LINE_CHARS)).rstrip():
             yield text

@@ -17,15 +17,16 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 
 from outliers import jobs
+from outliers.bounds import RECEIVED_BYTES, RECEIVED_FILES
 from outliers.errors import BadInput, JobFailed, PlanRefused, WorkspaceError
 from outliers.events import Event
-from outliers.files import temporary_for, write_new
+from outliers.files import size_of, temporary_for, write_new
 from outliers.jobs import JobHandle, JobSpec, Status
 from outliers.machines.base import Completed, Excluded, Facts, Gpu, Machine, MachineRequest, Offer, Rental, fits
 
@@ -37,7 +38,9 @@ QUERY = ("--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheade
 """What nvidia-smi is asked."""
 OLD_QUERY = ("--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits")
 """What one is asked that refuses the first: of drivers before 2021."""
-_GPU_LINE = re.compile(r"([^,]+),(.+?),\s*(\d+|\[[^\]]*\])(?:,\s*(?:(\d+)\.(\d+)|\[[^\]]*\]))?\s*")
+_GPU_LINE = re.compile(
+    r"([^,]+),(.+?),\s*(\d{1,12}|\[[^\]]*\])(?:,\s*(?:(\d{1,3})\.(\d{1,3})|\[[^\]]*\]))?\s*", re.ASCII
+)
 
 _log = logging.getLogger(__name__)
 
@@ -177,10 +180,26 @@ class LocalMachine:
         return Completed(process.returncode, stdout, stderr)
 
     def upload(self, local: Path, remote: str) -> None:
-        _copy(local, self._root / remote)
+        _copy(local, self._root / remote, _files(local))
 
-    def download(self, remote: str, local: Path) -> None:
-        _copy(self._root / remote, local)
+    def download(
+        self,
+        remote: str,
+        local: Path,
+        *,
+        max_bytes: int = RECEIVED_BYTES,
+        max_files: int = RECEIVED_FILES,
+        names: Collection[str] | None = None,
+    ) -> None:
+        source = self._root / remote
+        files = [path for path in _files(source) if names is None or path == source or _name(path, source) in names]
+        size = sum(map(size_of, files))
+        if len(files) > max_files or size > max_bytes:
+            raise JobFailed(
+                f"{remote} on {self.name} has {size:,} bytes in {len(files):,} files, too much to be results: at most "
+                f"{max_bytes:,} in {max_files:,}"
+            )
+        _copy(source, local, files)
 
     def start(self, job: JobSpec) -> JobHandle:
         return jobs.start(self._root, job)
@@ -198,11 +217,19 @@ class LocalMachine:
         return jobs.cancel(handle.folder, grace_seconds)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """A file or a folder's files, each appearing whole; onto itself: nothing. BadInput where there is no source."""
+def _files(source: Path) -> list[Path]:
+    """The file, or a folder's files; BadInput where there is neither."""
     if not source.exists():
         raise BadInput(f"there is nothing to copy at {source}")
-    files = [path for path in sorted(source.rglob("*")) if path.is_file()] if source.is_dir() else [source]
+    return [path for path in sorted(source.rglob("*")) if path.is_file()] if source.is_dir() else [source]
+
+
+def _name(path: Path, source: Path) -> str:
+    return path.relative_to(source).as_posix()
+
+
+def _copy(source: Path, target: Path, files: list[Path]) -> None:
+    """A file or a folder's files, each appearing whole; onto itself: nothing."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
     for path in files:

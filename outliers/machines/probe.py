@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from outliers.bounds import NAME_CHARS, PATH_CHARS
 from outliers.errors import DeployFailed, HostRefused
-from outliers.machines.base import Facts
+from outliers.machines.base import Facts, Gpu
 from outliers.machines.connection import Connection
 from outliers.machines.local import OLD_QUERY, QUERY, parse_gpus
+from outliers.visible import cut, visible, visible_line
 
 OLDEST_PYTHON = (3, 11)
 PROBE_SECONDS = 60.0
+PROBE_BYTES = 1 << 20
+"""A host with many GPUs says 4 KB, behind the greeting of its login shell."""
+_SHOWN_CHARS = 2000
+_MOST_PYTHONS, _MOST_GPUS = 64, 1024
+_MARK = re.compile("@(?:ROOT|QUERY|OLD_QUERY|NAMES)@")
+_DIGITS = re.compile("[0-9]{1,15}")
+_PYTHON = re.compile(r"([0-9]{1,4}(?:\.[0-9]{1,6}){1,3})\|([^|]+)\|([\w.+!-]{0,64})\|(True|False)", re.ASCII)
 _NAMES = ("python3", "python3.14", "python3.13", "python3.12", "python3.11", "python")
 
 # A limit of the container is looked for as jobs.total_ram_bytes does; a login shell's own greetings come before "begin".
 _SCRIPT = r"""
 echo; echo begin
-echo "home=$HOME"
 echo "system=$(uname -s) $(uname -m)"
 echo "cpus=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 1)"
 sed -n 's/^MemTotal: *\([0-9]*\).*/ram_kb=\1/p; s/^MemAvailable: *\([0-9]*\).*/available_kb=\1/p' /proc/meminfo
@@ -34,17 +42,17 @@ while :; do
 done
 root=@ROOT@
 case "$root" in /*) ;; *) root="$HOME/$root";; esac
-echo "root=$root"
+printf 'root=%s\n' "$root"
 place=$root
 while [ ! -d "$place" ]; do place=$(dirname "$place"); done
-[ -w "$place" ] && echo "writable=$place"
+[ -w "$place" ] && echo writable=yes
 df -Pk "$place" | sed -n '2s/.* \([0-9][0-9]*\)  *[0-9]*% .*/disk_kb=\1/p'
-echo "visible=${CUDA_VISIBLE_DEVICES-all}"
+printf 'visible=%s\n' "${CUDA_VISIBLE_DEVICES-all}"
 if command -v nvidia-smi >/dev/null 2>&1; then
   { timeout -k 5 20 nvidia-smi @QUERY@ || { [ $? -ge 124 ] || timeout -k 5 20 nvidia-smi @OLD_QUERY@; }; } | sed 's/^/gpu=/'
 fi
 for name in uv "$HOME/.local/bin/uv" "$HOME/.cargo/bin/uv"; do
-  if command -v "$name" >/dev/null 2>&1; then echo "uv=$(command -v "$name")"; break; fi
+  if command -v "$name" >/dev/null 2>&1; then printf 'uv=%s\n' "$(command -v "$name")"; break; fi
 done
 for name in @NAMES@; do
   path=$(command -v "$name" 2>/dev/null) || continue
@@ -86,49 +94,91 @@ def probe(connection: Connection, root: str, python: str | None = None) -> Probe
     Raises HostRefused for what is no Linux or can't be written, DeployFailed for an answer that is none, MachineLost.
     """
     names = [python] if python else _NAMES
-    script = (
-        _SCRIPT.replace("@ROOT@", shlex.quote(root))
-        .replace("@QUERY@", shlex.join(QUERY))
-        .replace("@OLD_QUERY@", shlex.join(OLD_QUERY))
-        .replace("@NAMES@", " ".join(map(shlex.quote, names)))
-    )
-    done = connection.call("sh -s", script.encode(), PROBE_SECONDS)
+    words = {
+        "@ROOT@": shlex.quote(root),
+        "@QUERY@": shlex.join(QUERY),
+        "@OLD_QUERY@": shlex.join(OLD_QUERY),
+        "@NAMES@": " ".join(map(shlex.quote, names)),
+    }
+    # all at once: a folder may be called as one of these marks is
+    script = _MARK.sub(lambda mark: words[mark[0]], _SCRIPT)
+    done = connection.call("sh -s", script.encode(), PROBE_SECONDS, PROBE_BYTES)
     text = done.stdout.decode(errors="replace")
     _, begun, said = text.partition("\nbegin\n")
     if not begun or not said.rstrip().endswith("end"):
-        raise DeployFailed(
-            f"{connection.destination} has no POSIX shell that answers: {done.stderr.strip() or text.strip() or 'no output'}"
-        )
+        last = cut(done.stderr.strip() or visible(text).strip() or "no output", _SHOWN_CHARS)
+        raise DeployFailed(f"{connection.destination} has no POSIX shell that answers: {last}")
     found: dict[str, list[str]] = {}
-    for line in said.splitlines():
+    # line feeds alone: some other characters end a line for `splitlines`
+    for line in said.split("\n"):
         name, _, value = line.partition("=")
         found.setdefault(name, []).append(value)
-    return _read(connection.destination, found)
+    try:
+        return _read(connection.destination, found)
+    except (ValueError, LookupError) as error:
+        raise DeployFailed(
+            f"{connection.destination} says of itself what can't be: {visible_line(str(error))}; its shell or a program there "
+            "answers for another"
+        ) from error
 
 
 def _read(name: str, found: dict[str, list[str]]) -> Probe:
-    system, root = found["system"][0], found["root"][0]
+    """The probe in what a host printed; ValueError where it can't be. HostRefused as `probe`."""
+    system, root = visible_line(_one(found, "system"), NAME_CHARS), _path(_one(found, "root"))
     if not system.startswith("Linux"):
         raise HostRefused(f"{name} runs {system}: a machine for studies runs Linux")
     if "writable" not in found or "disk_kb" not in found:  # /proc lets root write and is no disk
         raise HostRefused(
             f"{root} can't be made on {name}: name another folder (outliers machines add ... --folder DIR)"
         )
-    pythons = sorted((_python(text) for text in found.get("python", [])), key=lambda one: (not one.torch, one.version))
+    asked = (_python(text) for text in found.get("python", [])[:_MOST_PYTHONS])
+    pythons = sorted((one for one in asked if one is not None), key=lambda one: (not one.torch, one.version))
     fitting = tuple(one for one in pythons if one.version >= OLDEST_PYTHON)
-    total = min([int(found["ram_kb"][0]) * 1024, *(int(text) for text in found.get("limit", []) if text.isdigit())])
-    visible = found["visible"][0]
+    # "max" is no number: no limit at this level
+    limits = [_number("limit", text) for text in found.get("limit", []) if text.isdigit()]
+    total = min([_number("ram_kb", _one(found, "ram_kb")) * 1024, *limits])
+    visible_gpus = _one(found, "visible")
     facts = Facts(
-        cpus=int(found["cpus"][0]),
+        cpus=max(1, _number("cpus", _one(found, "cpus"))),
         ram_bytes=total,
-        ram_available_bytes=min(total, int(found["available_kb"][0]) * 1024),
-        disk_free_bytes=int(found["disk_kb"][0]) * 1024,
-        gpus=parse_gpus("\n".join(found.get("gpu", [])), None if visible == "all" else visible),
+        ram_available_bytes=min(total, _number("available_kb", _one(found, "available_kb")) * 1024),
+        disk_free_bytes=_number("disk_kb", _one(found, "disk_kb")) * 1024,
+        gpus=_gpus(found.get("gpu", []), None if visible_gpus == "all" else visible_gpus),
         python=".".join(map(str, fitting[0].version)) if fitting else "",
     )
-    return Probe(facts, system, root, fitting, found.get("uv", [""])[0])
+    uv = found.get("uv", [""])[0]
+    return Probe(facts, system, root, fitting, _path(uv) if uv.startswith("/") else "")
 
 
-def _python(text: str) -> Python:
-    version, path, torch, venv = text.split("|")
-    return Python(tuple(int(part) for part in re.findall(r"\d+", version)), path, torch, venv == "True")
+def _one(found: dict[str, list[str]], name: str) -> str:
+    if name not in found:
+        raise ValueError(f"it does not say its '{name}'")
+    return found[name][0]
+
+
+def _number(name: str, text: str) -> int:
+    if not _DIGITS.fullmatch(text):
+        raise ValueError(f"'{name}' is '{text[:40]}', and not a number of at most 15 digits")
+    return int(text)
+
+
+def _path(text: str) -> str:
+    if not text.startswith("/") or text != visible_line(text, PATH_CHARS):
+        raise ValueError(f"'{text[:80]}' is not the full path of a file")
+    return text
+
+
+def _gpus(lines: list[str], shown: str | None) -> tuple[Gpu, ...]:
+    if len(lines) > _MOST_GPUS:
+        raise ValueError(f"it has more than {_MOST_GPUS} GPUs")
+    gpus = parse_gpus("\n".join(text for text in lines if len(text) < PATH_CHARS), shown)
+    return tuple(replace(gpu, name=visible_line(gpu.name, NAME_CHARS)) for gpu in gpus)
+
+
+def _python(text: str) -> Python | None:
+    """The interpreter that a line tells of; None where it says something else: it can't be used."""
+    found = _PYTHON.fullmatch(text)
+    if found is None:
+        return None
+    version, path, torch, venv = found.groups()
+    return Python(tuple(int(part) for part in version.split(".")), _path(path), torch, venv == "True")

@@ -10,19 +10,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from outliers import events
-from outliers.errors import BadInput, DiskFull, JobFailed, MachineGone, MachineLost, from_record
+from outliers.bounds import RECEIVED_BYTES, RECEIVED_FILES
+from outliers.errors import BadInput, DiskFull, JobFailed, MachineGone, MachineLost
 from outliers.events import Event
-from outliers.files import sha256_file, temporary_for
+from outliers.files import sha256_file
 from outliers.jobs import JobHandle, JobSpec, Status
-from outliers.machines.base import Completed, Facts, Gpu
+from outliers.machines.answers import parse_answer, read_facts
+from outliers.machines.archive import Limits, unpack
+from outliers.machines.base import Completed, Facts
 from outliers.machines.connection import Answer, Connection, quote
 from outliers.machines.deploy import Deployment, last_line
 
@@ -38,8 +40,7 @@ SMALL_BYTES = 1 << 20
 LAST_SIGNAL = 64
 BUSY = 4
 """Of `agent append`: another upload of the same file is at work, or has changed what is there."""
-RECEIVED_LIMIT = 512 << 20
-"""No results folder comes near this; a capture, which must stay where it is, goes far beyond."""
+DOWNLOAD_SECONDS = 600.0
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -103,7 +104,8 @@ class RemoteMachine:
 
         done = self._patiently(once) if patient else once()
         # outside of the patience: a job that was lost is an answer, and no connection that may mend
-        return parse_answer(done.returncode, done.stdout, done.stderr, self.connection.destination)
+        asked = f"{verb} facts" if request.get("facts") else verb
+        return parse_answer(asked, done.returncode, done.stdout, done.stderr, self.connection.destination)
 
     def facts(self) -> Facts:
         return read_facts(self.ask("facts")["facts"])
@@ -117,7 +119,7 @@ class RemoteMachine:
         if done.returncode == 124:
             raise JobFailed(f"{argv[0]} took longer than {timeout_seconds:g} s on {self.name} and was ended")
         if done.returncode in (126, 127):
-            raise JobFailed(f"{argv[0]} can't be run on {self.name}: {done.text()}")
+            raise JobFailed(f"{argv[0]} can't be run on {self.name}: {last_line(done.text())}")
         code = done.returncode
         # a shell tells a signal as 128 and its number; what is above the last of them is a program's own
         code = 128 - code if 128 < code <= 128 + LAST_SIGNAL else code
@@ -154,27 +156,40 @@ class RemoteMachine:
 
         self._patiently(once)
 
-    def download(self, remote: str, local: Path) -> None:
-        command = quote([*self.python, "-m", "outliers.agent", self.workspace, "get", remote])
+    def download(
+        self,
+        remote: str,
+        local: Path,
+        *,
+        max_bytes: int = RECEIVED_BYTES,
+        max_files: int = RECEIVED_FILES,
+        names: Collection[str] | None = None,
+    ) -> None:
+        limits, what = Limits(max_bytes, max_files, names), f"{remote} on {self.name}"
+        asked = sorted(names) if names is not None else []
+        command = quote([*self.python, "-m", "outliers.agent", self.workspace, "get", remote, *asked])
 
         def once() -> None:
-            done = self.connection.call(command, timeout_seconds=600)
-            if done.returncode == 3:
-                raise BadInput(f"there is nothing at {remote} on {self.name}")
-            if done.returncode:
-                raise JobFailed(f"{remote} can't be read on {self.name}: {last_line(done.text())}")
-            if len(done.stdout) > RECEIVED_LIMIT:
-                raise JobFailed(f"{remote} on {self.name} has {len(done.stdout) / 1e6:.0f} MB, too much to be results")
             with tempfile.TemporaryFile() as archive:
-                archive.write(done.stdout)
+                done = self.connection.receive(command, archive, limits.archive_bytes, DOWNLOAD_SECONDS)
+                if done.returncode == 3:
+                    raise BadInput(f"there is nothing at {remote} on {self.name}")
+                if done.returncode:
+                    raise JobFailed(f"{remote} can't be read on {self.name}: {last_line(done.text())}")
                 archive.seek(0)
-                _unpack(archive, local)
+                unpack(archive, local, limits, what)
 
         self._patiently(once)
 
     def start(self, job: JobSpec) -> JobHandle:
         made = self.ask("start", name=job.name, argv=list(job.argv), env=dict(job.env), seconds=120)
-        return JobHandle(made["name"], made["attempt"], Path(made["folder"]))
+        home = Path(self.workspace, "jobs", job.name)
+        folder = Path(made["folder"])
+        if made["name"] != job.name or folder.parent != home:
+            raise JobFailed(
+                f"{self.connection.destination} started '{made['name']}' in {folder}, not {job.name} in {home}"
+            )
+        return JobHandle(job.name, made["attempt"], folder)
 
     def follow(self, handle: JobHandle, offset: int = 0) -> Iterator[Event]:
         """As the protocol says; a broken connection is made again and the stream goes on where it broke."""
@@ -188,10 +203,10 @@ class RemoteMachine:
                     if broken_since is not None:
                         _log.info("%s answers again after %.0f s", self.name, time.monotonic() - broken_since)
                         broken_since = None
-                    if line.startswith(b'{"kind": "ended"'):
+                    if line.data.startswith(b'{"kind": "ended"'):
                         return
-                    offset += len(line)
-                    yield from events.parse_line(line, offset)
+                    offset += line.size
+                    yield from events.parse_line(line.data, offset)
                 raise MachineLost(f"the stream of {handle.name} on {self.name} broke off")
             except MachineLost as error:
                 now = time.monotonic()
@@ -246,52 +261,3 @@ class RemoteMachine:
     def _lease(self) -> str:
         left = self._lease_left()
         return f"ends by itself in {left / 60:.0f} minutes" if left > 0 else "is over"
-
-
-def parse_answer(code: int, stdout: bytes, stderr: str, destination: str) -> dict[str, Any]:
-    """The agent's answer; raises the error in it, JobFailed where there is none."""
-    line = stdout.decode(errors="replace").strip().rpartition("\n")[2]
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        last = last_line(stderr) or line or f"exit code {code}"
-        raise JobFailed(f"{destination} can't answer: {last}") from error
-    if record := found.get("error"):
-        raise from_record(str(record["kind"]), str(record["message"]))
-    return dict(found)
-
-
-def read_facts(record: dict[str, Any]) -> Facts:
-    """Facts as an agent sends them."""
-    gpus = tuple(Gpu(**{**gpu, "reported": _pair(gpu.get("reported"))}) for gpu in record["gpus"])
-    return Facts(**{**record, "gpus": gpus})
-
-
-def _pair(found: list[int] | None) -> tuple[int, int] | None:
-    return None if found is None else (int(found[0]), int(found[1]))
-
-
-def _unpack(archive: IO[bytes], local: Path) -> None:
-    """A tar of the agent's to `local`: plain files alone, each appearing whole, none outside."""
-    with tarfile.open(fileobj=archive, mode="r:") as files:
-        for member in files:
-            if not member.isfile():
-                continue
-            top, _, rest = member.name.partition("/")
-            place = local / rest if top == "folder" else local
-            if top not in ("file", "folder") or ".." in Path(rest).parts or Path(rest).is_absolute():
-                raise JobFailed(f"a file with the name {member.name} came, which is none of ours")
-            content = files.extractfile(member)
-            if content is None:
-                continue
-            place.parent.mkdir(parents=True, exist_ok=True)
-            draft = temporary_for(place)
-            try:
-                with draft.open("wb") as file:
-                    while block := content.read(1 << 20):
-                        file.write(block)
-                draft.replace(place)
-            finally:
-                draft.unlink(missing_ok=True)
-    if not local.exists():  # an empty folder
-        local.mkdir(parents=True)

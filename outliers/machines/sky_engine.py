@@ -28,8 +28,10 @@ from typing import Any, Literal
 
 import psutil
 
+from outliers.bounds import MESSAGE_CHARS
 from outliers.errors import JobFailed, MachineLost, OutliersError, PlanRefused
 from outliers.machines.catalog import Candidate, import_sky
+from outliers.visible import cut, visible
 
 State = Literal["launching", "up", "stopped", "gone"]
 
@@ -133,7 +135,7 @@ def write_ssh_entry(name: str) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise JobFailed(f"`sky status {name}` can't be run: {error}") from error
     if done.returncode:
-        raise JobFailed(f"`sky status {name}` failed: {done.stdout[-1000:].strip()}")
+        raise JobFailed(f"`sky status {name}` failed: {visible(done.stdout[-1000:]).strip()}")
 
 
 def renew(name: str, seconds: float) -> None:
@@ -290,7 +292,7 @@ def start_server() -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise JobFailed(f"SkyPilot's server can't be started: {error}") from error
     if done.returncode or not _answers(common):
-        raise JobFailed(f"SkyPilot's server does not start: {done.stdout[-2000:].strip()}")
+        raise JobFailed(f"SkyPilot's server does not start: {visible(done.stdout[-2000:]).strip()}")
 
 
 def _answers(common: Any) -> bool:
@@ -355,7 +357,7 @@ def _translated(name: str) -> Iterator[None]:
 
 def _plain(error: BaseException) -> str:
     """An error's text without the colours that SkyPilot puts in."""
-    return _COLOUR.sub("", str(error)).strip()
+    return visible(cut(_COLOUR.sub("", str(error)).strip(), MESSAGE_CHARS))
 
 
 class _Lines(io.TextIOBase):
@@ -367,9 +369,11 @@ class _Lines(io.TextIOBase):
 
     def write(self, text: str) -> int:
         *lines, self._rest = (self._rest + text).split("\n")
+        if len(self._rest) > MESSAGE_CHARS:  # a line without an end
+            lines, self._rest = [*lines, self._rest], ""
         for line in lines:
-            if plain := _COLOUR.sub("", line).strip():
-                self._say(plain)
+            if plain := _COLOUR.sub("", cut(line, MESSAGE_CHARS)).strip():
+                self._say(visible(plain))
         return len(text)
 
     def writable(self) -> bool:

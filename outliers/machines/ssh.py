@@ -20,14 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from outliers.bounds import PATH_CHARS
 from outliers.errors import BadInput, DeployFailed, HostRefused, JobFailed, MachineLost, PlanRefused, WorkspaceError
 from outliers.files import write_atomic
+from outliers.machines.answers import parse_answer
 from outliers.machines.base import NOT_AMONG, Excluded, Machine, MachineRequest, Offer, Rental, fits
 from outliers.machines.connection import Connection, quote
 from outliers.machines.deploy import deploy
-from outliers.machines.remote import parse_answer
 from outliers.machines.rentals import Rentals, even_unwritten, gone_by
 from outliers.machines.tenants import Access, Tenants
+from outliers.visible import visible_line
 
 NAME = "ssh"
 DEFAULT_FOLDER = ".outliers"
@@ -83,7 +85,14 @@ class Hosts:
     def check(self, host: Host) -> None:
         """BadInput for a name that can't be."""
         if not _HOST_NAME.fullmatch(host.name):
-            raise BadInput(f"'{host.name}' is no name for a host: letters, digits, . _ - and at most 64 of them")
+            raise BadInput(
+                f"'{visible_line(host.name)}' is no name for a host: letters, digits, . _ - and at most 64 of them"
+            )
+        for option, text in (("--folder", host.folder), ("--python", host.python)):
+            if text != visible_line(text, PATH_CHARS):
+                raise BadInput(
+                    f"{option} '{visible_line(text)}' can't be the name of a file: it has control characters"
+                )
 
     def remove(self, name: str) -> bool:
         """Forget a host; whether it was known."""
@@ -103,14 +112,14 @@ def access(host: Host) -> Access:
 
 
 def ask_host(workspace: Path, name: str, verb: str, **request: Any) -> dict[str, Any]:
-    """One question to a host about all that is below its folder, whoever made it; as `remote.parse_answer`."""
+    """One question to a host about all that is below its folder, whoever made it; as `answers.parse_answer`."""
     host = Hosts(workspace).get(name) or Host(name, name)
     reached = access(host)
     found = reached.probe()
     python = deploy(reached.connection, found, own_python=bool(reached.python)).python
     command = quote([*python, "-m", "outliers.agent", f"{found.root}/machines", verb])
     done = reached.connection.call(command, json.dumps(request).encode(), QUESTION_SECONDS)
-    return parse_answer(done.returncode, done.stdout, done.stderr, host.destination)
+    return parse_answer(verb, done.returncode, done.stdout, done.stderr, host.destination)
 
 
 def _look(host: Host, request: MachineRequest) -> Offer | Excluded:
