@@ -33,9 +33,14 @@ CAN_SYNC_ALL = _SYNCFS is not None and _KERNEL >= (5, 8)
 """Whether `sync_all` waits and tells what went wrong: before Linux 5.8 syncfs(2) kept errors of the disk to itself."""
 
 
+def temporary_name(name: str) -> str:
+    """A file name that no other writer of a file `name` has; it can't be mistaken for a finished file's."""
+    return f".{name}.{secrets.token_hex(8)}.part"
+
+
 def temporary_for(path: Path) -> Path:
-    """A name beside `path` that no other writer has; it can't be mistaken for a finished file."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    """A path beside `path` that no other writer has, as `temporary_name`."""
+    return path.with_name(temporary_name(path.name))
 
 
 def unfinished_name(name: str) -> str | None:
@@ -65,12 +70,18 @@ def sync_folder(folder: Path) -> None:
     """Waits until the names in `folder` are on the disk; a file system that can't do that is left alone. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        sync_handle(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_handle(handle: int) -> None:
+    """`sync_folder` of an open folder."""
+    try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in _CAN_NOT:
             raise
-    finally:
-        os.close(handle)
 
 
 def sync_all(handle: int) -> None:

@@ -8,14 +8,15 @@ a folder (`outcome`, `published`, `runs`).
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outliers.allowlist import LOG, MANIFEST, SUMMARY, allowed_name
+from outliers.allowlist import LOG, MANIFEST, MAX_FILE_BYTES, SUMMARY, allowed_name
+from outliers.beneath import read_beneath
 from outliers.errors import DamagedResults, PublishRefused
-from outliers.manifest import digest_of, folder_of, headline_of, parse_manifest
+from outliers.manifest import MAX_MANIFEST_BYTES, digest_of, folder_of, headline_of, parse_manifest
+from outliers.strict_json import strict_json
 
 REMEDY = "run the same study again, which makes them anew"
 """For the end of a message to a person who asked for nothing but to see them."""
@@ -38,7 +39,7 @@ def read_finished(folder: Path, study_id: str | None = None) -> Finished | None:
     grows after the manifest and is none of the results. Raises DamagedResults, which names the first thing that differs.
     """
     try:
-        manifest = parse_manifest((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
+        manifest = parse_manifest(read_beneath(folder, MANIFEST, MAX_MANIFEST_BYTES), str(folder / MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, PublishRefused) as error:
@@ -56,14 +57,12 @@ def _read(folder: Path, named: dict[str, Any]) -> bytes:
     if not allowed_name(path) or path == MANIFEST:
         raise _damaged(folder, f"{MANIFEST} names the file '{path}', which no study has")
     try:
-        size = (folder / path).stat().st_size
-        data: bytes | None = (folder / path).read_bytes() if size == named["size"] else None
+        data = read_beneath(folder, path, MAX_FILE_BYTES)
     except OSError as error:
-        raise _damaged(
-            folder, f"{path} {'is missing' if isinstance(error, FileNotFoundError) else error.strerror}"
-        ) from error
-    if data is None:
-        raise _damaged(folder, f"{path} has {size:,} bytes, {MANIFEST} says {named['size']:,}")
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
+        raise _damaged(folder, f"{path} {what}") from error
+    if len(data) != named["size"]:
+        raise _damaged(folder, f"{path} has {len(data):,} bytes, {MANIFEST} says {named['size']:,}")
     if (found := hashlib.sha256(data).hexdigest()) != named["sha256"]:
         raise _damaged(folder, f"{path} has sha256 {found[:12]}, {MANIFEST} says {named['sha256'][:12]}")
     return data
@@ -73,7 +72,7 @@ def _check(folder: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> d
     """summary.json, parsed, after what the manifest says of the files was computed again from them."""
     try:
         digest = digest_of(files)
-        summary: dict[str, Any] = json.loads(files[SUMMARY])
+        summary: dict[str, Any] = strict_json(files[SUMMARY])
         own: dict[str, Any] = {"study_id": summary["study_id"], "capture_id": summary["capture_id"]}
         own |= {"results_digest": digest, "folder": folder_of(manifest["files"]), "headline": headline_of(summary)}
         dtype = summary["model"]["dtype"]

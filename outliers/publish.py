@@ -21,6 +21,7 @@ from outliers.allowlist import LOG, MANIFEST, AllowedFile, allowed_name, check_r
 from outliers.errors import AccessDenied, BadInput, DigestConflict, ForbiddenFile, PublishRefused, StoreUnavailable
 from outliers.files import write_atomic
 from outliers.manifest import (
+    MAX_MANIFEST_BYTES,
     digest_of,
     dump_manifest,
     file_list,
@@ -126,7 +127,7 @@ def _place(slug: str, study_id: str) -> str:
 
 
 def _manifest_at(store: Store, place: str) -> dict[str, Any] | None:
-    data = store.read(f"{place}/{MANIFEST}")
+    data = store.read(f"{place}/{MANIFEST}", MAX_MANIFEST_BYTES)
     if data is None:
         return None
     origin = f"{store.url}/{place}/{MANIFEST}"
@@ -140,7 +141,7 @@ def _manifest_at(store: Store, place: str) -> dict[str, Any] | None:
 
 def _object(store: Store, folder: str, file: dict[str, Any]) -> bytes:
     """One published file, as its manifest describes it; PublishRefused where it is not."""
-    data = store.read(f"{folder}/{file['path']}")
+    data = store.read(f"{folder}/{file['path']}", int(file["size"]))
     if data is not None and (len(data), hashlib.sha256(data).hexdigest()) == (file["size"], file["sha256"]):
         return data
     found = "is missing" if data is None else f"has {len(data):,} bytes with another sha256"

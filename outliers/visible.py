@@ -7,6 +7,7 @@ After it: a message, a log line, a table.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """C0 but for newline and tab, DEL, C1, line and paragraph separators, bidirectional overrides and isolates, lone surrogates."""
@@ -30,3 +31,14 @@ def _escape(found: re.Match[str]) -> str:
     named = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}.get(found[0])
     code = ord(found[0])
     return named or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+def visible_values(value: Any) -> Any:
+    """A value of plain JSON (of limited depth) in which every string, keys included, is as `visible_line` shows it, uncut."""
+    if isinstance(value, str):
+        return LINE_ACTS.sub(_escape, value)
+    if isinstance(value, list | tuple):
+        return type(value)(visible_values(item) for item in value)
+    if isinstance(value, dict):
+        return {visible_values(key): visible_values(item) for key, item in value.items()}
+    return value
