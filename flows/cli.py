@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from outliers.visible import visible
+
     console = Console(stderr=True)
     verbs = {
         "study": study_command,
@@ -124,10 +126,10 @@ def main(argv: list[str] | None = None) -> int:
         with interrupt.bounded():
             return verbs[arguments.verb](arguments, console, list(sys.argv[1:] if argv is None else argv))
     except BadInput as error:
-        console.print(Text(f"refused: {error}", style="red"), soft_wrap=True)
+        console.print(Text(visible(f"refused: {error}"), style="red"), soft_wrap=True)
         return REFUSED
     except OutliersError as error:
-        console.print(Text(f"failed: {error}", style="red"), soft_wrap=True)
+        console.print(Text(visible(f"failed: {error}"), style="red"), soft_wrap=True)
         return FAILED
     except KeyboardInterrupt:
         if interrupt.reason():

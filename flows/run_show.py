@@ -53,8 +53,11 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
 
     from outliers.allowlist import FEATURES, SUMMARY
     from outliers.errors import BadInput
+    from outliers.errors import PublishRefused
     from outliers.parquet import read_parquet
-    from outliers.published import read_study
+    from outliers.published import Published, read_study
+    from outliers.published_summary import read_found
+    from outliers.strict_json import strict_json
 
     names = (SUMMARY, FEATURES)
     url = None if name is None else published_url(name, workspace)
@@ -66,8 +69,11 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         found = finished(folder)
         place, files, manifest = str(folder), found.files, found.manifest
     try:
-        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest))
-    except (ValueError, OSError, pa.ArrowException) as error:
+        read_found(
+            Published(place, manifest, {SUMMARY: files[SUMMARY]})
+        )  # of the types that are shown, with their limits
+        return Run(strict_json(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest))
+    except (ValueError, OSError, PublishRefused, pa.ArrowException) as error:
         raise BadInput(f"{place} is damaged: {error}; remove the folder and run the study again") from error
 
 
@@ -168,9 +174,13 @@ def _check_number(name: str, value: int | None, known: Sequence[int]) -> None:
 
 
 def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    from rich.text import Text
+
     from outliers.answer import crowded, disagreement, perplexity_words, reading_counts
 
-    summary = run.summary
+    from outliers.visible import visible_values
+
+    summary = visible_values(run.summary)
     model, corpus, rule = summary["model"], summary["corpus"], summary["criteria"]
     found = summary["systematic"]
     line(
@@ -181,7 +191,7 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
     kind = (model["architecture"], model["dtype"], model.get("quantization"))
     line(console, "model", ", ".join(part for part in kind if part))
     if run.label is not None:
-        line(console, "label", run.label)
+        line(console, "label", visible_values(run.label))
     line(
         console,
         "corpus",
@@ -189,20 +199,20 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
     )
     console.print()
     others = disagreement(reading_counts(summary))
-    console.print(
-        f"[bold]{len(found)} systematic outlier feature{'' if len(found) == 1 else 's'}[/bold]{_range(summary)} by "
-        f"{rule['reading']} at {rule['site']}, abs(x) >= {rule['magnitude']:g}{f'; {others}' if others else ''}",
-        highlight=False,
-        soft_wrap=True,
+    count = f"{len(found)} systematic outlier feature{'' if len(found) == 1 else 's'}"
+    rest = (
+        f"{_range(summary)} by {rule['reading']} at {rule['site']}, abs(x) >= {rule['magnitude']:g}"
+        f"{f'; {others}' if others else ''}"
     )
+    console.print(Text.assemble((count, "bold"), rest), soft_wrap=True)
     if (crowd := crowded(summary)) is not None:
-        console.print(crowd, highlight=False, soft_wrap=True)
+        console.print(Text(crowd), soft_wrap=True)
     if summary.get("perplexity") is not None:
         line(console, "perplexity", perplexity_words(summary["perplexity"]).removeprefix("perplexity "))
     if arguments.feature is None and arguments.layer is None and found:
         console.print(feature_table(found))
     console.print()
-    console.print(_row_table(rows[:ROWS], summary, console.width) if rows else _nothing(arguments))
+    console.print(_row_table(rows[:ROWS], summary, console.width) if rows else Text(_nothing(arguments)))
     if len(rows) > ROWS:
         console.print(f"and {len(rows) - ROWS:,} more rows (--feature, --site, --layer choose; --json has all)")
     for text in summary["notes"]:
@@ -225,6 +235,9 @@ def _nothing(arguments: argparse.Namespace) -> str:
 
 def _row_table(rows: list[dict[str, Any]], summary: dict[str, Any], width: int) -> Any:
     from rich.table import Table
+    from rich.text import Text
+
+    from outliers.visible import visible_values
 
     # the ladder where there is room for it: cut numbers say nothing
     ladder = summary["criteria"]["ladder"] if width >= WIDE else []
@@ -236,7 +249,7 @@ def _row_table(rows: list[dict[str, Any]], summary: dict[str, Any], width: int) 
     for row in rows:
         moments = [row["mean"], row["std"], row["kurtosis"], row.get("max_sd")]
         table.add_row(
-            row["site"],
+            Text(visible_values(row["site"])),
             *(str(row[name]) for name in ("layer", "feature")),
             *(f"{row[name]:,}" for name in ("hits", "first_token_hits")),
             *("" if value is None else f"{value:.4g}" for value in (row["min"], row["max"], *moments)),

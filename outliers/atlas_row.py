@@ -48,6 +48,7 @@ from outliers.intervals import BEFORE
 from outliers.published import Published
 from outliers.published_summary import FoundFeature, FoundSummary, read_found
 from outliers.spec import BLOCK, BLOCK_SITES, CorpusSpec
+from outliers.visible import visible_values
 
 INTERVAL_LEVEL = 0.95
 CORPUS_OPTIONS = ("subset", "split", "corpus_revision", "seed", "bos", "packing")
@@ -84,7 +85,10 @@ class Conditions(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One study; a field is a column of atlas.parquet, which the module's docstring describes."""
+    """One study; a field is a column of atlas.parquet, which the module's docstring describes.
+
+    In its strings every character that acts on a terminal is an escape.
+    """
 
     url: str
     study_id: str
@@ -136,6 +140,11 @@ class Row:
     legacy_layer_fraction: float | None
     legacy_position_fraction: float | None
     features: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str):
+                object.__setattr__(self, name, visible_values(value))
 
     @property
     def criteria(self) -> tuple[str, str, float, float, float]:

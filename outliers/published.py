@@ -155,7 +155,7 @@ def read_folders(results: Path) -> Shelf:
             skipped.append(Skipped(str(folder), f"{error}; {REMEDY}"))
             continue
         except ENTRY_ERRORS as error:
-            skipped.append(Skipped(str(folder), f"{folder} can't be read ({_said(error)}); {REMEDY}"))
+            skipped.append(Skipped(str(folder), f"{folder} can't be read ({said(error)}); {REMEDY}"))
             continue
         if found is not None:
             studies.append(Published(str(folder), visible_values(found.manifest)))
@@ -182,7 +182,7 @@ def _results_folders(results: Path) -> tuple[list[Path], list[Path]]:
     return sorted(folders), sorted(links)
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     """An error that is none of ours, in few words."""
     return f"{type(error).__name__}: {error}"[:200]
 
@@ -249,7 +249,7 @@ def _read(
     except (AccessDenied, PublishRefused, TargetError) as error:
         return Skipped(url, str(error))
     except ENTRY_ERRORS as error:
-        return Skipped(url, f"{url} can't be read ({_said(error)}); remove it and publish again")
+        return Skipped(url, f"{url} can't be read ({said(error)}); remove it and publish again")
 
 
 def _check_headline(url: str, manifest: Mapping[str, Any], summary: bytes) -> None:

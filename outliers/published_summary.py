@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from outliers import schema
 from outliers.errors import PublishRefused
 from outliers.published import Published
+from outliers.strict_json import strict_json
 
 
 class _Lenient(BaseModel):
@@ -83,6 +84,7 @@ class FoundSummary(_Lenient):
     massive_count: schema.Count | None = None
     perplexity: _Perplexity | None = None
     sweep: _Sweep
+    notes: Annotated[list[schema.Note], Field(max_length=100)] = []
 
 
 class _Version(_Lenient):
@@ -93,6 +95,7 @@ def read_found(study: Published) -> FoundSummary:
     """summary.json of a study; PublishRefused, naming it, where it is of a newer format or not one."""
     data, url = study.summary or b"", study.url
     try:
+        strict_json(data)  # the parser of the schema takes two equal keys, and any depth in what it passes over
         version = _Version.model_validate_json(data).schema_version
         if version != 1:
             raise PublishRefused(
@@ -103,6 +106,8 @@ def read_found(study: Published) -> FoundSummary:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(step) for step in first["loc"]) or "it"
         raise PublishRefused(f"summary.json of {url} is malformed: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise PublishRefused(f"summary.json of {url} is malformed: {error}") from error
     if found.study_id != study.manifest["study_id"]:
         raise PublishRefused(f"summary.json of {url} is of the study {found.study_id}; remove it and publish again")
     return found
