@@ -6,7 +6,9 @@ Before it: `runs`, which has the parsers. It reads summary.json and features.par
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,8 +54,7 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
     import pyarrow as pa
 
     from outliers.allowlist import FEATURES, SUMMARY
-    from outliers.errors import BadInput
-    from outliers.errors import PublishRefused
+    from outliers.errors import BadInput, PublishRefused
     from outliers.parquet import read_parquet
     from outliers.published import Published, read_study
     from outliers.published_summary import read_found
@@ -119,10 +120,15 @@ def newest(workspace: Workspace) -> Path:
     """The results folder of the study that was finished last. Raises BadInput where there is none."""
     from outliers.errors import BadInput
 
-    done = sorted(workspace.results.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    done = []
+    for path in workspace.results.glob("*/manifest.json"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and not path.parent.is_symlink():
+                done.append((found.st_mtime, path))
     if not done:
         raise BadInput(f"there is no finished study in {workspace.root}: run one with `outliers study`")
-    return done[-1].parent
+    return max(done)[1].parent
 
 
 def find_run(name: str, workspace: Workspace) -> Path:
@@ -168,8 +174,8 @@ def _check_number(name: str, value: int | None, known: Sequence[int]) -> None:
     from outliers.errors import BadInput
 
     if value is not None and value not in known:
-        whole = len(known) == known[-1] - known[0] + 1
-        there = f"{known[0]} to {known[-1]:,}" if whole else ", ".join(map(str, known))
+        whole = len(known) > 0 and len(known) == known[-1] - known[0] + 1
+        there = f"{known[0]} to {known[-1]:,}" if whole else ", ".join(map(str, known)) or "not listed"
         raise BadInput(f"--{name} {value} is not in that study; its {name}s are {there}")
 
 
@@ -177,7 +183,6 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
     from rich.text import Text
 
     from outliers.answer import crowded, disagreement, perplexity_words, reading_counts
-
     from outliers.visible import visible_values
 
     summary = visible_values(run.summary)

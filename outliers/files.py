@@ -49,10 +49,13 @@ def unfinished_name(name: str) -> str | None:
     return found["name"] if found else None
 
 
-def write_new(path: Path, data: bytes) -> None:
-    """Writes `data` to `path`, which must not exist, and waits until the disk has it; FileExistsError, OSError."""
+def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Writes `data` to `path`, which must not exist, and waits until the disk has it; FileExistsError, OSError.
+
+    `mode`: of the file, less the umask.
+    """
     # Not tempfile: it makes files that only their owner reads, and an atlas in a shared folder is for others.
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(data)
         file.flush()
@@ -105,14 +108,14 @@ def start_writing(handle: int) -> None:
         _SYNC_FILE_RANGE(handle, 0, 0, 2)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Puts `data` at `path`, replacing what was there: a reader sees the old bytes or the new ones, also after a crash.
 
-    The folder must exist. Raises OSError; the old file is then untouched and nothing is left beside it.
+    The folder must exist; `mode` is the file's, less the umask. Raises OSError; the old file is then untouched and nothing is left beside it.
     """
     temporary = temporary_for(path)
     try:
-        write_new(temporary, data)
+        write_new(temporary, data, mode)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -6,8 +6,10 @@ out of every atlas. What is read is held to the same types and limits. Before it
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from outliers import schema
@@ -111,3 +113,20 @@ def read_found(study: Published) -> FoundSummary:
     if found.study_id != study.manifest["study_id"]:
         raise PublishRefused(f"summary.json of {url} is of the study {found.study_id}; remove it and publish again")
     return found
+
+
+def check_columns(table: Any, found: FoundSummary) -> None:
+    """ValueError where features.parquet has not the columns, with values, that are shown of it; newer ones are passed over."""
+    for field in schema.EARLIER_FEATURES_SCHEMA:
+        index = table.schema.get_field_index(field.name)
+        kind = None if index < 0 else table.schema.field(index).type
+        is_list = pa.types.is_list(field.type) and kind is not None and pa.types.is_list(kind)
+        if kind != field.type and not (is_list and kind.value_type == field.type.value_type):
+            raise ValueError(f"features.parquet has {kind} in the column {field.name}, not {field.type}")
+        column = table[field.name]
+        nulls = column.null_count + (pc.list_flatten(column).null_count if is_list else 0)
+        if nulls and field.name not in schema.NULLABLE_COLUMNS:
+            raise ValueError(f"features.parquet has {nulls:,} nulls in the column {field.name}")
+    strange = set(pc.unique(table["site"]).to_pylist()) - set(found.readings)
+    if strange:
+        raise ValueError(f"features.parquet has rows of the site {min(strange)[:40]!r}, its summary has none")
