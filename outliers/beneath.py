@@ -50,15 +50,23 @@ def read_beneath(root: Path, key: str, max_bytes: int) -> bytes:
         if error.errno == errno.ENXIO:
             raise OSError(errno.ENXIO, "it is no regular file", str(path)) from error
         raise
-    with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.ENXIO, f"it is {_kind(found.st_mode)}, no regular file", str(path))
-        data = b"" if found.st_size > max_bytes else file.read(max_bytes + 1)
-        if found.st_size > max_bytes or len(data) > max_bytes:
-            size = max(found.st_size, len(data))
-            raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {max_bytes:,} are read", str(path))
-        return data
+    try:
+        return _read_regular(handle, max_bytes, str(path))
+    finally:
+        os.close(handle)
+
+
+def _read_regular(handle: int, max_bytes: int, path: str) -> bytes:
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.ENXIO, f"it is {_kind(found.st_mode)}, no regular file", path)
+    data, size = bytearray(), found.st_size
+    while size <= max_bytes and (piece := os.read(handle, max_bytes + 1 - len(data))):
+        data += piece
+        size = max(size, len(data))
+    if size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {max_bytes:,} are read", path)
+    return bytes(data)
 
 
 def _kind(mode: int) -> str:

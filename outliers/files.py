@@ -111,7 +111,8 @@ def start_writing(handle: int) -> None:
 def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Puts `data` at `path`, replacing what was there: a reader sees the old bytes or the new ones, also after a crash.
 
-    The folder must exist; `mode` is the file's, less the umask. Raises OSError; the old file is then untouched and nothing is left beside it.
+    The folder must exist; `mode` is the file's, less the umask. Raises OSError; the old file is then untouched and nothing is
+    left beside it.
     """
     temporary = temporary_for(path)
     try:
