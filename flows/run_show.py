@@ -57,7 +57,7 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
     from outliers.errors import BadInput, PublishRefused
     from outliers.parquet import read_parquet
     from outliers.published import Published, read_study
-    from outliers.published_summary import read_found
+    from outliers.published_summary import check_columns, read_found
     from outliers.strict_json import strict_json
 
     names = (SUMMARY, FEATURES)
@@ -70,10 +70,13 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         found = finished(folder)
         place, files, manifest = str(folder), found.files, found.manifest
     try:
-        read_found(
-            Published(place, manifest, {SUMMARY: files[SUMMARY]})
-        )  # of the types that are shown, with their limits
-        return Run(strict_json(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest))
+        # of the types that are shown, with their limits
+        summary, table = (
+            read_found(Published(place, manifest, {SUMMARY: files[SUMMARY]})),
+            read_parquet(files[FEATURES]),
+        )
+        check_columns(table, summary)
+        return Run(strict_json(files[SUMMARY]), table, label_of(manifest))
     except (ValueError, OSError, PublishRefused, pa.ArrowException) as error:
         raise BadInput(f"{place} is damaged: {error}; remove the folder and run the study again") from error
 

@@ -250,7 +250,7 @@ def evil(tmp_path: Path) -> str:
     publish(folder, f"file://{tmp_path}/store", "evil")
     publish_all(f"file://{tmp_path}/store", tmp_path / "others", [study(2, MODELS[0])])
     edited(tmp_path / "store", 1, headline=json.loads(place_manifest(tmp_path / "store"))["headline"] | {"model": NAME})
-    (tmp_path / "store" / "x\x1b[31m[/red]\udcff").write_text("")
+    (tmp_path / "store" / "x\x1b[31m[red]\udcff").write_text("")
     (tmp_path / "store" / "evil" / "\u202e[bold").mkdir()
     return f"file://{tmp_path}/store"
 
