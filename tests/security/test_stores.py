@@ -24,7 +24,7 @@ from outliers.errors import BadInput, PublishRefused
 from outliers.manifest import MAX_MANIFEST_BYTES
 from outliers.parquet import open_parquet
 from outliers.parquet_pages import check_pages
-from outliers.publish import publish
+from outliers.publish import model_slug, publish
 from outliers.published import read_folders, read_store
 from outliers.targets import opened
 from outliers.workspace import open_workspace
@@ -243,20 +243,16 @@ def test_numbers_at_their_limits_end_no_page_of_the_others(tmp_path: Path) -> No
 @pytest.fixture
 def evil(tmp_path: Path) -> str:
     """A store with a study whose name is markup and escapes, beside a plain one."""
-    made = study(1, (NAME.replace("\x1b", "").replace("\u202e", ""), 1.0, 1.0, None, 16, 1024))
+    made = study(1, (NAME, 1.0, 1.0, None, 16, 1024))
     made["notes"] = ["[/red] \x1b]0;title\x07 \u2028"]
-    made["model"] |= {"architecture": NAME, "revision": NAME}
-    folder = finished(tmp_path / "work", made, spec={"label": NAME, "model": {"dtype": "bfloat16"}})
-    publish(folder, f"file://{tmp_path}/store", "evil")
+    made["model"] |= {"architecture": NAME, "revision": NAME, "quantization": NAME}
+    place, put = objects(made, {"features.parquet": dump(features())})
+    _publish_raw(tmp_path / "store" / place, put, {})
+    edited(tmp_path / "store", 1, spec={"label": NAME, "model": {"dtype": NAME}, "corpus": {"subset": NAME}})
     publish_all(f"file://{tmp_path}/store", tmp_path / "others", [study(2, MODELS[0])])
-    edited(tmp_path / "store", 1, headline=json.loads(place_manifest(tmp_path / "store"))["headline"] | {"model": NAME})
     (tmp_path / "store" / "x\x1b[31m[red]\udcff").write_text("")
-    (tmp_path / "store" / "evil" / "\u202e[bold").mkdir()
+    (tmp_path / "store" / place).with_name("\u202e[bold").mkdir()
     return f"file://{tmp_path}/store"
-
-
-def place_manifest(root: Path) -> str:
-    return (place_of(root, 1) / "manifest.json").read_text()
 
 
 @pytest.mark.parametrize("width", ["80", "300"])
@@ -265,7 +261,7 @@ def test_names_are_text_at_the_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", width)
     workspace = ["--workspace", str(tmp_path / "workspace")]
-    study_url = f"{evil}/evil/{1:016x}"
+    study_url = f"{evil}/{model_slug(NAME)}/{1:016x}"
     for command, code in (
         (["runs", "list", evil, *workspace], 0),
         (["runs", "list", evil, *workspace, "--json"], 0),
