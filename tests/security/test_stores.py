@@ -278,8 +278,9 @@ def test_names_are_text_at_the_terminal(
         if command[:2] == ["runs", "list"]:
             assert f"{2:016x}" in said.out + said.err
     assert "<img" not in (tmp_path / "page.html").read_text()
+    monkeypatch.setenv("COLUMNS", "300")
     assert main(["runs", "list", evil, *workspace]) == 0
-    assert "[/red]" in capsys.readouterr().err.replace("\n", "")
+    assert "evil/[/red]\\x1b[2J\\u202emodel" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_a_list_of_many_names_is_cut_with_a_word(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
