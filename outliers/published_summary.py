@@ -119,7 +119,7 @@ def check_columns(table: Any, found: FoundSummary) -> None:
     """ValueError where features.parquet has not the columns, with values, that are shown of it; newer ones are passed over."""
     for field in schema.EARLIER_FEATURES_SCHEMA:
         index = table.schema.get_field_index(field.name)
-        kind = None if index < 0 else table.schema.field(index).type
+        kind: Any = None if index < 0 else table.schema.field(index).type
         is_list = pa.types.is_list(field.type) and kind is not None and pa.types.is_list(kind)
         if kind != field.type and not (is_list and kind.value_type == field.type.value_type):
             raise ValueError(f"features.parquet has {kind} in the column {field.name}, not {field.type}")
