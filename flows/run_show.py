@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ROWS = 40
 """Rows of features.parquet that are shown; `--json` has them all."""
+MAX_SAID = 300
+"""Characters of a label or a dtype that are shown of a manifest, which says of them what it likes."""
 WIDE = 150
 """Columns of a terminal that has room for the ladder."""
 
@@ -102,7 +104,7 @@ def _is_results(folder: Path) -> bool:
 def label_of(manifest: Mapping[str, Any]) -> str | None:
     """The label of a study, as its manifest tells it."""
     found = manifest.get("spec", {}).get("label")
-    return found if isinstance(found, str) else None
+    return found[:MAX_SAID] if isinstance(found, str) else None
 
 
 def finished(folder: Path) -> Finished:

@@ -51,6 +51,8 @@ from outliers.spec import BLOCK, BLOCK_SITES, CorpusSpec
 from outliers.visible import visible_values
 
 INTERVAL_LEVEL = 0.95
+MAX_LABEL = 300
+"""Characters of a label that are taken from a manifest, which says of it what it likes."""
 CORPUS_OPTIONS = ("subset", "split", "corpus_revision", "seed", "bos", "packing")
 """Fields of a CorpusSpec that make another corpus of the same source and size."""
 
@@ -173,7 +175,7 @@ def row_of(study: Published) -> Row:
         study_id=found.study_id,
         capture_id=found.capture_id,
         results_digest=study.manifest["results_digest"],
-        label=label if isinstance(label, str) else None,
+        label=label[:MAX_LABEL] if isinstance(label, str) else None,
         model=model.id,
         revision=model.revision,
         architecture=model.architecture,
