@@ -6,7 +6,9 @@ Before it: `runs`, which has the parsers. It reads summary.json and features.par
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 ROWS = 40
 """Rows of features.parquet that are shown; `--json` has them all."""
+MAX_SAID = 300
+"""Characters of a label or a dtype that are shown of a manifest, which says of them what it likes."""
 WIDE = 150
 """Columns of a terminal that has room for the ladder."""
 
@@ -103,7 +107,7 @@ def _is_results(folder: Path) -> bool:
 def label_of(manifest: Mapping[str, Any]) -> str | None:
     """The label of a study, as its manifest tells it."""
     found = manifest.get("spec", {}).get("label")
-    return found if isinstance(found, str) else None
+    return found[:MAX_SAID] if isinstance(found, str) else None
 
 
 def finished(folder: Path) -> Finished:
@@ -124,10 +128,15 @@ def newest(workspace: Workspace) -> Path:
     """The results folder of the study that was finished last. Raises BadInput where there is none."""
     from outliers.errors import BadInput
 
-    done = sorted(workspace.results.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    done = []
+    for path in workspace.results.glob("*/manifest.json"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and not path.parent.is_symlink():
+                done.append((found.st_mtime, path))
     if not done:
         raise BadInput(f"there is no finished study in {workspace.root}: run one with `outliers study`")
-    return done[-1].parent
+    return max(done)[1].parent
 
 
 def find_run(name: str, workspace: Workspace) -> Path:
@@ -173,8 +182,8 @@ def _check_number(name: str, value: int | None, known: Sequence[int]) -> None:
     from outliers.errors import BadInput
 
     if value is not None and value not in known:
-        whole = len(known) == known[-1] - known[0] + 1
-        there = f"{known[0]} to {known[-1]:,}" if whole else ", ".join(map(str, known))
+        whole = len(known) > 0 and len(known) == known[-1] - known[0] + 1
+        there = f"{known[0]} to {known[-1]:,}" if whole else ", ".join(map(str, known)) or "not listed"
         raise BadInput(f"--{name} {value} is not in that study; its {name}s are {there}")
 
 

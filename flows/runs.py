@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.console import line
 from flows.options import add_common_options
-from flows.run_show import ROWS, find_run, finished, label_of, published_url, show_command
+from flows.run_show import MAX_SAID, ROWS, find_run, finished, label_of, published_url, show_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -163,7 +163,7 @@ def _dtype(item: Published) -> str | None:
     """The arithmetic of a study, as its manifest tells it; None where that does not."""
     model = item.manifest["spec"].get("model")
     found = model.get("dtype") if isinstance(model, dict) else None
-    return found if isinstance(found, str) else None
+    return found[:MAX_SAID] if isinstance(found, str) else None
 
 
 def compare_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:

@@ -30,6 +30,8 @@ from outliers.files import sha256_file
 from outliers.jobs import JobSpec
 from outliers.machines.local import LocalMachine
 from outliers.names import nearest
+from outliers.private import make_private
+from outliers.workspace import settle_host_folder
 
 if TYPE_CHECKING:
     from outliers.workspace import Workspace
@@ -47,7 +49,9 @@ def facts(workspace: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 def hold(workspace: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Renew the lease; what `facts` says too, so that one call opens a machine."""
-    workspace.mkdir(parents=True, exist_ok=True)
+    if workspace.parent.name == lease.MACHINES:
+        settle_host_folder(workspace.parent.parent)
+    make_private(workspace)
     found = lease.hold(
         workspace, request["holder"], request["title"], request["seconds_held"], request.get("remove_files")
     )

@@ -21,7 +21,7 @@ import pyarrow as pa
 from outliers.atlas_row import Row, row_of
 from outliers.errors import BadInput, PublishRefused
 from outliers.parquet import write_parquet
-from outliers.published import Shelf, Skipped, read_store
+from outliers.published import ENTRY_ERRORS, Shelf, Skipped, read_store, said
 
 MAX_SAID = 6
 """Values of one option that a refusal names."""
@@ -150,6 +150,10 @@ def make_atlas(shelf: Shelf, chosen: Filter) -> Atlas:
             rows.append(row_of(study))
         except PublishRefused as error:
             skipped.append(Skipped(study.url, str(error)))
+        except ENTRY_ERRORS as error:
+            skipped.append(
+                Skipped(study.url, f"{study.url} can't be read ({said(error)}); remove it and publish again")
+            )
     kept = [row for row in rows if chosen.keeps(row)]
     if not kept and not rows and not shelf.unwanted:
         what = "the one there" if len(skipped) == 1 else f"of {len(skipped):,} the first"

@@ -59,6 +59,10 @@ class _Axis:
     ticks: tuple[tuple[float, str], ...]
 
 
+SMALLEST, LARGEST = 1e-3, 1e18
+"""Sizes that are drawn. No model has more parameters; a perplexity beyond is that of a broken one, and stands in the table."""
+
+
 @dataclass(frozen=True)
 class _Quantity:
     """What an axis shows: of a row, and of a model of the paper."""
@@ -128,7 +132,7 @@ def _chart(
     points = []
     for number, row in enumerate(rows, first_number):
         x, y = size.of(row), what.of(row)
-        if x is None or y is None or x <= 0:
+        if x is None or y is None or not _drawn(x):
             continue
         # a share of layers has no interval: it only grows with the corpus
         low, high = (row.num_features_low, row.num_features_high) if what is _COUNT else (None, None)
@@ -141,7 +145,7 @@ def _chart(
         if not known_models:
             return Chart(heading, None, note)
     # of all rows, also those without a share of layers: the charts below each other have one scale
-    sizes = [x for row in rows if (x := size.of(row)) is not None and x > 0]
+    sizes = [x for row in rows if (x := size.of(row)) is not None and _drawn(x)]
     x_axis = _log_axis(sizes + [x for x, _, _ in known_models], reverse=size is _SIZES[2])
     tops = [p.high if p.high is not None else p.y for p in points] + [y for _, y, _ in known_models]
     y_axis = _share_axis() if what is _LAYERS else _count_axis(max(tops))
@@ -154,6 +158,11 @@ def _chart(
     said += f", and {len(known_models)} models of LLM.int8() as reference" if known_models else ""
     svg = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
     return Chart(heading, svg.format(WIDTH, HEIGHT, said, Markup("").join(parts)), note)
+
+
+def _drawn(size: float) -> bool:
+    """Whether a size has a place on the axis that all studies share: one study's claim must not squeeze the others together."""
+    return SMALLEST < size < LARGEST
 
 
 def _title(row: Row, number: int) -> str:

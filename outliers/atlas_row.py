@@ -48,8 +48,11 @@ from outliers.intervals import BEFORE
 from outliers.published import Published
 from outliers.published_summary import FoundFeature, FoundSummary, read_found
 from outliers.spec import BLOCK, BLOCK_SITES, CorpusSpec
+from outliers.visible import visible_values
 
 INTERVAL_LEVEL = 0.95
+MAX_LABEL = 300
+"""Characters of a label that are taken from a manifest, which says of it what it likes."""
 CORPUS_OPTIONS = ("subset", "split", "corpus_revision", "seed", "bos", "packing")
 """Fields of a CorpusSpec that make another corpus of the same source and size."""
 
@@ -84,7 +87,10 @@ class Conditions(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One study; a field is a column of atlas.parquet, which the module's docstring describes."""
+    """One study; a field is a column of atlas.parquet, which the module's docstring describes.
+
+    In its strings every character that acts on a terminal is an escape.
+    """
 
     url: str
     study_id: str
@@ -137,6 +143,11 @@ class Row:
     legacy_position_fraction: float | None
     features: tuple[dict[str, Any], ...]
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str):
+                object.__setattr__(self, name, visible_values(value))
+
     @property
     def criteria(self) -> tuple[str, str, float, float, float]:
         """What has to be identical before two numbers of features are compared."""
@@ -164,7 +175,7 @@ def row_of(study: Published) -> Row:
         study_id=found.study_id,
         capture_id=found.capture_id,
         results_digest=study.manifest["results_digest"],
-        label=label if isinstance(label, str) else None,
+        label=label[:MAX_LABEL] if isinstance(label, str) else None,
         model=model.id,
         revision=model.revision,
         architecture=model.architecture,

@@ -27,8 +27,9 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 
+from outliers.beneath import LISTED
 from outliers.errors import AccessDenied, OutliersError, PublishRefused, StoreUnavailable, TargetError
-from outliers.targets import Stored
+from outliers.targets import LISTED_BELOW, MAX_OBJECT_BYTES, Children, Stored, too_many
 
 CONNECT_SECONDS = 4
 READ_SECONDS = 5
@@ -119,12 +120,30 @@ class BucketStore:
             upload = begun["UploadId"]
             self._call("write", "", lambda: call("abort_multipart_upload", **where, UploadId=upload))
 
-    def read(self, key: str) -> bytes | None:
+    def read(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes | None:
+        where = {"Bucket": self._bucket, "Key": self._prefix + key}
+
+        async def read_some() -> tuple[bytearray, int]:
+            """At most one byte more than the limit, and the size that the server says."""
+            answer = await self._s3._call_s3("get_object", **where)
+            body, data = answer["Body"], bytearray()
+            try:
+                # what is not read is not sent: closing ends the connection
+                while len(data) <= max_bytes and (piece := await body.read(max_bytes + 1 - len(data))):
+                    data += piece
+            finally:
+                body.close()
+            return data, int(answer.get("ContentLength") or 0)
+
         try:
-            # One connection: with more, s3fs asks for the size first, and a HEAD can't tell a missing bucket.
-            data = self._call("read", key, lambda: self._s3._cat_file(self._path(key), max_concurrency=1))
+            data, size = self._call("read", key, read_some)
         except _NoSuchKeyError:
             return None
+        if len(data) > max_bytes:
+            raise PublishRefused(
+                f"could not read {self.url}/{key}: it has {max(size, len(data)):,} bytes, at most {max_bytes:,} are read; "
+                "remove it there, or give another target"
+            )
         return bytes(data)
 
     def put(self, key: str, data: bytes) -> None:
@@ -146,11 +165,13 @@ class BucketStore:
             for row in answer.get("Contents", ()):
                 key = row["Key"].removeprefix(self._prefix)
                 found[key] = Stored(row["Size"], row["LastModified"].timestamp())
+            if len(found) > LISTED_BELOW:
+                raise PublishRefused(too_many(f"{self.url}/{prefix}"))
             if not answer.get("IsTruncated"):
                 return found
             page = {"ContinuationToken": answer["NextContinuationToken"]}
 
-    def children(self, prefix: str) -> tuple[builtins.list[str], builtins.list[str]]:
+    def children(self, prefix: str) -> Children:
         folders, files = builtins.list[str](), builtins.list[str]()
         page: dict[str, str] = {}
         below = self._prefix + prefix
@@ -159,8 +180,8 @@ class BucketStore:
             answer = self._call("list", prefix, functools.partial(self._s3._call_s3, "list_objects_v2", **asked))
             folders += [row["Prefix"].removeprefix(below).rstrip("/") for row in answer.get("CommonPrefixes", ())]
             files += [name for row in answer.get("Contents", ()) if (name := row["Key"].removeprefix(below))]
-            if not answer.get("IsTruncated"):
-                return folders, files
+            if not answer.get("IsTruncated") or len(folders) + len(files) > LISTED:
+                return Children(folders, files, [], whole=len(folders) + len(files) <= LISTED)
             page = {"ContinuationToken": answer["NextContinuationToken"]}
 
     def delete(self, key: str) -> None:

@@ -33,9 +33,14 @@ CAN_SYNC_ALL = _SYNCFS is not None and _KERNEL >= (5, 8)
 """Whether `sync_all` waits and tells what went wrong: before Linux 5.8 syncfs(2) kept errors of the disk to itself."""
 
 
+def temporary_name(name: str) -> str:
+    """A file name that no other writer of a file `name` has; it can't be mistaken for a finished file's."""
+    return f".{name}.{secrets.token_hex(8)}.part"
+
+
 def temporary_for(path: Path) -> Path:
-    """A name beside `path` that no other writer has; it can't be mistaken for a finished file."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    """A path beside `path` that no other writer has, as `temporary_name`."""
+    return path.with_name(temporary_name(path.name))
 
 
 def unfinished_name(name: str) -> str | None:
@@ -44,10 +49,13 @@ def unfinished_name(name: str) -> str | None:
     return found["name"] if found else None
 
 
-def write_new(path: Path, data: bytes) -> None:
-    """Writes `data` to `path`, which must not exist, and waits until the disk has it; FileExistsError, OSError."""
+def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Writes `data` to `path`, which must not exist, and waits until the disk has it; FileExistsError, OSError.
+
+    `mode`: of the file, less the umask.
+    """
     # Not tempfile: it makes files that only their owner reads, and an atlas in a shared folder is for others.
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(data)
         file.flush()
@@ -65,12 +73,18 @@ def sync_folder(folder: Path) -> None:
     """Waits until the names in `folder` are on the disk; a file system that can't do that is left alone. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        sync_handle(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_handle(handle: int) -> None:
+    """`sync_folder` of an open folder."""
+    try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in _CAN_NOT:
             raise
-    finally:
-        os.close(handle)
 
 
 def sync_all(handle: int) -> None:
@@ -94,14 +108,15 @@ def start_writing(handle: int) -> None:
         _SYNC_FILE_RANGE(handle, 0, 0, 2)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Puts `data` at `path`, replacing what was there: a reader sees the old bytes or the new ones, also after a crash.
 
-    The folder must exist. Raises OSError; the old file is then untouched and nothing is left beside it.
+    The folder must exist; `mode` is the file's, less the umask. Raises OSError; the old file is then untouched and nothing is
+    left beside it.
     """
     temporary = temporary_for(path)
     try:
-        write_new(temporary, data)
+        write_new(temporary, data, mode)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

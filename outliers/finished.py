@@ -8,15 +8,16 @@ a folder (`outcome`, `published`, `runs`).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from outliers.allowlist import LOG, MANIFEST, SUMMARY, allowed_name, read_regular
+from outliers.beneath import read_beneath
 from outliers.errors import DamagedResults, PublishRefused
-from outliers.manifest import digest_of, folder_of, headline_of, parse_manifest
+from outliers.manifest import MAX_MANIFEST_BYTES, digest_of, folder_of, headline_of, parse_manifest
+from outliers.strict_json import strict_json
 
 REMEDY = "run the same study again, which makes them anew"
 """For the end of a message to a person who asked for nothing but to see them."""
@@ -39,7 +40,7 @@ def read_finished(folder: Path, study_id: str | None = None) -> Finished | None:
     grows after the manifest and is none of the results. Raises DamagedResults, which names the first thing that differs.
     """
     try:
-        manifest = parse_manifest((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
+        manifest = parse_manifest(read_beneath(folder, MANIFEST, MAX_MANIFEST_BYTES), str(folder / MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, PublishRefused) as error:
@@ -73,7 +74,7 @@ def _check(folder: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> d
     """summary.json, parsed, after what the manifest says of the files was computed again from them."""
     try:
         digest = digest_of(files)
-        summary: dict[str, Any] = json.loads(files[SUMMARY])
+        summary: dict[str, Any] = strict_json(files[SUMMARY])
         own: dict[str, Any] = {"study_id": summary["study_id"], "capture_id": summary["capture_id"]}
         own |= {"results_digest": digest, "folder": folder_of(manifest["files"]), "headline": headline_of(summary)}
         dtype = summary["model"]["dtype"]

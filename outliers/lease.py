@@ -31,6 +31,7 @@ from typing import Any
 
 from outliers import jobs
 from outliers.errors import BadInput, JobFailed, MachineLost
+from outliers.private import make_private
 
 MAX_SECONDS = 7 * 86_400.0
 """The longest that a study may ask for (`keep_seconds`, `grace_seconds`). What says more was not written by `hold`."""
@@ -293,7 +294,7 @@ def _write(workspace: Path, holders: dict[str, dict[str, Any]], remove_files: bo
 
 @contextlib.contextmanager
 def _changing(workspace: Path) -> Iterator[None]:
-    workspace.mkdir(parents=True, exist_ok=True)
+    make_private(workspace)
     with (workspace / "lease.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -19,12 +19,14 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from outliers.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, SUMMARY, TOKENS
+from outliers.beneath import read_beneath
 from outliers.contents import first_error
 from outliers.errors import PublishRefused
 from outliers.files import write_atomic
 from outliers.parquet import read_parquet
 from outliers.schema import FEATURES_SCHEMA, MOMENT_COLUMNS, NULLABLE_COLUMNS
 from outliers.spec import digest
+from outliers.strict_json import strict_json
 
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 256_000
@@ -35,6 +37,7 @@ MAX_DEPTH, MAX_TEXT = 12, 4_096
 """How deep the free parts of a manifest may be nested, and characters of one text in them."""
 
 _Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Text = Annotated[str, Field(max_length=300)]
 _Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
@@ -43,7 +46,7 @@ class _Part(BaseModel):
 
 
 class _File(_Part):
-    path: str
+    path: _Text
     size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
     sha256: _Hex
 
@@ -82,7 +85,8 @@ def results_digest(results: Path) -> str:
     order; not the moments, which agree to 1e-12 only. Raises PublishRefused where a file is missing or unreadable.
     """
     try:
-        return digest_of({name: (results / name).read_bytes() for name in (SUMMARY, TOKENS, FEATURES)})
+        names = (SUMMARY, TOKENS, FEATURES)
+        return digest_of({name: read_beneath(results, name, MAX_FILE_BYTES) for name in names})
     except OSError as error:
         raise PublishRefused(f"{error.filename} can't be read: {error.strerror}; analyze the capture again") from error
 
@@ -92,7 +96,7 @@ def digest_of(contents: Mapping[str, bytes]) -> str:
     payload: dict[str, Any] = {}
     for name in (SUMMARY, TOKENS):
         try:
-            payload[name] = json.loads(contents[name])
+            payload[name] = strict_json(contents[name])
         except ValueError as error:
             raise PublishRefused(f"{name} is not readable JSON: {error}; analyze the capture again") from error
     try:
@@ -210,7 +214,7 @@ def dump_manifest(manifest: dict[str, Any]) -> bytes:
 def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
     """The manifest in `data`; PublishRefused, naming `origin`, where it is malformed or of a newer version."""
     try:
-        found = json.loads(data)
+        found = strict_json(data)
         version = found.get("schema_version") if isinstance(found, dict) else None
         if isinstance(version, int) and version > MANIFEST_VERSION:
             raise PublishRefused(
@@ -222,7 +226,7 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
         raise PublishRefused(
             f"the manifest of {origin} is malformed: {first_error(error)}; remove it and run again"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise PublishRefused(f"the manifest of {origin} is no JSON: {error}; remove it and run again") from error
     return dict(found)
 
@@ -239,7 +243,7 @@ def read_manifest(results: Path) -> dict[str, Any] | None:
     """The manifest in `results`; None where there is none. Raises PublishRefused where it is malformed."""
     path = results / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_beneath(results, MANIFEST, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -4,7 +4,8 @@ pyarrow's thread pools are started lazily, and a process that ends while one sti
 ("terminate called without an active exception", about 1 of 15 short processes on two busy cores with pyarrow 26): a
 finished step would end as a failed job. These tables have kilobytes, so no pool is ever started for them; callers that
 compute on a table pass use_threads=False where pyarrow asks.
-Before it: `tables`. After it: `contents`, `manifest`, `report`.
+A file of kilobytes may unpack to terabytes, so its size is counted from the heads of its pages (`parquet_pages`) before
+any of it is unpacked. Before it: `tables`. After it: `contents`, `manifest`, `report`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from outliers.files import write_atomic
+from outliers.parquet_pages import check_pages
+
+MAX_ROWS = 1_000_000
+"""A published table has at most 8 MB, and a row of a study 30 bytes or more."""
+_FOOTER_BYTES = 1 << 22
+_FOOTER_ITEMS = 1 << 16
 
 
 def open_parquet(data: bytes) -> pq.ParquetFile:
-    """A Parquet file from its bytes; pa.ArrowException or OSError where it is none."""
-    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    """A Parquet file from its bytes; pa.ArrowException or OSError where it is none, or where reading it would take memory
+    out of proportion."""
+    file = pq.ParquetFile(
+        pa.BufferReader(data),
+        pre_buffer=False,
+        thrift_string_size_limit=_FOOTER_BYTES,
+        thrift_container_size_limit=_FOOTER_ITEMS,
+    )
+    if file.metadata.num_rows > MAX_ROWS:
+        raise pa.ArrowInvalid(f"it has {file.metadata.num_rows:,} rows, at most {MAX_ROWS:,} are read")
+    try:
+        check_pages(data, file.metadata)
+    except ValueError as error:
+        raise pa.ArrowInvalid(str(error)) from error
+    return file
 
 
 def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:

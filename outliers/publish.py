@@ -20,7 +20,7 @@ from typing import Any
 
 from outliers.allowlist import MANIFEST, NUMBERS, allowed_name, check_numbers
 from outliers.errors import AccessDenied, BadInput, DigestConflict, ForbiddenFile, PublishRefused, StoreUnavailable
-from outliers.manifest import dump_manifest, parse_manifest, slug_safe
+from outliers.manifest import MAX_MANIFEST_BYTES, dump_manifest, parse_manifest, slug_safe
 from outliers.publishable import Publishable, is_written, make_publishable, read_publishable, write_publishable
 from outliers.targets import Store, opened
 
@@ -150,7 +150,7 @@ def _place(slug: str, study_id: str) -> str:
 
 
 def _manifest_at(store: Store, place: str) -> dict[str, Any] | None:
-    data = store.read(f"{place}/{MANIFEST}")
+    data = store.read(f"{place}/{MANIFEST}", MAX_MANIFEST_BYTES)
     if data is None:
         return None
     origin = f"{store.url}/{place}/{MANIFEST}"
@@ -164,7 +164,7 @@ def _manifest_at(store: Store, place: str) -> dict[str, Any] | None:
 
 def _object(store: Store, folder: str, file: dict[str, Any]) -> bytes:
     """One published file, as its manifest describes it; PublishRefused where it is not."""
-    data = store.read(f"{folder}/{file['path']}")
+    data = store.read(f"{folder}/{file['path']}", int(file["size"]))
     if data is not None and (len(data), hashlib.sha256(data).hexdigest()) == (file["size"], file["sha256"]):
         return data
     found = "is missing" if data is None else f"has {len(data):,} bytes with another sha256"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,22 +20,44 @@ from pathlib import Path
 from typing import Any
 
 from outliers.allowlist import MANIFEST, SUMMARY
-from outliers.errors import BadInput, DamagedResults, OutliersError, PublishRefused, TargetError
+from outliers.beneath import LISTED
+from outliers.errors import AccessDenied, BadInput, DamagedResults, OutliersError, PublishRefused, TargetError
 from outliers.files import unfinished_name
 from outliers.finished import REMEDY, read_finished
-from outliers.manifest import headline_of, parse_manifest, slug_safe
+from outliers.manifest import MAX_MANIFEST_BYTES, headline_of, parse_manifest, slug_safe
+from outliers.strict_json import strict_json
 from outliers.targets import Store, opened
+from outliers.visible import visible_line, visible_values
 
 WORKERS = 10
 """Reads under way at once: as many connections as botocore keeps open; one more would wait for one of them."""
 
 LOOKED_INTO = 3
 """Folders of each kind that are looked into to tell a store from a study."""
+MAX_PLACES = 50_000
+"""Folders of studies that are read of one store."""
+MAX_WHY = 600
+"""Characters of a reason: a URL, and a sentence or two."""
+ENTRY_ERRORS = (
+    AccessDenied,
+    PublishRefused,
+    TargetError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What one study may raise without being in the way of the others. The checks refuse with the first three; the rest are what a
+content that they let through by mistake would raise."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """One study at a target: `url` is its folder, `files` the verified bytes of those of its files that were asked for."""
+    """One study at a target: `url` is its folder, `files` the verified bytes of those of its files that were asked for.
+
+    In the strings of `manifest` every character that acts on a terminal is an escape (`visible`).
+    """
 
     url: str
     manifest: dict[str, Any]
@@ -49,10 +71,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something in a store that is no study which can be read here, and why."""
+    """Something in a store that is no study which can be read here, and why; both are one line of visible characters."""
 
     url: str
     why: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", visible_line(self.url, MAX_WHY))
+        object.__setattr__(self, "why", visible_line(self.why, MAX_WHY))
 
 
 @dataclass(frozen=True)
@@ -70,7 +96,8 @@ def read_store(
 ) -> Shelf:
     """Every study published at `target` whose manifest's headline is `wanted`; with `summaries`, their summary.json too.
 
-    Torn, foreign, newer and half-published things are skipped and named. Raises BadInput where there is no study at all,
+    Torn, foreign, newer and half-published things are skipped and named, and so is what must not be read as it is: a link, a
+    pipe, too large a file, a malformed one, a folder that can't be opened. Raises BadInput where there is no study at all,
     TargetError, AccessDenied, or StoreUnavailable where the store can't be read.
     """
     with opened(target) as store:
@@ -80,12 +107,15 @@ def read_store(
             try:
                 places: list[str] = []
                 for slug, (ids, strange) in zip(
-                    slugs, pool.map(functools.partial(_folders, store), (f"{slug}/" for slug in slugs)), strict=True
+                    slugs, pool.map(functools.partial(_folders_of, store), (f"{slug}/" for slug in slugs)), strict=True
                 ):
                     places += [f"{slug}/{study_id}" for study_id in ids]
                     skipped += strange
+                if len(places) > MAX_PLACES:
+                    many = f"{store.url} has {len(places):,} folders of studies; the first {MAX_PLACES:,} are read"
+                    skipped.append(Skipped(store.url, many))
                 read = functools.partial(_read, store, names=(SUMMARY,) if summaries else (), wanted=wanted)
-                found = list(pool.map(read, places))
+                found = list(pool.map(read, places[:MAX_PLACES]))
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # a store that is gone is not asked a thousand times more
                 raise
@@ -116,19 +146,45 @@ def read_folders(results: Path) -> Shelf:
     Every file of them is checked; what is damaged is skipped and named. Raises BadInput where there is none.
     """
     studies: list[Published] = []
-    skipped: list[Skipped] = []
-    for path in sorted(results.glob(f"*/{MANIFEST}")):
+    folders, links = _results_folders(results)
+    skipped = [Skipped(str(place), f"{place} is a symbolic link, which is not followed") for place in links]
+    for folder in folders:
         try:
-            found = read_finished(path.parent)
+            found = read_finished(folder)
         except DamagedResults as error:
-            skipped.append(Skipped(str(path.parent), f"{error}; {REMEDY}"))
+            skipped.append(Skipped(str(folder), f"{error}; {REMEDY}"))
+            continue
+        except ENTRY_ERRORS as error:
+            skipped.append(Skipped(str(folder), f"{folder} can't be read ({said(error)}); {REMEDY}"))
             continue
         if found is not None:
-            studies.append(Published(str(path.parent), found.manifest))
+            studies.append(Published(str(folder), visible_values(found.manifest)))
     if not studies and not skipped:
         raise BadInput(f"there is no finished study in {results}: run one with `outliers study`")
     studies.sort(key=lambda study: (study.manifest["headline"]["model"], study.manifest["study_id"]))
     return Shelf(str(results), tuple(studies), tuple(skipped), 0)
+
+
+def _results_folders(results: Path) -> tuple[list[Path], list[Path]]:
+    """The folders in a results folder, and the links there, which are not followed; at most LISTED names are looked at."""
+    folders, links = list[Path](), list[Path]()
+    try:
+        with os.scandir(results) as entries:
+            for _, entry in zip(range(LISTED), entries, strict=False):
+                if entry.is_symlink():
+                    links.append(results / entry.name)
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(results / entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
+    except OSError as error:
+        raise BadInput(f"{results} can't be listed: {error.strerror or error}") from error
+    return sorted(folders), sorted(links)
+
+
+def said(error: BaseException) -> str:
+    """An error that is none of ours, in few words."""
+    return f"{type(error).__name__}: {error}"[:200]
 
 
 def read_study(url: str, names: Sequence[str] = (SUMMARY,)) -> Published:
@@ -150,12 +206,12 @@ def read_study(url: str, names: Sequence[str] = (SUMMARY,)) -> Published:
 def _folder_of_studies(store: Store, place: str) -> tuple[str, str] | None:
     """What a place without a manifest is, if studies are below it, and the URL of the store they are in."""
     try:
-        folders, files = store.children(f"{place}/")
+        folders, files, *_ = store.children(f"{place}/")
         for name in [] if MANIFEST in files else sorted(folders)[:LOOKED_INTO]:
-            below, within = store.children(f"{place}/{name}/")
+            below, within, *_ = store.children(f"{place}/{name}/")
             if MANIFEST in within:
                 return "the folder of one model", f"{store.url}/{place}".rpartition("/")[0]
-            if any(MANIFEST in store.children(f"{place}/{name}/{own}/")[1] for own in sorted(below)[:LOOKED_INTO]):
+            if any(MANIFEST in store.children(f"{place}/{name}/{own}/").files for own in sorted(below)[:LOOKED_INTO]):
                 return "an artifact store", f"{store.url}/{place}"
     except OutliersError:  # who may read one study need not be allowed to list
         return None
@@ -178,7 +234,7 @@ def _read(
     """The study in one folder; None where it is not wanted."""
     url = f"{store.url}/{place}"
     try:
-        data = store.read(f"{place}/{MANIFEST}")
+        data = store.read(f"{place}/{MANIFEST}", MAX_MANIFEST_BYTES)
         if data is None:
             return Skipped(url, f"{url} has no {MANIFEST}: nothing is published there, or not yet")
         manifest = parse_manifest(data, f"{url}/{MANIFEST}")
@@ -189,16 +245,18 @@ def _read(
         files = {name: _file(store, place, manifest, name) for name in names}
         if SUMMARY in files:
             _check_headline(url, manifest, files[SUMMARY])
-        return Published(url, manifest, files)
-    except (PublishRefused, TargetError) as error:
+        return Published(url, visible_values(manifest), files)
+    except (AccessDenied, PublishRefused, TargetError) as error:
         return Skipped(url, str(error))
+    except ENTRY_ERRORS as error:
+        return Skipped(url, f"{url} can't be read ({said(error)}); remove it and publish again")
 
 
 def _check_headline(url: str, manifest: Mapping[str, Any], summary: bytes) -> None:
     """PublishRefused where a manifest tells another headline than the summary.json that it names."""
     try:
-        told = headline_of(json.loads(summary))
-    except (ValueError, KeyError, TypeError, RecursionError):
+        told = headline_of(strict_json(summary))
+    except (ValueError, KeyError, TypeError):
         return  # of a newer format: whoever reads it says so
     own = manifest["headline"]
     for name in (name for name in told if own[name] != told[name]):
@@ -214,22 +272,32 @@ def _file(store: Store, place: str, manifest: Mapping[str, Any], name: str) -> b
     named = next((file for file in manifest["files"] if file["path"] == name), None)
     if named is None:
         raise PublishRefused(f"the manifest of {store.url}/{place} names no {name}; remove it and publish again")
-    data = store.read(f"{place}/{manifest['folder']}/{name}")
+    data = store.read(f"{place}/{manifest['folder']}/{name}", int(named["size"]))
     if data is None or (len(data), hashlib.sha256(data).hexdigest()) != (named["size"], named["sha256"]):
         found = "is missing" if data is None else f"has {len(data):,} bytes with another sha256"
         raise PublishRefused(f"{origin} {found}; its manifest says {named['size']:,} bytes, sha256 {named['sha256']}")
     return data
 
 
+def _folders_of(store: Store, prefix: str) -> tuple[list[str], list[Skipped]]:
+    """`_folders` of one model; where it can't be listed that is the reason why it is skipped."""
+    try:
+        return _folders(store, prefix)
+    except (AccessDenied, PublishRefused, TargetError) as error:
+        return [], [Skipped(f"{store.url}/{prefix}", str(error))]
+
+
 def _folders(store: Store, prefix: str) -> tuple[list[str], list[Skipped]]:
     """The names of the folders right below `prefix` that may be a slug or study id, and what else is there."""
-    folders, files = store.children(prefix)
-    strange = [f"{name}/" for name in folders if not slug_safe(name)]
-    strange += [name for name in files if unfinished_name(name) is None]
-    return (
-        sorted(name for name in folders if slug_safe(name)),
-        [
-            Skipped(f"{store.url}/{prefix}{name}", f"{store.url}/{prefix}{name} is no published study's")
-            for name in sorted(strange)
-        ],
-    )
+    found = store.children(prefix)
+    strange = [f"{name}/" for name in found.folders if not slug_safe(name)]
+    strange += [name for name in found.files if unfinished_name(name) is None]
+    why = dict.fromkeys(strange, "is no published study's")
+    why |= dict.fromkeys(found.links, "is a symbolic link, which is not followed; remove it")
+    skipped = [
+        Skipped(f"{store.url}/{prefix}{name}", f"{store.url}/{prefix}{name} {why[name]}") for name in sorted(why)
+    ]
+    if not found.whole:
+        url = f"{store.url}/{prefix}"
+        skipped.append(Skipped(url, f"{url} has more than {LISTED:,} names; the others are not looked at"))
+    return sorted(name for name in found.folders if slug_safe(name)), skipped

@@ -6,13 +6,16 @@ out of every atlas. What is read is held to the same types and limits. Before it
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from outliers import schema
 from outliers.errors import PublishRefused
 from outliers.published import Published
+from outliers.strict_json import strict_json
 
 
 class _Lenient(BaseModel):
@@ -83,6 +86,7 @@ class FoundSummary(_Lenient):
     massive_count: schema.Count | None = None
     perplexity: _Perplexity | None = None
     sweep: _Sweep
+    notes: Annotated[list[schema.Note], Field(max_length=100)] = []
 
 
 class _Version(_Lenient):
@@ -93,6 +97,7 @@ def read_found(study: Published) -> FoundSummary:
     """summary.json of a study; PublishRefused, naming it, where it is of a newer format or not one."""
     data, url = study.summary or b"", study.url
     try:
+        strict_json(data)  # the parser of the schema takes two equal keys, and any depth in what it passes over
         version = _Version.model_validate_json(data).schema_version
         if version != 1:
             raise PublishRefused(
@@ -103,6 +108,25 @@ def read_found(study: Published) -> FoundSummary:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(step) for step in first["loc"]) or "it"
         raise PublishRefused(f"summary.json of {url} is malformed: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise PublishRefused(f"summary.json of {url} is malformed: {error}") from error
     if found.study_id != study.manifest["study_id"]:
         raise PublishRefused(f"summary.json of {url} is of the study {found.study_id}; remove it and publish again")
     return found
+
+
+def check_columns(table: Any, found: FoundSummary) -> None:
+    """ValueError where features.parquet has not the columns, with values, that are shown of it; newer ones are passed over."""
+    for field in schema.EARLIER_FEATURES_SCHEMA:
+        index = table.schema.get_field_index(field.name)
+        kind: Any = None if index < 0 else table.schema.field(index).type
+        is_list = pa.types.is_list(field.type) and kind is not None and pa.types.is_list(kind)
+        if kind != field.type and not (is_list and kind.value_type == field.type.value_type):
+            raise ValueError(f"features.parquet has {kind} in the column {field.name}, not {field.type}")
+        column = table[field.name]
+        nulls = column.null_count + (pc.list_flatten(column).null_count if is_list else 0)
+        if nulls and field.name not in schema.NULLABLE_COLUMNS:
+            raise ValueError(f"features.parquet has {nulls:,} nulls in the column {field.name}")
+    strange = set(pc.unique(table["site"]).to_pylist()) - set(found.readings)
+    if strange:
+        raise ValueError(f"features.parquet has rows of the site {min(strange)[:40]!r}, its summary has none")

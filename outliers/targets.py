@@ -8,7 +8,6 @@ Before it: a URL from the spec. After it: `publish`.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import errno
 import os
@@ -16,11 +15,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
+from outliers.beneath import LISTED, REFUSED, read_beneath, remove_beneath, write_beneath
 from outliers.errors import AccessDenied, BadInput, OutliersError, PublishRefused, StoreUnavailable, TargetError
-from outliers.files import sync_folder, temporary_for, unfinished_name, write_atomic, write_new
+from outliers.files import temporary_for, unfinished_name, write_new
+
+MAX_OBJECT_BYTES = 8_000_000
+"""No published file is larger (`allowlist.MAX_FILE_BYTES`)."""
+LISTED_BELOW = 100_000
+"""Objects below one prefix that `list` names: a study has some dozens."""
 
 _SHAPE = "an artifact store is s3://bucket/prefix or file:///folder"
 
@@ -33,6 +38,18 @@ class Stored:
     modified: float
 
 
+class Children(NamedTuple):
+    """What is right below a prefix, by name and in no order: folders, objects, and links, which are not followed.
+
+    `whole` is False where there are more than LISTED, of which so many are named.
+    """
+
+    folders: list[str]
+    files: list[str]
+    links: list[str]
+    whole: bool
+
+
 class Store(Protocol):
     """Objects under keys such as "a/b/c". Raises AccessDenied, StoreUnavailable, TargetError or PublishRefused."""
 
@@ -41,8 +58,8 @@ class Store(Protocol):
     def check(self) -> None:
         """Does nothing where an object could be read, listed and written; raises what is in the way otherwise."""
 
-    def read(self, key: str) -> bytes | None:
-        """The object's bytes; None where there is none."""
+    def read(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes | None:
+        """The object's bytes; None where there is none. PublishRefused where it is no plain object, or has more bytes."""
 
     def put(self, key: str, data: bytes) -> None:
         """Writes or replaces one object; it is seen whole or not at all."""
@@ -51,11 +68,10 @@ class Store(Protocol):
         """Writes one object where there is none; False, and nothing changed, where there is one."""
 
     def list(self, prefix: str) -> dict[str, Stored]:
-        """Every object below `prefix` (a key that ends in a slash)."""
+        """Every object below `prefix` (a key that ends in a slash). PublishRefused for more than LISTED_BELOW."""
 
-    def children(self, prefix: str) -> tuple[builtins.list[str], builtins.list[str]]:
-        """The names of folders and of objects right below `prefix` (a key that ends in a slash, or nothing), in no order;
-        nothing further down is listed."""
+    def children(self, prefix: str) -> Children:
+        """What is right below `prefix` (a key that ends in a slash, or nothing); nothing further down is listed."""
 
     def delete(self, key: str) -> None:
         """Removes one object, if it is there."""
@@ -119,70 +135,70 @@ class FolderStore:
                 with contextlib.suppress(OSError):
                     probe.unlink(missing_ok=True)
 
-    def read(self, key: str) -> bytes | None:
+    def read(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes | None:
         with self._translated("read", key):
             try:
-                return (self._root / key).read_bytes()
+                return read_beneath(self._root, key, max_bytes)
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def put(self, key: str, data: bytes) -> None:
-        path = self._root / key
         with self._translated("write", key):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, data)
+            self._root.mkdir(parents=True, exist_ok=True)
+            write_beneath(self._root, key, data, replace=True)
 
     def create(self, key: str, data: bytes) -> bool:
-        path = self._root / key
-        temporary = temporary_for(path)
         with self._translated("write", key):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._root.mkdir(parents=True, exist_ok=True)
             try:
-                write_new(temporary, data)
-                os.link(temporary, path)
+                write_beneath(self._root, key, data, replace=False)
             except FileExistsError:
                 return False
-            finally:
-                temporary.unlink(missing_ok=True)
-            sync_folder(path.parent)
             return True
 
     def list(self, prefix: str) -> dict[str, Stored]:
         found: dict[str, Stored] = {}
+        waiting = [prefix]
         with self._translated("list", prefix):
-            for path in sorted((self._root / prefix).rglob("*")):
-                with contextlib.suppress(FileNotFoundError):  # another publisher may remove what it lists
-                    if path.is_file() and unfinished_name(path.name) is None:
-                        stat = path.stat()
-                        found[path.relative_to(self._root).as_posix()] = Stored(stat.st_size, stat.st_mtime)
-        return found
+            while waiting:
+                folder = waiting.pop()
+                # another publisher may remove what it lists
+                with (
+                    contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                    os.scandir(self._root / folder) as entries,
+                ):
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append(f"{folder}{entry.name}/")
+                        elif entry.is_file(follow_symlinks=False) and unfinished_name(entry.name) is None:
+                            stat = entry.stat(follow_symlinks=False)
+                            found[f"{folder}{entry.name}"] = Stored(stat.st_size, stat.st_mtime)
+                        if len(found) + len(waiting) > LISTED_BELOW:
+                            raise PublishRefused(too_many(f"{self.url}/{prefix}"))
+        return dict(sorted(found.items()))
 
-    def children(self, prefix: str) -> tuple[builtins.list[str], builtins.list[str]]:
+    def children(self, prefix: str) -> Children:
+        found = Children([], [], [], whole=True)
         try:
             with os.scandir(self._root / prefix) as entries:
-                kinds = [(entry.name, entry.is_dir()) for entry in entries]
+                for number, entry in enumerate(entries):
+                    if number == LISTED:
+                        return found._replace(whole=False)
+                    link, folder = entry.is_symlink(), entry.is_dir(follow_symlinks=False)
+                    (found.links if link else found.folders if folder else found.files).append(entry.name)
         except (FileNotFoundError, NotADirectoryError) as error:
             if prefix:  # removed since it was listed
-                return [], []
+                return Children([], [], [], whole=True)
             raise BadInput(
                 f"{self.url} is not there, or is no folder; give the URL that studies are published to"
             ) from error
         except OSError as error:
             raise AccessDenied(f"could not list {self.url}/{prefix}: {error.strerror or error}") from error
-        return [name for name, folder in kinds if folder], [name for name, folder in kinds if not folder]
+        return found
 
     def delete(self, key: str) -> None:
-        path = self._root / key
         with self._translated("remove", key):
-            path.unlink(missing_ok=True)
-        # Folders that are empty now go too; one that is not, or is the store itself, ends it.
-        for folder in path.parents:
-            if folder == self._root:
-                return
-            try:
-                folder.rmdir()
-            except OSError:
-                return
+            remove_beneath(self._root, key)
 
     @contextlib.contextmanager
     def _translated(self, doing: str, key: str) -> Iterator[None]:
@@ -192,8 +208,15 @@ class FolderStore:
             raise _disk_error(error, doing, f"{self.url}/{key}") from error
 
 
+def too_many(url: str) -> str:
+    """Why a listing is refused."""
+    return f"there are more than {LISTED_BELOW:,} files below {url}, which no study has; look at what they are"
+
+
 def _disk_error(error: OSError, doing: str, url: str) -> OutliersError:
     why = f"could not {doing} {url}: {error.strerror or error}"
+    if error.errno in REFUSED:
+        return PublishRefused(f"{why}; remove it there, or give another target")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return AccessDenied(f"{why}; ask for the right to write there, or give another folder with --publish-to")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

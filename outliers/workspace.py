@@ -7,7 +7,8 @@
     corpora/<key>/           token ids, made once
 
 Nothing here knows a model or a study; it only names places. `open_workspace` refuses a folder that can't be written
-or that a newer version of this program made.
+or that a newer version of this program made, and sees to it that no other user of the machine reads what is in it
+(`private`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,30 @@ from pathlib import Path
 
 from outliers.errors import WorkspaceError
 from outliers.files import write_atomic
+from outliers.private import settle_private
 
 WORKSPACE_FORMAT = 1
+PRIVATE = (
+    "captures",
+    "corpora",
+    "jobs",
+    "locks",
+    "machines",
+    "models",
+    "parts",
+    "prefect",
+    "results",
+    "runs",
+    "sent",
+    "shards",
+    "studies",
+    "sweeps",
+)
+"""Folders of a workspace. They are made private by themselves where the workspace's own folder is open to others."""
+FILES = ("hosts.json", "instance", "lease.json", "lease.lock", "watchdog.lock")
+"""Files that stand in a workspace, beside its mark."""
+HOST = ("deploy", "hub", "machines", "uploads")
+"""What is in the folder that the workspaces of a host have in common."""
 _MARK = "workspace.json"
 
 
@@ -72,12 +95,13 @@ def default_root() -> Path:
 def open_workspace(path: str | Path | None = None) -> Workspace:
     """The workspace at `path` (default: `default_root()`), made if absent.
 
-    Raises WorkspaceError where the folder can't be made or written, or is of a newer format.
+    It is for this user alone (`private.settle_private`). Raises WorkspaceError where the folder can't be made or written,
+    belongs to another user, or is of a newer format.
     """
     root = Path(path).expanduser().absolute() if path else default_root().expanduser().absolute()
     remedy = "give another folder with --workspace"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        settle_private(root, marks=(_MARK,), folders=PRIVATE, files=(*FILES, *HOST))
         with tempfile.NamedTemporaryFile(dir=root, prefix=".writable-") as probe:
             probe.write(b"x" * 4096)
             probe.flush()
@@ -97,3 +121,8 @@ def open_workspace(path: str | Path | None = None) -> Workspace:
             f"upgrade outlier-features, or {remedy}"
         )
     return Workspace(root)
+
+
+def settle_host_folder(root: Path) -> None:
+    """Make the folder of a host that its workspaces share private, as `open_workspace` does its own. Raises as that does."""
+    settle_private(root, marks=("deploy", _MARK), folders=HOST, files=(*FILES, *PRIVATE))

@@ -259,15 +259,17 @@ def test_many_that_connect_at_once_keep_one_connection_and_it_can_be_ended(box):
 # The folder of sockets
 
 
-def test_a_folder_of_sockets_that_is_open_to_others_is_refused(monkeypatch):
+def test_a_folder_of_sockets_is_known_by_its_owner_and_mode_and_by_no_name(monkeypatch):
     with tempfile.TemporaryDirectory(dir="/tmp") as place:  # a short name: see below
         monkeypatch.setattr(tempfile, "tempdir", place)
         folder = connection._socket_folder()
         assert folder.parent == Path(place)
         assert folder.stat().st_mode & 0o777 == 0o700
-        folder.chmod(0o770)
-        with pytest.raises(errors.BadInput, match=r"outliers-ssh-\d+ belongs to somebody else or is open to others"):
-            connection._socket_folder()
+        assert connection._socket_folder() == folder
+        folder.chmod(0o770)  # open to others: nothing of ours is put there any more
+        other = connection._socket_folder()
+        assert other != folder
+        assert other.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_long_folder_for_temporary_files_leaves_room_for_a_socket(tmp_path, monkeypatch):

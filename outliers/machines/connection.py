@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -41,6 +42,8 @@ _WITH_PORT = re.compile(r"(?:([^@/]+)@)?\[?([^@/:\[\]]+)\]?:([0-9]+)")
 _LOST = 255
 _SAID_CHARS = 2000
 """Of what ssh itself says, so much is shown."""
+_SOCKETS = "outliers-ssh-"
+_CHUNK = 1 << 16
 _OPTIONS = {
     "BatchMode": "yes",
     "ConnectTimeout": str(CONNECT_SECONDS),
@@ -338,14 +341,31 @@ def _short(command: str) -> str:
 
 
 def _socket_folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"outliers-ssh-{os.getuid()}"
-    if len(str(folder)) > 70:  # a long TMPDIR leaves no room for a socket's name
-        folder = Path("/tmp") / folder.name
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise BadInput(f"{folder} belongs to somebody else or is open to others: remove it, or set TMPDIR")
-    return folder
+    """A folder of this user alone, of a name that nobody can foresee: the one that is there already, or a new one.
+
+    It is known by its owner and its mode, and by no name: others may make what they like in /tmp, but nothing that is ours.
+    """
+    place, prefix = Path(tempfile.gettempdir()), f"{_SOCKETS}{os.getuid()}-"
+    if len(f"{place}/{prefix}12345678") > 70:  # a long TMPDIR leaves no room for a socket's name
+        place = Path("/tmp")
+    if not _own_folders(place, prefix):
+        tempfile.mkdtemp(prefix=prefix, dir=place)
+    # asked again: of two that make one at once, both take the first
+    if not (found := _own_folders(place, prefix)):
+        raise BadInput(f"no folder for the sockets of ssh can be kept in {place}: set TMPDIR to one of your own")
+    return found[0]
+
+
+def _own_folders(place: Path, prefix: str) -> list[Path]:
+    found: list[Path] = []
+    with os.scandir(place) as entries:
+        for entry in entries:
+            if entry.name.startswith(prefix):
+                with contextlib.suppress(FileNotFoundError):
+                    seen = entry.stat(follow_symlinks=False)
+                    if stat.S_ISDIR(seen.st_mode) and seen.st_uid == os.getuid() and not seen.st_mode & 0o077:
+                        found.append(place / entry.name)
+    return sorted(found)
 
 
 @contextlib.contextmanager

@@ -155,6 +155,7 @@ def _make_venv(connection: Connection, plan: _Plan, found: Probe) -> None:
     venv = shlex.quote(plan.venv or "")
     requirement, constraint = (shlex.quote(path) for path in files)
     script = f"""set -eu
+{_private(found.root)}
 mkdir -p {shlex.quote(base)}/venvs {shlex.quote(base)}/code
 exec 9>>{shlex.quote(base)}/lock
 flock 9
@@ -180,7 +181,7 @@ def _send_code(connection: Connection, plan: _Plan, found: Probe) -> None:
     # what a power cut left without its mark is in the way; what another deployer has put there meanwhile is the same
     settle = f"{{ [ -e {code}/.ready ] || rm -rf {code}; }} && {{ mv -T {code}.$$ {code} 2>/dev/null || [ -e {code}/.ready ]; }}"
     command = (
-        f"mkdir -p {base}/code && cat > {wheel} && rm -rf {code}.$$ && {unpack} && {settle}; "
+        f"{_private(found.root)} && mkdir -p {base}/code && cat > {wheel} && rm -rf {code}.$$ && {unpack} && {settle}; "
         f"code=$?; rm -rf {wheel} {code}.$$; exit $code"
     )
     done = connection.call(command, plan.wheel.data, UPLOAD_SECONDS)
@@ -188,6 +189,14 @@ def _send_code(connection: Connection, plan: _Plan, found: Probe) -> None:
         raise DeployFailed(
             f"the program could not be put on {connection.destination}: {last_line(done.text()) or 'no word'}"
         )
+
+
+def _private(root: str) -> str:
+    """A shell command that makes the folder of a host, where it is absent, for its user alone: from its first moment."""
+    folder = shlex.quote(root)
+    return (
+        f'{{ [ -d {folder} ] || {{ mkdir -p "$(dirname {folder})" && mkdir -m 700 {folder}; }} || [ -d {folder} ]; }}'
+    )
 
 
 def last_line(text: str) -> str:

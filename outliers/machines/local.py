@@ -29,6 +29,7 @@ from outliers.events import Event
 from outliers.files import size_of, temporary_for, write_new
 from outliers.jobs import JobHandle, JobSpec, Status
 from outliers.machines.base import Completed, Excluded, Facts, Gpu, Machine, MachineRequest, Offer, Rental, fits
+from outliers.private import make_private
 
 NAME = "local"
 _MIB = 1 << 20
@@ -99,7 +100,7 @@ def instance_id(workspace: Path) -> str:
     """The id of the disk that `workspace` is on: random, made once; WorkspaceError where it can't be written."""
     path = workspace / "instance"
     try:
-        workspace.mkdir(parents=True, exist_ok=True)
+        make_private(workspace)
         if path.exists() and _ID.fullmatch(path.read_bytes()) is None:
             # damaged: with another id what was remembered of this disk is asked for again
             path.unlink()

@@ -30,6 +30,7 @@ import psutil
 from outliers.errors import DiskFull, OutliersError, WorkspaceError
 from outliers.files import write_atomic
 from outliers.machines.base import Holder, Rental, RentalState
+from outliers.private import make_private
 
 HISTORY = "history.jsonl"
 KEPT = ".kept"
@@ -253,7 +254,8 @@ class Rentals:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_private(self.folder.parent)
+            self.folder.mkdir(exist_ok=True)
             with (self.folder / "lock").open("ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield

@@ -29,6 +29,7 @@ from outliers.machines.connection import Connection, quote
 from outliers.machines.deploy import deploy
 from outliers.machines.rentals import Rentals, even_unwritten, gone_by
 from outliers.machines.tenants import Access, Tenants
+from outliers.private import file_mode, make_private
 from outliers.visible import visible_line
 
 NAME = "ssh"
@@ -102,8 +103,9 @@ class Hosts:
         return known
 
     def _write(self, hosts: dict[str, Host]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._path, json.dumps({name: asdict(host) for name, host in hosts.items()}, indent=1).encode())
+        make_private(self._path.parent)
+        data = json.dumps({name: asdict(host) for name, host in hosts.items()}, indent=1).encode()
+        write_atomic(self._path, data, file_mode(self._path.parent))
 
 
 def access(host: Host) -> Access:
