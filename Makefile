@@ -63,7 +63,7 @@ sshd:
 
 # four at a time, each file in one process, those that start servers first: they mostly wait
 test: check sshd ## everything CI runs
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 4 --dist loadgroup --no-loadscope-reorder
 
 # goes on after a failure, and says at the end how each went and how long it took; root on Debian, as some of them need
 test-all: ## everything CI runs, then each heavy target in turn, and a table of results and minutes
@@ -75,7 +75,7 @@ test-browser: .venv/.dev ## the report in a headless Chromium, which is installe
 	  || { command -v apt-get >/dev/null \
 	  || { echo "no Chromium on PATH, and no apt-get to install one: install chromium"; exit 1; }; \
 	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -qq && $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install -y -qq chromium; }
-	OUTLIERS_TEST_BROWSER=1 $(BIN)/pytest tests/test_browser.py tests/test_atlas_browser.py tests/test_ui.py
+	OUTLIERS_TEST_BROWSER=1 $(BIN)/pytest tests/test_browser.py tests/test_atlas_browser.py tests/test_ui.py tests/security/test_prefect_pages.py
 
 # root on Debian, 60 MB; the package makes the user `postgres`, for Postgres does not run as root
 test-postgres: .venv/.dev ## Prefect on Debian's Postgres, which is installed if it isn't there: two workers, two studies at once

@@ -72,11 +72,16 @@ LONGEST = (
 """Files of tests that take minutes."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, then those that start servers: one that began last would run on alone at the end.
 
-    What is marked `long` runs where OUTLIERS_TEST_FAULTS is set.
+    What is marked `long` runs where OUTLIERS_TEST_FAULTS is set. With `--dist loadgroup` each file is in one process, and
+    those that use `prefect_home` are in the same one: an idle server of Prefect takes an eighth of a processor.
     """
+    with_server = {item.path for item in items if "prefect_home" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("prefect" if item.path in with_server else item.path.name))
     if not os.environ.get("OUTLIERS_TEST_FAULTS"):
         for item in items:
             if item.get_closest_marker("long"):
