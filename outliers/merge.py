@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from outliers.errors import BadInput, CorruptCapture, SummaryMismatch
+from outliers.npz import open_npz
 from outliers.parts import LOCKS, locked
 from outliers.prepare import Prepared
 from outliers.sealed import check_folder
@@ -113,7 +113,7 @@ def _copy_counts(folder: Path, into: Path, sequences: tuple[int, ...]) -> None:
         copy = into / COUNTS / path.name
         shutil.copyfile(path, copy)
         try:
-            with np.load(copy, allow_pickle=False) as stored:
+            with open_npz(copy) as stored:
                 counted += stored["sequence"].tolist()
         except UNREADABLE as error:
             raise CorruptCapture(f"{path} can't be read: {error}; analyze those sequences again") from error

@@ -22,9 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.errors import CaptureError, CorruptCapture
+from outliers.npz import open_npz
 from outliers.sealed import check_folder, seal_folder
 from outliers.summary import Frame, SiteTotals, Summary
 
+MAX_LAYERS, MAX_FEATURES, MAX_MAGNITUDES = 1_024, 1 << 17, 33
+"""What summary.json may have too (`schema`, which is not imported for its Arrow)."""
 COUNTS = "sequences"
 TOTALS = "totals.npz"
 STUDY = "study.json"
@@ -132,7 +135,7 @@ def read_counts(folder: Path, frame: Frame) -> Iterator[SequenceCounts]:
     """The counts of every sequence of a summary, one at a time; ascending within a file. Raises CorruptCapture."""
     for path in sorted((folder / COUNTS).glob("*.npz"), key=lambda p: int(p.stem)):
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with open_npz(path) as stored:
                 arrays = dict(stored)
         except UNREADABLE as error:
             raise CorruptCapture(f"{path} can't be read: {error}; analyze again") from error
@@ -211,10 +214,11 @@ def read_summary(folder: Path) -> Summary:
     if not check_folder(folder):
         raise CorruptCapture(f"the summary in {folder} is not what was written there: analyze again")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open_npz(path) as stored:
             raw = json.loads(str(stored["frame"]))
             widths = tuple((str(site), int(width)) for site, width in raw["widths"])
             frame = Frame(**(raw | {"widths": widths, "ladder": tuple(raw["ladder"])}))
+            _check_frame(frame, stored)
             summary = Summary.zero(frame)
             for site, totals in summary.sites.items():
                 for name in SiteTotals.__dataclass_fields__:
@@ -228,3 +232,15 @@ def read_summary(folder: Path) -> Summary:
             return summary
     except UNREADABLE as error:
         raise CorruptCapture(f"{path} can't be read: {error}; analyze again") from error
+
+
+def _check_frame(frame: Frame, stored: Any) -> None:
+    """ValueError where the frame is not that of the arrays: a Summary takes the memory that its frame says."""
+    layers, widths = frame.num_layers, dict(frame.widths)
+    known = 1 <= layers <= MAX_LAYERS and 1 <= len(frame.ladder) <= MAX_MAGNITUDES and 1 <= frame.positions < 1 << 31
+    if not known or not widths or not all(1 <= width <= MAX_FEATURES for width in widths.values()):
+        raise ValueError(f"its frame is of {layers} layers, the widths {widths} and {len(frame.ladder)} magnitudes")
+    for site in frame.sites:
+        wanted = (len(frame.ladder), layers, frame.width(site))
+        if stored[f"{site}.hits"].shape != wanted:
+            raise ValueError(f"its frame has {wanted} counts at {site}, its arrays {stored[f'{site}.hits'].shape}")
