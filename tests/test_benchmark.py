@@ -41,7 +41,7 @@ def test_the_benchmark_of_analysis_runs_and_counts_the_same(tmp_path, smollm2_wo
     scratch.mkdir()
     command = [sys.executable, "-m", "benchmarks.analysis", "--small", "--rounds", "1", "--json", str(figures)]
     where = ["--workspace", str(smollm2_workspace.root), "--scratch", str(scratch)]
-    done = subprocess.run([*command, *where], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([*command, *where], cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads(figures.read_text())
     assert found["data"].keys() == {"smollm2", "qwen3", "dense"}

@@ -48,7 +48,7 @@ def command(folder, *arguments, server=None):
 
 def run(folder, *arguments, server=None):
     argv, environment = command(folder, *arguments, server=server)
-    return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=900)
 
 
 def test_the_offline_sweep_and_a_second_run_that_does_only_what_is_missing(tmp_path, smollm2_workspace, prefect_home):
