@@ -63,7 +63,7 @@ sshd:
 
 # four at a time, each file in one process, those that start servers first: they mostly wait
 test: check sshd ## everything CI runs
-	$(BIN)/pytest -n 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # goes on after a failure, and says at the end how each went and how long it took; root on Debian, as some of them need
 test-all: ## everything CI runs, then each heavy target in turn, and a table of results and minutes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
     {
@@ -72,16 +73,36 @@ LONGEST = (
 """Files of tests that take minutes."""
 
 
-@pytest.hookimpl(tryfirst=True)
+ONE_SERVER = (
+    ("test_sweep_flow.py", "test_remaining.py", "test_machines_release.py"),
+    ("test_shards.py", "test_deployment.py", "test_flow.py"),
+)
+"""Files that use `prefect_home`; those of one line share a process, and so a server: one that is idle takes an eighth of a
+processor."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, but for the files of ONE_SERVER."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    shared = {name: names[0] for names in ONE_SERVER for name in names}
+
+    class OneServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return shared.get(Path(file).name, file)
+
+    return OneServer(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, then those that start servers: one that began last would run on alone at the end.
 
-    What is marked `long` runs where OUTLIERS_TEST_FAULTS is set. With `--dist loadgroup` each file is in one process, and
-    those that use `prefect_home` are in the same one: an idle server of Prefect takes an eighth of a processor.
+    What is marked `long` runs where OUTLIERS_TEST_FAULTS is set.
     """
-    with_server = {item.path for item in items if "prefect_home" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("prefect" if item.path in with_server else item.path.name))
     if not os.environ.get("OUTLIERS_TEST_FAULTS"):
         for item in items:
             if item.get_closest_marker("long"):
