@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ from outliers.visible import code
 from outliers.visible import markdown as plain
 
 TABLE_ROWS = 50
+_WORDS = re.compile(r"[A-Za-z0-9_,: ]+")
 _URL = ":/?#@!$&'*+,;=%~"
 """What stays in a link; brackets and spaces would end it in Markdown."""
 
@@ -42,9 +44,9 @@ def markdown(outcome: Outcome) -> str:
     """The answer and the table of systematic features, as Markdown; the page has the title above it already."""
     count = len(outcome.systematic)
     lines = [f"# {count} systematic outlier feature{'' if count == 1 else 's'}", ""]
-    lines += (
-        [f"**{plain(outcome.disagreement[0].upper() + outcome.disagreement[1:])}**", ""] if outcome.disagreement else []
-    )
+    said = outcome.disagreement[:1].upper() + outcome.disagreement[1:]
+    # the words of `answer`: an underscore inside of one is no emphasis
+    lines += [f"**{said if _WORDS.fullmatch(said) else plain(said)}**", ""] if said else []
     if outcome.cached:
         lines += ["The study was there already: nothing was run.", ""]
     if outcome.systematic:
