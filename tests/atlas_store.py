@@ -22,7 +22,7 @@ from outliers.allowlist import check_numbers
 from outliers.manifest import build_manifest, file_list, folder_of
 from outliers.parquet import parquet_bytes
 from outliers.publish import model_slug, publish_study
-from outliers.publishable import Publishable
+from outliers.publishable import Publishable, write_publishable
 from tests import results_folder
 
 MODELS: list[tuple[str, float, float, int | None, int, int]] = [
@@ -147,6 +147,12 @@ def bare(summary: dict[str, Any], spec: dict[str, Any] | None = None) -> Publish
     files = {name: json.dumps(content).encode() for name, content in contents.items()}
     numbers = check_numbers(files | {"features.parquet": parquet_bytes(features)})
     return Publishable(build_manifest(numbers.files, spec=spec or {}, provenance={}), numbers.files)
+
+
+def finished(folder: Path, summary: dict[str, Any]) -> Path:
+    """A finished results folder of a summary."""
+    write_publishable(folder, bare(summary))
+    return folder
 
 
 def publish_all(target: str, summaries: list[dict[str, Any]]) -> list[str]:

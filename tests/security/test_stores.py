@@ -249,7 +249,7 @@ def evil(tmp_path: Path) -> str:
     place, put = objects(made, {"features.parquet": dump(features())})
     _publish_raw(tmp_path / "store" / place, put, {})
     edited(tmp_path / "store", 1, spec={"label": NAME, "model": {"dtype": NAME}, "corpus": {"subset": NAME}})
-    publish_all(f"file://{tmp_path}/store", tmp_path / "others", [study(2, MODELS[0])])
+    publish_all(f"file://{tmp_path}/store", [study(2, MODELS[0])])
     (tmp_path / "store" / "x\x1b[31m[red]\udcff").write_text("")
     (tmp_path / "store" / place).with_name("\u202e[bold").mkdir()
     return f"file://{tmp_path}/store"
