@@ -150,8 +150,9 @@ def bare(summary: dict[str, Any], spec: dict[str, Any] | None = None) -> Publish
 
 
 def finished(folder: Path, summary: dict[str, Any]) -> Path:
-    """A finished results folder of a summary."""
-    write_publishable(folder, bare(summary))
+    """A finished results folder of a summary, with one plot."""
+    files = dict(bare(summary).files) | {"plots/plot_000.png": b"a picture"}
+    write_publishable(folder, Publishable(build_manifest(files, spec={}, provenance={}), files))
     return folder
 
 
