@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from outliers import contents, runlog
+from outliers.beneath import REFUSED, open_beneath, read_beneath
 from outliers.errors import ForbiddenFile, PublishRefused
 from outliers.files import unfinished_name
 
@@ -52,7 +52,7 @@ def check_numbers(files: Mapping[str, bytes]) -> Numbers:
     try:
         for path in NUMBERS:
             if len(files[path]) > MAX_FILE_BYTES:
-                raise _too_large(path, len(files[path]))
+                raise _forbidden(path, f"has {len(files[path]):,} bytes, at most {MAX_FILE_BYTES:,} are published")
         path = SUMMARY
         summary = contents.check_summary(files[SUMMARY])
         path = TOKENS
@@ -78,13 +78,13 @@ def read_log(folder: Path) -> bytes | None:
     if not os.path.lexists(folder / LOG):
         return None
     try:
-        with _opened(folder, LOG) as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_beneath(folder, LOG) as handle, os.fdopen(os.dup(handle), "rb") as file:
+            size = os.fstat(handle).st_size
             file.seek(max(0, size - 2 * contents.MAX_LOG_BYTES))
             data = runlog.publishable(file.read(2 * contents.MAX_LOG_BYTES), size, contents.MAX_LOG_BYTES)
         contents.check_log(data)
     except OSError as error:
-        raise PublishRefused(f"{folder / LOG} can't be read: {error.strerror or error}") from error
+        raise _unread(folder, LOG, error) from error
     except contents.NotAllowedError as error:
         raise _forbidden(LOG, str(error)) from error
     return data
@@ -117,30 +117,19 @@ def _check_entry(prefix: str, entry: os.DirEntry[str]) -> None:
 
 
 def read_regular(folder: Path, path: str, most_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a regular file of a folder, within the limit. ForbiddenFile for anything else, PublishRefused, OSError's."""
+    """The bytes of a regular file of a folder, within the limit. ForbiddenFile for anything else, PublishRefused where it can't
+    be read."""
     try:
-        with _opened(folder, path) as file:
-            data: bytes = file.read(most_bytes + 1)
-            size = os.fstat(file.fileno()).st_size
+        return read_beneath(folder, path, most_bytes)
     except OSError as error:
-        raise PublishRefused(f"{folder / path} can't be read: {error.strerror or error}") from error
-    if len(data) > most_bytes:
-        raise _too_large(path, max(size, len(data)), most_bytes)
-    return data
+        raise _unread(folder, path, error) from error
 
 
-def _opened(folder: Path, path: str) -> Any:
-    # not followed, not waited for: what was a file when it was listed may be a link or a pipe now
-    handle = os.open(folder / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = os.fdopen(handle, "rb", closefd=True) if stat.S_ISREG(os.fstat(handle).st_mode) else None
-    if file is None:
-        os.close(handle)
-        raise _forbidden(path, "is not a regular file")
-    return file
-
-
-def _too_large(path: str, size: int, most_bytes: int = MAX_FILE_BYTES) -> ForbiddenFile:
-    return _forbidden(path, f"has {size:,} bytes, at most {most_bytes:,} are published")
+def _unread(folder: Path, path: str, error: OSError) -> PublishRefused:
+    """A ForbiddenFile, which is a PublishRefused, for a file that may not be read as it is."""
+    if error.errno in REFUSED:
+        return _forbidden(path, f"can't be read: {error.strerror}")
+    return PublishRefused(f"{folder / path} can't be read: {error.strerror or error}")
 
 
 def _forbidden(path: str, why: str) -> ForbiddenFile:

@@ -34,39 +34,35 @@ def read_beneath(root: Path, key: str, max_bytes: int) -> bytes:
     Raises FileNotFoundError or NotADirectoryError where there is none, and OSError with an errno of REFUSED for a link on
     the way, for what is no regular file, and for a larger one.
     """
-    *folders, _ = parts = _parts(key)
-    place = root
-    for name in folders:
-        place = place / name
-        if stat.S_ISLNK(place.lstat().st_mode):
-            raise OSError(errno.ELOOP, f"{_LINK} ({name})", str(place))
-    path = root.joinpath(*parts)
+    with open_beneath(root, key) as handle:
+        data, size = bytearray(), os.fstat(handle).st_size
+        while size <= max_bytes and (piece := os.read(handle, max_bytes + 1 - len(data))):
+            data += piece
+            size = max(size, len(data))
+    if size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {max_bytes:,} are read", str(root / key))
+    return bytes(data)
+
+
+@contextlib.contextmanager
+def open_beneath(root: Path, key: str) -> Iterator[int]:
+    """The regular file `key` below `root`, open for reading while the block runs. Raises OSError as `read_beneath`."""
+    *folders, name = _parts(key)
+    path = str(root / key)
+    with folder_beneath(root, folders) as folder:
+        try:
+            # not waited for: a pipe without a writer opens at once
+            handle = os.open(name, _READ, dir_fd=folder)
+        except OSError as error:
+            words = {errno.ELOOP: _LINK, errno.ENXIO: "it is no regular file"}.get(error.errno or 0, error.strerror)
+            raise OSError(error.errno, words, path) from error
     try:
-        # not waited for: a pipe without a writer opens at once
-        handle = os.open(path, _READ)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, _LINK, str(path)) from error
-        if error.errno == errno.ENXIO:
-            raise OSError(errno.ENXIO, "it is no regular file", str(path)) from error
-        raise
-    try:
-        return _read_regular(handle, max_bytes, str(path))
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.ENXIO, f"it is {_kind(mode)}, no regular file", path)
+        yield handle
     finally:
         os.close(handle)
-
-
-def _read_regular(handle: int, max_bytes: int, path: str) -> bytes:
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.ENXIO, f"it is {_kind(found.st_mode)}, no regular file", path)
-    data, size = bytearray(), found.st_size
-    while size <= max_bytes and (piece := os.read(handle, max_bytes + 1 - len(data))):
-        data += piece
-        size = max(size, len(data))
-    if size > max_bytes:
-        raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {max_bytes:,} are read", path)
-    return bytes(data)
 
 
 def _kind(mode: int) -> str:

@@ -8,12 +8,11 @@ a folder (`outcome`, `published`, `runs`).
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outliers.allowlist import LOG, MANIFEST, SUMMARY, allowed_name, read_regular
+from outliers.allowlist import LOG, MANIFEST, MAX_FILE_BYTES, SUMMARY, allowed_name
 from outliers.beneath import read_beneath
 from outliers.errors import DamagedResults, PublishRefused
 from outliers.manifest import MAX_MANIFEST_BYTES, digest_of, folder_of, headline_of, parse_manifest
@@ -57,12 +56,11 @@ def _read(folder: Path, named: dict[str, Any]) -> bytes:
     path = str(named["path"])
     if not allowed_name(path) or path == MANIFEST:
         raise _damaged(folder, f"{MANIFEST} names the file '{path}', which no study has")
-    if not os.path.lexists(folder / path):
-        raise _damaged(folder, f"{path} is missing")
     try:
-        data = read_regular(folder, path)
-    except PublishRefused as error:
-        raise _damaged(folder, str(error)) from error
+        data = read_beneath(folder, path, MAX_FILE_BYTES)
+    except OSError as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
+        raise _damaged(folder, f"{path} {what}") from error
     if len(data) != named["size"]:
         raise _damaged(folder, f"{path} has {len(data):,} bytes, {MANIFEST} says {named['size']:,}")
     if (found := hashlib.sha256(data).hexdigest()) != named["sha256"]:

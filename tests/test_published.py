@@ -53,10 +53,14 @@ def bucket(s3_server, tmp_path_factory):
 
 
 WATCHED = """
-import sys
+import os, sys
 seen = []
 watched = ("os.scandir", "os.listdir", "open")
-sys.addaudithook(lambda event, found: seen.append((event, str(found[0]))) if event in watched else None)
+def hear(event, found):
+    # folders are opened on the way to a file, which is then opened by its name alone
+    if event in watched and not (event == "open" and isinstance(found[2], int) and found[2] & os.O_DIRECTORY):
+        seen.append((event, str(found[0])))
+sys.addaudithook(hear)
 from outliers.atlas import Filter, read_atlas
 from outliers.published import read_store, read_study
 root = sys.argv[1]
@@ -65,6 +69,8 @@ exec(sys.argv[2])
 for event, path in list(seen):
     if path.startswith(root):
         print(event, path[len(root):].strip("/"))
+    elif "/" not in path and event == "open":
+        print(event, path)
 """
 
 
