@@ -115,7 +115,7 @@ def settle_prefect(root: Path) -> OwnServer | None:
 
 
 def settle_home(root: Path) -> None:
-    """Where Prefect keeps its history, and that nobody is told anything. BadInput where a setting can't be used."""
+    """Settings of Prefect: where its history is kept, and no telemetry. BadInput where a setting can't be used."""
     startup_seconds()
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")

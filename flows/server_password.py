@@ -64,7 +64,7 @@ def kept(home: Path, port: int, password: str) -> Iterator[None]:
 
 
 def read(home: Path, port: int) -> str | None:
-    """The password of `make ui` on that port; None where there is none, or where the file is not this user's alone."""
+    """The password of `make ui` on that port; None where the file is absent, or is not this user's alone."""
     try:
         handle = os.open(file_of(home, port), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -1,6 +1,6 @@
 """Prefect on this machine in one command: server, work pool, limit, deployments, worker. `make ui`, `python -m flows.ui`.
 
-All on loopback, behind a password; nobody is told anything. What is there already is used: a server on the port, the pool,
+All on loopback, behind a password, without telemetry. What is there already is used: a server on the port, the pool,
 the history in the folder. Ctrl-C ends what this started, by its pid, and nothing else. It knows no study. Before it:
 nothing. After it: a person with a browser.
 """

@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
             )
         if verb == "report":
             sub.add_argument(
-                "--numbers", action="store_true", help="the numbers alone, beside the summary: no page, no pictures"
+                "--numbers",
+                action="store_true",
+                help="write the numbers alone, into the folder of the summary: no page, no pictures",
             )
         if verb == "verify":
             sub.add_argument("--repair", action="store_true", help="mark what is damaged: extract computes it again")

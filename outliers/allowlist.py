@@ -74,7 +74,7 @@ def read_numbers(folder: Path) -> Numbers:
 
 
 def read_log(folder: Path) -> bytes | None:
-    """What is published of run.log (`runlog.publishable`); None where there is none. ForbiddenFile where it is no text."""
+    """What is published of run.log (`runlog.publishable`); None without a run.log. ForbiddenFile where it is not text."""
     if not os.path.lexists(folder / LOG):
         return None
     try:

@@ -31,7 +31,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def read_beneath(root: Path, key: str, max_bytes: int) -> bytes:
     """The bytes of the regular file `key` below `root`, at most `max_bytes`.
 
-    Raises FileNotFoundError or NotADirectoryError where there is none, and OSError with an errno of REFUSED for a link on
+    Raises FileNotFoundError or NotADirectoryError where nothing has that name, and OSError with an errno of REFUSED for a link on
     the way, for what is no regular file, and for a larger one.
     """
     with open_beneath(root, key) as handle:

@@ -16,7 +16,7 @@ from outliers.visible import cut, last_drawn, visible, visible_line
 
 _BEGIN = b'{"t": '
 _TORN = 16
-"""Of so many events on one line each is found: a writer that is killed tears one."""
+"""Events on one line that are looked for: a writer that was killed leaves half of one before the next."""
 _SHOWN_CHARS = 400
 """Of a line that can't be read, so much is shown."""
 

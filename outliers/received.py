@@ -13,16 +13,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from outliers.allowlist import FEATURES, NUMBERS, SUMMARY, TOKENS, Numbers, check_numbers, read_regular
+from outliers.allowlist import FEATURES, MAX_FILE_BYTES, NUMBERS, SUMMARY, TOKENS, Numbers, check_numbers, read_regular
 from outliers.errors import BadInput, JobFailed, PublishRefused
 from outliers.events import Reporter
 from outliers.machines.base import Machine
 from outliers.manifest import digest_of
 from outliers.prepare import Prepared
 from outliers.reporting import MADE, PROVENANCE, drop_numbers, place_study
+from outliers.visible import visible_line
 from outliers.workspace import Workspace
 
 MAX_PROVENANCE_BYTES = 128_000
+MAX_BYTES = len(NUMBERS) * MAX_FILE_BYTES + MAX_PROVENANCE_BYTES
 MAX_PROVENANCE_ITEMS = 4_000
 MAX_PROVENANCE_TEXT = 400
 
@@ -37,10 +39,9 @@ def receive_study(
     """
     place = f"captures/{prepared.capture_id}/summaries/{prepared.study_id}/{MADE}"
     with tempfile.TemporaryDirectory() as made:
-        aside = Path(made)
+        aside, names = Path(made) / MADE, (*NUMBERS, PROVENANCE)
         try:
-            for name in (*NUMBERS, PROVENANCE):
-                machine.download(f"{place}/{name}", aside / name)
+            machine.download(place, aside, max_bytes=MAX_BYTES, max_files=len(names), names=names)
             numbers = check_received({name: read_regular(aside, name) for name in NUMBERS}, prepared, workspace)
             known = read_provenance(read_regular(aside, PROVENANCE, MAX_PROVENANCE_BYTES))
         except (BadInput, PublishRefused, ValueError) as error:
@@ -139,17 +140,15 @@ def read_provenance(data: bytes) -> dict[str, Any]:
 
 
 def _plain(value: object, left: list[int], depth: int) -> Any:
-    from outliers.report import visible
-
     left[0] -= 1
     if left[0] < 0 or depth > 6:
         raise ValueError(f"{PROVENANCE} has more than {MAX_PROVENANCE_ITEMS:,} values, or is nested more than 6 deep")
     if isinstance(value, dict):
-        return {visible(key)[:64]: _plain(inner, left, depth + 1) for key, inner in value.items()}
+        return {visible_line(key, 64): _plain(inner, left, depth + 1) for key, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner, left, depth + 1) for inner in value]
     if isinstance(value, str):
-        return visible(value)[:MAX_PROVENANCE_TEXT]
+        return visible_line(value, MAX_PROVENANCE_TEXT)
     if isinstance(value, int | float) and not -(1 << 63) < value < 1 << 63:  # so neither is NaN
         raise ValueError(f"{PROVENANCE} has a number that no clock and no counter gives")
     return value

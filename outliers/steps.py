@@ -70,7 +70,7 @@ def run_report(
 ) -> dict[str, Any]:
     """Write the results folder: numbers, plots, report, and last the manifest. Raises as `reporting.write_study`.
 
-    With `numbers` those alone, beside the summary: whoever asked for them renders them where they are published from.
+    With `numbers` those alone, in the folder of the summary: the control side fetches and renders them.
     """
     from outliers.reporting import write_numbers, write_study
 

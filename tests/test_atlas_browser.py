@@ -20,13 +20,6 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    made = chromium.Browser(tmp_path_factory.mktemp("chromium"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def page(store, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "atlas.html"
     write_atlas_page(path, read_atlas(store))

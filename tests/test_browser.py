@@ -24,13 +24,6 @@ EVIL = (
 )
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    made = chromium.Browser(tmp_path_factory.mktemp("chromium"))
-    yield made
-    made.close()
-
-
 def results(folder, model="SmolLM2", layers=12):
     """A report of a model with massive activations, many layers, and text around its tokens."""
     acts = planted(("attn_in", "mlp_in", "resid"), layers, 2, 32, 12)
