@@ -105,7 +105,7 @@ def test_code_that_a_folder_names_is_not_run(model, workspace, what, monkeypatch
         ("attention of the hub", "is no implementation of transformers' own: code from elsewhere is never run"),
         ("attention of the hub, by its inner name", "code from elsewhere is never run"),
         ("experts of the hub", "code from elsewhere is never run"),
-        ("config, an unknown type", "evil"),
+        ("config, an unknown type", "contains custom code"),
     ],
 )
 def test_what_only_foreign_code_could_run_is_refused(model, workspace, what, words):
