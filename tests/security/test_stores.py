@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from flows.cli import main
-from flows.run_show import read_run
 from outliers.atlas import read_atlas
-from outliers.errors import BadInput, PublishRefused
-from outliers.manifest import MAX_MANIFEST_BYTES
-from outliers.parquet import open_parquet
-from outliers.parquet_pages import check_pages
-from outliers.publish import model_slug, publish
+from outliers.publish import model_slug
 from outliers.published import read_folders, read_store
-from outliers.targets import opened
-from outliers.workspace import open_workspace
 from tests.atlas_store import MODELS, edited, finished, objects, place_of, publish_all, quick_store, study
-from tests.results_folder import SLUG, STUDY_ID, features, make_results
+from tests.results_folder import features
+from tests.security.stores import FILES, dump, in_time, publish_raw
 
-SECONDS = 60
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
 NAME = "evil/[/red]\x1b[2J\u202emodel"
-
-
-def in_time(do: Callable[[], Any]) -> Any:
-    """What `do` gives, or raises; a test that hangs fails."""
-    said: list[Any] = []
-
-    def run() -> None:
-        try:
-            said.append((True, do()))
-        except BaseException as error:  # noqa: BLE001 - it is raised below, in the test's own thread
-            said.append((False, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    assert said, "it hangs"
-    done, value = said[0]
-    if not done:
-        raise value
-    return value
 
 
 @pytest.fixture
@@ -61,46 +27,6 @@ def root(tmp_path: Path) -> Path:
     """A store of three studies of one model; the second is the hostile one."""
     quick_store(tmp_path / "store", [study(number, MODELS[0]) for number in (1, 2, 3)])
     return tmp_path / "store"
-
-
-def _large(path: Path) -> None:
-    path.unlink()
-    with path.open("wb") as file:
-        file.truncate(6_000_000_000)  # sparse: it takes no disk
-
-
-def _bind(path: Path) -> None:
-    path.unlink()
-    here = os.open(path.parent, os.O_RDONLY)
-    with socket.socket(socket.AF_UNIX) as one:  # by a short name
-        one.bind(f"/proc/self/fd/{here}/{path.name}")
-    os.close(here)
-
-
-def _instead(make: Callable[[Path], None]) -> Callable[[Path], None]:
-    def put(path: Path) -> None:
-        path.unlink()
-        make(path)
-
-    return put
-
-
-# what stands where a small regular file is expected, and what is said of it
-FILES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a pipe": (_instead(os.mkfifo), "a pipe, no regular file"),
-    "a link to a device": (
-        _instead(lambda path: path.symlink_to("/dev/zero")),
-        "a symbolic link, which is not followed",
-    ),
-    "a link to itself": (_instead(lambda path: path.symlink_to(path.name)), "a symbolic link, which is not followed"),
-    "a link to a file": (
-        _instead(lambda path: path.symlink_to("/etc/passwd")),
-        "a symbolic link, which is not followed",
-    ),
-    "a socket": (_bind, "no regular file"),
-    "a folder": (_instead(Path.mkdir), "a folder, no regular file"),
-    "six gigabytes": (_large, "6,000,000,000 bytes, at most"),
-}
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -196,26 +122,10 @@ def test_a_summary_that_is_not_plain_is_skipped(tmp_path: Path, kind: str) -> No
     made = study(2, MODELS[0])
     place, put = objects(made, {})
     bad = SUMMARIES[kind](made).encode()
-    _publish_raw(tmp_path / place, put, {"summary.json": bad})
+    publish_raw(tmp_path / place, put, {"summary.json": bad})
     atlas = in_time(lambda: read_atlas(f"file://{tmp_path}"))
     assert len(atlas.rows) == 1
     assert len(atlas.skipped) == 1
-
-
-def _publish_raw(place: Path, put: dict[str, bytes], others: dict[str, bytes]) -> None:
-    """Files as a hostile publisher puts them: with a manifest that names them as they are."""
-    import hashlib
-
-    manifest = json.loads(put["manifest.json"])
-    named = {item["path"]: item for item in manifest["files"]}
-    for path, data in others.items():
-        named[path] = {"path": path, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        put[f"{manifest['folder']}/{path}"] = data
-    manifest["files"] = list(named.values())
-    put["manifest.json"] = json.dumps(manifest).encode()
-    for path, data in put.items():
-        (place / path).parent.mkdir(parents=True, exist_ok=True)
-        (place / path).write_bytes(data)
 
 
 def test_numbers_at_their_limits_end_no_page_of_the_others(tmp_path: Path) -> None:
@@ -247,7 +157,7 @@ def evil(tmp_path: Path) -> str:
     made["notes"] = ["[/red] \x1b]0;title\x07 \u2028"]
     made["model"] |= {"architecture": NAME, "revision": NAME, "quantization": NAME}
     place, put = objects(made, {"features.parquet": dump(features())})
-    _publish_raw(tmp_path / "store" / place, put, {})
+    publish_raw(tmp_path / "store" / place, put, {})
     edited(tmp_path / "store", 1, spec={"label": NAME, "model": {"dtype": NAME}, "corpus": {"subset": NAME}})
     publish_all(f"file://{tmp_path}/store", [study(2, MODELS[0])])
     (tmp_path / "store" / "x\x1b[31m[red]\udcff").write_text("")
@@ -295,112 +205,6 @@ def test_a_list_of_many_names_is_cut_with_a_word(root: Path, monkeypatch: pytest
     assert [item.why for item in shelf.skipped if "more than 10 names" in item.why]
 
 
-# features.parquet
-
-
-def dump(table: pa.Table, **options: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, **{"compression": "zstd", **options})
-    return bytes(sink.getvalue())
-
-
-BOMBS: dict[str, Callable[[], bytes]] = {
-    "rows": lambda: dump(pa.table({"layer": pa.array([0] * 2_000_000, pa.int32())})),
-    "a dictionary": lambda: dump(
-        pa.table({"site": pa.DictionaryArray.from_arrays(pa.array([0] * 200_000, pa.int32()), ["x" * 4_000_000])})
-    ),
-    "a list": lambda: dump(
-        pa.table({"layer": pa.ListArray.from_arrays([0, 80_000_000], pa.array(np.zeros(80_000_000, np.int8)))})
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BOMBS)
-def test_a_table_that_unpacks_to_far_more_is_refused_before_it_is_unpacked(kind: str) -> None:
-    data = BOMBS[kind]()
-    assert len(data) < 100_000
-    before = pa.total_allocated_bytes()
-    with pytest.raises(pa.ArrowInvalid, match=r"at most|unpacks to more"):
-        open_parquet(data)
-    assert pa.total_allocated_bytes() - before < 1_000_000
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"compression": "none"},
-        {"data_page_version": "2.0"},
-        {"use_dictionary": False},
-        {"write_page_index": True},
-        {"write_page_checksum": True},
-        {"data_page_size": 64, "row_group_size": 7},
-    ],
-)
-def test_every_table_of_ours_is_read(options: dict[str, Any]) -> None:
-    assert open_parquet(dump(features(), **options)).read().equals(features())
-    assert open_parquet(dump(features().slice(0, 0), **options)).metadata.num_rows == 0
-
-
-def head(unpacked: int, values: int, packed: int = 0) -> bytes:
-    """The head of a data page in Thrift's compact protocol, as the format's own text says."""
-
-    def number(value: int) -> bytes:
-        value, out = value << 1, b""
-        while value > 127:
-            out, value = out + bytes([value & 127 | 128]), value >> 7
-        return out + bytes([value])
-
-    own = b"\x15" + number(values) + b"\x15" + number(0) + b"\x15" + number(3) + b"\x15" + number(3) + b"\x00"
-    return b"\x15" + number(0) + b"\x15" + number(unpacked) + b"\x15" + number(packed) + b"\x2c" + own + b"\x00"
-
-
-def _footer(length: int) -> Any:
-    """A footer that claims nothing worth a look: one column chunk of a few bytes."""
-    column = SimpleNamespace(
-        num_values=1,
-        data_page_offset=4,
-        has_dictionary_page=False,
-        dictionary_page_offset=None,
-        total_compressed_size=length,
-        physical_type="INT32",
-    )
-    group = SimpleNamespace(num_columns=1, column=lambda index: column)
-    return SimpleNamespace(num_row_groups=1, row_group=lambda index: group, created_by="parquet-cpp-arrow")
-
-
-def test_the_heads_of_pages_are_believed_and_not_the_footer() -> None:
-    check_pages(b"PAR1" + head(100, 10), _footer(len(head(100, 10))))
-    for page in (head(2_000_000_000, 1), head(10, 1_000_000_000), head(10, 10_000_000) * 10):
-        with pytest.raises(ValueError, match="unpacks to more"):
-            check_pages(b"PAR1" + page, _footer(len(page)))
-    for page in (b"\x19" * 20, b"\xff" * 20, b"\x1c" * 40, head(1, 1, packed=50), head(1, 1)[:-1]):
-        with pytest.raises(ValueError, match=r"page|column"):
-            check_pages(b"PAR1" + page, _footer(len(page)))
-
-
-def test_a_published_bomb_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place, put = objects(study(1, MODELS[0]), {})
-    _publish_raw(tmp_path / "store" / place, put, {"features.parquet": BOMBS["a dictionary"]()})
-    assert main(["runs", "show", f"file://{tmp_path}/store/{place}", "--workspace", str(tmp_path / "w")]) == 2
-    assert "unpacks to more than" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["no such column", "another type", "nulls", "another site"])
-def test_a_published_table_of_another_form_is_refused_in_words(tmp_path: Path, kind: str) -> None:
-    table, hits = features(), features().schema.get_field_index("hits")
-    table = {
-        "no such column": lambda: table.drop_columns(["hits"]),
-        "another type": lambda: table.set_column(hits, "hits", table["site"]),
-        "nulls": lambda: table.set_column(hits, "hits", pa.nulls(table.num_rows, pa.int64())),
-        "another site": lambda: table.set_column(0, "site", pa.array(["[/red]\x1b"] * table.num_rows)),
-    }[kind]()
-    place, put = objects(study(1, MODELS[0]), {})
-    _publish_raw(tmp_path / "store" / place, put, {"features.parquet": dump(table)})
-    with pytest.raises(BadInput, match=r"features\.parquet has"):
-        read_run(f"file://{tmp_path}/store/{place}", open_workspace(tmp_path / "w"))
-
-
 # a workspace's own results
 
 
@@ -428,104 +232,3 @@ def test_links_in_a_results_folder_are_not_followed(tmp_path: Path) -> None:
     assert len(shelf.studies) == 1
     assert len(shelf.skipped) == 3
     assert all("symbolic link, which is not followed" in item.why for item in shelf.skipped)
-
-
-# publishing
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    return make_results(tmp_path / "results")
-
-
-@pytest.mark.parametrize("step", ["model", "study", "folder", "plots"])
-def test_nothing_is_published_through_a_link(tmp_path: Path, results: Path, step: str) -> None:
-    target, outside = tmp_path / "atlas", tmp_path / "outside"
-    outside.mkdir()
-    manifest = json.loads((results / "manifest.json").read_text())
-    steps = {"model": SLUG, "study": STUDY_ID, "folder": manifest["folder"], "plots": "plots"}
-    place = target
-    for name, part in steps.items():
-        if name == step:
-            place.mkdir(parents=True, exist_ok=True)
-            (place / part).symlink_to(outside)
-            break
-        place = place / part
-    with pytest.raises(PublishRefused, match="symbolic link, which is not followed"):
-        in_time(lambda: publish(results, f"file://{target}", SLUG))
-    assert list(outside.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", [kind for kind in FILES if kind != "a folder"])
-def test_publishing_waits_for_nothing_that_stands_in_the_place_of_a_manifest(
-    tmp_path: Path, results: Path, kind: str
-) -> None:
-    place = tmp_path / "atlas" / SLUG / STUDY_ID
-    place.mkdir(parents=True)
-    (place / "manifest.json").write_bytes(b"")
-    FILES[kind][0](place / "manifest.json")
-    before = (place / "manifest.json").lstat()
-    with pytest.raises(PublishRefused, match="remove it there"):
-        in_time(lambda: publish(results, f"file://{tmp_path}/atlas", SLUG))
-    assert (place / "manifest.json").lstat().st_ino == before.st_ino
-
-
-def test_a_file_that_is_a_link_is_replaced_and_not_written_through(tmp_path: Path, results: Path) -> None:
-    manifest = json.loads((results / "manifest.json").read_text())
-    folder, victim = tmp_path / "atlas" / SLUG / STUDY_ID / manifest["folder"], tmp_path / "victim"
-    folder.mkdir(parents=True)
-    victim.write_text("mine")
-    (folder / "summary.json").symlink_to(victim)
-    publish(results, f"file://{tmp_path}/atlas", SLUG)
-    assert victim.read_text() == "mine"
-    assert not (folder / "summary.json").is_symlink()
-
-
-def test_the_files_of_a_target_are_for_others_to_read(tmp_path: Path, results: Path) -> None:
-    before = os.umask(0o022)
-    try:
-        publish(results, f"file://{tmp_path}/atlas", SLUG)
-    finally:
-        os.umask(before)
-    for path in (tmp_path / "atlas").rglob("*"):
-        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
-
-
-@pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/x", "a//b", "", ".", "a/./b", "a\0b"])
-def test_a_key_leads_nowhere_else(tmp_path: Path, key: str) -> None:
-    with opened(f"file://{tmp_path}/atlas") as store:
-        for do in (
-            lambda: store.read(key),
-            lambda: store.put(key, b"x"),
-            lambda: store.create(key, b"x"),
-            lambda: store.delete(key),
-        ):
-            with pytest.raises(BadInput):
-                do()
-    assert list(tmp_path.rglob("x")) == []
-
-
-@pytest.mark.servers
-def test_an_object_of_a_bucket_is_read_up_to_its_limit(s3_server: Any) -> None:
-    from uuid import uuid4
-
-    from tests.s3 import BUCKET, environment
-
-    s3_server.start()
-    url = f"s3://{BUCKET}/{uuid4().hex}"
-    with environment(s3_server.environment()):
-        place, put = objects(study(1, MODELS[0]), {})
-        with opened(url) as store:
-            for path, data in put.items():
-                store.put(f"{place}/{path}", data)
-            store.put(f"{place[:-1]}9/manifest.json", b" " * (MAX_MANIFEST_BYTES + 1))
-            store.put("small", b"")
-            assert store.read("small") == b""
-            assert store.read("none") is None
-            assert store.read(f"{place}/manifest.json", len(put["manifest.json"])) == put["manifest.json"]
-            with pytest.raises(PublishRefused, match="has 12 bytes, at most 11 are read"):
-                store.put("twelve", b"x" * 12)
-                store.read("twelve", 11)
-        shelf = read_store(url, summaries=True)
-    assert len(shelf.studies) == 1
-    assert [item.why for item in shelf.skipped if f"has {MAX_MANIFEST_BYTES + 1:,} bytes" in item.why]
