@@ -6,6 +6,7 @@ Both are context managers with the same methods (`ssh_machine`). Skipped where t
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 
 import psutil
@@ -43,7 +44,10 @@ class Sshd(SshMachine):
         """Ends the listener and all connections; detached jobs live on until `kill` or the end."""
         if self.running:
             self.stop_sshd()
-            self.kill_sessions()
+            # one that was just being made has its name a moment later, and one that was killed is gone a moment later
+            until = time.monotonic() + 20
+            while self.kill_sessions() and time.monotonic() < until:
+                time.sleep(0.05)
 
     def restart(self) -> None:
         """`stop` and `start`: same port, same host key."""

@@ -243,12 +243,17 @@ class SshMachine:
             self.kill_sessions()
         self.start_sshd()
 
-    def kill_sessions(self) -> None:
-        """Breaks all connections; what ran in them gets an end of input, and detached jobs live on."""
-        for pid, command in self.processes():
-            if re.match(r"sshd(-session|-auth)?: (?!.*\[listener\])", command):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.host_pid(pid), signal.SIGKILL)
+    def kill_sessions(self) -> bool:
+        """Breaks all connections; what ran in them gets an end of input, and detached jobs live on. Whether there were any."""
+        found = [pid for pid, command in self.processes() if self._is_session(command)]
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.host_pid(pid), signal.SIGKILL)
+        return bool(found)
+
+    @staticmethod
+    def _is_session(command: str) -> bool:
+        return bool(re.match(r"sshd(-session|-auth)?: (?!.*\[listener\])", command))
 
     # What it refuses.
 

@@ -81,12 +81,12 @@ def test_it_outlives_who_held_it(place):
 
 @pytest.mark.servers
 def test_a_renewal_keeps_the_job_and_the_one_watchdog(place):
-    lease.hold(place, "run-1", "a study", 1)
+    lease.hold(place, "run-1", "a study", 4)
     handle = sleeper(place)
     (before,) = until(lambda: watchdogs(place))
-    for _ in range(5):
-        time.sleep(0.4)
-        lease.hold(place, "run-1", "a study", 1)
+    for _ in range(5):  # longer than one lease, in all
+        time.sleep(1)
+        lease.hold(place, "run-1", "a study", 4)
     assert jobs.status(handle.folder) == "running"
     assert [process.pid for process in watchdogs(place)] == [before.pid]
 
