@@ -49,7 +49,7 @@ demo: .venv/.demo ## a whole study on this machine: a real model, no network, re
 PORT ?= 4200
 
 ui: .venv/.demo ## Prefect on this machine: server, pool, worker, deployments on loopback; says what to open, Ctrl-C ends it
-	@$(BIN)/python -m flows.ui --port $(PORT)
+	@$(BIN)/python -m flows.server.ui --port $(PORT)
 
 # Tests over ssh have a server of their own, on loopback or in a namespace; only its program is needed, and nothing is
 # started here (RUNLEVEL=1). Without root, or elsewhere than on Debian, it is for the user to install: those tests are skipped.

@@ -44,15 +44,15 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import counting
-from outliers.analyze import TILE_BYTES, Part, layout_of_capture, summarize
-from outliers.corpus import load_corpus
-from outliers.durable import Unsynced
-from outliers.fingerprint import shapes_of, write_fingerprint
-from outliers.layout import Layout
-from outliers.prepare import prepare
+from outliers.corpus.tokens import load_corpus
+from outliers.counting.analyze import TILE_BYTES, Part, layout_of_capture, summarize
+from outliers.counting.summary import Frame
 from outliers.spec import CriteriaSpec, StudySpec
-from outliers.store import ChunkFiles, Journal, create_arrays
-from outliers.summary import Frame
+from outliers.store.chunks import ChunkFiles, Journal, create_arrays
+from outliers.store.durable import Unsynced
+from outliers.store.fingerprint import shapes_of, write_fingerprint
+from outliers.study.layout import Layout
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 
 SITES = ("attn_in", "mlp_in")
@@ -118,8 +118,8 @@ def part_of(folder: Path, layout: Layout, marks: NDArray[np.bool_], target: Path
 
 def smollm2(scratch: Path, arguments: argparse.Namespace) -> Data:
     """A real capture."""
-    from outliers.capture import extract
-    from outliers.events import reporter_from_environment
+    from outliers.capture.extract import extract
+    from outliers.events.stream import reporter_from_environment
 
     workspace = open_workspace(arguments.workspace)
     sequences, length = (2, 64) if arguments.small else (64, 512)
@@ -246,7 +246,7 @@ def measure_data(data: Data, rounds: int) -> dict[str, Any]:
 
 def measure_kernels(data: Data, rounds: int) -> dict[str, float]:
     """GB/s of all statistics by each library, on one chunk of each site in memory, one thread."""
-    from outliers.accumulate import Span, Tally
+    from outliers.counting.accumulate import Span, Tally
 
     one, other = data.arrays()[1][-2:]
     frame = data.part.frame
@@ -285,7 +285,7 @@ def peak(data: Data, sequences: int) -> int:
     """Peak RSS in bytes of a process of its own that analyzes the first sequences."""
     code = (
         "import pickle, sys\n"
-        "from outliers.analyze import summarize\n"
+        "from outliers.counting.analyze import summarize\n"
         "summarize(pickle.load(sys.stdin.buffer), int(sys.argv[1]))\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
     )

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from outliers.atlas import Atlas, read_atlas, write_atlas_table
-from outliers.atlas_page import write_atlas_page
-from outliers.published import read_store
+from outliers.atlas.page import write_atlas_page
+from outliers.atlas.table import Atlas, read_atlas, write_atlas_table
+from outliers.publish.shelf import read_store
 from tests.atlas_store import many, quick_store
 
 

@@ -38,11 +38,11 @@ from typing import Any
 import torch
 
 from benchmarks.stages import Bench
-from outliers.corpus import load_corpus
-from outliers.load import load_model
-from outliers.prepare import prepare
-from outliers.ring_size import ring_bytes, ring_slots
+from outliers.capture.load import load_model
+from outliers.corpus.tokens import load_corpus
 from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
+from outliers.study.ring_size import ring_bytes, ring_slots
 from outliers.workspace import open_workspace
 
 NAMES = {

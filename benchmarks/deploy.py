@@ -34,7 +34,7 @@ def once(destination: str, wheel: Wheel) -> tuple[float, int, str]:
     connection.close()
     began = time.perf_counter()
     made = deploy(connection, probe(connection, FOLDER), wheel=wheel)
-    answer = connection.call(" ".join([*made.python, "-m", "outliers.agent", "/tmp", "held"]))
+    answer = connection.call(" ".join([*made.python, "-m", "outliers.machines.agent", "/tmp", "held"]))
     seconds = time.perf_counter() - began
     if answer.returncode:
         sys.exit(f"the program does not answer there: {answer.stderr}")

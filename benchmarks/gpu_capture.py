@@ -44,15 +44,15 @@ import zarr
 
 from benchmarks.gpu_models import placed, placements, random_model, refusal
 from benchmarks.gpu_rings import NeverWaiting, NoRing, Witness
-from outliers.capture import write_parts
-from outliers.forward import Batch, HookedPass
-from outliers.journal import Journal
-from outliers.model_info import ModelInfo
-from outliers.prepare import layout_of, model_info
-from outliers.ring import Ring
-from outliers.ring_size import ring_slots
+from outliers.capture.extract import write_parts
+from outliers.capture.forward import Batch, HookedPass
+from outliers.capture.ring import Ring
+from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
-from outliers.store import ChunkFiles, create_arrays
+from outliers.store.chunks import ChunkFiles, create_arrays
+from outliers.store.journal import Journal
+from outliers.study.prepare import layout_of, model_info
+from outliers.study.ring_size import ring_slots
 from outliers.workspace import open_workspace
 
 VARIANTS = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from outliers.load import load_model
-from outliers.model_info import ModelInfo
+from outliers.capture.load import load_model
+from outliers.model.describe import ModelInfo
 from outliers.workspace import Workspace
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from outliers.copies import Copies, CudaCopies, HostCopies
-from outliers.ring import Ring
+from outliers.capture.copies import Copies, CudaCopies, HostCopies
+from outliers.capture.ring import Ring
 
 
 class NoRing:

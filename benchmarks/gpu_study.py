@@ -34,9 +34,9 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu_models import random_model, refusal
-from outliers.memory import needs
-from outliers.prepare import Prepared, prepare
 from outliers.spec import StudySpec
+from outliers.study.memory import needs
+from outliers.study.prepare import Prepared, prepare
 from outliers.workspace import Workspace, open_workspace
 
 BATCHES = (1, 4, 8)

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from outliers.capture import write_parts
-from outliers.corpus import Corpus
-from outliers.forward import Batch, HookedPass
-from outliers.journal import Journal
-from outliers.layout import Layout
-from outliers.prepare import Prepared, layout_of
-from outliers.ring import Ring
-from outliers.ring_size import ring_bytes, ring_slots, writer_count, writers_bytes
-from outliers.store import ChunkFiles, create_arrays
+from outliers.capture.extract import write_parts
+from outliers.capture.forward import Batch, HookedPass
+from outliers.capture.ring import Ring
+from outliers.corpus.tokens import Corpus
+from outliers.store.chunks import ChunkFiles, create_arrays
+from outliers.store.journal import Journal
+from outliers.study.layout import Layout
+from outliers.study.prepare import Prepared, layout_of
+from outliers.study.ring_size import ring_bytes, ring_slots, writer_count, writers_bytes
 
 LAYERS_A_PASS = 8
 """Of the earlier pipeline: it kept eight layers' activations at a time."""

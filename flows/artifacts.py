@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 
-from outliers.outcome import Outcome
-from outliers.visible import code
-from outliers.visible import markdown as plain
+from outliers.publish.outcome import Outcome
+from outliers.untrusted.visible import code
+from outliers.untrusted.visible import markdown as plain
 
 TABLE_ROWS = 50
 _WORDS = re.compile(r"[A-Za-z0-9_,: ]+")

@@ -16,22 +16,22 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows.artifacts import show_outcome
-from flows.cancelled import rests, was_cancelled, watches
-from flows.stale import begins, ends
-from outliers.machines import chosen, provider
-from outliers.outcome import Outcome, find_finished, find_outcome, make_outcome
-from outliers.parts import is_here, split
-from outliers.prepare import Prepared, prepare
-from outliers.publish import check_target
+from flows.hooks.cancelled import rests, was_cancelled, watches
+from flows.hooks.stale import begins, ends
+from outliers.dispatch.state import machine_state
+from outliers.dispatch.transfer import check_travels
+from outliers.machines.providers import chosen, provider
+from outliers.publish.outcome import Outcome, find_finished, find_outcome, make_outcome
+from outliers.publish.publish import check_target
 from outliers.spec import CaptureSpec, ComputeSpec, CorpusSpec, CriteriaSpec, ModelSpec, StudySpec
-from outliers.travel import check_travels
+from outliers.study.parts import is_here, split
+from outliers.study.prepare import Prepared, prepare
 from outliers.workspace import Workspace, open_workspace
 from tasks.analyze import analyze
 from tasks.extract import extract
 from tasks.limits import machine_slot
 from tasks.provision import provision
 from tasks.shard import STOP, forget_parts, merge, shard, stop_if_cancelled, told_of_parts
-from tasks.state import machine_state
 from tasks.sync import sync
 from tasks.tenancy import Tenancy
 from tasks.watch import GUARDS

@@ -2,7 +2,7 @@
 
 A study that is there already is answered at once, so that a second run does only what is missing. One failure does not
 stop the others; the sweep's own state is then Failed, and says which, why, and which are done. Before it:
-`outliers.sweep`, which reads the file. The children: `sweep_children`, `sweep_processes`.
+`outliers.sweep.sweep`, which reads the file. The children: `sweep_children`, `sweep_processes`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from prefect.runtime import flow_run
 from prefect.states import Failed
 from pydantic import Field, TypeAdapter, WithJsonSchema
 
-from flows.cancelled import rests, was_cancelled, watches
-from flows.stale import begins, ends
+from flows.hooks.cancelled import rests, was_cancelled, watches
+from flows.hooks.stale import begins, ends
 from flows.study import Target
 from flows.sweep_children import Deployments, Start, run_studies
 from flows.sweep_processes import Processes
-from outliers.sweep import Sweep, SweepStudy, make_sweep, read_sweep
-from outliers.sweep_outcome import Ended, sentence, short, summary
+from outliers.sweep.outcome import Ended, sentence, short, summary
+from outliers.sweep.sweep import Sweep, SweepStudy, make_sweep, read_sweep
 from outliers.workspace import open_workspace
 from tasks.progress import tried_once
 

@@ -4,7 +4,7 @@ Two kinds, behind one seam. The command runs each study as a process of its own 
 as a run of the deployment `study`. Never as subflows in threads: LISTENERS, GUARDS and the ssh connections in a process
 belong to one study, and a signal reaches the main thread alone, so that a cancelled sweep's subflows run on to their end
 (measured on Prefect 3.8.8: SIGTERM after 2 s, two subflows in threads both ended by themselves at 6 s). One thread polls
-the children: there is nothing to lock. Before it: `outliers.sweep`. After it: `sweep`, which shows what happens.
+the children: there is nothing to lock. Before it: `outliers.sweep.sweep`. After it: `sweep`, which shows what happens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 
 from outliers.errors import BadInput, HubUnavailable, OutliersError
-from outliers.outcome import Outcome
-from outliers.sweep import Sweep, SweepStudy, answer, kept_for_next, next_to_start
-from outliers.sweep_outcome import Ended, end_of, end_without
+from outliers.publish.outcome import Outcome
+from outliers.sweep.outcome import Ended, end_of, end_without
+from outliers.sweep.sweep import Sweep, SweepStudy, answer, kept_for_next, next_to_start
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 from outliers.errors import JobFailed
-from outliers.files import write_atomic
-from outliers.outcome import Outcome
-from outliers.prepare import prepare
-from outliers.sweep import SweepStudy
-from outliers.sweep_outcome import Ended, end_of, end_without
+from outliers.files.atomic import write_atomic
+from outliers.publish.outcome import Outcome
+from outliers.study.prepare import prepare
+from outliers.sweep.outcome import Ended, end_of, end_without
+from outliers.sweep.sweep import SweepStudy
 from outliers.workspace import open_workspace
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def watch():
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
 threading.Thread(target=watch, daemon=True).start()
-from flows.cli import main
+from flows.cli.command import main
 sys.exit(main(sys.argv[1:]))
 """
 """Its standard input ends when the sweep does, however that ends. Not by the kernel's signal at a parent's death: that comes

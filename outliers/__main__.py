@@ -22,14 +22,14 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outliers.capture.library_errors import memory_message
 from outliers.errors import BadInput, DiskFull, JobFailed, MemoryFull, OutliersError
-from outliers.events import Reporter, reporter_from_environment, send_logs_to
-from outliers.files import write_atomic
-from outliers.jobs import JOB_VARIABLE, record_error
-from outliers.library_errors import memory_message
+from outliers.events.stream import Reporter, reporter_from_environment, send_logs_to
+from outliers.files.atomic import write_atomic
+from outliers.jobs.jobs import JOB_VARIABLE, record_error
 
 if TYPE_CHECKING:
-    from outliers.prepare import Prepared
+    from outliers.study.prepare import Prepared
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     # progress is ours to show: a library's bars would be torn lines in a job's log
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from outliers.prepare import read_prepared
     from outliers.steps import STEPS
+    from outliers.study.prepare import read_prepared
     from outliers.workspace import open_workspace
 
     try:
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _options(arguments: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
     """What was asked of one step alone."""
-    from outliers.merge import parse_sequences
+    from outliers.counting.merge import parse_sequences
 
     options: dict[str, Any] = {}
     if getattr(arguments, "repair", False):

@@ -40,8 +40,8 @@ A message gives the actual value, the limit, and what to do.
 
 from __future__ import annotations
 
-from outliers.bounds import MESSAGE_CHARS
-from outliers.visible import cut, visible, visible_line
+from outliers.untrusted.bounds import MESSAGE_CHARS
+from outliers.untrusted.visible import cut, visible, visible_line
 
 
 class OutliersError(Exception):

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from outliers.errors import CaptureError, CorruptCapture, DamagedResults
-from outliers.events import Reporter
-from outliers.prepare import Prepared
-from outliers.sealed import write_sealed
+from outliers.events.stream import Reporter
+from outliers.files.sealed import write_sealed
+from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def run_extract(
     prepared: Prepared, workspace: Workspace, reporter: Reporter, *, sequences: range | None = None
 ) -> dict[str, Any]:
     """Make or finish the capture, or some sequences of it."""
-    from outliers.capture import extract
+    from outliers.capture.extract import extract
 
     return extract(prepared, workspace, reporter, sequences=sequences)
 
@@ -41,8 +41,8 @@ def run_analyze(
     executor: str | None = None,
 ) -> dict[str, Any]:
     """Summarize the capture, or some sequences of it; the private summary stays beside it."""
-    from outliers.analyze import analyze
-    from outliers.executors import open_executor
+    from outliers.counting.analyze import analyze
+    from outliers.counting.executors import open_executor
 
     began = time.monotonic()
     chosen = executor or prepared.spec.compute.executor
@@ -72,7 +72,7 @@ def run_report(
 
     With `numbers` those alone, in the folder of the summary: the control side fetches and renders them.
     """
-    from outliers.reporting import write_numbers, write_study
+    from outliers.publish.reporting import write_numbers, write_study
 
     return (write_numbers if numbers else write_study)(prepared, workspace, reporter)
 
@@ -82,7 +82,7 @@ def run_verify(prepared: Prepared, workspace: Workspace, reporter: Reporter, *, 
 
     Raises CorruptCapture, which names the damage and the way out.
     """
-    from outliers.verify import verify
+    from outliers.store.verify import verify
 
     found = verify(workspace.capture(prepared.capture_id), reporter, repair=repair)
     if not found.sound:
@@ -92,8 +92,8 @@ def run_verify(prepared: Prepared, workspace: Workspace, reporter: Reporter, *, 
 
 def run_state(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
     """What of the study is here and finished: checked, not believed. A repaired capture's results are to be made again."""
-    from outliers.repair import is_repaired
-    from outliers.summary_files import has_summary
+    from outliers.counting.summary_files import has_summary
+    from outliers.store.repair import is_repaired
 
     return {
         "capture": capture_exists(prepared, workspace),
@@ -103,8 +103,8 @@ def run_state(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> d
 
 
 def _results_exist(prepared: Prepared, workspace: Workspace) -> bool:
-    from outliers.finished import read_finished
-    from outliers.reporting import has_numbers
+    from outliers.publish.finished import read_finished
+    from outliers.publish.reporting import has_numbers
 
     if has_numbers(prepared, workspace):
         return True
@@ -117,7 +117,7 @@ def _results_exist(prepared: Prepared, workspace: Workspace) -> bool:
 
 def capture_exists(prepared: Prepared, workspace: Workspace) -> bool:
     """Whether the study's capture is complete; a damaged one is not."""
-    from outliers.store import is_complete
+    from outliers.store.chunks import is_complete
 
     try:
         return is_complete(workspace.capture(prepared.capture_id))

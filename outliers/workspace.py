@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outliers.errors import WorkspaceError
-from outliers.files import write_atomic
-from outliers.private import settle_private
+from outliers.files.atomic import write_atomic
+from outliers.files.private import settle_private
 
 WORKSPACE_FORMAT = 1
 PRIVATE = (

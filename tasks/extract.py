@@ -7,7 +7,7 @@ from typing import Any
 from prefect import task
 
 from outliers.machines.base import Machine
-from outliers.prepare import Prepared
+from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, extract_key, is_transient
 from tasks.watch import run_step

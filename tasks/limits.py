@@ -2,7 +2,7 @@
 
 Who has set no limit waits for nothing, and nothing on this machine (provider `local`) does. A slot is a lease on the
 Prefect server that this process renews; a run that was killed loses it about a minute later. It counts studies at work,
-not machines: one that is kept after a failure holds no slot. Before it: `flows.settle`, which makes the limit. After it:
+not machines: one that is kept after a failure holds no slot. Before it: `flows.server.settle`, which makes the limit. After it:
 whoever rents.
 """
 
@@ -19,8 +19,8 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
-from outliers.machines import chosen
-from outliers.travel import HERE
+from outliers.dispatch.transfer import HERE
+from outliers.machines.providers import chosen
 from tasks.watch import GUARDS
 
 LIMIT = "outliers-machines"

@@ -19,8 +19,8 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from outliers.events import Event
-from outliers.visible import markdown
+from outliers.events.stream import Event
+from outliers.untrusted.visible import markdown
 
 ARTIFACT_SECONDS = 2.0
 """Progress artifacts are updated at most this often: each is a call to the server."""

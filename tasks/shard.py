@@ -18,14 +18,18 @@ from typing import Any
 from prefect import task
 from prefect.logging import get_run_logger
 
+from outliers.counting.merge import merge_summaries
+from outliers.dispatch.transfer import HERE
 from outliers.errors import PlanRefused
-from outliers.events import Lines
-from outliers.machines import provider
+from outliers.events.stream import Lines
 from outliers.machines.base import Machine
 from outliers.machines.local import LocalMachine
-from outliers.merge import merge_summaries
-from outliers.outcome import find_finished
-from outliers.parts import (
+from outliers.machines.providers import provider
+from outliers.plan.plan import check_plan, planned_layout, request_for
+from outliers.plan.remaining import refused_together
+from outliers.publish.outcome import find_finished
+from outliers.steps import run_report
+from outliers.study.parts import (
     Part,
     draft_of,
     folder_of,
@@ -41,11 +45,7 @@ from outliers.parts import (
     study_lock,
     write_record,
 )
-from outliers.plan import check_plan, planned_layout, request_for
-from outliers.prepare import Prepared
-from outliers.remaining import refused_together
-from outliers.steps import run_report
-from outliers.travel import HERE
+from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace, open_workspace
 from tasks.limits import machine_slot
 from tasks.policies import RETRIES, RETRY_SECONDS, is_transient, merge_key, shard_key

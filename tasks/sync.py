@@ -6,13 +6,13 @@ from typing import Any
 
 from prefect import task
 
-from outliers.allowlist import check_listing, read_log, read_numbers
 from outliers.errors import PublishRefused
-from outliers.manifest import read_manifest
-from outliers.prepare import Prepared
-from outliers.publish import model_slug, publish_study
-from outliers.publishable import Publishable, make_publishable, write_publishable
-from outliers.reporting import alone
+from outliers.publish.allowlist import check_listing, read_log, read_numbers
+from outliers.publish.manifest import read_manifest
+from outliers.publish.publish import model_slug, publish_study
+from outliers.publish.publishable import Publishable, make_publishable, write_publishable
+from outliers.publish.reporting import alone
+from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, is_transient, sync_key
 

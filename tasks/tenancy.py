@@ -17,13 +17,13 @@ import threading
 import time
 from types import TracebackType
 
+from outliers.dispatch.transfer import HERE
 from outliers.errors import BudgetSpent, OutliersError, PermanentError
-from outliers.events import Event
+from outliers.events.stream import Event
 from outliers.machines.base import Machine, Provider
 from outliers.machines.rentals import KEPT, LEAST_SECONDS, RENEW_SECONDS, Rentals
-from outliers.parts import Part
-from outliers.prepare import Prepared
-from outliers.travel import HERE
+from outliers.study.parts import Part
+from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 from tasks.watch import GUARDS, LISTENERS, undisturbed
 

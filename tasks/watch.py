@@ -18,16 +18,17 @@ from typing import Any
 
 from prefect.logging import get_run_logger
 
-from outliers import jobs, runlog
-from outliers.bounds import LOG_CHARS, RESULT_BYTES, STEPS
+from outliers.dispatch.transfer import HERE, forget_sent, secrets, send_model, send_study
 from outliers.errors import MachineGone, MachineLost, OutliersError
-from outliers.events import Event
-from outliers.jobs import JobHandle, JobSpec
+from outliers.events.stream import Event
+from outliers.jobs import jobs
+from outliers.jobs.jobs import JobHandle, JobSpec
 from outliers.machines.answers import parse_result
 from outliers.machines.base import Machine
-from outliers.parts import LOCKS, locked
-from outliers.prepare import Prepared
-from outliers.travel import HERE, forget_sent, secrets, send_model, send_study
+from outliers.publish import runlog
+from outliers.study.parts import LOCKS, locked
+from outliers.study.prepare import Prepared
+from outliers.untrusted.bounds import LOG_CHARS, RESULT_BYTES, STEPS
 from outliers.workspace import Workspace
 from tasks.progress import Progress
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from outliers.allowlist import check_numbers
-from outliers.manifest import build_manifest, file_list, folder_of
-from outliers.parquet import parquet_bytes
-from outliers.publish import model_slug, publish_study
-from outliers.publishable import Publishable, write_publishable
+from outliers.files.parquet import parquet_bytes
+from outliers.publish.allowlist import check_numbers
+from outliers.publish.manifest import build_manifest, file_list, folder_of
+from outliers.publish.publish import model_slug, publish_study
+from outliers.publish.publishable import Publishable, write_publishable
 from tests import results_folder
 
 MODELS: list[tuple[str, float, float, int | None, int, int]] = [

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import zarr
 
-from outliers.prepare import prepare
 from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
 from tests import tiny
 
 

@@ -12,9 +12,8 @@ import sys
 import time
 from dataclasses import replace
 
-from outliers import lease
 from outliers.errors import MachineLost, PlanRefused
-from outliers.machines import catalog
+from outliers.machines import catalog, lease
 from outliers.machines.base import GB
 from outliers.machines.catalog import Row
 from outliers.machines.connection import Connection

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from outliers.bootstrap import draws
-from outliers.intervals import ends
+from outliers.results.bootstrap import draws
+from outliers.results.intervals import ends
 
 TOKENS = 512
 SIZES = (4, 8, 16, 32)

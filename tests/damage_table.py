@@ -20,19 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outliers import jobs
-from outliers.allowlist import MANIFEST, NUMBERS
+from outliers.counting.summary_files import has_summary
+from outliers.dispatch.transfer import send_study
 from outliers.errors import OutliersError
+from outliers.jobs import jobs
 from outliers.machines.local import LocalMachine
-from outliers.manifest import results_digest
-from outliers.outcome import find_finished, find_outcome, make_outcome
-from outliers.prepare import Prepared, prepare, read_prepared
-from outliers.publish import model_slug, publish
-from outliers.results import write_results
+from outliers.publish.allowlist import MANIFEST, NUMBERS
+from outliers.publish.manifest import results_digest
+from outliers.publish.outcome import find_finished, find_outcome, make_outcome
+from outliers.publish.publish import model_slug, publish
+from outliers.results.write import write_results
 from outliers.spec import StudySpec
 from outliers.steps import run_analyze, run_extract, run_report
-from outliers.summary_files import has_summary
-from outliers.travel import send_study
+from outliers.study.prepare import Prepared, prepare, read_prepared
 from outliers.workspace import Workspace, open_workspace
 from tests import tiny
 from tests.synthetic import Silent

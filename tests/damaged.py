@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from outliers.capture import extract
+from outliers.capture.extract import extract
 from outliers.workspace import open_workspace
 from tests.captured import prepared
 from tests.synthetic import Silent

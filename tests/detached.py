@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from outliers import jobs
+from outliers.jobs import jobs
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from typing import Any
 import psutil
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.stale import end_stale_runs
-from outliers import jobs
-from outliers.prepare import Prepared, prepare
+from flows.hooks.stale import end_stale_runs
+from outliers.jobs import jobs
 from outliers.spec import StudySpec
+from outliers.study.prepare import Prepared, prepare
 from outliers.workspace import Workspace, open_workspace
 from tests.fault_home import LIMIT, until
 from tests.fault_world import GRACE_SECONDS, SEQUENCES, Row, World, spec_of

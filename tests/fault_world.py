@@ -13,10 +13,10 @@ from typing import Any
 
 import s3fs
 
-from outliers.events import JsonReporter
-from outliers.prepare import prepare
+from outliers.events.stream import JsonReporter
 from outliers.spec import StudySpec
 from outliers.steps import run_analyze, run_extract, run_report
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests import tiny
 from tests.fault_gate import Gate

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from outliers import jobs
+from outliers.jobs import jobs
 
 LIMIT = 120.0
 

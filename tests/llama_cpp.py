@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from outliers.pretokenizers import PRE_TOKENIZERS
+from outliers.model.pretokenizers import PRE_TOKENIZERS
 from tests import gguf_files
 
 BUILD = 11434
@@ -52,7 +52,7 @@ ADAPTED = {"tekken", "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2", "tin
 
 
 def agrees_on_marks(pre: str) -> bool:
-    """Whether llama.cpp cuts combining marks and changes of case as the family itself does, see `outliers.pretokenizers`."""
+    """Whether llama.cpp cuts combining marks and changes of case as the family itself does: `model.pretokenizers`."""
     return pre not in ADAPTED and not PRE_TOKENIZERS[pre].nfc
 
 

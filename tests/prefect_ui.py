@@ -21,7 +21,7 @@ in_browser = pytest.mark.skipif(not BROWSER, reason="takes minutes in a Chromium
 
 
 class Ui(PrefectHome):
-    """`python -m flows.ui`, with the means to look at what it started."""
+    """`python -m flows.server.ui`, with the means to look at what it started."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         super().__init__(folder, environment)
@@ -50,7 +50,7 @@ class Ui(PrefectHome):
         return [
             sys.executable,
             "-m",
-            "flows.ui",
+            "flows.server.ui",
             "--port",
             str(self.port),
             "--home",

@@ -15,16 +15,16 @@ from uuid import uuid4
 
 import pytest
 
-from outliers.targets import Stored, opened
+from outliers.publish.stores.open import Stored, opened
 from tests.results_folder import SLUG, make_results
 from tests.s3 import BUCKET, S3Server, environment
 
 PUBLISHER = """
 import sys
 from pathlib import Path
-from outliers.manifest import build_manifest
-from outliers.publish import publish_study
-from outliers.publishable import Publishable, read_publishable
+from outliers.publish.manifest import build_manifest
+from outliers.publish.publish import publish_study
+from outliers.publish.publishable import Publishable, read_publishable
 try:
     study = read_publishable(Path(sys.argv[1]))
     more = {f"plots/more-{n}.png": bytes(1000) for n in range(int(sys.argv[4]))}

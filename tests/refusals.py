@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from outliers.allowlist import check_listing, read_log, read_numbers
 from outliers.errors import ForbiddenFile
+from outliers.publish.allowlist import check_listing, read_log, read_numbers
 from tests.results_folder import make_results
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from outliers.allowlist import read_log, read_numbers
-from outliers.publishable import make_publishable, write_publishable
-from outliers.schema import FEATURES_SCHEMA
+from outliers.publish.allowlist import read_log, read_numbers
+from outliers.publish.publishable import make_publishable, write_publishable
+from outliers.results.schema import FEATURES_SCHEMA
 
 STUDY_ID = "a" * 24
 CAPTURE_ID = "b" * 24

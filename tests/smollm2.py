@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from outliers.gguf import gguf_weights
-from outliers.models import find_model
+from outliers.model.gguf import gguf_weights
+from outliers.model.source import find_model
 from outliers.spec import ModelSpec
 from outliers.workspace import Workspace, open_workspace
 

@@ -79,7 +79,7 @@ def write_home(home: Path) -> None:
 
 
 def main(files: list[str]) -> None:
-    from flows.cli import main as outliers
+    from flows.cli.command import main as outliers
     from outliers.machines import catalog
     from tests.sky_probe import enable_clouds
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from outliers.analyze import analyze
-from outliers.anatomy import Anatomy
-from outliers.corpus import Corpus, CorpusInfo, TokenNames, token_hash, write_corpus
-from outliers.durable import Unsynced
-from outliers.fingerprint import shapes_of, write_fingerprint
-from outliers.layout import STORAGE, Layout
-from outliers.model_info import ModelInfo
-from outliers.models import ModelSource
-from outliers.prepare import ID_LENGTH, Prepared
-from outliers.results import find, summarize_study
+from outliers.corpus.tokens import Corpus, CorpusInfo, TokenNames, token_hash, write_corpus
+from outliers.counting.analyze import analyze
+from outliers.model.activations import Work
+from outliers.model.anatomy import Anatomy
+from outliers.model.describe import ModelInfo
+from outliers.model.source import ModelSource
+from outliers.model.weights import Weights
+from outliers.results.write import find, summarize_study
 from outliers.spec import StudySpec, deciding_site, digest
-from outliers.store import ChunkFiles, Journal, create_arrays
-from outliers.weights import Weights
-from outliers.work import Work
+from outliers.store.chunks import ChunkFiles, Journal, create_arrays
+from outliers.store.durable import Unsynced
+from outliers.store.fingerprint import shapes_of, write_fingerprint
+from outliers.study.layout import STORAGE, Layout
+from outliers.study.prepare import ID_LENGTH, Prepared
 
 NO_WEIGHTS = Weights(
     total_parameters=1000,
@@ -173,7 +173,7 @@ def _write_corpus(prepared, workspace, ids, lengths):
 
 def study(prepared, workspace, **options):
     """Analyze the capture: (Summary, content of summary.json)."""
-    from outliers.corpus import load_corpus
+    from outliers.corpus.tokens import load_corpus
 
     folder = analyze(prepared, workspace, Silent(), **options)
     found = find(prepared, folder)

@@ -16,8 +16,8 @@ import torch
 import zarr
 from safetensors.numpy import save as save_safetensors
 
-from outliers.allowlist import NUMBERS, allowed_name, check_listing, read_log, read_numbers
 from outliers.errors import ForbiddenFile, PublishRefused
+from outliers.publish.allowlist import NUMBERS, allowed_name, check_listing, read_log, read_numbers
 from tests.refusals import refused, results
 
 __all__ = ["results"]  # the fixture, found by name

@@ -9,16 +9,16 @@ import pytest
 import torch
 import transformers
 
-from outliers.architectures import FAMILIES
-from outliers.capture import extract
-from outliers.corpus import load_corpus
+from outliers.capture.extract import extract
+from outliers.capture.load import load_model
+from outliers.corpus.tokens import load_corpus
 from outliers.errors import BadInput, SiteError, UnknownArchitecture
-from outliers.load import load_model
-from outliers.model_info import describe_model
-from outliers.models import find_model
-from outliers.prepare import layout_of, prepare
+from outliers.model.describe import describe_model
+from outliers.model.families import FAMILIES
+from outliers.model.source import find_model
 from outliers.spec import ModelSpec, StudySpec
-from outliers.store import Journal
+from outliers.store.chunks import Journal
+from outliers.study.prepare import layout_of, prepare
 from tests import tiny
 from tests.captured import stored
 from tests.synthetic import Silent

@@ -14,12 +14,12 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from outliers.atlas import ATLAS_SCHEMA, Filter, atlas_table, groups, read_atlas, write_atlas_table
-from outliers.atlas_page import render
-from outliers.atlas_row import Row
-from outliers.compare import compare
+from outliers.atlas.compare import compare
+from outliers.atlas.page import render
+from outliers.atlas.row import Row
+from outliers.atlas.table import ATLAS_SCHEMA, Filter, atlas_table, groups, read_atlas, write_atlas_table
 from outliers.errors import BadInput
-from outliers.published import read_study
+from outliers.publish.shelf import read_study
 from tests.atlas_store import FINEWEB, MODELS, dozen, edited, own, quick_store, store, study
 from tests.html_page import check_harmless
 

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from outliers.atlas import groups, read_atlas
-from outliers.atlas_page import write_atlas_page
+from outliers.atlas.page import write_atlas_page
+from outliers.atlas.table import groups, read_atlas
 from tests import chromium
 from tests.atlas_store import evil, store
 from tests.test_browser import CUT_TABLES

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from outliers.atlas import Filter, groups, read_atlas
-from outliers.atlas_choose import MAX_VALUES, choices, keys
-from outliers.atlas_page import earlier_rows, render, write_atlas_page
-from outliers.atlas_plots import short
-from outliers.reference import EARLIER, PAPER, earlier
-from outliers.sweep import read_sweep
+from outliers.atlas.choose import MAX_VALUES, choices, keys
+from outliers.atlas.page import earlier_rows, render, write_atlas_page
+from outliers.atlas.plots import short
+from outliers.atlas.reference import EARLIER, PAPER, earlier
+from outliers.atlas.table import Filter, groups, read_atlas
+from outliers.sweep.sweep import read_sweep
 from tests.atlas_store import FINEWEB, MODELS, dozen, edited, evil, many, quick_store, store, study
 from tests.html_page import Page, check_harmless
 

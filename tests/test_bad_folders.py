@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from outliers.errors import UnknownModel
-from outliers.prepare import prepare
 from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
 from tests import tiny
 
 SECONDS = 20
@@ -346,9 +346,9 @@ def test_a_gguf_that_lacks_layers(tmp_path, workspace, made, message):
 
 def test_a_gguf_that_lacks_a_tensor_is_refused_by_the_loader(tmp_path, workspace):
     """transformers would make it up, and what it made up would be kept for every later study."""
-    from outliers.gguf import FOLDER, gguf_weights
-    from outliers.models import ModelSource
-    from outliers.sealed import seal_folder
+    from outliers.files.sealed import seal_folder
+    from outliers.model.gguf import FOLDER, gguf_weights
+    from outliers.model.source import ModelSource
 
     for name, drop in (("whole", ()), ("lacking", ("blk.1.ffn_down",))):
         path = gguf(tmp_path / f"{name}.gguf", drop=drop)

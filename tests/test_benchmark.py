@@ -60,8 +60,8 @@ def test_the_ways_that_are_compared_count_the_same():
     import torch
 
     from benchmarks import counting
-    from outliers.accumulate import Span, Tally
-    from outliers.summary import Frame
+    from outliers.counting.accumulate import Span, Tally
+    from outliers.counting.summary import Frame
 
     rng = np.random.default_rng(0)
     one, other = (

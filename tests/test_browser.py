@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from outliers.report import write_report
+from outliers.report.report import write_report
 from tests import chromium
 from tests.planted import planted, write_results
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 import zarr
 
-from outliers.capture import extract
+from outliers.capture.extract import extract
 from outliers.errors import SiteError
 from outliers.workspace import open_workspace
 from tests import tiny
@@ -76,10 +76,10 @@ def test_finished_capture_is_not_computed_again(workspace, llama, text):
 
 def test_a_site_that_runs_twice_is_refused():
     """One tensor a site, layer and pass: anything else would silently be the wrong one."""
-    from outliers.anatomy import SiteModule
-    from outliers.forward import Batch, HookedPass
-    from outliers.layout import Layout
-    from outliers.ring import Ring
+    from outliers.capture.forward import Batch, HookedPass
+    from outliers.capture.ring import Ring
+    from outliers.model.anatomy import SiteModule
+    from outliers.study.layout import Layout
 
     class Twice(torch.nn.Module):
         def __init__(self, times):

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outliers.complete import check_checkpoint
+from outliers.capture.load import load_model
 from outliers.errors import UnknownModel
-from outliers.load import load_model
-from outliers.model_info import describe_model
-from outliers.models import find_model
-from outliers.prepare import prepare
+from outliers.model.complete import check_checkpoint
+from outliers.model.describe import describe_model
+from outliers.model.source import find_model
 from outliers.spec import ModelSpec, StudySpec
+from outliers.study.prepare import prepare
 from tests import tiny
 
 

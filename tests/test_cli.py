@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from outliers.publish import model_slug
+from outliers.publish.publish import model_slug
 from tests import tiny
 
 OUTLIERS = str(Path(sys.executable).with_name("outliers"))

@@ -7,10 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
-from flows.runs import show_comparison
-from outliers.compare import compare
+from flows.cli.runs import show_comparison
+from outliers.atlas.compare import compare
 from outliers.errors import BadInput, PublishRefused
-from outliers.published import read_store, read_study
+from outliers.publish.shelf import read_store, read_study
 from tests.atlas_store import FINEWEB, MODELS, dozen, edited, own, place_of, quick_store, store, study
 
 __all__ = ["own", "store"]  # fixtures, found by name

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from outliers.corpus import load_corpus, prepare_corpus
+from outliers.corpus.tokens import load_corpus, prepare_corpus
 from outliers.errors import CorpusError, UnknownModel
-from outliers.models import find_model
+from outliers.model.source import find_model
 from outliers.spec import CorpusSpec, ModelSpec
 from tests import tiny
 
@@ -236,7 +236,7 @@ def test_special_tokens_and_parts_of_characters_are_no_delimiters(workspace, mod
 def test_the_text_around_a_token_has_whole_characters(workspace, models, texts):
     from types import SimpleNamespace
 
-    from outliers.places import context
+    from outliers.results.top_tokens import context
 
     (texts / "t.txt").write_text("ab龍cd" * 9)
     found = corpus(workspace, models, texts / "t.txt", kind="bos", num_sequences=1, sequence_length=20)
@@ -280,8 +280,8 @@ def test_ids_beyond_the_embedding_are_refused_also_of_a_corpus_that_is_there(wor
 
 
 def test_a_bad_corpus_is_told_before_the_model_is_looked_at(workspace, texts):
-    from outliers.prepare import prepare
     from outliers.spec import StudySpec
+    from outliers.study.prepare import prepare
 
     (texts / "t.txt").write_bytes("Größe".encode("latin-1"))
     spec = tiny.spec_for("/there/is/no/model", texts / "t.txt")

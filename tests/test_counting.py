@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outliers.bits import legacy_threshold_bits, threshold_bits
+from outliers.counting.bits import legacy_threshold_bits, threshold_bits
+from outliers.counting.summary import Summary, merge
+from outliers.counting.summary_files import read_counts
 from outliers.errors import SummaryMismatch
-from outliers.summary import Summary, merge
-from outliers.summary_files import read_counts
 from outliers.workspace import open_workspace
 from tests import oracle, synthetic
 
@@ -233,8 +233,8 @@ def test_merge_is_commutative_and_associative(parts, order, cut):
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Summaries of the five sequences of one capture, one each."""
-    from outliers.analyze import Part, frame_of, layout_of_capture, summarize
-    from outliers.corpus import load_corpus
+    from outliers.corpus.tokens import load_corpus
+    from outliers.counting.analyze import Part, frame_of, layout_of_capture, summarize
 
     acts, _ = random_acts(5, "bfloat16", sites=(*BLOCK, "resid"), shape=(3, 5, 30))
     workspace = open_workspace(tmp_path_factory.mktemp("parts"))
@@ -259,8 +259,8 @@ def test_merge_refuses_a_shared_sequence_and_another_study(parts):
 
 def test_where_the_largest_values_sit(workspace):
     """tokens.json points at the planted cells, and counts first tokens and delimiters by the union of the block."""
-    from outliers.corpus import load_corpus
-    from outliers.results import describe_tokens
+    from outliers.corpus.tokens import load_corpus
+    from outliers.results.write import describe_tokens
 
     values = {site: np.full((4, 2, 40, 3), 0.5, np.float32) for site in BLOCK}
     values["attn_in"][:, :, 0:12, 1] = 9.0  # positions 0..11 of both sequences; 0, 5, 10 are delimiters

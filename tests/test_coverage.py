@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from outliers.intervals import FEWEST_SEQUENCES, ends, share_span, student_quantile
+from outliers.results.intervals import FEWEST_SEQUENCES, ends, share_span, student_quantile
 from tests.coverage import HARDEST, counts_covered, laws, percentile_covered, shares_covered
 
 CLAIMED = 0.93

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from outliers.analyze import analyze
-from outliers.capture import extract
+from outliers.capture.extract import extract
+from outliers.counting.analyze import analyze
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.steps import capture_exists, run_verify
-from outliers.store import Journal
-from outliers.verify import verify
+from outliers.store.chunks import Journal
+from outliers.store.verify import verify
 from tests.damaged import copy, flip, whole
 from tests.synthetic import Silent
 from tests.test_faults import assert_identical

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from outliers.documents import shuffled
+from outliers.corpus.documents import shuffled
 from tests import tiny
 from tests.hub_server import Fault, Repo, client_environment, commit_id, hub_server
 
@@ -92,9 +92,9 @@ def clean(hub):
 SCRIPT = """
 import json, logging, sys
 logging.basicConfig(level=logging.WARNING)
-from outliers.documents import find_documents
+from outliers.corpus.documents import find_documents
 from outliers.errors import OutliersError
-from outliers.hub import tries_in_a_row
+from outliers.hub.client import tries_in_a_row
 from outliers.spec import CorpusSpec
 tries, specs = json.loads(sys.argv[1])
 for spec in (CorpusSpec(**given) for given in specs):
@@ -197,7 +197,7 @@ def test_the_documents_are_the_same_whatever_goes_wrong(hub, tmp_path, undisturb
 
 def test_a_shard_that_was_cut_for_good_is_opened_again_after_its_rows(tmp_path):
     """Not the hub's: a connection that no library mends. The rows that were taken are not taken twice."""
-    from outliers.documents import _rows
+    from outliers.corpus.documents import _rows
     from outliers.spec import CorpusSpec
 
     class Torn:
@@ -267,8 +267,8 @@ def test_a_gate_that_closes_while_reading_is_refused(hub, tmp_path):
 PREPARE = """
 import json, sys
 from pathlib import Path
-from outliers.corpus import load_corpus, prepare_corpus
-from outliers.models import ModelSource
+from outliers.corpus.tokens import load_corpus, prepare_corpus
+from outliers.model.source import ModelSource
 from outliers.spec import CorpusSpec
 from outliers.workspace import open_workspace
 folder, root, revision = sys.argv[1:]

@@ -13,11 +13,11 @@ from dataclasses import replace
 import pytest
 
 from outliers import errors
-from outliers.check import unmet
 from outliers.machines import deploy as deploying
 from outliers.machines import probe as probing
 from outliers.machines import wheel as wheels
 from outliers.machines.base import GB, Facts, MachineRequest
+from outliers.machines.check import unmet
 from outliers.machines.connection import Connection
 from outliers.machines.deploy import deploy
 from outliers.machines.local import LocalMachine
@@ -291,9 +291,9 @@ def test_what_a_power_cut_left_of_a_wheel_is_replaced(box):
     first, _ = bring()
     code = box.home / ".outliers/deploy/code" / first.wheel
     (code / ".ready").unlink()
-    (code / "outliers/agent.py").write_text("torn")
+    (code / "outliers/machines/agent.py").write_text("torn")
     assert bring()[0].how == "wheel"
-    assert (code / "outliers/agent.py").read_text() != "torn"
+    assert (code / "outliers/machines/agent.py").read_text() != "torn"
     assert bring()[0].how == "ready"
 
 
@@ -359,7 +359,7 @@ def test_an_environment_is_made_once_and_half_of_one_is_made_again(box, tmp_path
     assert (half / ".ready").exists()
     ready = make()
     assert (ready.how, ready.python) == ("ready", made[0].python)
-    code = "import outliers.events, psutil, sys; print(psutil.__version__, sys.prefix)"
+    code = "import outliers.events.stream, psutil, sys; print(psutil.__version__, sys.prefix)"
     done = subprocess.run([*ready.python, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{importlib.metadata.version('psutil')} {half}\n"
     # what can't be had is told in the installer's words, and leaves nothing that counts

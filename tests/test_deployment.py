@@ -7,8 +7,8 @@ import json
 import pytest
 import s3fs
 
-from outliers.prepare import prepare
 from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests import tiny
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from outliers.devices import Devices, choose_devices
+from outliers.capture.devices import Devices, choose_devices
+from outliers.capture.load import load_model
 from outliers.errors import PlanRefused
-from outliers.load import load_model
-from outliers.memory import SLICE_BYTES, needs, placement_for, work_bytes
-from outliers.placement import total_needed
-from outliers.prepare import model_info
 from outliers.spec import StudySpec
+from outliers.study.memory import SLICE_BYTES, needs, placement_for, work_bytes
+from outliers.study.placement import total_needed
+from outliers.study.prepare import model_info
 from tests import tiny
 
 GB = 1_000_000_000
@@ -150,7 +150,7 @@ def test_a_model_is_loaded_by_the_map_that_was_chosen(workspace, spec_of):
 
 
 def test_what_is_planned_has_the_heads_slices_in_it(workspace, spec_of):
-    from outliers import perplexity
+    from outliers.capture import perplexity
 
     assert SLICE_BYTES == perplexity.SLICE_BYTES
     spec = spec_of()

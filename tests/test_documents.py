@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import feather
 
-from outliers.documents import find_documents
+from outliers.corpus.documents import find_documents
+from outliers.corpus.text_files import LONG_BYTES, classify
 from outliers.errors import CorpusError
 from outliers.spec import CorpusSpec
-from outliers.text_files import LONG_BYTES, classify
 
 TEXTS = ["A sentence.", "2020-01-01", "007", "1.10", 'line\nbreak, "quotes", a\ttab', "", "中文 😀 é", "true"]
 ROWS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]

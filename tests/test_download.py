@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from outliers import download
 from outliers.errors import DiskFull
-from outliers.hub import HubFile
+from outliers.hub import download
+from outliers.hub.client import HubFile
 from tests import tiny
 from tests.hub_server import Fault, Repo, client_environment, commit_id, hub_server, sha256, wait_until
 
@@ -91,9 +91,9 @@ import json, logging, sys
 logging.basicConfig(level=logging.WARNING)
 for name in ("prefect", "datasets", "rich", "s3fs"):
     sys.modules[name] = None  # a machine has the base dependencies alone
-from outliers.download import download_model
+from outliers.hub.download import download_model
 from outliers.errors import OutliersError
-from outliers.hub import tries_in_a_row
+from outliers.hub.client import tries_in_a_row
 name, commit, tries = json.loads(sys.argv[1])
 steps = []
 try:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from outliers.durable import Unsynced, drop_leftovers, write_durably, write_soon
+from outliers.capture.forward import Batch
 from outliers.errors import CaptureError
-from outliers.files import CAN_SYNC_ALL, sync_all
-from outliers.forward import Batch
-from outliers.journal import Journal
-from outliers.layout import Layout
-from outliers.store import ChunkFiles
+from outliers.files.atomic import CAN_SYNC_ALL, sync_all
+from outliers.store.chunks import ChunkFiles
+from outliers.store.durable import Unsynced, drop_leftovers, write_durably, write_soon
+from outliers.store.journal import Journal
+from outliers.study.layout import Layout
 
 WAYS = [False, pytest.param(True, marks=pytest.mark.skipif(not CAN_SYNC_ALL, reason="this kernel can't tell"))]
 

@@ -10,12 +10,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers.estimate import estimate, find_card, left_out, over_budget, price_of, told, total_seconds
 from outliers.machines.base import GB, Facts, Gpu, Offer
-from outliers.model_info import describe_model
-from outliers.models import find_model
-from outliers.prepare import layout_of
+from outliers.model.describe import describe_model
+from outliers.model.source import find_model
+from outliers.plan.estimate import estimate, find_card, left_out, over_budget, price_of, told, total_seconds
 from outliers.spec import ModelSpec, StudySpec
+from outliers.study.prepare import layout_of
 from outliers.workspace import open_workspace
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from outliers import events
-from outliers.events import ConsoleReporter, JsonReporter, send_logs_to
+from outliers.events import stream as events
+from outliers.events.stream import ConsoleReporter, JsonReporter, send_logs_to
 
 
 def test_a_torn_last_line_waits_for_its_end(tmp_path):

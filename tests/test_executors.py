@@ -14,13 +14,13 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from outliers.analyze import analyze
+from outliers.counting.analyze import analyze
+from outliers.counting.executors import open_executor
+from outliers.counting.summary_files import read_summary
 from outliers.errors import BadInput, CorruptCapture, MachineLost
-from outliers.executors import open_executor
-from outliers.fingerprint import layout_from, read_fingerprint
 from outliers.spec import StudySpec
-from outliers.store import ChunkFiles
-from outliers.summary_files import read_summary
+from outliers.store.chunks import ChunkFiles
+from outliers.store.fingerprint import layout_from, read_fingerprint
 from outliers.workspace import open_workspace
 from tests import synthetic
 from tests.test_counting import BLOCK, random_acts, same_bits
@@ -158,7 +158,7 @@ def test_threads_by_name(study):
 
 
 def test_nobody_at_the_address(monkeypatch):
-    monkeypatch.setattr("outliers.executors.WAIT_SECONDS", 1)
+    monkeypatch.setattr("outliers.counting.executors.WAIT_SECONDS", 1)
     with pytest.raises(MachineLost, match="no Dask scheduler answers"), open_executor("dask=tcp://127.0.0.1:9"):
         pass
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.stale import end_stale_runs
+from flows.hooks.stale import end_stale_runs
 from outliers.workspace import open_workspace
 from tests.fault_case import Case
 from tests.fault_kinds import RemoteCase, ShardsCase, SweepCase

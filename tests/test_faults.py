@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from outliers.capture import extract
-from outliers.repair import MARK
-from outliers.ring_size import ring_slots, writer_count
-from outliers.store import Journal
-from outliers.verify import verify
+from outliers.capture.extract import extract
+from outliers.store.chunks import Journal
+from outliers.store.repair import MARK
+from outliers.store.verify import verify
+from outliers.study.ring_size import ring_slots, writer_count
 from outliers.workspace import open_workspace
 from tests import tiny
 from tests.captured import prepared

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers import bootstrap, results
-from outliers.criteria import quantile_magnitudes
-from outliers.kernel_massive import above
+from outliers.counting.kernels.massive import above
+from outliers.results import bootstrap
+from outliers.results import write as results
+from outliers.results.criteria import quantile_magnitudes
 from outliers.workspace import open_workspace
 from tests import oracle, synthetic
 from tests.test_counting import BLOCK, DTYPES, random_acts
@@ -215,7 +216,7 @@ def test_massive_by_the_tokens_own_median(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_massive_cells_than_are_kept_are_still_counted(tmp_path, monkeypatch, dtype):
     """The list is the largest of a total order, also where the lists of a layer overflow again and again."""
-    from outliers import accumulate, summary
+    from outliers.counting import accumulate, summary
 
     for module in (accumulate, summary):
         monkeypatch.setattr(module, "MASSIVE_KEPT", 10)

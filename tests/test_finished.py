@@ -9,28 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from outliers import jobs
-from outliers.analyze import analyze
+from outliers.counting.analyze import analyze
+from outliers.counting.merge import merge_summaries
+from outliers.counting.summary_files import has_summary, read_summary
+from outliers.dispatch.transfer import send_study
 from outliers.errors import BadInput, CorruptCapture, DamagedResults, DigestConflict, PublishRefused
-from outliers.files import is_locked, sha256_file
-from outliers.finished import read_finished
+from outliers.files.atomic import is_locked, sha256_file
+from outliers.jobs import jobs
 from outliers.machines.local import LocalMachine, instance_id
-from outliers.manifest import digest_of, dump_manifest, folder_of, read_manifest
-from outliers.merge import merge_summaries
-from outliers.models import find_model
-from outliers.outcome import find_finished, find_outcome, make_outcome
-from outliers.parts import Part, is_here, write_record
-from outliers.parts import folder_of as folder_of_part
-from outliers.prepare import read_prepared
-from outliers.publish import model_slug, publish
-from outliers.published import read_folders, read_store, read_study
-from outliers.repair import is_repaired
-from outliers.reporting import known_digest
+from outliers.model.source import find_model
+from outliers.publish.finished import read_finished
+from outliers.publish.manifest import digest_of, dump_manifest, folder_of, read_manifest
+from outliers.publish.outcome import find_finished, find_outcome, make_outcome
+from outliers.publish.publish import model_slug, publish
+from outliers.publish.reporting import known_digest
+from outliers.publish.shelf import read_folders, read_store, read_study
 from outliers.spec import ModelSpec
 from outliers.steps import run_analyze, run_report, run_state
-from outliers.summary_files import has_summary, read_summary
-from outliers.travel import send_study
-from outliers.verify import verify
+from outliers.store.repair import is_repaired
+from outliers.store.verify import verify
+from outliers.study.parts import Part, is_here, write_record
+from outliers.study.parts import folder_of as folder_of_part
+from outliers.study.prepare import read_prepared
 from outliers.workspace import open_workspace
 from tests import gguf_files, synthetic
 from tests.damaged import flip

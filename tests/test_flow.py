@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from outliers.prepare import prepare
 from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests import tiny
 from tests.held_job import held_until_cancelled, until
@@ -60,9 +60,9 @@ def test_cancel_ends_the_job_and_a_new_run_goes_on(prefect_home, study):
 
 _IMPATIENT = """
 import sys
-import flows.cancelled
-flows.cancelled.LOOK_SECONDS, flows.cancelled.PATIENCE_SECONDS = 0.2, 0.5
-from flows.cli import main
+import flows.hooks.cancelled
+flows.hooks.cancelled.LOOK_SECONDS, flows.hooks.cancelled.PATIENCE_SECONDS = 0.2, 0.5
+from flows.cli.command import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from outliers.capture.load import load_model
 from outliers.errors import UnknownModel
-from outliers.load import load_model
-from outliers.prepare import prepare
 from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
 from tests import tiny
 
 BLOCK = 16
@@ -170,7 +170,7 @@ def test_a_weight_without_the_scale_that_fits_it_is_refused(tmp_path, workspace,
 
 def test_captures_of_the_old_product_are_not_answered(tmp_path, workspace):
     """The same checkpoint once made plain is another capture than before; a plain one keeps its id's payload."""
-    from outliers.prepare import capture_digest
+    from outliers.study.prepare import capture_digest
 
     quantized(tmp_path, "Llama")
     study = study_of(tmp_path, workspace)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from outliers.capture import extract
+from outliers.capture.extract import extract
 from outliers.errors import CaptureError
-from outliers.store import Journal
-from outliers.verify import verify
+from outliers.store.chunks import Journal
+from outliers.store.verify import verify
 from outliers.workspace import open_workspace
 from tests.captured import prepared
 from tests.damaged import SITES, copy, whole

@@ -13,19 +13,19 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import import_utils
 
 from outliers.errors import BadInput, PlanRefused, UnknownModel
+from outliers.hardware import capability_of
 from outliers.machines.answers import read_facts
 from outliers.machines.base import GB, Facts, Gpu, Offer
-from outliers.machines.capability import capability_of
 from outliers.machines.local import find_gpus, parse_gpus
-from outliers.memory import needs
-from outliers.model_info import describe_model, method_of, quantization_of
-from outliers.models import find_model
-from outliers.plan import check_plan, make_plan
-from outliers.prepare import model_info
-from outliers.quantization import METHODS, Place, kept_as_stored, refusal
+from outliers.model.describe import describe_model, method_of, quantization_of
+from outliers.model.quantization import METHODS, Place, kept_as_stored, refusal
+from outliers.model.source import find_model
+from outliers.plan.plan import check_plan, make_plan
 from outliers.spec import StudySpec
-from outliers.sweep import make_sweep
-from outliers.sweep_plan import plan_sweep
+from outliers.study.memory import needs
+from outliers.study.prepare import model_info
+from outliers.sweep.plan import plan_sweep
+from outliers.sweep.sweep import make_sweep
 from outliers.units import amounts
 from tests import tiny
 

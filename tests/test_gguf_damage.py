@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from outliers.files import sha256_file
-from outliers.gguf import WEIGHTS, gguf_weights
-from outliers.models import find_model
+from outliers.files.atomic import sha256_file
+from outliers.model.gguf import WEIGHTS, gguf_weights
+from outliers.model.source import find_model
 from outliers.spec import ModelSpec
 from outliers.workspace import open_workspace
 from tests.damaged import flip

@@ -12,12 +12,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from outliers.errors import UnknownModel
-from outliers.gguf import FOLDER, gguf_folder
-from outliers.gguf_header import read_header
-from outliers.gguf_tokenizer import make_tokenizer
-from outliers.models import find_model, load_config, load_tokenizer
-from outliers.pretokenizers import PRE_TOKENIZERS
-from outliers.sealed import LISTING
+from outliers.files.sealed import LISTING
+from outliers.model.gguf import FOLDER, gguf_folder
+from outliers.model.gguf_header import read_header
+from outliers.model.gguf_tokenizer import make_tokenizer
+from outliers.model.pretokenizers import PRE_TOKENIZERS
+from outliers.model.source import find_model, load_config, load_tokenizer
 from outliers.spec import ModelSpec
 from tests import gguf_files, llama_cpp
 

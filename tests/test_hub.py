@@ -11,7 +11,7 @@ import time
 import pytest
 
 from outliers.errors import HubUnavailable
-from outliers.hub import HubFile, Patience, needed_files, told_seconds, tries_in_a_row
+from outliers.hub.client import HubFile, Patience, needed_files, told_seconds, tries_in_a_row
 from tests.hub_server import Fault, Repo, client_environment, commit_id, hub_server
 
 COMMIT = commit_id("first")
@@ -49,7 +49,7 @@ def ask(endpoint, tmp_path, kind, name, revision=None, token=None, times=1, **en
     script = (
         "import json, logging, sys\n"
         "from outliers.errors import OutliersError, UnknownModel\n"
-        "from outliers.hub import resolve\n"
+        "from outliers.hub.client import resolve\n"
         "logging.basicConfig(level=logging.DEBUG)\n"
         "kind, name, revision, times = json.loads(sys.argv[1])\n"
         "try:\n"
@@ -123,7 +123,7 @@ def test_a_hub_that_is_not_there_is_transient(tmp_path):
     assert kind == "HubUnavailable"
     assert "the hub did not answer in 3 tries" in message
     asked = "GET /api/models/org/open/revision/main"
-    assert f"WARNING:outliers.hub:the hub did not answer (ConnectError) for {asked}: trying again in 1 s" in log
+    assert f"WARNING:outliers.hub.client:the hub did not answer (ConnectError) for {asked}: trying again in 1 s" in log
 
 
 def test_a_hub_that_is_broken_is_transient(hub, tmp_path):

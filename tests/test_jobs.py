@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from outliers import errors, jobs
+from outliers import errors
+from outliers.jobs import jobs
 from tests.detached import content, lines, python, until, workspace
 
 __all__ = ["workspace"]  # the fixture, found by name
@@ -86,7 +87,7 @@ def test_no_job_there(tmp_path):
 def test_followers_lose_and_double_nothing(workspace):
     """The step prints and reports at once; two followers look in at other moments and break off at other events."""
     code = (
-        "import time\nfrom outliers.events import reporter_from_environment\nreporter = reporter_from_environment()\n"
+        "import time\nfrom outliers.events.stream import reporter_from_environment\nreporter = reporter_from_environment()\n"
         "for i in range(400):\n    print('out', i)\n    reporter.log('warning', f'own {i} \\u00e9\\n')\n"
         "    if i % 40 == 0: time.sleep(0.05)\n"
     )
@@ -192,7 +193,7 @@ def test_a_starter_that_dies_before_the_hand_over(tmp_path, said):
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps({"argv": ["touch", str(tmp_path / "ran")]}))
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    argv = [sys.executable, "-m", "outliers.supervisor", str(folder), str(lock)]
+    argv = [sys.executable, "-m", "outliers.jobs.supervisor", str(folder), str(lock)]
     subprocess.run(argv, input=said, pass_fds=(lock,), start_new_session=True, timeout=20)
     os.close(lock)
     with pytest.raises(errors.MachineLost, match="environment"):
@@ -211,7 +212,7 @@ def test_a_secret_is_in_no_file_and_on_no_command_line(workspace):
     fingerprint = hashlib.sha256(secret.encode()).hexdigest()
     until(lambda: fingerprint in (handle.folder / "events.jsonl").read_text())
     command_lines = b"".join(_bytes(path) for path in Path("/proc").glob("[0-9]*/cmdline"))
-    assert b"outliers.supervisor" in command_lines and secret.encode() not in command_lines
+    assert b"outliers.jobs.supervisor" in command_lines and secret.encode() not in command_lines
     jobs.cancel(handle.folder)
     files = [path for path in workspace.rglob("*") if path.is_file()]
     assert len(files) >= 6 and not [path for path in files if secret.encode() in path.read_bytes()]
@@ -226,6 +227,6 @@ def _bytes(path):
 
 
 def test_the_supervisor_is_light():
-    code = "import sys, outliers.jobs; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    code = "import sys, outliers.jobs.jobs; print(sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not [name for name in ("torch", "transformers", "numpy", "pydantic", "prefect") if f"'{name}'" in loaded]

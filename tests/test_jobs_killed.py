@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from outliers import errors, jobs
+from outliers import errors
+from outliers.jobs import jobs
 from tests.detached import alive, lines, python, started, until, workspace
 
 __all__ = ["workspace"]  # the fixture, found by name

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flows.cli import _show_kept
+from flows.cli.command import _show_kept
 from outliers.machines.rentals import KEPT, Rentals
 from outliers.workspace import open_workspace
 from tests import synthetic

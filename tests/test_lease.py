@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers import errors, jobs, lease
-from outliers.jobs import JobSpec
+from outliers import errors
+from outliers.jobs import jobs
+from outliers.jobs.jobs import JobSpec
+from outliers.machines import lease
 from tests.one_host import until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +39,11 @@ def watchdogs(folder):
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
-        if "outliers.lease" in words and str(folder) in words and process.info["status"] != psutil.STATUS_ZOMBIE:
+        if (
+            "outliers.machines.lease" in words
+            and str(folder) in words
+            and process.info["status"] != psutil.STATUS_ZOMBIE
+        ):
             found.append(process)
     return found
 

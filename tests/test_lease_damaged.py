@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers import jobs, lease
 from outliers.errors import BadInput
-from outliers.jobs import JobSpec
+from outliers.jobs import jobs
+from outliers.jobs.jobs import JobSpec
+from outliers.machines import lease
 from outliers.spec import ComputeSpec
 from tests.one_host import until
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from outliers import errors, lease
-from outliers.jobs import JobSpec
+from outliers import errors
+from outliers.jobs.jobs import JobSpec
+from outliers.machines import lease
 from outliers.machines.base import MachineRequest
 from outliers.machines.connection import CONFIG_VARIABLE
 from outliers.machines.deploy import deploy
@@ -49,7 +50,9 @@ def test_a_lease_that_nobody_renews_ends_the_job_on_the_host(box):
     with pytest.raises(errors.MachineLost, match=r"^job 'step' .*nobody had renewed the lease"):
         machine.result(handle)
     assert time.monotonic() - began < 10
-    until(lambda: not any("outliers.lease" in command or "sleep 94" in command for _, command in box.processes()))
+    until(
+        lambda: not any("outliers.machines.lease" in command or "sleep 94" in command for _, command in box.processes())
+    )
 
 
 @needs_sshd
@@ -148,5 +151,5 @@ def test_no_job_begins_where_nobody_holds_the_machine(box):
         machine.start(JobSpec("step", ("sleep", "92")))
     with pytest.raises(errors.MachineLost, match="the record of m1 is gone: it was released meanwhile"):
         box.source.hold("m1", "run-1", "a study", 120)
-    until(lambda: not any("outliers.lease" in command for _, command in box.processes()))
+    until(lambda: not any("outliers.machines.lease" in command for _, command in box.processes()))
     assert not any("sleep 92" in command for _, command in box.processes())

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from outliers.capture.library_errors import explained, memory_message
 from outliers.errors import MemoryFull, PlanRefused
-from outliers.library_errors import explained, memory_message
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

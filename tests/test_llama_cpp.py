@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from outliers.documents import find_documents
-from outliers.gguf_header import read_header
-from outliers.gguf_tokenizer import make_tokenizer
-from outliers.models import find_model
-from outliers.pretokenizers import PRE_TOKENIZERS
+from outliers.corpus.documents import find_documents
+from outliers.model.gguf_header import read_header
+from outliers.model.gguf_tokenizer import make_tokenizer
+from outliers.model.pretokenizers import PRE_TOKENIZERS
+from outliers.model.source import find_model
 from outliers.spec import CorpusSpec, ModelSpec
 from tests import gguf_files, llama_cpp
 

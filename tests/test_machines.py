@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outliers import errors, jobs
-from outliers.jobs import JobSpec
-from outliers.machines import PROVIDERS, provider
+from outliers import errors
+from outliers.jobs import jobs
+from outliers.jobs.jobs import JobSpec
 from outliers.machines.base import GB, Facts, Gpu, MachineRequest, fits
 from outliers.machines.local import LocalMachine, LocalProvider, find_gpus, instance_id
+from outliers.machines.providers import PROVIDERS, provider
 from outliers.machines.sky import SkyProvider
 from outliers.machines.ssh import SshProvider
 from outliers.spec import ComputeSpec

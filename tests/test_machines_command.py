@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import main
-from outliers.jobs import JobSpec
+from flows.cli.command import main
+from outliers.jobs.jobs import JobSpec
 from outliers.machines import remote
 from outliers.machines.base import MachineRequest
 from outliers.machines.connection import CONFIG_VARIABLE, Connection
@@ -331,8 +331,8 @@ def content(*folders):
 SESSION = """
 import sys, time
 from pathlib import Path
-from flows.cli import main
-from outliers.jobs import JobSpec
+from flows.cli.command import main
+from outliers.jobs.jobs import JobSpec
 from outliers.machines.base import MachineRequest
 from outliers.machines.ssh import SshProvider
 assert main(["machines", "add", "lab1", "box", "--python", sys.executable]) == 0

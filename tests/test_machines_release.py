@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from outliers.jobs import JobSpec
-from outliers.machines import PROVIDERS, remote
+from outliers.jobs.jobs import JobSpec
+from outliers.machines import remote
 from outliers.machines.base import MachineRequest
 from outliers.machines.connection import CONFIG_VARIABLE
+from outliers.machines.providers import PROVIDERS
 from outliers.machines.rentals import Rentals
 from outliers.machines.ssh import Host, Hosts, SshProvider
 from tests.cloud import Cloud

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from outliers.allowlist import read_numbers
 from outliers.errors import ForbiddenFile, PermanentError, PublishRefused
-from outliers.files import sha256_file, unfinished_name, write_atomic
-from outliers.manifest import build_manifest, read_manifest, results_digest, write_manifest
-from outliers.publishable import read_publishable
+from outliers.files.atomic import sha256_file, unfinished_name, write_atomic
+from outliers.publish.allowlist import read_numbers
+from outliers.publish.manifest import build_manifest, read_manifest, results_digest, write_manifest
+from outliers.publish.publishable import read_publishable
 from tests.results_folder import features, finish, make_results, summary, tokens
 
 
@@ -98,7 +98,8 @@ class TestDigest:
 
     def test_hash_seed_does_not_count(self, results: Path) -> None:
         program = (
-            f"from pathlib import Path; from outliers.manifest import *; print(results_digest(Path({str(results)!r})))"
+            "from pathlib import Path; from outliers.publish.manifest import *; "
+            f"print(results_digest(Path({str(results)!r})))"
         )
         digests = {
             subprocess.run(

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers.analyze import analyze
-from outliers.corpus import load_corpus
-from outliers.merge import merge_summaries
-from outliers.results import find, summarize_study, write_results
-from outliers.second_look import bin_ends, bin_of
+from outliers.corpus.tokens import load_corpus
+from outliers.counting.analyze import analyze
+from outliers.counting.merge import merge_summaries
+from outliers.counting.second_look import bin_ends, bin_of
+from outliers.results.write import find, summarize_study, write_results
 from outliers.workspace import open_workspace
 from tests import oracle, synthetic
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from outliers.analyze import analyze
+from outliers.counting.analyze import analyze
+from outliers.counting.merge import merge_summaries, parse_sequences, spans
+from outliers.counting.summary_files import read_counts, read_summary
 from outliers.errors import BadInput, CaptureError, CorruptCapture, SummaryMismatch
-from outliers.merge import merge_summaries, parse_sequences, spans
-from outliers.prepare import prepare
-from outliers.results import find
-from outliers.sealed import seal_folder
+from outliers.files.sealed import seal_folder
+from outliers.results.write import find
 from outliers.spec import StudySpec
 from outliers.steps import run_analyze, run_extract, run_report
-from outliers.summary_files import read_counts, read_summary
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests import synthetic
 from tests.captured import llama as llama

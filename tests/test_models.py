@@ -9,13 +9,13 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from outliers.capture.load import load_model
 from outliers.errors import BadInput, UnknownModel
-from outliers.load import load_model
-from outliers.model_info import describe_model
-from outliers.models import find_model
-from outliers.plan import needs
-from outliers.prepare import layout_of, model_info, prepare
+from outliers.model.describe import describe_model
+from outliers.model.source import find_model
+from outliers.plan.plan import needs
 from outliers.spec import ModelSpec, StudySpec
+from outliers.study.prepare import layout_of, model_info, prepare
 from tests import tiny
 
 
@@ -140,7 +140,7 @@ def test_positions_and_layers_beyond_the_model_are_refused(tmp_path, workspace):
 
 @pytest.mark.parametrize("length", [64, 100])
 def test_planned_bytes_are_the_bytes_on_disk(tmp_path, workspace, length):
-    from outliers.capture import extract
+    from outliers.capture.extract import extract
     from tests.synthetic import Silent
 
     spec = StudySpec.model_validate(
@@ -171,7 +171,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_both_numbers(tmp_path, workspac
     """A machine with one GPU of 1 MiB, as its nvidia-smi tells; without the GPU the study fits."""
     from outliers.errors import PlanRefused
     from outliers.machines.local import LocalProvider
-    from outliers.plan import check_plan
+    from outliers.plan.plan import check_plan
 
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'GPU-1, Toy 1, 1'\n")
@@ -192,7 +192,7 @@ def test_the_builtin_model_keeps_the_values_of_its_file(smollm2_workspace):
     """The converted copy computes what the GGUF file computes, and its tokenizer has the file's special tokens."""
     from pathlib import Path
 
-    from outliers.models import load_tokenizer
+    from outliers.model.source import load_tokenizer
 
     workspace = smollm2_workspace
     source = find_model(ModelSpec(id="builtin:smollm2"), workspace)

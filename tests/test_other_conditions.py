@@ -12,13 +12,13 @@ import subprocess
 import pytest
 import torch
 
-from outliers.capture import extract
-from outliers.captures import find_capture, list_captures, remove_capture
+from outliers.capture.extract import extract
+from outliers.capture.libraries import LOOKED_FOR, cublas_version, libraries
 from outliers.errors import BadInput, Busy, CaptureError, CaptureMismatch
-from outliers.fingerprint import read_fingerprint, write_fingerprint
-from outliers.libraries import LOOKED_FOR, cublas_version, libraries
-from outliers.store import Journal, hold
-from outliers.verify import verify
+from outliers.store.captures import find_capture, list_captures, remove_capture
+from outliers.store.chunks import Journal, hold
+from outliers.store.fingerprint import read_fingerprint, write_fingerprint
+from outliers.store.verify import verify
 from tests.damaged import copy, whole
 from tests.synthetic import Silent
 from tests.test_faults import assert_identical

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from outliers.outcome import find_finished, held_bytes
+from outliers.publish.outcome import find_finished, held_bytes
 from outliers.workspace import open_workspace
 from tests.results_folder import STUDY_ID, make_results
 from tests.test_shards import prepared_of

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import inprocess
-from flows.own_server import is_decided, startup_seconds
+from flows.cli import inprocess
+from flows.server.own import is_decided, startup_seconds
 from outliers.errors import BadInput
 from tests import tiny
 from tests.hub_server import wait_until
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = """
 import json, sys, time
 from pathlib import Path
-from flows.inprocess import settle_prefect
+from flows.cli.inprocess import settle_prefect
 server = settle_prefect(Path(sys.argv[1]))
 server.wait()
 print(json.dumps({"url": server.url, "pid": server._process.pid}), flush=True)

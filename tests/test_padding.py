@@ -9,14 +9,14 @@ import pytest
 import torch
 import zarr
 
-from outliers.capture import extract
-from outliers.corpus import load_corpus
+from outliers.capture.extract import extract
+from outliers.capture.load import load_model
+from outliers.corpus.tokens import load_corpus
 from outliers.errors import CorpusError
-from outliers.load import load_model
-from outliers.outcome import make_outcome
-from outliers.prepare import prepare
+from outliers.publish.outcome import make_outcome
 from outliers.spec import StudySpec
 from outliers.steps import run_analyze, run_report
+from outliers.study.prepare import prepare
 from tests import oracle, synthetic, tiny
 from tests.captured import stored
 from tests.synthetic import Silent

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import expand_device_map
 
 from outliers.errors import PlanRefused
-from outliers.placement import CONTEXT_BYTES, budgets, device_map, even, fit, place, total_needed, usable
-from outliers.weights import weigh
+from outliers.model.weights import weigh
+from outliers.study.placement import CONTEXT_BYTES, budgets, device_map, even, fit, place, total_needed, usable
 from tests.test_weights import empty, layers_path
 
 GB = 1_000_000_000

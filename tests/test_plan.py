@@ -9,12 +9,12 @@ import re
 import pytest
 from rich.console import Console
 
-from flows.console import show_plan
+from flows.cli.console import show_plan
 from outliers.errors import BadInput, PlanRefused
 from outliers.machines.base import GB, Facts, Gpu, Offer
-from outliers.plan import check_plan, make_plan, request_for, suitable
-from outliers.prepare import layout_of, model_info
+from outliers.plan.plan import check_plan, make_plan, request_for, suitable
 from outliers.spec import StudySpec
+from outliers.study.prepare import layout_of, model_info
 from tests import tiny
 
 

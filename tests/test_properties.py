@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers import analyze as analysis
-from outliers import compiled, kernels
-from outliers.analyze import Part, frame_of, layout_of_capture, summarize, summarize_into_folder
-from outliers.bits import pattern_values
-from outliers.corpus import load_corpus
-from outliers.summary import TOP_TOKENS, merge
-from outliers.summary_files import read_counts, read_summary
+from outliers.corpus.tokens import load_corpus
+from outliers.counting import analyze as analysis
+from outliers.counting.analyze import Part, frame_of, layout_of_capture, summarize, summarize_into_folder
+from outliers.counting.bits import pattern_values
+from outliers.counting.kernels import compiled
+from outliers.counting.kernels import tile as kernels
+from outliers.counting.summary import TOP_TOKENS, merge
+from outliers.counting.summary_files import read_counts, read_summary
 from outliers.workspace import open_workspace
 from tests import oracle, synthetic
 from tests.test_counting import same_bits

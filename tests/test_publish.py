@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from outliers.errors import BadInput, DigestConflict, ForbiddenFile, PublishRefused, TargetError
-from outliers.manifest import read_manifest, write_manifest
-from outliers.publish import check_target, fetch, model_slug, publish, published_manifest
-from outliers.targets import opened
+from outliers.publish.manifest import read_manifest, write_manifest
+from outliers.publish.publish import check_target, fetch, model_slug, publish, published_manifest
+from outliers.publish.stores.open import opened
 from tests.publishing import Objects, other, results, s3, start_publisher, target
 from tests.results_folder import SLUG, STUDY_ID, finish, make_results
 

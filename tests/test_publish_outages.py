@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from outliers.errors import StoreUnavailable, TransientError
-from outliers.manifest import read_manifest
-from outliers.publish import check_target, fetch, publish, published_manifest
-from outliers.targets import opened
+from outliers.publish.manifest import read_manifest
+from outliers.publish.publish import check_target, fetch, publish, published_manifest
+from outliers.publish.stores.open import opened
 from tests.publishing import Objects, results, start_publisher
 from tests.results_folder import SLUG, STUDY_ID, make_results
 from tests.s3 import BUCKET, S3Server, environment, remove_sockets
@@ -136,7 +136,7 @@ LEFT_ALONE = """
 import asyncio, gc, sys, time
 import aiohttp
 from fsspec.asyn import get_loop
-from outliers.targets import opened
+from outliers.publish.stores.open import opened
 
 async def fails(error):
     raise error

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from outliers.errors import AccessDenied, OutliersError, PublishRefused, TargetError
-from outliers.manifest import read_manifest
-from outliers.publish import check_target, fetch, publish, published_manifest
+from outliers.publish.manifest import read_manifest
+from outliers.publish.publish import check_target, fetch, publish, published_manifest
 from tests.publishing import Objects, results, s3
 from tests.results_folder import SLUG, STUDY_ID
 from tests.s3 import Keys, S3Server, environment

@@ -17,10 +17,10 @@ from uuid import uuid4
 
 import pytest
 
-from outliers.atlas import read_atlas
-from outliers.atlas_page import render
+from outliers.atlas.page import render
+from outliers.atlas.table import read_atlas
 from outliers.errors import BadInput, StoreUnavailable
-from outliers.published import read_store, read_study
+from outliers.publish.shelf import read_store, read_study
 from tests.atlas_store import (
     MODELS,
     CountingProxy,
@@ -61,8 +61,8 @@ def hear(event, found):
     if event in watched and not (event == "open" and isinstance(found[2], int) and found[2] & os.O_DIRECTORY):
         seen.append((event, str(found[0])))
 sys.addaudithook(hear)
-from outliers.atlas import Filter, read_atlas
-from outliers.published import read_store, read_study
+from outliers.atlas.table import Filter, read_atlas
+from outliers.publish.shelf import read_store, read_study
 root = sys.argv[1]
 del seen[:]
 exec(sys.argv[2])

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outliers.capture import extract
+from outliers.capture.extract import extract
+from outliers.capture.load import load_model
 from outliers.errors import BadInput, PlanRefused
-from outliers.load import load_model
-from outliers.model_info import describe_model
-from outliers.prepare import capture_digest, prepare
+from outliers.model.describe import describe_model
 from outliers.spec import StudySpec
+from outliers.study.prepare import capture_digest, prepare
 from tests import tiny
 from tests.captured import stored
 from tests.synthetic import Silent

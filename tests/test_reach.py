@@ -24,7 +24,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows import loopback, reach, ui
+from flows.server import loopback, reach, ui
 from outliers.errors import BadInput
 from tests import tiny
 from tests.s3 import free_ports
@@ -175,7 +175,7 @@ def test_the_command_refuses_a_dead_server_in_one_line(tmp_path):
 )
 def test_settings_that_prefect_can_not_read_are_one_line(tmp_path, name, value):
     code = (
-        "from flows.reach import check_server\ntry:\n    check_server()\n"
+        "from flows.server.reach import check_server\ntry:\n    check_server()\n"
         "except Exception as error:\n    print(type(error).__name__, error)"
     )
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT")}

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from outliers import architectures, machines
-from outliers.capture import extract
-from outliers.corpus import load_corpus
+from outliers.capture.extract import extract
+from outliers.capture.load import load_model
+from outliers.corpus.tokens import load_corpus
 from outliers.errors import PlanRefused, UnknownArchitecture
-from outliers.jobs import JobSpec
-from outliers.load import load_model
-from outliers.machines import provider
+from outliers.jobs.jobs import JobSpec
+from outliers.machines import providers
 from outliers.machines.base import MachineRequest
-from outliers.prepare import prepare
+from outliers.machines.providers import provider
+from outliers.model import families as architectures
 from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
 from tests import tiny
 from tests.captured import stored
 from tests.remote import Sshd, needs_sshd
@@ -54,8 +55,8 @@ def test_an_architecture_is_added_by_one_row(tmp_path, workspace, text, monkeypa
 def test_a_provider_is_a_module_and_a_line(tmp_path, monkeypatch):
     made: dict = {"HOSTS": ("lab1", "lab2"), "PYTHON": sys.executable}
     exec(MODULE, made)
-    monkeypatch.setattr(machines, "PROVIDERS", dict(machines.PROVIDERS))
-    exec(LINE, made | {"PROVIDERS": machines.PROVIDERS})
+    monkeypatch.setattr(providers, "PROVIDERS", dict(providers.PROVIDERS))
+    exec(LINE, made | {"PROVIDERS": providers.PROVIDERS})
     with Sshd(tmp_path / "a", "lab1") as one, Sshd(tmp_path / "b", "lab2") as two:
         config = tmp_path / "config"
         config.write_text(one.config.read_text() + two.config.read_text())

@@ -13,16 +13,16 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from outliers import jobs
-from outliers.analyze import analyze
+from outliers.counting.analyze import analyze
 from outliers.errors import PlanRefused
+from outliers.jobs import jobs
 from outliers.machines.local import LocalMachine, LocalProvider
-from outliers.parts import part_workspace, split
-from outliers.plan import download_bytes, needs, planned_layout
-from outliers.prepare import prepare
-from outliers.remaining import JOINED, Rest, analysis_bytes, check_rest, machine_name, rest_of, rest_of_part
+from outliers.plan.plan import download_bytes, needs, planned_layout
+from outliers.plan.remaining import JOINED, Rest, analysis_bytes, check_rest, machine_name, rest_of, rest_of_part
 from outliers.spec import StudySpec
 from outliers.steps import run_extract, run_report
+from outliers.study.parts import part_workspace, split
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests import tiny
 from tests.detached import python
@@ -197,7 +197,7 @@ def test_a_broken_download_needs_room_for_the_rest(settled, tmp_path, monkeypatc
 _SMALL = """
 import os, sys
 from dataclasses import replace
-from outliers.machines import PROVIDERS
+from outliers.machines.providers import PROVIDERS
 from outliers.machines.local import LocalMachine, LocalProvider
 class SmallMachine(LocalMachine):
     def facts(self):
@@ -206,7 +206,7 @@ class Small(LocalProvider):
     def _machine(self, name):
         return SmallMachine(self._workspace, name)
 PROVIDERS["local"] = Small
-from flows.cli import main
+from flows.cli.command import main
 sys.exit(main(sys.argv[1:]))
 """
 

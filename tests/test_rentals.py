@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from outliers import errors, lease
+from outliers import errors
+from outliers.machines import lease
 from outliers.machines.rentals import Rentals, gone_by
 
 ROOT = Path(__file__).resolve().parent.parent

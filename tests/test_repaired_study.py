@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from outliers.verify import verify
+from outliers.store.verify import verify
 from outliers.workspace import open_workspace
 from tests import tiny
 from tests.damaged import flip

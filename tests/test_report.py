@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from outliers.errors import BadInput, WorkspaceError
-from outliers.plots import log_bins, sweep_lines
-from outliers.report import PLOT_TEXTS, clip, ranges, visible, write_report
+from outliers.report.plots import log_bins, sweep_lines
+from outliers.report.report import PLOT_TEXTS, clip, ranges, visible, write_report
 from tests.html_page import Page
 from tests.planted import DRAWS, Acts, example, planted, rewrite, write_results
 

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from outliers.analyze import analyze
-from outliers.results import write_results
-from outliers.runlog import scrub
+from outliers.counting.analyze import analyze
+from outliers.publish.runlog import scrub
+from outliers.results.write import write_results
 from outliers.steps import run_report
 from tests import oracle, synthetic
 from tests.test_counting import BLOCK, random_acts

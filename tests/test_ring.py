@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from outliers.copies import CudaCopies, HostCopies
-from outliers.ring import Ring
+from outliers.capture.copies import CudaCopies, HostCopies
+from outliers.capture.ring import Ring
 from tests.fake_cuda import PATIENCE
 from tests.ring_parts import SLOT, Written, aside, bits, cuda, no_thread_is_left, run_model, values_of, wait_until
 

@@ -12,9 +12,9 @@ import time
 import pytest
 import torch
 
-from outliers.copies import CudaCopies, HostCopies
+from outliers.capture.copies import CudaCopies, HostCopies
+from outliers.capture.ring import Ring
 from outliers.errors import DiskFull, PlanRefused, SiteError
-from outliers.ring import Ring
 from tests.fake_cuda import PATIENCE
 from tests.ring_parts import SLOT, Written, aside, cuda, no_thread_is_left, run_model, values_of, wait_until
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outliers.ring_size import MIN_SLOTS, RING_BYTES, pinned_bytes, ring_bytes, ring_slots, slot_stride
+from outliers.study.ring_size import MIN_SLOTS, RING_BYTES, pinned_bytes, ring_bytes, ring_slots, slot_stride
 
 
 @given(st.integers(1, 2**40))

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers import contents, runlog
-from outliers.allowlist import LOG, read_log
 from outliers.errors import ForbiddenFile
-from outliers.manifest import read_manifest
-from outliers.publish import fetch, publish
+from outliers.publish import contents, runlog
+from outliers.publish.allowlist import LOG, read_log
+from outliers.publish.manifest import read_manifest
+from outliers.publish.publish import fetch, publish
 from tests.publishing import results
 from tests.results_folder import finish
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.run_show import read_run
-from outliers.analyze import analyze
-from outliers.publish import model_slug, publish
+from flows.cli.run_show import read_run
+from outliers.counting.analyze import analyze
+from outliers.publish.publish import model_slug, publish
 from outliers.steps import run_report
 from outliers.workspace import open_workspace
 from tests import synthetic

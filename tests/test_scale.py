@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from outliers.allowlist import read_numbers
-from outliers.analyze import analyze
-from outliers.manifest import results_digest
-from outliers.report import write_report
-from outliers.results import perplexity, write_results
+from outliers.counting.analyze import analyze
+from outliers.publish.allowlist import read_numbers
+from outliers.publish.manifest import results_digest
+from outliers.report.report import write_report
+from outliers.results.write import perplexity, write_results
 from outliers.steps import run_report
 from tests import results_folder, synthetic
 from tests.html_page import Page
@@ -170,7 +170,7 @@ def test_a_loss_is_kept_where_it_is_a_number(nll, tokens, value, loss):
     ],
 )
 def test_perplexity_in_words(found, words):
-    from outliers.answer import perplexity_words
+    from outliers.results.answer import perplexity_words
 
     assert words in perplexity_words(found | {"tokens": 8})
 
@@ -188,9 +188,9 @@ def test_every_headline_names_the_readings_where_they_disagree(tmp_path, counts,
     from rich.console import Console
 
     from flows.artifacts import markdown
-    from flows.console import show_outcome
-    from flows.run_show import show_command
-    from outliers.outcome import Outcome
+    from flows.cli.console import show_outcome
+    from flows.cli.run_show import show_command
+    from outliers.publish.outcome import Outcome
     from outliers.workspace import open_workspace
 
     row = results_folder.feature(7, 33.75)

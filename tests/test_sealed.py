@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from outliers.sealed import (
+from outliers.files.sealed import (
     LARGE_BYTES,
     LISTING,
     changed_files,

@@ -16,10 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outliers import jobs
 from outliers.errors import BadInput, PlanRefused
-from outliers.outcome import held_bytes
-from outliers.parts import (
+from outliers.files.sealed import seal_folder
+from outliers.jobs import jobs
+from outliers.plan.plan import request_for
+from outliers.publish.outcome import held_bytes
+from outliers.publish.publish import model_slug
+from outliers.spec import StudySpec
+from outliers.study.parts import (
     Part,
     captures_of_parts,
     folder_of,
@@ -29,11 +33,7 @@ from outliers.parts import (
     split,
     write_record,
 )
-from outliers.plan import request_for
-from outliers.prepare import prepare
-from outliers.publish import model_slug
-from outliers.sealed import seal_folder
-from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tasks.shard import check_together
 from tasks.watch import start_step

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from flows.machines import reap
+from flows.cli.machines import reap
 from outliers.errors import DiskFull, MachineLost, OutliersError, PlanRefused
-from outliers.machines import PROVIDERS
 from outliers.machines.base import GB
 from outliers.machines.deploy import deploy
+from outliers.machines.providers import PROVIDERS
 from outliers.machines.rentals import KEPT
 from outliers.workspace import open_workspace
 from tests.remote import needs_sshd
@@ -38,7 +38,7 @@ def ended_unseen(records, name="m", state="up"):
 
 
 def as_the_provider(cloud, monkeypatch):
-    """`flows.machines` meets this cloud; its workspace."""
+    """`flows.cli.machines` meets this cloud; its workspace."""
     monkeypatch.setitem(PROVIDERS, "sky", lambda workspace: cloud.provider())
     return open_workspace(cloud.workspace)
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from outliers import lease
 from outliers.errors import BudgetSpent, JobFailed, MachineLost, PlanRefused
-from outliers.jobs import JobSpec
+from outliers.jobs.jobs import JobSpec
+from outliers.machines import lease
 from outliers.machines.base import GB, MachineRequest
 from outliers.machines.connection import CONFIG_VARIABLE
 from outliers.machines.deploy import deploy

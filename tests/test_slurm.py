@@ -34,7 +34,7 @@ for number in 1 2; do echo "GPU-$number, NVIDIA A100-SXM4-80GB, 81920"; done
 RENT = """
 import sys
 from pathlib import Path
-from outliers.machines import provider
+from outliers.machines.providers import provider
 from outliers.machines.base import MachineRequest
 import logging
 logging.basicConfig(level=logging.INFO)

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from outliers.errors import BadInput, PlanRefused
 from outliers.machines.options import TAKEN_BY, check_options, foreign
-from outliers.prepare import prepare
 from outliers.spec import ComputeSpec, CriteriaSpec, StudySpec, digest
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests import tiny
 
@@ -125,7 +125,7 @@ def test_auto_and_all_are_resolved_before_the_digest(base):
 def test_ids_are_the_same_in_another_process_with_another_hash_seed(base):
     folder, spec = base
     script = (
-        "import json,sys; from outliers.prepare import *; from outliers.workspace import open_workspace;"
+        "import json,sys; from outliers.study.prepare import *; from outliers.workspace import open_workspace;"
         "p = prepare(StudySpec.model_validate(json.loads(sys.argv[1])), open_workspace(sys.argv[2]));"
         "print(p.capture_id, p.study_id)"
     )

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from outliers import errors
-from outliers.files import sha256_file
+from outliers.files.atomic import sha256_file
 from outliers.machines import connection, remote
 from outliers.machines.archive import Limits, unpack
 from outliers.machines.base import MachineRequest
@@ -202,7 +202,7 @@ def test_a_capture_can_not_come_back_for_results(machine, tmp_path):
 
 def agent(machine, *words, input=b""):
     return subprocess.run(
-        [*machine.python, "-m", "outliers.agent", machine.workspace, *words],
+        [*machine.python, "-m", "outliers.machines.agent", machine.workspace, *words],
         input=input,
         capture_output=True,
         timeout=30,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from outliers.events import JsonReporter
+from outliers.events.stream import JsonReporter
 from tests.remote import NetnsMachine, Sshd, needs_root, needs_sshd
 from tests.ssh_studies import (
     SESSION,

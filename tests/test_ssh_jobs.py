@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from outliers import errors
-from outliers.jobs import JobSpec
+from outliers.jobs.jobs import JobSpec
 from outliers.machines.base import MachineRequest
 from outliers.machines.ssh import SshProvider
 from tests.one_host import machine, running, shared
@@ -125,7 +125,7 @@ def test_a_secret_is_in_the_environment_of_its_job_and_nowhere_else(machine, sha
     machine.result(handle)
     over.set()
     looking.join()
-    assert any("outliers.agent" in command for command in seen)
+    assert any("outliers.machines.agent" in command for command in seen)
     assert not [command for command in seen if canary in command]
     places = [path for path in shared.folder.parent.rglob("*") if path.is_file()]
     assert handle.folder / "job.json" in places

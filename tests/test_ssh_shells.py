@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from outliers import errors
-from outliers.jobs import JobSpec
+from outliers.jobs.jobs import JobSpec
 from outliers.machines import deploy as deploying
 from outliers.machines import remote
 from outliers.machines.base import MachineRequest

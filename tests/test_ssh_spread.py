@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from outliers.prepare import prepare
-from outliers.publish import model_slug
+from outliers.publish.publish import model_slug
 from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests.remote import Sshd, needs_sshd
 from tests.ssh_studies import SESSION, Control, attempts, gone, ours, world

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from outliers import jobs
 from outliers.errors import JobFailed
+from outliers.jobs import jobs
 from outliers.workspace import open_workspace
 from tests.captured import prepared
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from outliers import jobs
-from outliers.prepare import prepare
+from outliers.jobs import jobs
 from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests import tiny
 from tests.held_job import until
@@ -79,7 +79,7 @@ class Command:
         """The Prefect server of a command that lives."""
         for child in psutil.Process(process.pid).children():
             with contextlib.suppress(psutil.Error):
-                if "flows.served" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                if "flows.server.served" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
                     return child
         return None
 

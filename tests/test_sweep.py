@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers.corpus import load_corpus
+from outliers.corpus.tokens import load_corpus
 from outliers.errors import BadInput
-from outliers.memory import even_placement
-from outliers.placement import total_needed
-from outliers.prepare import model_info, prepare
-from outliers.sweep import Sweep, make_sweep, read_sweep
+from outliers.study.memory import even_placement
+from outliers.study.placement import total_needed
+from outliers.study.prepare import model_info, prepare
+from outliers.sweep.sweep import Sweep, make_sweep, read_sweep
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -339,7 +339,7 @@ def test_the_gpus_that_are_asked_hold_the_dense_models():
 
 def test_the_file_is_read_without_prefect_or_torch():
     script = (
-        "import sys; from pathlib import Path; from outliers.sweep import read_sweep; import outliers.sweep_outcome;"
+        "import sys; from pathlib import Path; from outliers.sweep.sweep import read_sweep; import outliers.sweep.outcome;"
         f"read_sweep(Path({str(ROOT / 'sweeps' / 'moe.toml')!r})); print('prefect' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from outliers.prepare import prepare
-from outliers.sweep import make_sweep, read_sweep
+from outliers.study.prepare import prepare
+from outliers.sweep.sweep import make_sweep, read_sweep
 from outliers.workspace import open_workspace
 from tests import tiny
 from tests.held_job import held_until_cancelled, until

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from flows.sweep_children import run_studies
 from outliers.errors import HubUnavailable, StoreUnavailable, UnknownModel
-from outliers.outcome import Outcome
-from outliers.sweep import NEXT_SECONDS, make_sweep
-from outliers.sweep_outcome import Ended, summary
-from outliers.sweep_plan import wall_seconds
+from outliers.publish.outcome import Outcome
+from outliers.sweep.outcome import Ended, summary
+from outliers.sweep.plan import wall_seconds
+from outliers.sweep.sweep import NEXT_SECONDS, make_sweep
 
 
 class Clock:

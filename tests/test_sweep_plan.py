@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from outliers.machines import provider
 from outliers.machines.local import LocalProvider
-from outliers.plan import needs, planned_layout
-from outliers.prepare import model_info
-from outliers.sweep import make_sweep
-from outliers.sweep_plan import plan_sweep
+from outliers.machines.providers import provider
+from outliers.plan.plan import needs, planned_layout
+from outliers.study.prepare import model_info
+from outliers.sweep.plan import plan_sweep
+from outliers.sweep.sweep import make_sweep
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,9 +10,9 @@ import pytest
 from flows.sweep import make_run_folder
 from flows.sweep_children import run_studies
 from flows.sweep_processes import Processes
-from outliers.outcome import Outcome
-from outliers.prepare import prepare
-from outliers.sweep import make_sweep
+from outliers.publish.outcome import Outcome
+from outliers.study.prepare import prepare
+from outliers.sweep.sweep import make_sweep
 from outliers.workspace import open_workspace
 from tests import tiny
 from tests.hub_server import wait_until

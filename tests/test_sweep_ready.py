@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from outliers.sweep import read_sweep
+from outliers.sweep.sweep import read_sweep
 from tests.hub_server import client_environment, hub_server
 from tests.sweep_hub import repo_of, write_home
 

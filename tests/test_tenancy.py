@@ -11,9 +11,9 @@ import time
 import pytest
 
 from outliers.errors import BadInput, BudgetSpent, JobFailed, MachineLost, StoreUnavailable
-from outliers.events import Event
+from outliers.events.stream import Event
 from outliers.machines.rentals import Rentals
-from outliers.parts import Part
+from outliers.study.parts import Part
 from outliers.workspace import open_workspace
 from tasks import tenancy as module
 from tasks.shard import _machine as machine_of

@@ -10,8 +10,8 @@ import pytest
 import transformers
 from tokenizers import AddedToken, processors
 
+from outliers.corpus.tokenizing import Encoder
 from outliers.errors import CorpusError, UnknownModel
-from outliers.tokenizing import Encoder
 from tests import tiny
 from tests.tokenizer_kinds import KINDS, byte_fallback, hard_text, save
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from outliers.prepare import read_prepared
-from outliers.travel import forget_sent, secrets, send_study
+from outliers.dispatch.transfer import forget_sent, secrets, send_study
+from outliers.study.prepare import read_prepared
 from outliers.workspace import open_workspace
 from tests import synthetic
 from tests.test_counting import random_acts

@@ -17,8 +17,8 @@ import time
 import pytest
 import s3fs
 
-from outliers.prepare import prepare
 from outliers.spec import StudySpec
+from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests import tiny
 from tests.prefect_home import ROOT
@@ -56,7 +56,7 @@ def ui(tmp_path_factory, s3_server):
 @pytest.fixture(scope="module")
 def killed_and_waiting(ui):
     """One run that held the only slot and was killed, and one that waits for it: begun early, for a lease lasts a minute."""
-    limit = ui.python("import sys; from flows.settle import main; sys.exit(main(['--machines', '1']))")
+    limit = ui.python("import sys; from flows.server.settle import main; sys.exit(main(['--machines', '1']))")
     assert limit.wait(120) == 0, limit.communicate()
     with contextlib.ExitStack() as stack:
 
@@ -121,7 +121,7 @@ def test_another_program_on_the_port_is_not_taken_for_prefect(ui, tmp_path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        command = [sys.executable, "-m", "flows.ui", "--port", str(port), "--home", str(tmp_path / "home")]
+        command = [sys.executable, "-m", "flows.server.ui", "--port", str(port), "--home", str(tmp_path / "home")]
         done = subprocess.run(command, env=ui.environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--port" in done.stderr
@@ -137,7 +137,7 @@ def test_another_program_on_the_port_is_not_taken_for_prefect(ui, tmp_path):
     ],
 )
 def test_what_is_no_port_is_refused_in_words(tmp_path, option, words):
-    command = [sys.executable, "-m", "flows.ui", option, "--home", str(tmp_path / "home")]
+    command = [sys.executable, "-m", "flows.server.ui", option, "--home", str(tmp_path / "home")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, words in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "home").exists()

@@ -10,9 +10,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from outliers.architectures import expert_counts
-from outliers.sites import find_backbone
-from outliers.weights import Weights, weigh
+from outliers.model.families import expert_counts
+from outliers.model.sites import find_backbone
+from outliers.model.weights import Weights, weigh
 
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))

@@ -58,15 +58,20 @@ def test_it_installs_as_a_wheel_should(tmp_path):
     target = tmp_path / "site"
     install = [UV, "pip", "install", "--quiet", "--no-deps", "--offline", "--target", target, tmp_path / wheel.name]
     subprocess.run(install, check=True, timeout=60)
-    code = "import outliers.agent as a, importlib.metadata as m; print(a.__file__, m.version('outlier-features'))"
+    code = (
+        "import outliers.machines.agent as a, importlib.metadata as m; print(a.__file__, m.version('outlier-features'))"
+    )
     command = ["env", f"PYTHONPATH={target}", sys.executable, "-P", "-c", code]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.split() == [str(target / "outliers/agent.py"), outliers.__version__]
+    assert done.stdout.split() == [str(target / "outliers/machines/agent.py"), outliers.__version__]
     # uv checks no sums: here each file is the one of its line
     rows = [line.split(",") for line in next(target.glob("*.dist-info/RECORD")).read_text().splitlines()]
     ours = {name: (digest, size) for name, digest, size in rows if name.startswith("outliers/")}
-    assert ours["outliers/agent.py"][1] == str((target / "outliers/agent.py").stat().st_size)
-    assert ours["outliers/agent.py"][0] == f"sha256={wheels._urlsafe((target / 'outliers/agent.py').read_bytes())}"
+    assert ours["outliers/machines/agent.py"][1] == str((target / "outliers/machines/agent.py").stat().st_size)
+    assert (
+        ours["outliers/machines/agent.py"][0]
+        == f"sha256={wheels._urlsafe((target / 'outliers/machines/agent.py').read_bytes())}"
+    )
 
 
 def test_what_it_needs_is_what_the_project_declares(tmp_path, monkeypatch):

@@ -34,9 +34,9 @@ CASES = [
 SCRIPT = """
 import ctypes, json, sys, threading
 import torch, transformers
-from outliers.architectures import expert_counts
-from outliers.sites import find_backbone
-from outliers.work import layer_work
+from outliers.model.families import expert_counts
+from outliers.model.sites import find_backbone
+from outliers.model.activations import layer_work
 family, values, positions = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -7,7 +7,7 @@ import random
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from outliers.models import ModelSource
+from outliers.model.source import ModelSource
 
 POOLS = (
     ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "and", "runs", "away", "from", "it", "all"],

@@ -62,7 +62,7 @@ def serve():
     from transformers.models.llama import modeling_llama  # noqa: F401 - what every child would import first
     from zarr.codecs import BloscCodec  # noqa: F401
 
-    import outliers.capture  # noqa: F401
+    import outliers.capture.extract  # noqa: F401
     import tests.synthetic  # noqa: F401
 
     child = 0
@@ -83,8 +83,8 @@ def serve():
 def _extract(prepared, workspace, log):
     import torch
 
-    from outliers.capture import extract
-    from outliers.prepare import Prepared
+    from outliers.capture.extract import extract
+    from outliers.study.prepare import Prepared
     from outliers.workspace import Workspace
     from tests.synthetic import Silent
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from outliers.bounds import LARGEST, NAME_CHARS, PATH_CHARS, RESULT_BYTES, parse_json
 from outliers.errors import JobFailed, from_record
 from outliers.machines.base import Facts, Gpu
-from outliers.visible import cut, last_drawn, visible, visible_line
+from outliers.untrusted.bounds import LARGEST, NAME_CHARS, PATH_CHARS, RESULT_BYTES, parse_json
+from outliers.untrusted.visible import cut, last_drawn, visible, visible_line
 
 MOST_SECONDS = 1e9
 """Thirty years: no lease is longer."""

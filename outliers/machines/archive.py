@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from outliers.bounds import RECEIVED_BYTES, RECEIVED_FILES
-from outliers.durable import NO_ROOM
 from outliers.errors import DiskFull, JobFailed, WorkspaceError
-from outliers.files import temporary_for
-from outliers.visible import visible, visible_line
+from outliers.files.atomic import temporary_for
+from outliers.store.durable import NO_ROOM
+from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES
+from outliers.untrusted.visible import visible, visible_line
 
 BLOCK = 512
 END_BYTES = 1 << 16

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from outliers.bounds import RECEIVED_BYTES, RECEIVED_FILES
 from outliers.errors import BadInput
-from outliers.events import Event
-from outliers.jobs import JobHandle, JobSpec, Status
-from outliers.lease import MAX_SECONDS, SLACK_SECONDS
-from outliers.machines.capability import Capability, capability_of
+from outliers.events.stream import Event
+from outliers.hardware import Capability, capability_of
+from outliers.jobs.jobs import JobHandle, JobSpec, Status
+from outliers.machines.lease import MAX_SECONDS, SLACK_SECONDS
+from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES
 
 if TYPE_CHECKING:
     from outliers.spec import (

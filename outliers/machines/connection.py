@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from outliers.bounds import ANSWER_BYTES, STDERR_BYTES
 from outliers.errors import BadInput, HostRefused, JobFailed, MachineLost
 from outliers.machines.pipes import Line, Silence, TooMuch, exchange, read_lines
-from outliers.visible import cut, visible, visible_line
+from outliers.untrusted.bounds import ANSWER_BYTES, STDERR_BYTES
+from outliers.untrusted.visible import cut, visible, visible_line
 
 CONFIG_VARIABLE = "OUTLIERS_SSH_CONFIG"
 CONNECT_SECONDS = 15

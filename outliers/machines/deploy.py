@@ -21,12 +21,12 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from outliers.bounds import INSTALLER_LINES
 from outliers.errors import DeployFailed, JobFailed
 from outliers.machines.connection import Connection
 from outliers.machines.probe import OLDEST_PYTHON, Probe, Python
 from outliers.machines.wheel import Wheel, build_wheel, constraints, requirements, without_torch
-from outliers.visible import cut, last_drawn, visible
+from outliers.untrusted.bounds import INSTALLER_LINES
+from outliers.untrusted.visible import cut, last_drawn, visible
 
 UPLOAD_SECONDS = 300.0
 INSTALL_SECONDS = 3600.0
@@ -206,9 +206,8 @@ def last_line(text: str) -> str:
 
 def _check_own(connection: Connection, plan: _Plan) -> None:
     """A Python of the user's own must have all that is needed; nothing is installed into it."""
-    command = (
-        f"{shlex.join([*_python(plan), '-m', 'outliers.check', *requirements()])} && touch {shlex.quote(plan.packages)}"
-    )
+    check = [*_python(plan), "-m", "outliers.machines.check", *requirements()]
+    command = f"{shlex.join(check)} && touch {shlex.quote(plan.packages)}"
     done = connection.call(command, timeout_seconds=120)
     if done.returncode:
         lacking = cut(done.text(), _LINE_CHARS)

@@ -22,14 +22,14 @@ from pathlib import Path
 
 import psutil
 
-from outliers import jobs
-from outliers.bounds import RECEIVED_BYTES, RECEIVED_FILES
 from outliers.errors import BadInput, JobFailed, PlanRefused, WorkspaceError
-from outliers.events import Event
-from outliers.files import size_of, temporary_for, write_new
-from outliers.jobs import JobHandle, JobSpec, Status
+from outliers.events.stream import Event
+from outliers.files.atomic import size_of, temporary_for, write_new
+from outliers.files.private import make_private
+from outliers.jobs import jobs
+from outliers.jobs.jobs import JobHandle, JobSpec, Status
 from outliers.machines.base import Completed, Excluded, Facts, Gpu, Machine, MachineRequest, Offer, Rental, fits
-from outliers.private import make_private
+from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES
 
 NAME = "local"
 _MIB = 1 << 20

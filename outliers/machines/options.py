@@ -6,8 +6,8 @@ Knows names and no machine. Before it: a `ComputeSpec` that a person wrote. Afte
 from __future__ import annotations
 
 from outliers.errors import PlanRefused
-from outliers.machines import DEFAULT_PROVIDER, PROVIDERS, chosen
 from outliers.machines.connection import check_destination
+from outliers.machines.providers import DEFAULT_PROVIDER, PROVIDERS, chosen
 from outliers.spec import ComputeSpec
 
 TAKEN_BY = {

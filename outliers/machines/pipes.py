@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from outliers.bounds import ANSWER_BYTES, LINE_BYTES, STDERR_BYTES
+from outliers.untrusted.bounds import ANSWER_BYTES, LINE_BYTES, STDERR_BYTES
 
 _CHUNK = 1 << 16
 

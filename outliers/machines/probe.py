@@ -10,12 +10,12 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 
-from outliers.bounds import NAME_CHARS, PATH_CHARS
 from outliers.errors import DeployFailed, HostRefused
 from outliers.machines.base import Facts, Gpu
 from outliers.machines.connection import Connection
 from outliers.machines.local import OLD_QUERY, QUERY, parse_gpus
-from outliers.visible import cut, visible, visible_line
+from outliers.untrusted.bounds import NAME_CHARS, PATH_CHARS
+from outliers.untrusted.visible import cut, visible, visible_line
 
 OLDEST_PYTHON = (3, 11)
 PROBE_SECONDS = 60.0

@@ -1,8 +1,8 @@
 """A machine that is reached over ssh, whoever it belongs to: jobs that outlive the connection, files, the lease.
 
-The program is there already (`deploy`); each call is one question to `outliers.agent` on that machine. What is asked may be
-asked again, so a call whose connection broke is repeated for a while; a stream of events goes on after the last byte that
-came. Knows no study. Before it: `ssh`, `sky`. After it: the tasks, through `base`'s protocol.
+The program is there already (`deploy`); each call is one question to `outliers.machines.agent` on that machine. What is
+asked may be asked again, so a call whose connection broke is repeated for a while; a stream of events goes on after the
+last byte that came. Knows no study. Before it: `ssh`, `sky`. After it: the tasks, through `base`'s protocol.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from outliers import events
-from outliers.bounds import RECEIVED_BYTES, RECEIVED_FILES
 from outliers.errors import BadInput, DiskFull, JobFailed, MachineGone, MachineLost
-from outliers.events import Event
-from outliers.files import sha256_file
-from outliers.jobs import JobHandle, JobSpec, Status
+from outliers.events import stream as events
+from outliers.events.stream import Event
+from outliers.files.atomic import sha256_file
+from outliers.jobs.jobs import JobHandle, JobSpec, Status
 from outliers.machines.answers import parse_answer, read_facts
 from outliers.machines.archive import Limits, unpack
 from outliers.machines.base import Completed, Facts
 from outliers.machines.connection import Answer, Connection, quote
 from outliers.machines.deploy import Deployment, last_line
+from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES
 
 PATIENCE_VARIABLE = "OUTLIERS_PATIENCE_SECONDS"
 """For how long a host that doesn't answer is tried again before its machine is given up for lost."""
@@ -96,7 +96,7 @@ class RemoteMachine:
 
     def ask(self, verb: str, *, seconds: float = CALL_SECONDS, patient: bool = True, **request: Any) -> dict[str, Any]:
         """One question to the agent; raises the error that it answers with, MachineLost where it is silent."""
-        command = quote([*self.python, "-m", "outliers.agent", self.workspace, verb])
+        command = quote([*self.python, "-m", "outliers.machines.agent", self.workspace, verb])
         text = json.dumps(request).encode()
 
         def once() -> Answer:
@@ -142,7 +142,9 @@ class RemoteMachine:
             if there["whole"]:
                 return
             begin = str(min(there["part"], path.stat().st_size))
-            command = quote([*self.python, "-m", "outliers.agent", self.workspace, "append", place, sha256, begin])
+            command = quote(
+                [*self.python, "-m", "outliers.machines.agent", self.workspace, "append", place, sha256, begin]
+            )
             if there["part"]:
                 _log.info("sending %s to %s, from %.1f MB on", path.name, self.name, there["part"] / 1e6)
             elif path.stat().st_size > SMALL_BYTES:
@@ -167,7 +169,7 @@ class RemoteMachine:
     ) -> None:
         limits, what = Limits(max_bytes, max_files, names), f"{remote} on {self.name}"
         asked = sorted(names) if names is not None else []
-        command = quote([*self.python, "-m", "outliers.agent", self.workspace, "get", remote, *asked])
+        command = quote([*self.python, "-m", "outliers.machines.agent", self.workspace, "get", remote, *asked])
 
         def once() -> None:
             with tempfile.TemporaryFile() as archive:
@@ -196,7 +198,15 @@ class RemoteMachine:
         broken_since: float | None = None
         while True:
             command = quote(
-                [*self.python, "-m", "outliers.agent", self.workspace, "follow", str(handle.folder), str(offset)]
+                [
+                    *self.python,
+                    "-m",
+                    "outliers.machines.agent",
+                    self.workspace,
+                    "follow",
+                    str(handle.folder),
+                    str(offset),
+                ]
             )
             try:
                 for line in self.connection.lines(command, SILENCE_SECONDS):

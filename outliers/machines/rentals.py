@@ -28,9 +28,9 @@ from typing import Any, TypeGuard, get_args
 import psutil
 
 from outliers.errors import DiskFull, OutliersError, WorkspaceError
-from outliers.files import write_atomic
+from outliers.files.atomic import write_atomic
+from outliers.files.private import make_private
 from outliers.machines.base import Holder, Rental, RentalState
-from outliers.private import make_private
 
 HISTORY = "history.jsonl"
 KEPT = ".kept"

@@ -28,10 +28,10 @@ from typing import Any, Literal
 
 import psutil
 
-from outliers.bounds import MESSAGE_CHARS
 from outliers.errors import JobFailed, MachineLost, OutliersError, PlanRefused
 from outliers.machines.catalog import Candidate, import_sky
-from outliers.visible import cut, visible
+from outliers.untrusted.bounds import MESSAGE_CHARS
+from outliers.untrusted.visible import cut, visible
 
 State = Literal["launching", "up", "stopped", "gone"]
 

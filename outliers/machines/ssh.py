@@ -20,17 +20,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from outliers.bounds import PATH_CHARS
 from outliers.errors import BadInput, DeployFailed, HostRefused, JobFailed, MachineLost, PlanRefused, WorkspaceError
-from outliers.files import write_atomic
+from outliers.files.atomic import write_atomic
+from outliers.files.private import file_mode, make_private
 from outliers.machines.answers import parse_answer
 from outliers.machines.base import NOT_AMONG, Excluded, Machine, MachineRequest, Offer, Rental, fits
 from outliers.machines.connection import Connection, quote
 from outliers.machines.deploy import deploy
 from outliers.machines.rentals import Rentals, even_unwritten, gone_by
 from outliers.machines.tenants import Access, Tenants
-from outliers.private import file_mode, make_private
-from outliers.visible import visible_line
+from outliers.untrusted.bounds import PATH_CHARS
+from outliers.untrusted.visible import visible_line
 
 NAME = "ssh"
 DEFAULT_FOLDER = ".outliers"
@@ -119,7 +119,7 @@ def ask_host(workspace: Path, name: str, verb: str, **request: Any) -> dict[str,
     reached = access(host)
     found = reached.probe()
     python = deploy(reached.connection, found, own_python=bool(reached.python)).python
-    command = quote([*python, "-m", "outliers.agent", f"{found.root}/machines", verb])
+    command = quote([*python, "-m", "outliers.machines.agent", f"{found.root}/machines", verb])
     done = reached.connection.call(command, json.dumps(request).encode(), QUESTION_SECONDS)
     return parse_answer(verb, done.returncode, done.stdout, done.stderr, host.destination)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from outliers.capture.load import load_model
 from outliers.errors import OutliersError, UnknownModel
-from outliers.load import load_model
-from outliers.models import find_model, load_config, load_tokenizer
-from outliers.prepare import prepare
+from outliers.model.source import find_model, load_config, load_tokenizer
 from outliers.spec import ModelSpec, StudySpec
+from outliers.study.prepare import prepare
 from tests import gguf_files, tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from outliers import bounds, errors
-from outliers.jobs import JobHandle, JobSpec
+from outliers import errors
+from outliers.jobs.jobs import JobHandle, JobSpec
 from outliers.machines.connection import CONFIG_VARIABLE, Connection
 from outliers.machines.deploy import Deployment
 from outliers.machines.probe import probe
 from outliers.machines.remote import PATIENCE_VARIABLE, RemoteMachine
-from outliers.visible import visible
+from outliers.untrusted import bounds
+from outliers.untrusted.visible import visible
 from tests.remote import Sshd, needs_sshd
 from tests.security.hostile import ACTS, DEEP, ESCAPES, LONG, archive, line, member
 

@@ -14,10 +14,13 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from outliers import bounds, errors, events, jobs
-from outliers.events import Event
+from outliers import errors
+from outliers.events import stream as events
+from outliers.events.stream import Event
+from outliers.jobs import jobs
 from outliers.machines.answers import parse_result
-from outliers.visible import code, markdown, visible
+from outliers.untrusted import bounds
+from outliers.untrusted.visible import code, markdown, visible
 from tests.security.hostile import ACTS, DEEP, ESCAPES, LONG, line
 
 # Events
@@ -170,7 +173,7 @@ def test_text_in_the_result_of_a_step_is_visible():
 
 
 def shown(*told: Event) -> str:
-    from flows.console import Steps
+    from flows.cli.console import Steps
 
     out = io.StringIO()
     for terminal in (True, False):

@@ -12,11 +12,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from outliers.analyze import analyze
+from outliers.counting.analyze import analyze
+from outliers.counting.summary_files import COUNTS, TOTALS, read_counts, read_summary
 from outliers.errors import CorruptCapture
-from outliers.npz import open_npz
-from outliers.sealed import seal_folder
-from outliers.summary_files import COUNTS, TOTALS, read_counts, read_summary
+from outliers.files.sealed import seal_folder
+from outliers.untrusted.npz import open_npz
 from tests import synthetic
 
 

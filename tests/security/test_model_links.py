@@ -6,11 +6,11 @@ import os
 
 import pytest
 
+from outliers.dispatch.transfer import model_files
 from outliers.errors import UnknownModel
-from outliers.models import find_model
-from outliers.prepare import prepare
+from outliers.model.source import find_model
 from outliers.spec import ModelSpec, StudySpec
-from outliers.travel import model_files
+from outliers.study.prepare import prepare
 from tests import tiny
 
 SECRET = "-----BEGIN A KEY-----"

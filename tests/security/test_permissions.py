@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from outliers.errors import WorkspaceError
-from outliers.jobs import JobSpec
+from outliers.jobs.jobs import JobSpec
 from outliers.machines.base import MachineRequest
 from outliers.machines.connection import Connection, _socket_folder
 from outliers.machines.rentals import Rentals

@@ -8,8 +8,8 @@ import stat
 
 import pytest
 
-from flows import server_password
-from flows.guard import Guard
+from flows.server import password as server_password
+from flows.server.guard import Guard
 
 
 def test_a_password_is_new_at_each_start_and_its_file_is_gone_at_the_end(tmp_path):

@@ -24,8 +24,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from flows import server_password, ui
-from flows.asking import asks_for_password, check_owner
+from flows.server import password as server_password
+from flows.server import ui
+from flows.server.asking import asks_for_password, check_owner
 from tests.prefect_ui import Ui
 from tests.test_own_server import COMMAND
 
@@ -296,8 +297,8 @@ while True:
 _STUDY = """
 import sys
 from pathlib import Path
-from flows.inprocess import settle_prefect
-from flows.reach import check_server
+from flows.cli.inprocess import settle_prefect
+from flows.server.reach import check_server
 assert settle_prefect(Path(sys.argv[1])) is None
 check_server()
 from prefect.client.orchestration import get_client
@@ -326,7 +327,7 @@ def test_a_server_of_another_user_is_not_used(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", _OTHERS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         port = int(process.stdout.readline())
-        command = [sys.executable, "-m", "flows.ui", "--port", str(port), "--home", str(tmp_path / "home")]
+        command = [sys.executable, "-m", "flows.server.ui", "--port", str(port), "--home", str(tmp_path / "home")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     finally:
         process.kill()

@@ -14,16 +14,16 @@ import time
 import numpy as np
 import pytest
 
-from flows.run_show import read_run
-from outliers.allowlist import NUMBERS
+from flows.cli.run_show import read_run
 from outliers.errors import BadInput, DigestConflict, JobFailed, PublishRefused
+from outliers.files.parquet import open_parquet, parquet_bytes, read_parquet
 from outliers.machines.local import LocalMachine
-from outliers.manifest import digest_of, dump_manifest, file_list, folder_of, headline_of, read_manifest
-from outliers.outcome import find_outcome
-from outliers.parquet import open_parquet, parquet_bytes, read_parquet
-from outliers.publish import fetch, model_slug, publish
-from outliers.received import read_provenance, receive_study
-from outliers.results import json_bytes
+from outliers.publish.allowlist import NUMBERS
+from outliers.publish.manifest import digest_of, dump_manifest, file_list, folder_of, headline_of, read_manifest
+from outliers.publish.outcome import find_outcome
+from outliers.publish.publish import fetch, model_slug, publish
+from outliers.publish.received import read_provenance, receive_study
+from outliers.results.write import json_bytes
 from outliers.steps import run_analyze, run_report, run_state
 from outliers.workspace import open_workspace
 from tests import synthetic

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from outliers.allowlist import check_numbers
 from outliers.errors import ForbiddenFile, OutliersError
-from outliers.parquet import parquet_bytes
-from outliers.publishable import render_files
+from outliers.files.parquet import parquet_bytes
+from outliers.publish.allowlist import check_numbers
+from outliers.publish.publishable import render_files
 from tests import results_folder
 from tests.security.pages import Tags, files_of
 
@@ -129,8 +129,8 @@ def test_a_few_bytes_of_a_table_do_not_stand_for_any_number_of_rows():
 def test_equal_numbers_are_rendered_to_equal_bytes_in_every_process(tmp_path):
     folder = results_folder.make_results(tmp_path / "results")
     program = (
-        "import sys, hashlib; from pathlib import Path; from outliers.allowlist import read_numbers\n"
-        "from outliers.publishable import render_files\n"
+        "import sys, hashlib; from pathlib import Path; from outliers.publish.allowlist import read_numbers\n"
+        "from outliers.publish.publishable import render_files\n"
         "for path, data in sorted(render_files(read_numbers(Path(sys.argv[1])), {'seconds': 1.5}).items()):\n"
         "    print(path, hashlib.sha256(data).hexdigest())"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from outliers import errors
-from outliers.jobs import JobSpec
+from outliers.jobs.jobs import JobSpec
 from outliers.machines.base import MachineRequest
 from outliers.machines.connection import Connection, check_destination
 from outliers.machines.deploy import deploy
@@ -168,7 +168,7 @@ def test_what_ssh_may_call_a_host_is_one(text):
 @pytest.mark.parametrize("option", ["--host", "--label", "--machine"])
 @pytest.mark.parametrize("word", NASTY, ids=ascii)
 def test_an_option_of_the_command_takes_no_such_name(capsys, option, word):
-    from flows.cli import main
+    from flows.cli.command import main
 
     try:
         code = main(["study", "--model", "m", f"{option}={word}", "--print-spec"])

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from flows.cli import main
-from flows.run_show import read_run
+from flows.cli.command import main
+from flows.cli.run_show import read_run
 from outliers.errors import BadInput
-from outliers.parquet import open_parquet
-from outliers.parquet_pages import check_pages
+from outliers.files.parquet import open_parquet
+from outliers.untrusted.parquet_pages import check_pages
 from outliers.workspace import open_workspace
 from tests.atlas_store import MODELS, objects, study
 from tests.results_folder import features

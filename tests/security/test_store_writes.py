@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from outliers.errors import BadInput, PublishRefused
-from outliers.manifest import MAX_MANIFEST_BYTES
-from outliers.publish import publish
-from outliers.published import read_store
-from outliers.targets import opened
+from outliers.publish.manifest import MAX_MANIFEST_BYTES
+from outliers.publish.publish import publish
+from outliers.publish.shelf import read_store
+from outliers.publish.stores.open import opened
 from tests.atlas_store import MODELS, objects, study
 from tests.results_folder import SLUG, STUDY_ID, make_results
 from tests.security.stores import FILES, in_time

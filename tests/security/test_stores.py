@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from flows.cli import main
-from outliers.atlas import read_atlas
-from outliers.publish import model_slug
-from outliers.published import read_folders, read_store
+from flows.cli.command import main
+from outliers.atlas.table import read_atlas
+from outliers.publish.publish import model_slug
+from outliers.publish.shelf import read_folders, read_store
 from tests.atlas_store import MODELS, edited, finished, objects, place_of, publish_all, quick_store, study
 from tests.results_folder import features
 from tests.security.stores import FILES, dump, in_time, publish_raw
@@ -130,7 +130,7 @@ def test_a_summary_that_is_not_plain_is_skipped(tmp_path: Path, kind: str) -> No
 
 def test_numbers_at_their_limits_end_no_page_of_the_others(tmp_path: Path) -> None:
     """A page is of all studies at once: what one may claim must be drawn, however large."""
-    from outliers.atlas_page import render
+    from outliers.atlas.page import render
 
     quick_store(tmp_path, [study(number, MODELS[number], perplexity=9.0) for number in range(3)])
     extremes = [
@@ -194,11 +194,11 @@ def test_names_are_text_at_the_terminal(
 
 
 def test_a_list_of_many_names_is_cut_with_a_word(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import outliers.published
-    import outliers.targets
+    import outliers.publish.shelf
+    import outliers.publish.stores.open
 
-    monkeypatch.setattr(outliers.targets, "LISTED", 10)
-    monkeypatch.setattr(outliers.published, "LISTED", 10)
+    monkeypatch.setattr(outliers.publish.stores.open, "LISTED", 10)
+    monkeypatch.setattr(outliers.publish.shelf, "LISTED", 10)
     for number in range(30):
         (root / f"name-{number:02}").mkdir()
     shelf = read_store(f"file://{root}", summaries=False)

@@ -3,7 +3,7 @@
 import sys
 import unicodedata
 
-from outliers.visible import visible, visible_line
+from outliers.untrusted.visible import visible, visible_line
 
 
 def test_no_character_that_acts_comes_through_and_every_other_does() -> None:

@@ -1,0 +1,396 @@
+"""The command `outliers`: study, plan, sweep, runs, atlas, merge, models, machines, captures,
+verify.
+
+Bad input is refused here, before Prefect is even imported, and so is a study that is published already answered.
+Exit codes: 0 done, 2 refused before anything ran, 1 failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from outliers import __version__
+from outliers.errors import BadInput, OutliersError, PlanRefused
+from outliers.spec import StudySpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outliers.publish.outcome import Outcome
+    from outliers.study.prepare import Prepared
+    from outliers.workspace import Workspace
+
+DONE, FAILED, REFUSED = 0, 1, 2
+
+_EXAMPLES = """examples:
+  outliers study --model builtin:smollm2 --corpus builtin:python-docs --num-sequences 8 --sequence-length 512
+  outliers study --model ./my-model --corpus notes.txt --num-sequences 16 --publish-to s3://atlas/runs
+  outliers plan  --model Qwen/Qwen3-30B-A3B --num-sequences 4
+  outliers models inspect Qwen/Qwen3-30B-A3B
+  outliers runs show STUDY --feature 247
+  outliers sweep sweeps/moe.toml --dry-run
+  outliers machines add lab1 anna@gpu1.lab.example
+  outliers captures list
+  outliers verify CAPTURE
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    from flows.cli.options import add_spec_options
+
+    parser = argparse.ArgumentParser(
+        prog="outliers",
+        description="Find the systematic outlier features of a large language model, exactly.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"outliers {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    for verb, text in (
+        ("study", "run a study, or show the one that is there already"),
+        ("plan", "say what a study would take; nothing is run or spent"),
+    ):
+        sub = verbs.add_parser(
+            verb,
+            help=text,
+            description=text,
+            usage=f"outliers {verb} --model MODEL [options]",
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.add_argument(
+            "--json", action="store_true", help="print one JSON object on standard output, and nothing else there"
+        )
+        if verb == "study":
+            sub.add_argument("--print-spec", action="store_true", help="print the StudySpec as JSON and stop")
+        add_spec_options(sub)
+    from flows.cli.models import add_models_parser
+
+    add_models_parser(verbs)
+    from flows.cli.captures import add_captures_parsers
+
+    add_captures_parsers(verbs)
+    from flows.cli.runs import add_runs_parsers
+
+    add_runs_parsers(verbs)
+    from flows.cli.atlas import add_atlas_parser
+
+    add_atlas_parser(verbs)
+    from flows.cli.merge import add_merge_parser
+
+    add_merge_parser(verbs)
+    from flows.cli.sweeps import add_sweep_parser
+
+    add_sweep_parser(verbs)
+    from flows.cli.machines import add_machines_parser
+
+    add_machines_parser(verbs)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    if importlib.util.find_spec("rich") is None or importlib.util.find_spec("prefect") is None:
+        print("the command needs the control side: pip install 'outlier-features[flows]'", file=sys.stderr)
+        return REFUSED
+    arguments = build_parser().parse_args(argv)
+    from rich.console import Console
+    from rich.text import Text
+
+    from outliers.untrusted.visible import visible
+
+    # names, labels and what machines and stores say are text and never markup, whoever prints them
+    console = Console(stderr=True, markup=False, emoji=False)
+    verbs = {
+        "study": study_command,
+        "plan": plan_command,
+        "models": models_command,
+        "captures": captures_command,
+        "verify": verify_command,
+        "runs": runs_command,
+        "atlas": atlas_command,
+        "merge": merge_command,
+        "sweep": sweep_command,
+        "machines": machines_command,
+    }
+    from flows.cli import interrupt
+
+    try:
+        with interrupt.bounded():
+            return verbs[arguments.verb](arguments, console, list(sys.argv[1:] if argv is None else argv))
+    except BadInput as error:
+        console.print(Text(visible(f"refused: {error}"), style="red"), soft_wrap=True)
+        return REFUSED
+    except OutliersError as error:
+        console.print(Text(visible(f"failed: {error}"), style="red"), soft_wrap=True)
+        return FAILED
+    except KeyboardInterrupt:
+        if interrupt.reason():
+            console.print(Text(f"failed: {interrupt.reason()}", style="red"), soft_wrap=True)
+            return FAILED
+        console.print(interrupt.SAID)
+        return interrupt.INTERRUPTED
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars would tear ours; Prefect's console repeats what is shown here anyway, errors included."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+
+def study_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers study`."""
+    from flows.cli.console import busy, library_lines
+    from flows.cli.options import read_spec
+
+    _quiet_libraries()
+    spec = read_spec(arguments)
+    if arguments.print_spec:
+        print(spec.model_dump_json(indent=1))
+        return DONE
+    from outliers.publish.outcome import find_outcome
+    from outliers.workspace import open_workspace
+
+    workspace = open_workspace(spec.compute.workspace)
+    _check_options(spec, workspace, console, argv)
+    from flows.cli.machines import warn_of_overdue
+
+    warn_of_overdue(workspace, console)
+    with busy(console, "looking at the model, the corpus and the target"):
+        prepared = _prepare(spec, workspace, console)
+        with library_lines(console):
+            outcome = find_outcome(prepared, workspace)
+        if outcome is None:
+            _check(prepared, workspace, console, argv)
+    if outcome is None:
+        from flows.cli.inprocess import run_flow
+
+        outcome = run_flow(spec, workspace, console)
+    _finish(outcome, prepared, workspace, console, as_json=arguments.json)
+    return DONE
+
+
+def _check_options(spec: StudySpec, workspace: Workspace, console: Console, argv: list[str]) -> None:
+    """Refuse options of another provider before anything is done; where a rented machine is meant, with its command."""
+    from outliers.machines.base import MachineRequest
+    from outliers.machines.options import check_options
+    from outliers.machines.providers import DEFAULT_PROVIDER, chosen, provider
+
+    try:
+        check_options(spec.compute)
+    except PlanRefused as error:
+        if chosen(spec.compute.provider) != DEFAULT_PROVIDER or spec.compute.host:
+            raise
+        _show_rented(console, argv)
+        _, lacking = provider(DEFAULT_PROVIDER, workspace.root).offers(MachineRequest.from_spec(spec.compute))
+        raise PlanRefused("; ".join([str(error), *(f"{item.name}: {item.reason}" for item in lacking)])) from error
+
+
+def _show_rented(console: Console, argv: list[str]) -> None:
+    console.print("on a rented machine the command would be:", soft_wrap=True)
+    command = shlex.join(["outliers", *argv, "--provider", "sky"])
+    console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _prepare(spec: StudySpec, workspace: Workspace, console: Console) -> Prepared:
+    from flows.cli.console import library_lines
+    from outliers.study.prepare import prepare
+
+    with library_lines(console):
+        return prepare(spec, workspace)
+
+
+def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: list[str]) -> None:
+    """Refuse what can't work before anything heavy starts: the machine, the disk, the memory, the target."""
+    from outliers.publish.outcome import find_finished
+    from outliers.publish.publish import check_target
+
+    if find_finished(prepared, workspace) is None:
+        _check_machine(prepared, workspace, console, argv)
+    if prepared.spec.publish_to is not None:
+        check_target(prepared.spec.publish_to)
+
+
+def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, argv: list[str]) -> None:
+    from outliers.dispatch.transfer import check_travels
+    from outliers.machines.providers import DEFAULT_PROVIDER, chosen, provider
+    from outliers.plan.remaining import check_rest, machine_name
+    from outliers.study.parts import is_here, split
+
+    compute = prepared.spec.compute
+    source = provider(compute.provider, workspace.root)
+    check_travels(prepared)
+    missing = [part for part in split(prepared, compute.shards) if not is_here(part, prepared, workspace)]
+    suffixes = [part.suffix for part in missing] if compute.shards > 1 else [""]
+    names = {machine_name(prepared) + suffix for suffix in suffixes}
+    try:
+        # a machine that is held for this capture was chosen before
+        if not names <= {rental.name for rental in source.list() if rental.state == "up"}:
+            check_rest(prepared, workspace, source)
+    except PlanRefused:
+        asked = compute.gpu_count or compute.gpu_filter or compute.min_vram or compute.min_cpu_ram
+        if asked and chosen(compute.provider) == DEFAULT_PROVIDER:
+            _show_rented(console, argv)
+        raise
+
+
+def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console: Console, *, as_json: bool) -> None:
+    from flows.cli.console import show_outcome
+    from outliers.publish.outcome import held_bytes
+    from outliers.study.parts import captures_of_parts
+
+    own = (workspace, *(part for _, part in captures_of_parts(workspace, outcome.capture_id)))
+    held = sum(held_bytes(place.capture(outcome.capture_id)) for place in own)
+    if as_json:
+        print(json.dumps(outcome.model_dump() | {"capture_bytes": held}))
+        return
+    criteria = prepared.spec.criteria
+    answer = (
+        f"by the reading {criteria.reading} at {prepared.site}: abs(x) >= {criteria.magnitude:g} in at least "
+        f"{100 * criteria.layer_fraction:g}% of {len(prepared.layers)} layers and {100 * criteria.position_fraction:g}% of "
+        f"{prepared.corpus.num_tokens:,} tokens"
+    )
+    show_outcome(console, outcome, held, answer)
+    _show_kept(prepared, workspace, console)
+
+
+def _show_kept(prepared: Prepared, workspace: Workspace, console: Console) -> None:
+    """Machines that stay are paid for: until when, and how to end them. A study that is spread has one for each part."""
+    import time
+
+    from flows.cli.console import line
+    from outliers.machines.rentals import Rentals
+    from outliers.plan.remaining import machine_name
+    from outliers.study.parts import split
+
+    shards, now = prepared.spec.compute.shards, time.time()
+    suffixes = [part.suffix for part in split(prepared, shards)] if shards > 1 else [""]
+    for suffix in suffixes:
+        name = machine_name(prepared) + suffix
+        known = Rentals(workspace.root).get(name)
+        if known is None:
+            continue
+        until = time.strftime("%H:%M", time.localtime(known.lease_until))
+        spent = f", ${known.spent(now):.2f} so far" if known.price_per_hour else ""
+        line(
+            console,
+            "machine",
+            f"{name} on {known.place} is kept until {until}{spent}: outliers machines release {name}",
+        )
+
+
+def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers plan`."""
+    from flows.cli.console import busy, show_plan
+    from flows.cli.options import read_spec
+    from outliers.machines.providers import provider
+    from outliers.plan.plan import make_plan
+    from outliers.study.prepare import model_info
+    from outliers.workspace import open_workspace
+
+    _quiet_libraries()
+    spec = read_spec(arguments)
+    workspace = open_workspace(spec.compute.workspace)
+    _check_options(spec, workspace, console, argv)
+    from flows.cli.machines import warn_of_overdue
+
+    warn_of_overdue(workspace, console)
+    with busy(console, "counting parameters"):
+        plan = make_plan(
+            spec, model_info(spec, workspace, weights=False), provider(spec.compute.provider, workspace.root)
+        )
+    if arguments.json:
+        print(plan.model_dump_json())
+    else:
+        show_plan(console, plan)
+    return REFUSED if plan.refusals and not plan.offers else DONE
+
+
+def models_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers models inspect`."""
+    from flows.cli.console import busy
+    from flows.cli.models import inspect_model
+
+    _quiet_libraries()
+    with busy(console, "building the model from its config, without weights"):
+        info = inspect_model(arguments)
+    if arguments.json:
+        print(info.model_dump_json(exclude={"source": {"path"}}))
+        return DONE
+    from flows.cli.models import show_model
+
+    show_model(console, info)
+    return DONE
+
+
+def captures_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers captures list|rm`."""
+    from flows.cli.captures import list_command, remove_command
+    from outliers.workspace import open_workspace
+
+    workspace = open_workspace(arguments.workspace)
+    (list_command if arguments.action == "list" else remove_command)(workspace, arguments, console)
+    return DONE
+
+
+def verify_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers verify`."""
+    from flows.cli.captures import verify_command as verify
+    from outliers.workspace import open_workspace
+
+    return DONE if verify(open_workspace(arguments.workspace), arguments, console) else FAILED
+
+
+def runs_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers runs list|show|compare`."""
+    from flows.cli.runs import runs_command as runs
+    from outliers.workspace import open_workspace
+
+    runs(open_workspace(arguments.workspace), arguments, console)
+    return DONE
+
+
+def atlas_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers atlas`."""
+    from flows.cli.atlas import atlas_command as atlas
+
+    atlas(arguments, console)
+    return DONE
+
+
+def machines_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers machines`."""
+    from flows.cli.machines import machines_command as act
+    from outliers.workspace import open_workspace
+
+    return DONE if act(open_workspace(arguments.workspace), arguments, console) else FAILED
+
+
+def sweep_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers sweep`."""
+    from flows.cli.sweeps import sweep_command as sweep
+
+    _quiet_libraries()
+    return sweep(arguments, console)
+
+
+def merge_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers merge`."""
+    from flows.cli.merge import merge_command as merge
+    from outliers.workspace import open_workspace
+
+    workspace = open_workspace(arguments.workspace)
+    done = merge(workspace, arguments, console)
+    if done is not None:
+        _finish(*done, workspace, console, as_json=arguments.json)
+    return DONE

@@ -1,0 +1,255 @@
+"""What a person sees at the terminal: progress while a study runs, the table at its end. Everything goes to standard error
+but the answer itself."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from outliers.events.stream import Event
+from outliers.plan.estimate import told
+from outliers.plan.plan import GpuShare, Plan
+from outliers.publish.outcome import Outcome
+from outliers.untrusted.visible import visible
+
+TABLE_ROWS = 30
+PLAN_OFFERS = 8
+MB = 1_000_000
+
+
+@contextlib.contextmanager
+def busy(console: Console, text: str) -> Iterator[None]:
+    """Something turns while the block runs, where there is somebody to see it."""
+    if console.is_terminal:
+        with console.status(Text(text)):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def library_lines(console: Console) -> Iterator[None]:
+    """What the library itself says in the block is shown: what is read once, and what is damaged and made again."""
+    from rich.logging import RichHandler
+
+    logger = logging.getLogger("outliers")
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    handler.setFormatter(_Visible("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Visible(logging.Formatter):
+    """A record as a line in which nothing acts on a terminal: the library names files, models and what others said."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+class Steps:
+    """Progress bars of the steps of a study, fed with the events of its jobs."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<8}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}", markup=False),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._bars: dict[str, TaskID] = {}
+        self._tenth: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the bars while the block runs."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with self._progress:
+            yield
+
+    def listen(self, step: str, event: Event) -> None:
+        """One event of a job; hang this into `tasks.watch.LISTENERS`."""
+        if event.kind == "log":
+            self.console.print(Text(f"  {step}: {event.message}", style="" if event.level == "info" else "yellow"))
+        elif event.kind == "progress" and event.total:
+            event = _readable(event)
+            if self.console.is_terminal:
+                self._bar(event)
+            else:
+                self._line(event)
+
+    def _bar(self, event: Event) -> None:
+        if event.step not in self._bars:
+            self._bars[event.step] = self._progress.add_task(event.step, total=event.total, unit=event.unit)
+        self._progress.update(self._bars[event.step], completed=event.done)
+
+    def _line(self, event: Event) -> None:
+        """Without a terminal: a line at each tenth, so that a log stays a log."""
+        tenth = 10 * event.done // (event.total or 1)
+        if tenth > self._tenth.get(event.step, -1):
+            self._tenth[event.step] = tenth
+            self.console.print(Text(f"  {event.step} {event.done:,} of {event.total:,} {event.unit}"))
+
+
+def _readable(event: Event) -> Event:
+    """Bytes as MB: whoever waits for sixty gigabytes can't read eleven digits."""
+    if event.unit != "bytes" or event.total is None:
+        return event
+    return replace(event, done=-(-event.done // MB), total=-(-event.total // MB), unit="MB")
+
+
+def show_outcome(console: Console, outcome: Outcome, held: int, answer: str) -> None:
+    """The answer, the table, and where everything is. `held`: bytes of the capture on disk; `answer`: the rule in words."""
+    count = len(outcome.systematic)
+    console.print()
+    if outcome.cached:
+        console.print(Text.assemble((visible(outcome.title), "bold"), " was there already: nothing had to run"))
+    plural = "" if count == 1 else "s"
+    others = f" ({outcome.disagreement})" if outcome.disagreement else ""
+    head = (f"{count} systematic outlier feature{plural}", "bold")
+    console.print(Text.assemble(head, visible(f" {answer}{others}")), soft_wrap=True)
+    if outcome.systematic:
+        console.print(feature_table(outcome.systematic))
+    if count > TABLE_ROWS:
+        console.print(f"and {count - TABLE_ROWS} more, in the report")
+    for text in outcome.remarks():
+        console.print(Text(visible(text)), soft_wrap=True)
+    line(console, "report", outcome.report)
+    line(console, "results", outcome.results)
+    if outcome.published:
+        line(console, "published", f"{outcome.published} ({outcome.published_bytes / 1000:.0f} KB)")
+    if held:
+        line(console, "capture", f"{outcome.capture_id}, {size(held)} (`outliers captures rm` frees it)")
+
+
+def line(console: Console, name: str, text: str, style: str = "") -> None:
+    """One named fact; never broken into lines, so that a path can be copied."""
+    console.print(Text(f"{name:<11} ", style="bold"), Text(visible(text), style=style), sep="", soft_wrap=True)
+
+
+def feature_table(features: list[dict[str, Any]]) -> Table:
+    """FEATUREs, the largest first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("feature", "magnitude", "min", "max", "% layers", "% tokens", "sequences", "hits"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for item in features[:TABLE_ROWS]:
+        share = item["position_fraction"]
+        table.add_row(
+            str(item["feature"]),
+            f"{item['max_magnitude']:g}",
+            f"{item['min']:g}",
+            f"{item['max']:g}",
+            f"{100 * item['layer_fraction']:.1f}",
+            "" if share is None else f"{100 * share:.1f}",
+            f"{item['sequences']}/{item['of_sequences']}",
+            f"{item['hits']:,}",
+        )
+    return table
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """A plan: what, how much, and where it would run."""
+    experts = f", {plan.num_experts} experts a layer" if plan.num_experts else ""
+    line(console, "model", f"{plan.model}: {plan.architecture}, {plan.num_layers} layers{experts}, {plan.dtype}")
+    line(console, "parameters", f"{count(plan.total_parameters)} total, {count(plan.active_parameters)} active")
+    line(
+        console, "weights", f"{size(plan.weight_bytes)} in memory{_stored(plan)}, {size(plan.checkpoint_bytes)} on disk"
+    )
+    if plan.download_bytes:
+        line(console, "download", f"{size(plan.download_bytes)} from the hub")
+    line(console, "memory", f"{size(plan.ram_bytes)} without a GPU, {size(plan.host_ram_bytes)} with")
+    for share in plan.gpus:
+        which = "on a GPU" if len(plan.gpus) == 1 else f"on GPU {share.gpu}"
+        cut = "" if len(plan.gpus) == 1 else f", where the model is cut over {len(plan.gpus)}"
+        line(console, which, f"{gpu_share(share)}: one of {size(share.needed_bytes)} or more{cut}")
+    line(console, "tokens", f"{plan.tokens:,}")
+    if plan.spread:
+        line(console, "shards", plan.spread)
+    line(console, "disk", f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)")
+    for text in plan.assumptions:
+        step, _, assumption = text.partition(": ")
+        known = f"about {told(plan.seconds[step])}" if step in plan.seconds else "not known"
+        line(console, step, f"{known}: {assumption}")
+    for offer in plan.offers[:PLAN_OFFERS]:
+        names = [gpu["name"] for gpu in offer["gpus"]]
+        gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "no GPU"
+        lasts = f"{'more than' if offer['left_out'] else 'about'} {told(offer['total_seconds'])}"
+        lasts += f" without {' and '.join(offer['left_out'])}" if offer["left_out"] else ""
+        cost = "" if offer["total_price"] is None else f", ${offer['total_price']:.2f} in all"
+        many = offer["machines"]
+        paid = f"${offer['price_per_hour']:.2f} an hour" + (f" each, {many} of them" if many > 1 else "")
+        price = f"{paid}, {lasts}{cost}" if offer["price_per_hour"] else lasts
+        free = f"{size(offer['ram_available_bytes'])} of memory and {size(offer['disk_free_bytes'])} of disk free"
+        line(console, "machine", f"{offer['name']}: {price}; {offer['cpus']} cores, {gpus}, {free}")
+        if offer is not plan.offers[0]:
+            continue
+        if offer["placement"]:
+            line(console, "", _placed(offer["placement"], len(offer["shares"]), len(plan.gpus)))
+        for share in map(GpuShare.model_validate, offer["shares"]):
+            total = size(offer["gpus"][share.gpu]["total_bytes"])
+            line(console, f"GPU {share.gpu}", f"{gpu_share(share)}, of {total}")
+    if len(plan.offers) > PLAN_OFFERS:
+        line(console, "", f"and {len(plan.offers) - PLAN_OFFERS} more machines that fit (--json shows all)")
+    for text in plan.refusals:
+        line(console, "refused", text, style="red")
+
+
+def _stored(plan: Plan) -> str:
+    """How the weights lie in memory, where the checkpoint has them quantized."""
+    if plan.quantization:
+        return f" as they are stored ({plan.quantization})"
+    return f", made plain ({plan.dtype}) from {plan.stored_quantization}" if plan.stored_quantization else ""
+
+
+def _placed(sentence: str, used: int, asked: int) -> str:
+    """Where the model lies; of fewer GPUs than were asked, why."""
+    if used >= asked:
+        return sentence
+    whole = "it holds the whole model" if used == 1 else "they hold the whole model"
+    return f"{sentence}: {whole}, which is cut over {asked} only where it must be"
+
+
+def gpu_share(share: GpuShare) -> str:
+    """What one GPU holds: layers, weights, and the work of a layer."""
+    return f"layers {share.layers}, {size(share.weight_bytes)} of weights and {size(share.work_bytes)} of work"
+
+
+def count(number: int) -> str:
+    """A number of parameters: 134.5M, 30.5B."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.1f}{unit}"
+    return str(number)
+
+
+def size(number: int) -> str:
+    """Bytes in powers of ten, as disks and the options count them."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return f"{number} bytes"

@@ -1,0 +1,126 @@
+"""The flow in the process of the command: the very one that the deployment runs, with Prefect's server beside it or elsewhere.
+
+Prefect is imported only when a study has to run. Before it: `cli`, which has refused what can't work. After it: `study`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.cli import interrupt
+from flows.cli.console import Steps, busy
+from flows.server import password as server_password
+from flows.server.own import TIMEOUT, TIMEOUT_SECONDS, OwnServer, door, is_decided, startup_seconds
+from flows.server.reach import check_server, check_settings
+from outliers.errors import JobFailed
+from outliers.machines.local import NAME as HERE
+from outliers.machines.providers import chosen
+from outliers.spec import StudySpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outliers.publish.outcome import Outcome
+    from outliers.workspace import Workspace
+
+STARTING = "starting Prefect (about 10 seconds)"
+
+
+def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome:
+    """Run the very flow that the deployment runs, in this process; its own Prefect, where no server is configured."""
+    server = settle_prefect(workspace.root)
+    steps = Steps(console)
+    if chosen(spec.compute.provider) != HERE:
+        interrupt.allow(interrupt.REMOTE_SECONDS)
+    with busy(console, STARTING):
+        if not console.is_terminal:
+            console.print(f"  {STARTING}")
+        (check_server if server is None else check_settings)()
+        from flows.study import study
+        from outliers.publish.outcome import Outcome
+        from tasks.watch import LISTENERS, end_at_work
+
+        interrupt.LAST.append(end_at_work)
+        if server is not None:
+            server.wait()
+
+    parameters: dict[str, Any] = {name: getattr(spec, name) for name in StudySpec.model_fields}
+    parameters["compute"] = spec.compute.model_copy(update={"workspace": str(workspace.root)})
+    LISTENERS.append(steps.listen)
+    # Prefect hands a SIGTERM on when the run has seen it: as Ctrl-C, so that the server of this process ends too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        # a library that prints (SkyPilot's does) must not get into the one object of --json
+        with steps.shown(), _library_lines(console), contextlib.redirect_stdout(sys.stderr):
+            return Outcome.model_validate(_through(lambda: study(**parameters)))
+    finally:
+        LISTENERS.remove(steps.listen)
+
+
+def _through(run: Callable[[], Any]) -> Any:
+    """What the flow returns; where its Prefect server went away for good meanwhile, JobFailed in place of a traceback."""
+    import httpx
+
+    try:
+        return run()
+    except (httpx.HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
+            raise
+        raise JobFailed(
+            f"the Prefect server at {os.environ.get('PREFECT_API_URL') or 'the configured address'} did not answer any more "
+            f"({str(error) or type(error).__name__}). What is done is kept: once it is back, the same command goes on where "
+            "this one stopped"
+        ) from error
+
+
+@contextlib.contextmanager
+def _library_lines(console: Console) -> Iterator[None]:
+    """What the library itself says is shown: a machine that is found, deployed to, lost, answers again, is released."""
+    import logging
+
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    handler.setLevel(logging.INFO)
+    names = ("outliers.machines", "outliers.tenancy", "outliers.own_server", "outliers.progress")
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def settle_prefect(root: Path) -> OwnServer | None:
+    """Where the user has configured no Prefect, ours lives in the workspace and tells nobody anything.
+
+    Its server, which starts while Prefect is imported; None where Prefect itself knows one, or starts one as it was told to.
+    """
+    settle_home(root)
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    server_password.adopt((home, root / "prefect"))
+    if not is_decided(home):
+        return OwnServer(home, give_up=interrupt.fail)
+    # where Prefect starts one after all, no page of another origin may use it
+    for name, value in door(f"http://{server_password.HOST}/api").items():
+        os.environ.setdefault(name, value)
+    return None
+
+
+def settle_home(root: Path) -> None:
+    """Settings of Prefect: where its history is kept, and no telemetry. BadInput where a setting can't be used."""
+    startup_seconds()
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ[TIMEOUT] = os.environ.get(TIMEOUT) or str(TIMEOUT_SECONDS)
+    configured = {"PREFECT_HOME", "PREFECT_API_URL", "PREFECT_PROFILE"} & os.environ.keys()
+    if not configured and not (Path.home() / ".prefect" / "profiles.toml").exists():
+        os.environ["PREFECT_HOME"] = str(root / "prefect")

@@ -1,0 +1,73 @@
+"""`outliers merge`: summaries of parts of one study, counted on several machines, joined into the whole and reported.
+
+Before it: `cli`, which parses. It asks `outliers.counting.merge` and `outliers.steps`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.cli.captures import Bars
+from flows.cli.console import Steps, line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outliers.publish.outcome import Outcome
+    from outliers.study.prepare import Prepared
+    from outliers.workspace import Workspace
+
+_TEXT = """Join summaries of disjoint sequences of one study, from several machines, into the exact whole.
+
+SUMMARY is a folder that `python -m outliers analyze study.json --sequences FIRST:STOP` wrote
+(<workspace>/captures/<capture_id>/summaries/<study_id>). Where every sequence is there, the results are written too.
+Summaries that share a sequence, or are of another model, corpus or criteria, are refused.
+"""
+
+
+def add_merge_parser(verbs: Any) -> None:
+    """Add `merge SUMMARY...`."""
+    merge = verbs.add_parser(
+        "merge",
+        help="join summaries of parts of one study into the whole",
+        description=_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    merge.add_argument("summary", nargs="+", type=Path, metavar="SUMMARY", help="folder with totals.npz")
+    merge.add_argument("--workspace", metavar="DIR", help="where the study was prepared (default: $OUTLIERS_WORKSPACE)")
+    merge.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
+
+def merge_command(
+    workspace: Workspace, arguments: argparse.Namespace, console: Console
+) -> tuple[Outcome, Prepared] | None:
+    """`outliers merge`; the outcome of the study where it is whole. Raises BadInput, SummaryMismatch, CorruptCapture."""
+    from outliers.counting.merge import merge_summaries, spans
+    from outliers.publish.outcome import make_outcome
+    from outliers.steps import run_report
+
+    merged = merge_summaries(arguments.summary, workspace)
+    of, have = merged.prepared.corpus.num_sequences, len(merged.sequences)
+    line(console, "merged", f"{have} of {of} sequences of {merged.prepared.title}: {spans(merged.sequences)}")
+    if merged.missing:
+        line(console, "missing", f"{spans(merged.missing)}; merge again with those")
+        line(console, "summary", str(merged.folder))
+        if arguments.json:
+            print(
+                json.dumps(
+                    {
+                        "study_id": merged.prepared.study_id,
+                        "summary": str(merged.folder),
+                        "sequences": have,
+                        "missing": spans(merged.missing),
+                    }
+                )
+            )
+        return None
+    steps = Steps(console)
+    with steps.shown():
+        run_report(merged.prepared, workspace, Bars(steps))
+    return make_outcome(merged.prepared, workspace, published=None, cached=False), merged.prepared

@@ -1,0 +1,271 @@
+"""`outliers runs show`: one finished study at the terminal, and where it is read from.
+
+Before it: `runs`, which has the parsers. It reads summary.json and features.parquet, and counts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from flows.cli.console import feature_table, line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outliers.publish.finished import Finished
+    from outliers.workspace import Workspace
+
+ROWS = 40
+"""Rows of features.parquet that are shown; `--json` has them all."""
+MAX_SAID = 300
+"""Characters of a label or a dtype that are shown of a manifest, which says of them what it likes."""
+WIDE = 150
+"""Columns of a terminal that has room for the ladder."""
+
+
+def show_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
+    """`outliers runs show`. Raises BadInput where there is no such study, PublishRefused, AccessDenied, StoreUnavailable."""
+    found = read_run(arguments.run, workspace)
+    rows = chosen_rows(found.table, found.summary, arguments)
+    if arguments.json:
+        print(json.dumps({"summary": found.summary, "label": found.label, "features": rows}))
+        return
+    _show(console, found, rows, arguments)
+
+
+class Run(NamedTuple):
+    """A finished study: the content of summary.json, the table features.parquet, and its label."""
+
+    summary: dict[str, Any]
+    table: Any
+    label: str | None
+
+
+def read_run(name: str | None, workspace: Workspace) -> Run:
+    """A study from wherever it is; of no name, the newest of the workspace.
+
+    Of a published study the manifest and two files are read and no other. Raises BadInput, PublishRefused.
+    """
+    import pyarrow as pa
+
+    from outliers.errors import BadInput
+    from outliers.files.parquet import read_parquet
+    from outliers.publish.allowlist import FEATURES, SUMMARY
+    from outliers.publish.contents import NotAllowedError, check_features, check_summary
+    from outliers.publish.shelf import read_study
+
+    names = (SUMMARY, FEATURES)
+    url = None if name is None else published_url(name, workspace)
+    if url is not None:
+        study = read_study(url, names)
+        place, files, manifest = url, dict(study.files), study.manifest
+    else:
+        folder = newest(workspace) if name is None else find_run(name, workspace)
+        found = finished(folder)
+        place, files, manifest = str(folder), found.files, found.manifest
+    name = SUMMARY
+    try:
+        # others can write to a store, and a folder may come from anywhere
+        summary = check_summary(files[SUMMARY])
+        name = FEATURES
+        check_features(files[FEATURES], summary)
+        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest))
+    except NotAllowedError as error:
+        raise BadInput(
+            f"{place} is not a study that this program reads: {name} {error}. A newer one may have written it: update "
+            "outlier-features; else remove it and run the study again"
+        ) from error
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise BadInput(f"{place} is damaged: {error}; remove the folder and run the study again") from error
+
+
+def published_url(name: str, workspace: Workspace) -> str | None:
+    """The URL of a published study that is given as one, or as its folder; None for a study of the workspace or its folder."""
+    from flows.cli.atlas import store_url
+
+    if urlsplit(name).scheme in ("file", "s3"):
+        return name
+    given = Path(name).expanduser()
+    own = workspace.study(name) if "/" not in name else given
+    if _is_results(own) or _is_results(given) or not given.is_dir():
+        return None
+    return store_url(name)
+
+
+def _is_results(folder: Path) -> bool:
+    """Whether a folder is a study's results, damaged or not: a published one's files lie a folder deeper."""
+    return any((folder / name).exists() for name in ("summary.json", "features.parquet", "report.html"))
+
+
+def label_of(manifest: Mapping[str, Any]) -> str | None:
+    """The label of a study, as its manifest tells it."""
+    found = manifest.get("spec", {}).get("label")
+    return found[:MAX_SAID] if isinstance(found, str) else None
+
+
+def finished(folder: Path) -> Finished:
+    """A results folder, checked. Raises BadInput where it is not a finished study's, or not what was written there."""
+    from outliers.errors import BadInput, DamagedResults
+    from outliers.publish.finished import REMEDY, read_finished
+
+    try:
+        found = read_finished(folder)
+    except DamagedResults as error:
+        raise BadInput(f"{error}; {REMEDY}") from error
+    if found is None:
+        raise BadInput(f"{folder} has no manifest.json: that study is not finished; run it again")
+    return found
+
+
+def newest(workspace: Workspace) -> Path:
+    """The results folder of the study that was finished last. Raises BadInput where there is none."""
+    from outliers.errors import BadInput
+
+    done = []
+    for path in workspace.results.glob("*/manifest.json"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and not path.parent.is_symlink():
+                done.append((found.st_mtime, path))
+    if not done:
+        raise BadInput(f"there is no finished study in {workspace.root}: run one with `outliers study`")
+    return max(done)[1].parent
+
+
+def find_run(name: str, workspace: Workspace) -> Path:
+    """The results folder of a study, by its id or as a folder. Raises BadInput."""
+    from outliers.errors import BadInput
+    from outliers.names import nearest
+
+    given = Path(name).expanduser()
+    known = sorted(path.name for path in workspace.results.glob("*") if _is_results(path))
+    if name in known:
+        return workspace.study(name)
+    if _is_results(given):
+        return given
+    meant = nearest(name, known)
+    raise BadInput(f"there is no study {name} in {workspace.root}{meant}; there is: {', '.join(known) or 'none'}")
+
+
+def chosen_rows(table: Any, summary: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The asked rows of features.parquet, the largest magnitude first; of one feature in the order of its layers."""
+    from outliers.errors import BadInput
+    from outliers.spec import BLOCK, SITES
+
+    sites = [site for site in (*SITES, BLOCK) if site in summary["readings"]]
+    if arguments.site is not None and arguments.site not in sites:
+        raise BadInput(f"--site {arguments.site} was not captured; there is: {', '.join(sites)}")
+    _check_number("layer", arguments.layer, sorted({row["layer"] for row in summary["layers"]}))
+    hidden = summary["model"]["hidden_size"]
+    # o_in has a width of its own, which summary.json does not tell
+    wide = "o_in" in sites and arguments.site in (None, "o_in")
+    _check_number("feature", arguments.feature, range(max(hidden, arguments.feature or 0) + 1 if wide else hidden))
+    site = arguments.site or (None if arguments.feature is not None else summary["criteria"]["site"])
+    asked = {"site": site, "feature": arguments.feature, "layer": arguments.layer}
+    rows = [
+        row for row in table.to_pylist() if all(value is None or row[name] == value for name, value in asked.items())
+    ]
+    if arguments.feature is not None:
+        return sorted(rows, key=lambda row: (sites.index(row["site"]), row["layer"]))
+    return sorted(rows, key=lambda row: (-(row["max_magnitude"] or 0.0), row["feature"], row["layer"]))
+
+
+def _check_number(name: str, value: int | None, known: Sequence[int]) -> None:
+    """BadInput for a feature or layer that the study has none of: `no row` would read as an answer."""
+    from outliers.errors import BadInput
+
+    if value is not None and value not in known:
+        whole = len(known) > 0 and len(known) == known[-1] - known[0] + 1
+        there = f"{known[0]} to {known[-1]:,}" if whole else ", ".join(map(str, known)) or "not listed"
+        raise BadInput(f"--{name} {value} is not in that study; its {name}s are {there}")
+
+
+def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    from rich.text import Text
+
+    from outliers.results.answer import crowded, disagreement, perplexity_words, reading_counts
+    from outliers.untrusted.visible import visible_values
+
+    summary = visible_values(run.summary)
+    model, corpus, rule = summary["model"], summary["corpus"], summary["criteria"]
+    found = summary["systematic"]
+    line(
+        console,
+        "study",
+        f"{summary['study_id']} of {model['id']}, {model['num_layers']} layers x {model['hidden_size']:,}",
+    )
+    kind = (model["architecture"], model["dtype"], model.get("quantization"))
+    line(console, "model", ", ".join(part for part in kind if part))
+    if run.label is not None:
+        line(console, "label", visible_values(run.label))
+    line(
+        console,
+        "corpus",
+        f"{corpus['source']}: {corpus['num_tokens']:,} tokens in {corpus['num_sequences']:,} sequences",
+    )
+    console.print()
+    others = disagreement(reading_counts(summary))
+    count = f"{len(found)} systematic outlier feature{'' if len(found) == 1 else 's'}"
+    rest = (
+        f"{_range(summary)} by {rule['reading']} at {rule['site']}, abs(x) >= {rule['magnitude']:g}"
+        f"{f'; {others}' if others else ''}"
+    )
+    console.print(Text.assemble((count, "bold"), rest), soft_wrap=True)
+    if (crowd := crowded(summary)) is not None:
+        console.print(Text(crowd), soft_wrap=True)
+    if summary.get("perplexity") is not None:
+        line(console, "perplexity", perplexity_words(summary["perplexity"]).removeprefix("perplexity "))
+    if arguments.feature is None and arguments.layer is None and found:
+        console.print(feature_table(found))
+    console.print()
+    console.print(_row_table(rows[:ROWS], summary, console.width) if rows else Text(_nothing(arguments)))
+    if len(rows) > ROWS:
+        console.print(f"and {len(rows) - ROWS:,} more rows (--feature, --site, --layer choose; --json has all)")
+    for text in summary["notes"]:
+        line(console, "note", text, style="dim")
+
+
+def _range(summary: dict[str, Any]) -> str:
+    from outliers.results.answer import range_words, resampled
+
+    ends = resampled(summary)
+    return "" if ends is None else f" ({range_words(*ends)})"
+
+
+def _nothing(arguments: argparse.Namespace) -> str:
+    asked = [
+        f"{name} {value}" for name in ("feature", "site", "layer") if (value := getattr(arguments, name)) is not None
+    ]
+    return f"features.parquet has no row with a hit{' for ' + ', '.join(asked) if asked else ''}"
+
+
+def _row_table(rows: list[dict[str, Any]], summary: dict[str, Any], width: int) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    from outliers.untrusted.visible import visible_values
+
+    # the ladder where there is room for it: cut numbers say nothing
+    ladder = summary["criteria"]["ladder"] if width >= WIDE else []
+    table = Table(box=None, header_style="bold", pad_edge=False, title="features.parquet", title_justify="left")
+    table.add_column("site", no_wrap=True)
+    names = ("layer", "feature", "hits", "first", "min", "max", "mean", "std", "kurtosis", "max/sd")
+    for name in (*names, *(f">={step:g}" for step in ladder)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        moments = [row["mean"], row["std"], row["kurtosis"], row.get("max_sd")]
+        table.add_row(
+            Text(visible_values(row["site"])),
+            *(str(row[name]) for name in ("layer", "feature")),
+            *(f"{row[name]:,}" for name in ("hits", "first_token_hits")),
+            *("" if value is None else f"{value:.4g}" for value in (row["min"], row["max"], *moments)),
+            *(f"{count:,}" for count in row["ladder_hits"][: len(ladder)]),
+        )
+    return table

@@ -1,0 +1,47 @@
+"""The process of a Prefect server that this project starts: the application of `prefect server start`, behind the `guard`.
+
+`python -m flows.server.served DESCRIPTOR [pages]`, on a socket that listens, until SIGTERM. Prefect's command would let any
+page of the user's browser in. Before it: `own` (a command's own, without pages) and `ui`. After it: uvicorn.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Any
+
+from flows.server.guard import HOSTS, Guard
+
+FAILED = 3
+"""Exit code of a server that never answered, as uvicorn's own command has it."""
+
+
+def serve(descriptor: int, pages: bool) -> None:
+    """Prefect's server on a bound socket; `pages`: with its UI and with all services, as `make ui` has it."""
+    import uvicorn
+    from prefect.server.api.server import create_app
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings().server
+    app = create_app(ephemeral=not pages, final=True)
+    if pages:
+        names, origins = os.environ.get(HOSTS, "").split(","), settings.api.cors_allowed_origins.split(",")
+        options: dict[str, Any] = {
+            "log_level": settings.logging_level.lower(),
+            "timeout_keep_alive": settings.api.keepalive_timeout,
+            "ws_ping_interval": settings.api.websocket_ping_interval,
+            "ws_ping_timeout": settings.api.websocket_ping_timeout,
+        }
+    else:
+        names, origins, options = [], [], {"log_level": "error"}
+    guard = Guard(app, names, origins, entrance=pages)
+    server = uvicorn.Server(uvicorn.Config(guard, lifespan="on", **options))
+    with socket.socket(fileno=descriptor) as held:
+        server.run(sockets=[held])
+    if not server.started:
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), "pages" in sys.argv[2:])

@@ -1,0 +1,122 @@
+"""What this machine computes on: the processor, or GPUs with the layers dealt to them by the memory that was found.
+
+Asked of torch on the machine itself, once, before weights are read: what was planned from outside is decided here by what
+is really there. Knows devices and bytes; `placement` has the arithmetic. Before it: `prepare`. After it: `load`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outliers.errors import PlanRefused
+from outliers.machines.local import find_gpus
+from outliers.model.describe import ModelInfo, check_place
+from outliers.model.quantization import Place, installed_packages
+from outliers.spec import StudySpec
+from outliers.study.memory import placement_for
+from outliers.study.placement import Placement, device_map
+from outliers.units import amounts
+
+_DECISIVE = ("avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "sve", "bf16")
+"""With these oneDNN multiplies matrices of 16 bits by other kernels than without."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a model computes. `kind` names the hardware in a capture's fingerprint and in results."""
+
+    kind: str
+    placement: Placement | None = None
+    """None: the processor."""
+
+    @property
+    def first(self) -> str:
+        """The torch device that takes the token ids: of the embedding."""
+        return f"cuda:{self.placement.devices[0]}" if self.placement else "cpu"
+
+    def map(self, info: ModelInfo) -> dict[str, str | int]:
+        """`device_map` for from_pretrained: the whole model, or each part by its name."""
+        if self.placement is None:
+            return {"": "cpu"}
+        if len(self.placement.gpus) == 1:
+            return {"": self.placement.gpus[0]}
+        weights, anatomy = info.weights, info.anatomy
+        layers = f"{anatomy.backbone}.{anatomy.layers}"
+        return dict(device_map(weights.embedding_modules, layers, weights.rest_modules, self.placement.devices))
+
+
+def instructions() -> str:
+    """The instruction sets of this processor that decide in which order sums are taken, such as `AVX512 avx512_bf16 amx_bf16`."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # not Linux: torch's own word must do
+        flags = set()
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in _DECISIVE if name in flags)])
+
+
+def choose_devices(spec: StudySpec, info: ModelInfo, cuda: Any = torch.cuda, nvidia_smi: str = "nvidia-smi") -> Devices:
+    """The processor where no GPU is asked for or there is none; else as few GPUs as hold the model.
+
+    cuda: what `torch.cuda` is. Raises PlanRefused with both numbers where the GPUs don't hold it, where another process
+    has taken their memory, where they can't compute with weights that stay quantized, and where GPUs are here that torch
+    can't use: a rented GPU must not idle unnoticed.
+    """
+    devices = _choose(spec, info, cuda, nvidia_smi)
+    if info.quantization is not None:
+        check_place(info, torch_place(devices.placement.gpus if devices.placement else (), cuda))
+    return devices
+
+
+def torch_place(numbers: tuple[int, ...], cuda: Any = torch.cuda) -> Place:
+    """This machine with the GPUs of these numbers, as torch finds them: where weights that stay quantized are computed with."""
+    found = [cuda.get_device_properties(number) for number in numbers]
+    return Place(tuple((gpu.name, (int(gpu.major), int(gpu.minor))) for gpu in found), installed_packages())
+
+
+def _choose(spec: StudySpec, info: ModelInfo, cuda: Any, nvidia_smi: str) -> Devices:
+    asked = spec.compute.gpu_count
+    if asked == 0:
+        return Devices("cpu")
+    if not cuda.is_available():
+        _check_unused(asked, nvidia_smi)
+        return Devices("cpu")
+    wanted = (spec.compute.gpu_filter or "").lower()
+    found = [cuda.get_device_properties(number) for number in range(cuda.device_count())]
+    totals = tuple(int(gpu.total_memory) if wanted in gpu.name.lower() else None for gpu in found)
+    placed = placement_for(info, spec, totals)
+    for number in placed.gpus:
+        free, total = cuda.mem_get_info(number)
+        needed = placed.weight_bytes(number) + placed.work_bytes
+        if needed > free:
+            wanted, left, whole = amounts(needed, free, total, unit="GB")
+            raise PlanRefused(
+                f"GPU {number} ({found[number].name}) has {left.removesuffix(' GB')} of {whole} free, and the study needs "
+                f"{wanted} there: end what else uses it, or name other GPUs with CUDA_VISIBLE_DEVICES"
+            )
+    return Devices(_kind(placed, tuple(gpu.name for gpu in found)), placed)
+
+
+def _check_unused(asked: int | None, nvidia_smi: str) -> None:
+    """PlanRefused where there are GPUs, or some were asked for, and torch can't use any."""
+    here = find_gpus(nvidia_smi, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not here and not asked:
+        return
+    there = ", ".join(sorted({gpu.name for gpu in here})) or "no GPU that nvidia-smi knows"
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the processor alone"
+    raise PlanRefused(
+        f"this machine has {there}, and torch {torch.__version__}, built {built}, can't use one: install a torch for its "
+        "driver, or give --gpu-count 0 to compute without"
+    )
+
+
+def _kind(placed: Placement, names: tuple[str, ...]) -> str:
+    """`NVIDIA A100` for one or several alike, whose number moves no bit; unlike ones are named with their layers."""
+    kinds = {names[number] for number in placed.gpus}
+    if len(kinds) == 1:
+        return kinds.pop()
+    return ", ".join(f"{names[number]} (layers {placed.layers(number)})" for number in placed.gpus)

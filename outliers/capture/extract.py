@@ -1,0 +1,284 @@
+"""One forward pass a batch: hooks on every site of every layer -> ring -> chunks and journal on disk.
+
+Runs on the machine with the model. A capture that was begun goes on from its journal, in whole batches, and ends bit
+for bit as if nothing had happened; one that was begun under other conditions is refused. It knows the sites' modules
+(`architectures`) and the disk (`store`), nothing of counting. Before it: `prepare`. After it: `summary`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import stat
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from outliers.capture.devices import Devices, choose_devices, instructions
+from outliers.capture.forward import Batch, HookedPass, Progress
+from outliers.capture.libraries import LOOKED_FOR, libraries
+from outliers.capture.library_errors import explained
+from outliers.capture.load import PLAIN, fetch_weights, load_model
+from outliers.capture.perplexity import Head, losses
+from outliers.capture.ring import Ring
+from outliers.corpus.tokens import Corpus, load_corpus
+from outliers.errors import CaptureMismatch, CorruptCapture
+from outliers.events.stream import Reporter
+from outliers.spec import FORMAT_VERSION
+from outliers.store.chunks import ARRAYS, ChunkFiles, Journal, NamedChunk, create_arrays, hold, mend_arrays
+from outliers.store.durable import drop_leftovers
+from outliers.store.fingerprint import difference, layout_from, read_fingerprint, shapes_of, write_fingerprint
+from outliers.study.layout import STORAGE, Layout
+from outliers.study.prepare import Prepared, layout_of
+from outliers.study.ring_size import ring_slots, writers_bytes
+from outliers.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+_MEMORY = "give fewer --batch-sequences, a shorter --sequence-length, or a machine with more memory (--min-vram, --min-cpu-ram)"
+
+
+def extract(
+    prepared: Prepared, workspace: Workspace, reporter: Reporter, *, sequences: range | None = None
+) -> dict[str, Any]:
+    """Make or finish the capture of a study, or of some sequences (whole batches) of it.
+
+    Returns what this call did (sequences, tokens, seconds, bytes, device).
+
+    Raises Busy where another process writes it, CaptureMismatch, CorruptCapture, SiteError, UnknownModel,
+    PlanRefused and MemoryFull where the model does not fit the GPUs that are here, HubUnavailable.
+    """
+    folder = workspace.capture(prepared.capture_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold(folder):
+        corpus = load_corpus(prepared.corpus, workspace)
+        devices = choose_devices(prepared.spec, prepared.model)
+        layout = _begin(prepared, corpus, folder, devices)
+        journal = Journal.open(folder / "journal.jsonl", repair=True)
+        drop_leftovers(folder, ARRAYS)
+        files = ChunkFiles(folder, layout)
+        size = prepared.spec.capture.batch_sequences
+        wanted = _runs(sequences if sequences is not None else range(layout.num_sequences), size)
+        batches = _todo(wanted, journal, files, prepared.spec.capture.perplexity)
+        asked = sum(map(len, wanted))
+        if not batches:
+            log.info("the capture %s is complete: nothing to extract", prepared.capture_id)
+            tokens = _tokens_of(asked, prepared, layout)
+            reporter.progress("extract", tokens, tokens, "tokens")
+            return {"sequences": 0, "of_sequences": layout.num_sequences, "seconds": 0.0}
+        # a batch is computed whole or not at all: what of it is done is written anew, and not done until then
+        again = [s for run, read in batches if read for s in run if s in journal.done]
+        if again:
+            journal.redo(again)
+        if journal.done:
+            log.info("going on after %d of %d sequences", len(journal.done), layout.num_sequences)
+        result = _run(prepared, workspace, corpus, files, journal, batches, asked, devices, reporter)
+        with (folder / "extractions.jsonl").open("a") as record:
+            record.write(json.dumps(result) + "\n")
+        return result
+
+
+def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -> Layout:
+    """Check the fingerprint of a capture that was begun, or begin one. The codec of a begun one stays."""
+    layout = layout_of(prepared.spec, prepared.model)
+    fixed = _conditions(prepared, devices)
+    found = read_fingerprint(folder)
+    if found is None:
+        _clear(folder)
+        create_arrays(folder, layout, corpus.token_ids, corpus.lengths)
+        free = {
+            "threads": torch.get_num_threads(),
+            "batch_sequences": prepared.spec.capture.batch_sequences,
+            "sequence_texts": list(corpus.sequence_texts),
+            "looked_for": list(LOOKED_FOR),
+        }
+        write_fingerprint(folder, {"fixed": fixed, "layout": shapes_of(layout), **free})
+        return layout
+    if differs := difference(found, fixed):
+        raise CaptureMismatch(
+            f"the capture {prepared.capture_id} was begun {differs}: go on under the old one, or remove it with "
+            f"`outliers captures rm {prepared.capture_id}`"
+        )
+    # other numbers of threads sum in another order: the rest is computed as the beginning was
+    torch.set_num_threads(found["threads"])
+    layout = layout_from(found)
+    for name in mend_arrays(folder, layout, corpus.token_ids, corpus.lengths):
+        log.warning("activations.zarr/%s was missing or changed: written again", name)
+    return layout
+
+
+def _clear(folder: Path) -> None:
+    """Remove what was begun and never described. Raises CorruptCapture where more than that lies here."""
+    journal, arrays = folder / "journal.jsonl", folder / "activations.zarr"
+    if journal.exists() and journal.stat().st_size:
+        raise CorruptCapture(
+            f"{folder / 'capture.json'} is gone, and the journal has {journal.stat().st_size} bytes: put it back, or "
+            f"`outliers captures rm {folder.name}` and extract again"
+        )
+    if arrays.is_dir():
+        shutil.rmtree(arrays)
+
+
+def _conditions(prepared: Prepared, devices: Devices) -> dict[str, Any]:
+    """What must not change between the beginning of a capture and its end."""
+    return {
+        "format": FORMAT_VERSION,
+        "capture_id": prepared.capture_id,
+        "model": prepared.model.source.id,
+        "revision": prepared.model.source.revision,
+        "dtype": prepared.model.dtype,
+        "token_sha256": prepared.corpus.token_sha256,
+        "lengths_sha256": prepared.corpus.lengths_sha256,
+        "device": devices.kind,
+        "instructions": instructions() if devices.placement is None else None,
+        **{name: metadata.version(name) for name in ("torch", "transformers", "numpy", "zarr")},
+        **libraries(gpu=devices.placement is not None),
+    }
+
+
+def _runs(sequences: range, batch: int) -> list[range]:
+    """The fixed, aligned batches of a capture."""
+    return [range(start, min(start + batch, sequences.stop)) for start in range(sequences.start, sequences.stop, batch)]
+
+
+def _tokens_of(sequences: int, prepared: Prepared, layout: Layout) -> int:
+    """Tokens that so many sequences have, as a person is told: each counts as an average one."""
+    return prepared.corpus.num_tokens * sequences // layout.num_sequences
+
+
+def _present(entry: dict[str, Any] | None, files: ChunkFiles) -> bool:
+    return entry is not None and all(_whole(chunk) for chunk in files.named_by(entry))
+
+
+def _whole(chunk: NamedChunk) -> bool:
+    try:
+        found = chunk.path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == chunk.size
+
+
+def _todo(wanted: list[range], journal: Journal, files: ChunkFiles, perplexity: bool) -> list[tuple[range, bool]]:
+    """Batches to run, and whether their activations are to be read: a finished one may lack the perplexity alone.
+
+    Those are read that are not wholly journaled, or whose chunks are not all there in their size.
+    """
+    runs = [(run, not all(_present(journal.done.get(s), files) for s in run)) for run in wanted]
+    return [
+        (run, read)
+        for run, read in runs
+        if read or (perplexity and any("nll" not in journal.done[sequence] for sequence in run))
+    ]
+
+
+def _run(
+    prepared: Prepared,
+    workspace: Workspace,
+    corpus: Corpus,
+    files: ChunkFiles,
+    journal: Journal,
+    batches: list[tuple[range, bool]],
+    asked: int,
+    devices: Devices,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Load the model and run the batches that are missing of the `asked` sequences."""
+    began = time.monotonic()
+    info = prepared.model
+    fetch_weights(info, workspace, lambda done, total: reporter.progress("download", done, total, "bytes"))
+    fetched = time.monotonic()
+    model = load_model(info, workspace, devices.map(info), head=prepared.spec.capture.perplexity)
+    loaded = time.monotonic()
+    placed = f"; {devices.placement.sentence}" if devices.placement else ""
+    log.info("loaded %s on %s in %.1f s%s", info.source.name, devices.kind, loaded - fetched, placed)
+    layout, todo = files.layout, sum(len(run) for run, _ in batches)
+    progress = Progress(reporter, todo, asked, _tokens_of(asked, prepared, layout))
+    slot = prepared.spec.capture.batch_sequences * layout.positions * max(layout.widths.values()) * layout.itemsize
+    with Ring(slot, ring_slots(slot), write_parts, pinned=devices.placement is not None) as ring:
+        beside = writers_bytes(layout.largest_chunk_bytes, ring.writers, packed=layout.codec != "none")
+        log.info(
+            "one pass over %d sequences; beside the model at most %.0f MB of memory: a ring of %.0f MB and %d writers",
+            *(todo, (ring.total_bytes + beside) / 1e6, ring.total_bytes / 1e6, ring.writers),
+        )
+        _forward(prepared, model, devices, corpus, files, journal, batches, ring, progress)
+    ended = time.monotonic()
+    tokens = sum(int(corpus.lengths[run.start : run.stop].sum()) for run, _ in batches)
+    written = sum(journal.done[s]["bytes"] for run, read in batches if read for s in run)
+    rate = tokens / (ended - loaded)
+    log.info("read %d tokens in %.1f s (%.0f a second), %.1f MB", tokens, ended - loaded, rate, written / 1e6)
+    return {
+        "sequences": todo,
+        "of_sequences": layout.num_sequences,
+        "tokens": tokens,
+        "bytes": written,
+        "download_seconds": round(fetched - began, 3),
+        "load_seconds": round(loaded - fetched, 3),
+        "seconds": round(ended - began, 3),
+        "tokens_per_second": round(rate, 1),
+        "device": devices.kind,
+        "gpus": len(devices.placement.gpus) if devices.placement else 0,
+        "threads": torch.get_num_threads(),
+        "ring_bytes": ring.total_bytes,
+        "ring_waited_seconds": round(ring.waited_seconds, 3),
+        "process": os.getpid(),
+    }
+
+
+def _forward(
+    prepared: Prepared,
+    model: torch.nn.Module,
+    devices: Devices,
+    corpus: Corpus,
+    files: ChunkFiles,
+    journal: Journal,
+    batches: list[tuple[range, bool]],
+    ring: Ring,
+    progress: Progress,
+) -> None:
+    """Every batch through the model, its tensors into the ring. Raises MemoryFull, SiteError, and what a writer raises."""
+    layout, anatomy = files.layout, prepared.model.anatomy
+    modules = anatomy.modules(tuple(layout.stored), layout.layers)
+    head = Head(model) if prepared.spec.capture.perplexity else None
+    hooked = HookedPass(model.get_submodule(anatomy.backbone), modules, ring, layout, progress.during)
+    for run, read in batches:
+        lengths = tuple(int(length) for length in corpus.lengths[run.start : run.stop])
+        batch = Batch(run, lengths, len(modules) * len(run) * read + (head is not None), journal, files)
+        rows = corpus.token_ids[run.start : run.stop, : batch.positions].astype(np.int64)  # (sequence, position)
+        what = f"the forward pass of {prepared.model.source.name} over {len(run)} x {batch.positions} tokens"
+        with explained(what, _MEMORY, PLAIN):
+            ids = torch.from_numpy(rows).to(devices.first)
+            hidden = hooked.forward(batch, ids, read=read)
+            found = losses(head, hidden, ids, lengths) if head is not None else None
+        if found is not None:
+            _measure(batch, found, read=read)
+        progress.finished(len(run))
+
+
+def _measure(batch: Batch, found: list[tuple[float, int]], *, read: bool) -> None:
+    """Hand the losses of a batch to its journal lines; where only they were missing, to new lines of what is there."""
+    lines = {s: {"nll": nll, "nll_tokens": count} for s, (nll, count) in zip(batch.sequences, found, strict=True)}
+    if not read:
+        batch.journal.append([batch.journal.done[sequence] | line for sequence, line in lines.items()])
+    elif batch.add_losses(lines):
+        batch.finish()
+
+
+def write_parts(key: tuple[Batch, str, int], values: NDArray[Any]) -> None:
+    """What the ring's threads do with a tensor: write each sequence's part of it, without padding.
+
+    key: the batch, the site, and the place of the layer among those captured. values: (sequence, position, feature).
+    """
+    batch, site, layer = key
+    stored = STORAGE[batch.files.layout.dtype]
+    for row, sequence in enumerate(batch.sequences):
+        tokens = values[row, : batch.lengths[row]].view(stored)  # (position, feature)
+        chunks = batch.files.write(site, layer, sequence, tokens, batch.unsynced())
+        if batch.add(site, layer, sequence, chunks):
+            batch.finish()

@@ -1,0 +1,218 @@
+"""One forward pass: hooks that see each site of each layer exactly once, and the batch that is journaled when all is written.
+
+Knows modules and tensors, and hands on; what is done with a tensor is the ring's and the store's business. Before it:
+`architectures`, which names the modules. After it: `ring`. `capture` drives it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from outliers.capture.ring import Ring
+from outliers.errors import SiteError
+from outliers.events.stream import Reporter
+from outliers.model.anatomy import SiteModule
+from outliers.store.chunks import ChunkFiles, Journal
+from outliers.store.durable import Unsynced
+from outliers.study.layout import Layout
+
+PROGRESS_SECONDS = 0.5
+
+
+@dataclass
+class Batch:
+    """One forward pass, and what comes of it, in any order; `finish` journals it when all is there.
+
+    lengths: tokens of each sequence that are not padding. expected: parts to come, one a (site, layer, sequence), and one
+    more where perplexity is measured.
+    """
+
+    sequences: range
+    lengths: tuple[int, ...]
+    expected: int
+    journal: Journal
+    files: ChunkFiles
+    written: dict[tuple[str, int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    losses: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _parts: int = 0
+    _unsynced: Unsynced | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def unsynced(self) -> Unsynced:
+        """What of the batch the disk may not have yet: made before the first file is written, by whoever comes first."""
+        with self._lock:
+            if self._unsynced is None:
+                self._unsynced = Unsynced(self.files.root)
+            return self._unsynced
+
+    @property
+    def positions(self) -> int:
+        """Positions of the pass: those of its longest sequence."""
+        return max(self.lengths)
+
+    def add(self, site: str, layer: int, sequence: int, chunks: list[tuple[int, int]]) -> bool:
+        """Note the (crc32, bytes) of the chunks of one layer of one sequence; True when this was the last part."""
+        with self._lock:
+            self.written[site, layer, sequence] = chunks
+            return self._one_more()
+
+    def add_losses(self, losses: dict[int, dict[str, Any]]) -> bool:
+        """Note what each sequence's journal line says of perplexity; True when this was the last part."""
+        with self._lock:
+            self.losses = losses
+            return self._one_more()
+
+    def _one_more(self) -> bool:
+        self._parts += 1
+        return self._parts == self.expected
+
+    def finish(self) -> None:
+        """Make the chunks and their names durable, then journal the sequences."""
+        self.unsynced().sync()
+        entries = []
+        for sequence in self.sequences:
+            entry: dict[str, Any] = {"sequence": sequence, "crc32": {}, "sizes": {}, "bytes": 0}
+            for site in self.files.layout.stored:
+                chunks = [
+                    c for layer in range(len(self.files.layout.layers)) for c in self.written[site, layer, sequence]
+                ]
+                entry["crc32"][site] = [crc for crc, _ in chunks]
+                entry["sizes"][site] = [size for _, size in chunks]
+                entry["bytes"] += sum(size for _, size in chunks)
+            entries.append(entry | self.losses.get(sequence, {}))
+        self.journal.append(entries)
+
+
+class HookedPass:
+    """The hooks of a model and the batch they feed: each (site, layer) exactly once a forward pass.
+
+    `on_layer` is told, after each tensor, how many sequences' worth of the batch have passed.
+    """
+
+    def __init__(
+        self,
+        base: torch.nn.Module,
+        modules: list[SiteModule],
+        ring: Ring,
+        layout: Layout,
+        on_layer: Callable[[float], None],
+    ) -> None:
+        self.base, self.ring, self.layout, self.on_layer = base, ring, layout, on_layer
+        self.batch: Batch | None = None
+        self.seen: set[tuple[str, int]] = set()
+        self.expected = {(m.site, m.layer) for m in modules}
+        self._index = {layer: number for number, layer in enumerate(layout.layers)}
+        self._reading = False
+        self._handles = [self._attach(module) for module in modules]
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _attach(self, module: SiteModule) -> RemovableHandle:
+        try:
+            target = self.base.get_submodule(module.path)
+        except AttributeError as error:
+            raise SiteError(f"the model has no module {module.path} for the site {module.site}") from error
+        if module.side == "output":
+            return target.register_forward_hook(lambda _m, _args, out, at=module: self._take(at, out))
+        return target.register_forward_pre_hook(
+            lambda _m, args, kwargs, at=module: self._take(at, _received(at, args, kwargs)), with_kwargs=True
+        )
+
+    def _take(self, at: SiteModule, value: Any) -> None:
+        if not self._reading:
+            return
+        tensor = value[0] if isinstance(value, tuple) else value
+        if self.batch is None:
+            raise SiteError(f"{at.path} ran outside of a batch")
+        if (at.site, at.layer) in self.seen:
+            raise SiteError(f"{at.path} ran twice in one forward pass: the site {at.site} must have one tensor a layer")
+        self.seen.add((at.site, at.layer))
+        self.ring.submit((self.batch, at.site, self._index[at.layer]), self._checked(at, tensor, self.batch))
+        self.on_layer(len(self.batch.sequences) * len(self.seen) / len(self.expected))
+
+    def _checked(self, at: SiteModule, tensor: Any, batch: Batch) -> torch.Tensor:
+        """The tensor as (sequence, position, feature); SiteError where it isn't one of this site."""
+        rows, width = len(batch.sequences), self.layout.widths[at.site]
+        wanted = (rows, batch.positions, width)
+        if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == (rows * batch.positions, width):
+            tensor = tensor.reshape(wanted)  # some modules see the tokens of all sequences in one row
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != wanted:
+            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise SiteError(f"{at.path} gave {found}, the site {at.site} needs {wanted}")
+        if str(tensor.dtype) != f"torch.{self.layout.dtype}":
+            raise SiteError(
+                f"{at.path} gave {tensor.dtype}, this capture is of {self.layout.dtype}: choose another --dtype"
+            )
+        return tensor
+
+    def forward(self, batch: Batch, ids: torch.Tensor, *, read: bool = True) -> torch.Tensor:
+        """Run the base model on one batch and check that every site was seen, unless nothing is to be `read`.
+
+        ids: (sequence, position) int64, as long as the longest sequence of the batch. Returns the last hidden state,
+        (sequence, position, hidden), after the final norm. Raises SiteError.
+        """
+        self.batch, self.seen, self._reading = batch, set(), read
+        options: dict[str, Any] = {"use_cache": False}
+        if min(batch.lengths) < batch.positions:
+            lengths = torch.tensor(batch.lengths, device=ids.device)
+            columns = torch.arange(batch.positions, device=ids.device)
+            options["attention_mask"] = (columns < lengths[:, None]).long()  # (sequence, position)
+        try:
+            with torch.inference_mode():
+                output = self.base(input_ids=ids, **options)
+        finally:
+            self._reading = False
+        missing = sorted(self.expected - self.seen) if read else []
+        if missing:
+            site, layer = missing[0]
+            raise SiteError(
+                f"{len(missing)} of {len(self.expected)} tensors never came, first: {site} of layer {layer}"
+            )
+        hidden: torch.Tensor = output[0]
+        return hidden
+
+
+def _received(at: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module was given: its first argument, or the one that attention modules take by name."""
+    if args:
+        return args[0]
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    raise SiteError(f"{at.path} was given {', '.join(kwargs) or 'nothing'}, and no hidden_states: read another module")
+
+
+class Progress:
+    """Tokens read so far, told at most every PROGRESS_SECONDS; a layer counts its share of its sequence."""
+
+    def __init__(self, reporter: Reporter, todo: int, asked: int, tokens: int) -> None:
+        """`todo` of the `asked` sequences are to be read; `tokens` are in all that are asked for."""
+        self.reporter, self.todo, self.asked, self.tokens = reporter, todo, asked, tokens
+        self.done = 0.0
+        self._told = 0.0
+
+    def during(self, sequences: float) -> None:
+        if time.monotonic() - self._told >= PROGRESS_SECONDS:
+            self._tell(self.done + sequences)
+
+    def finished(self, sequences: int) -> None:
+        self.done += sequences
+        if self.done >= self.todo:
+            self._tell(self.done)
+        else:
+            self.during(0)
+
+    def _tell(self, sequences: float) -> None:
+        self._told = time.monotonic()
+        # a sequence that was read counts as an average one: lengths hardly matter to a person who waits
+        done = int((self.asked - self.todo + sequences) * self.tokens / self.asked)
+        self.reporter.progress("extract", done, self.tokens, "tokens")

@@ -1,0 +1,238 @@
+"""Where the text of a corpus comes from: CPython's own documentation, a file, a folder, a data set of the hub.
+
+Each source has a public name, an identity (what would change its text), and its documents in an order that the seed
+fixes. The order is made here and not by `datasets`: between its versions 4 and 5 the same seed came to mean another
+one. Nothing here knows tokens. Before it: `hub`, `text_files`, `text_rows`. After it: `corpus`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outliers.corpus.text_files import LONG_BYTES, LongText, TextFile, classify, find_files
+from outliers.corpus.text_rows import check_table, texts_of
+from outliers.errors import CorpusError
+from outliers.hub.client import Patience, Resolved, plain, refusals, resolve, wait_as_told
+from outliers.spec import CorpusSpec
+
+log = logging.getLogger(__name__)
+
+SHUFFLE_BUFFER = 1_000
+"""Rows of a data set among which the seed chooses: larger mixes better and starts later."""
+SHUFFLE_VERSION = 2
+"""Raised when the same rows, seed and buffer would come in another order."""
+
+
+@dataclass(frozen=True)
+class DocumentSource:
+    """One source: `texts(spec)` yields documents, `identity` changes when they would."""
+
+    name: str
+    identity: tuple[str, ...]
+    public: bool
+    texts: Callable[[CorpusSpec], Iterator[str] | Iterator[str | LongText]]
+
+
+def find_documents(spec: CorpusSpec) -> DocumentSource:
+    """The source that `spec` names, looked into. Raises CorpusError where it can't be read, HubUnavailable."""
+    return find_local(spec) or _hub(spec)
+
+
+def find_local(spec: CorpusSpec) -> DocumentSource | None:
+    """The source where it is on this machine; None for the name of a data set of the hub, which is asked nothing."""
+    if spec.source.startswith("builtin:"):
+        return _builtin(spec.source)
+    try:
+        path = Path(spec.source).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~somebody who is not known here
+        raise CorpusError(f"there is no text at {spec.source}: {error}") from error
+    if exists:
+        kind, files = find_files(path)
+        return _text_files(files) if kind == "text" else _tables(path, files)
+    named = classify(path.name)
+    looks_local = spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1
+    if looks_local or named.kind != "other" or named.packed:
+        raise CorpusError(f"there is no text at {spec.source}")
+    return None
+
+
+def in_order(names: list[str], seed: int) -> list[int]:
+    """Positions of `names` in the order that `seed` fixes on every machine: by the sha256 of seed and name."""
+    keys = [hashlib.sha256(f"{seed}:{name}".encode(errors="surrogateescape")).digest() for name in names]
+    return sorted(range(len(names)), key=keys.__getitem__)
+
+
+def _builtin(source: str) -> DocumentSource:
+    if source != "builtin:python-docs":
+        raise CorpusError(f"'{source}' is not built in; built in: builtin:python-docs")
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    content = hashlib.sha256("\0".join(f"{name}\0{topics[name]}" for name in names).encode()).hexdigest()
+
+    def texts(spec: CorpusSpec) -> Iterator[str]:
+        return (topics[names[index]] for index in in_order(names, spec.seed))
+
+    return DocumentSource(name=source, identity=(source, content), public=True, texts=texts)
+
+
+def _content(files: Sequence[TextFile]) -> str:
+    """What changes when a file is renamed, or another byte is in it."""
+    hasher = hashlib.sha256()
+    for file in files:
+        hasher.update(os.fsencode(file.name) + b"\0" + bytes.fromhex(file.sha256))
+    return hasher.hexdigest()
+
+
+def _text_files(files: Sequence[TextFile]) -> DocumentSource:
+    content = _content(files)
+    names = [file.name for file in files]
+
+    def texts(spec: CorpusSpec) -> Iterator[str | LongText]:
+        for index in in_order(names, spec.seed):
+            text = LongText(files[index])
+            small = not files[index].kind.packed and files[index].stamp[0] <= LONG_BYTES
+            yield text.first(LONG_BYTES + 1) if small else text
+
+    return DocumentSource(name=f"local:{content[:12]}", identity=("text", content), public=False, texts=texts)
+
+
+def shuffled(rows: Iterable[str], seed: int, buffer: int) -> Iterator[str]:
+    """`rows` in the order that `seed` fixes on every machine, no row earlier than `buffer` rows before its place.
+
+    Each row takes the place in the buffer of one that is given out; which one, the sha256 of seed and number says.
+    """
+    draws = (
+        int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:8], "big") for number in itertools.count()
+    )
+    held: list[str] = []
+    for row in rows:
+        if len(held) < buffer:
+            held.append(row)
+            continue
+        place = next(draws) % buffer
+        given, held[place] = held[place], row
+        yield given
+    while held:
+        place = next(draws) % len(held)
+        held[place], held[-1] = held[-1], held[place]
+        yield held.pop()
+
+
+def _tables(path: Path, files: Sequence[TextFile]) -> DocumentSource:
+    """Files with a text column, their rows in an order as of a data set of the hub."""
+    content = _content(files)
+    looks = [check_table(file) for file in files]  # into every one, also after one that has text
+    if not any(looks):
+        raise CorpusError(f"{path} holds no text: every row of its column 'text' is empty")
+
+    def rows(seed: int) -> Iterator[str]:
+        for index in in_order([str(number) for number in range(len(files))], seed):
+            yield from texts_of(files[index])
+
+    def texts(spec: CorpusSpec) -> Iterator[str]:
+        return shuffled(rows(spec.seed), spec.seed, SHUFFLE_BUFFER)
+
+    identity = ("table", content, *_ORDER)
+    return DocumentSource(name=f"local:{content[:12]}", identity=identity, public=False, texts=texts)
+
+
+def _hub(spec: CorpusSpec) -> DocumentSource:
+    found = resolve("dataset", spec.source, spec.corpus_revision, CorpusError)
+
+    def texts(spec: CorpusSpec) -> Iterator[str]:
+        wait_as_told()
+        data_set = _open_hub(spec, found)
+        return shuffled(_rows(data_set, spec, spec.source), spec.seed, SHUFFLE_BUFFER)
+
+    identity = ("hub", spec.source, found.commit, str(spec.subset), spec.split, *_ORDER)
+    return DocumentSource(name=spec.source, identity=identity, public=found.public, texts=texts)
+
+
+_ORDER = ("shuffled", str(SHUFFLE_VERSION), str(SHUFFLE_BUFFER))
+
+
+def _open(path: str, **options: Any) -> Any:
+    """A data set that streams; nothing of it is read yet but its schema."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise CorpusError("a data set needs: pip install 'outlier-features[flows]'") from error
+    # what it can't reach it looks for among what it has prepared before, of any revision: an empty folder has none
+    with tempfile.TemporaryDirectory() as empty:
+        return load_dataset(path, streaming=True, cache_dir=empty, **options)
+
+
+def _open_hub(spec: CorpusSpec, found: Resolved) -> Any:
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise CorpusError(f"no ids were made of {spec.source} before, and the hub is switched off (HF_HUB_OFFLINE)")
+    patience = Patience(f"the data set {spec.source}")
+    while True:
+        try:
+            with _reading(spec.source):
+                return _open(spec.source, name=spec.subset, split=spec.split, revision=found.commit)
+        except _cuts() as error:
+            patience.wait(plain(error))
+
+
+def _rows(data_set: Any, spec: CorpusSpec, place: str) -> Iterator[str]:
+    """The text column, one shard after the other in the order that the seed fixes; a shard that is cut goes on."""
+    shards = int(data_set.num_shards)
+    for index in in_order([str(number) for number in range(shards)], spec.seed):
+        taken, patience = 0, Patience(f"part {index + 1} of {shards} of {place}")
+        while True:
+            try:
+                with _reading(place):
+                    for row in itertools.islice(data_set.shard(num_shards=shards, index=index), taken, None):
+                        yield _text(row, place)
+                        taken += 1
+                        patience.progress()
+                break
+            except _cuts() as error:
+                log.warning("%s was cut off after %d rows of part %d of %d", place, taken, index + 1, shards)
+                patience.wait(plain(error))
+
+
+def _text(row: dict[str, Any], place: str) -> str:
+    if "text" not in row:
+        raise CorpusError(f"{place} has no column 'text'; its columns: {', '.join(sorted(row))}")
+    text = row["text"]
+    if text is None:
+        return ""  # a row without text is a document without tokens
+    if not isinstance(text, str):
+        raise CorpusError(f"the column 'text' of {place} holds {type(text).__name__} and no text")
+    return text
+
+
+def _cuts() -> tuple[type[Exception], ...]:
+    """What a connection that broke while reading raises; what the hub answered is dealt with in `hub`."""
+    import httpx
+
+    return (httpx.TransportError, ConnectionError, TimeoutError)
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """What `datasets` raises within, as CorpusError with its own words: it lists the subsets and splits there are."""
+    try:
+        with refusals("dataset", place, "this revision", CorpusError):
+            yield
+    except _cuts():
+        raise
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+        hint = "; code of a data set is never run, but --corpus-revision refs/convert/parquet may have its rows"
+        script = "scripts are no longer supported" in str(error)
+        # a long limit: the subsets of a large data set are listed here
+        raise CorpusError(f"the data set {place} can't be read: {plain(error, 4000)}{hint * script}") from error

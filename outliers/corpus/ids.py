@@ -1,0 +1,231 @@
+"""The token ids of a corpus and the text of each, and their folder in the workspace, which is not believed.
+
+    corpora/<key>/token_ids.npy, lengths.npy, starts.npy   see `Corpus`
+    corpora/<key>/sequence_texts.json, token_names.json
+    corpora/<key>/corpus.json                              the CorpusInfo, and the sha256 of the other files; sealed
+
+What is not what was written is never used: on the control side it is made again, on a machine it is refused. Knows no
+tokenizer. Before it: `corpus`, which makes it. After it: `capture`, `analyze`, `places`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from outliers.errors import CorpusError
+from outliers.files.atomic import write_atomic
+from outliers.files.sealed import changed_files, checksums, read_sealed, write_sealed
+from outliers.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+INFO = "corpus.json"
+ARRAYS = ("token_ids", "lengths", "starts")
+TEXTS, NAMES = "sequence_texts.json", "token_names.json"
+FILES = (*(f"{name}.npy" for name in ARRAYS), TEXTS, NAMES)
+
+
+class CorpusInfo(BaseModel):
+    """What names a corpus; the ids themselves are files in the workspace, see `load_corpus`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """Public name: never a path."""
+    public: bool
+    """Whether its text may be shown by default."""
+    key: str
+    num_sequences: int
+    sequence_length: int
+    num_tokens: int
+    num_documents: int
+    token_sha256: str
+    lengths_sha256: str | None = None
+    """Of the sequences' lengths as little-endian int32; None where all have sequence_length."""
+
+
+@dataclass(frozen=True)
+class TokenNames:
+    """How tokens are called that a text does not show, by id.
+
+    special: those with a role of their own, by their name. fragments: those that hold a part of a character, by their bytes.
+    unseen: the texts of others that share their characters with the token after them.
+    """
+
+    special: Mapping[int, str] = field(default_factory=dict)
+    fragments: Mapping[int, str] = field(default_factory=dict)
+    unseen: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus in memory.
+
+    `token_ids`: (sequence, position) int32. `lengths`: (sequence,) int32, tokens that are not padding.
+    `starts`: (sequence, position) int32, where each token begins in its sequence's text, in characters.
+    `sequence_texts`: the text of each sequence. `names`: how the tokens are called that the text does not show.
+    """
+
+    info: CorpusInfo
+    token_ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    sequence_texts: tuple[str, ...]
+    names: TokenNames = field(default_factory=TokenNames)
+
+    def piece(self, sequence: int, position: int) -> str:
+        """The characters of the sequence's text that one token covers: none where it shares them with the next token."""
+        text, first = self.sequence_texts[sequence], int(self.starts[sequence, position])
+        last = position + 1 >= int(self.lengths[sequence])
+        return text[first:] if last else text[first : int(self.starts[sequence, position + 1])]
+
+    def shown(self, sequence: int, position: int) -> str:
+        """One token for a person: a special one by its name, a part of a character by its bytes, others by their text."""
+        number = int(self.token_ids[sequence, position])
+        named = self.names.special.get(number) or self.names.fragments.get(number)
+        return named or self._text(sequence, position)
+
+    def _text(self, sequence: int, position: int) -> str:
+        return self.piece(sequence, position) or self.names.unseen.get(int(self.token_ids[sequence, position]), "")
+
+    def is_special(self, sequence: int, position: int) -> bool:
+        """Whether a token has a role of its own, such as BOS or EOS."""
+        return int(self.token_ids[sequence, position]) in self.names.special
+
+    def is_delimiter(self, sequence: int, position: int) -> bool:
+        """Whether a token's text is blank or punctuation alone; a special token, or a part of a character, is none."""
+        number = int(self.token_ids[sequence, position])
+        if number in self.names.special or number in self.names.fragments:
+            return False
+        text = self._text(sequence, position)
+        return bool(text) and all(unicodedata.category(character).startswith("P") for character in text.strip())
+
+    def delimiters(self) -> NDArray[np.bool_]:
+        """(sequence, position) bool, see `is_delimiter`; padding is none."""
+        marks = np.zeros(self.token_ids.shape, np.bool_)
+        for sequence, length in enumerate(self.lengths):
+            marks[sequence, :length] = [self.is_delimiter(sequence, position) for position in range(int(length))]
+        return marks
+
+    def marks(self) -> NDArray[np.bool_]:
+        """(sequence, kind, position) bool: the delimiters and the special tokens."""
+        return np.stack([self.delimiters(), self.specials()], axis=1)
+
+    def specials(self) -> NDArray[np.bool_]:
+        """(sequence, position) bool, see `is_special`; padding is none."""
+        ids = np.array(sorted(self.names.special), np.int64)
+        padding = np.arange(self.token_ids.shape[1])[None] >= self.lengths[:, None]
+        return np.asarray(np.isin(self.token_ids, ids) & ~padding)
+
+
+def token_hash(token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> str:
+    """sha256 of the ids as little-endian int32, sequence after sequence, padding left out."""
+    hasher = hashlib.sha256()
+    for row, length in zip(token_ids, lengths, strict=True):
+        hasher.update(np.ascontiguousarray(row[: int(length)], dtype="<i4").tobytes())
+    return hasher.hexdigest()
+
+
+def find_corpus(key: str, workspace: Workspace) -> tuple[CorpusInfo, int] | None:
+    """A corpus of the workspace, and its largest id; None where there is none, or it is not what was written."""
+    folder = workspace.corpora / key
+    found = _sealed(folder)
+    if found is None:
+        return None
+    info, largest, expected = found
+    if info.key != key or (changed := changed_files(folder, expected)):
+        log.warning("%s is not what was written there (%s): it is made again", folder, ", ".join(changed) or INFO)
+        return None
+    return info, largest
+
+
+def _sealed(folder: Path) -> tuple[CorpusInfo, int, dict[str, str]] | None:
+    content = read_sealed(folder / INFO)
+    if content is None:
+        return None
+    try:
+        files = {name: str(content["files"][name]) for name in FILES}
+        return CorpusInfo.model_validate(content["info"]), int(content["largest_id"]), files
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        log.warning("%s is of another version (%s): it is made again", folder / INFO, type(error).__name__)
+        return None
+
+
+def load_corpus(info: CorpusInfo, workspace: Workspace) -> Corpus:
+    """The ids and texts that `info` names; CorpusError where they are gone, changed, or not these ids."""
+    folder = workspace.corpora / info.key
+    found = _sealed(folder)
+    if found is None:
+        raise CorpusError(f"the corpus {info.source} is not in {folder} any more: run the study again")
+    _, _, expected = found
+    if changed := changed_files(folder, expected):
+        raise CorpusError(f"{', '.join(changed)} in {folder} doesn't hash to what was written: run the study again")
+    try:
+        token_ids, lengths, starts = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ARRAYS)
+        texts = tuple(json.loads((folder / TEXTS).read_bytes()))
+        named = json.loads((folder / NAMES).read_bytes())
+    except (OSError, ValueError, EOFError) as error:
+        raise CorpusError(
+            f"the corpus {info.source} can't be read from {folder}: {error}; run the study again"
+        ) from error
+    shape = (info.num_sequences, info.sequence_length)
+    if token_ids.shape != shape or starts.shape != shape or lengths.shape != shape[:1] or len(texts) != shape[0]:
+        raise CorpusError(f"the ids in {folder} are {token_ids.shape}, and {shape} were asked: run the study again")
+    if (hashed := token_hash(token_ids, lengths)) != info.token_sha256:
+        raise CorpusError(
+            f"the ids in {folder} hash to {hashed[:12]}, not to {info.token_sha256[:12]}: run the study again"
+        )
+    names = TokenNames(**{kind: {int(number): name for number, name in named[kind].items()} for kind in named})
+    return Corpus(info=info, token_ids=token_ids, lengths=lengths, starts=starts, sequence_texts=texts, names=names)
+
+
+def write_corpus(corpus: Corpus, workspace: Workspace) -> None:
+    """The folder of a corpus appears whole, in the place of a damaged one; another process may be first with the same ids."""
+    folder = workspace.corpora / corpus.info.key
+    workspace.corpora.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=workspace.corpora, prefix=".corpus-"))
+    try:
+        for name in ARRAYS:
+            np.save(made / f"{name}.npy", getattr(corpus, name))
+        write_atomic(made / TEXTS, json.dumps(corpus.sequence_texts).encode())
+        write_atomic(made / NAMES, json.dumps(corpus.names.__dict__).encode())
+        content: dict[str, Any] = {
+            "info": corpus.info.model_dump(mode="json"),
+            "largest_id": int(corpus.token_ids.max()),
+            "files": checksums(made, FILES),
+        }
+        write_sealed(made / INFO, content)
+        _put(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _put(made: Path, folder: Path) -> None:
+    """Rename `made` to `folder`; what is there already is kept where it is whole, else taken away."""
+    for _ in range(2):
+        try:
+            made.rename(folder)
+            return
+        except OSError:
+            if not folder.exists() and not folder.is_symlink():
+                raise
+        found = _sealed(folder) if folder.is_dir() else None
+        if found is not None and not changed_files(folder, found[2]):
+            return
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".damaged-"))
+        folder.rename(aside / folder.name)
+        shutil.rmtree(aside, ignore_errors=True)
+    made.rename(folder)

@@ -1,0 +1,364 @@
+"""A finished capture -> a Summary on disk, chunk by chunk, each chunk read once; the model is never loaded.
+
+    unit    some layers of one span of one sequence: what a thread counts at a time
+    part    some sequences: what an executor's worker counts at a time, into a folder of its own
+
+Threads of this process share one set of totals. An executor with the interface of `concurrent.futures` (a Dask cluster's,
+`executors`) is given parts; each writes its summary beside the capture, on the disk that all mount, and they are merged
+here. Memory is one set of totals and a few tiles a worker, whatever the size of the corpus.
+Before it: `capture`. After it: `results`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outliers.corpus.tokens import load_corpus
+from outliers.counting.accumulate import LayerCounts, Span, Tally, Tiles, is_compiled
+from outliers.counting.massive import undecided
+from outliers.counting.second_look import look_again
+from outliers.counting.summary import Frame, Summary, merge
+from outliers.counting.summary_files import STUDY, CountsWriter, SequenceCounts, read_summary, write_summary
+from outliers.errors import CaptureError
+from outliers.events.stream import Reporter
+from outliers.files.atomic import write_atomic
+from outliers.store.chunks import ChunkFiles, Journal
+from outliers.store.fingerprint import layout_from, read_fingerprint
+from outliers.study.layout import Layout
+from outliers.study.prepare import Prepared
+from outliers.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+TILE_BYTES = 512 * 1024
+"""Of each site read at once: two of them and what is counted of them stay in a core's own cache (docs/performance.md)."""
+UNITS_PER_WORKER = 2
+"""A sequence's layers are dealt to several units where there are fewer spans than would keep the workers busy."""
+PARTS_PER_WORKER = 2
+NEWS_SECONDS = 0.5
+
+
+def frame_of(prepared: Prepared, layout: Layout) -> Frame:
+    """The frame of a study's summaries."""
+    criteria = prepared.spec.criteria
+    return Frame(
+        study_id=prepared.study_id,
+        dtype=layout.dtype,
+        widths=tuple(layout.widths.items()),
+        num_layers=len(layout.layers),
+        positions=layout.positions,
+        magnitude=criteria.magnitude,
+        ladder=criteria.magnitudes,
+        site=prepared.site,
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences to summarize, and all that is needed for it: it can be sent to another process.
+
+    sequences: ascending. lengths: (sequence,) int32, tokens that are not padding. marks: (sequence, kind, position) bool,
+    see `Corpus.marks`. folder: the capture. target: the folder of the part's summary.
+    """
+
+    folder: Path
+    frame: Frame
+    sequences: tuple[int, ...]
+    lengths: NDArray[np.int32]
+    marks: NDArray[np.bool_]
+    target: Path
+
+
+def analyze(
+    prepared: Prepared,
+    workspace: Workspace,
+    reporter: Reporter,
+    *,
+    sequences: range | None = None,
+    executor: Executor | None = None,
+    workers: int | None = None,
+) -> Path:
+    """Summarize the capture of a study, or some sequences of it; returns the folder of its private summary.
+
+    executor: who counts, with `workers` at a time (default: as many threads as this machine has cores).
+    Raises CaptureError where sequences are not captured yet, CorruptCapture where bytes changed.
+    """
+    folder = workspace.capture(prepared.capture_id)
+    layout = layout_of_capture(folder)
+    wanted = range(layout.num_sequences) if sequences is None else sequences
+    done = {line["sequence"] for line in _lines(folder, wanted).values()}
+    if len(done) < len(wanted):
+        raise CaptureError(f"{folder} has {len(done)} of {len(wanted)} sequences: extract again to finish it")
+    corpus = load_corpus(prepared.corpus, workspace)
+    target = workspace.summary(prepared.capture_id, prepared.study_id)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    rows = np.array(wanted)
+    whole = Part(folder, frame_of(prepared, layout), tuple(wanted), corpus.lengths[rows], corpus.marks()[rows], target)
+    steps = len(wanted) * len(layout.layers)
+
+    if not is_compiled():
+        log.info("compiling the loops that count: once on this machine, about ten seconds")
+
+    def tell(done: int) -> None:
+        reporter.progress("analyze", done, steps, "layers")
+
+    workers = workers or os.cpu_count() or 1
+    if executor is None:
+        total = summarize(whole, workers, tell)
+    else:
+        total = _spread(whole, executor, workers, lambda count: tell(count * len(layout.layers)))
+    write_atomic(target / STUDY, prepared.model_dump_json().encode())
+    write_summary(target, total)
+    return target
+
+
+def layout_of_capture(folder: Path) -> Layout:
+    """The layout of a capture that was begun. Raises CaptureError."""
+    fingerprint = read_fingerprint(folder)
+    if fingerprint is None:
+        raise CaptureError(f"there is no capture in {folder}: extract first")
+    return layout_from(fingerprint)
+
+
+def _lines(folder: Path, wanted: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Journal lines of the wanted sequences, their checksums as arrays: as lists they take twenty times the memory."""
+    asked = frozenset(wanted)
+
+    def lean(entry: dict[str, Any]) -> dict[str, Any]:
+        kept: dict[str, Any] = {name: entry[name] for name in ("sequence", "nll", "nll_tokens") if name in entry}
+        if entry["sequence"] in asked:
+            kept["crc32"] = {site: np.array(crcs, np.uint32) for site, crcs in entry.get("crc32", {}).items()}
+        return kept
+
+    done = Journal.open(folder / "journal.jsonl", keep=lean).done
+    return {sequence: done[sequence] for sequence in sorted(asked & done.keys())}
+
+
+def summarize(part: Part, workers: int = 1, tell: Callable[[int], None] = lambda done: None) -> Summary:
+    """The Summary of a part, by threads of this process; the counts of its sequences are written below its target.
+
+    tell: told how many layers of sequences are done. Raises CaptureError, CorruptCapture.
+    """
+    layout, tally, writer = layout_of_capture(part.folder), Tally(part.frame), CountsWriter(part.target)
+    reader = _Reader(part, layout, workers)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="analyze")
+    try:
+        pending: deque[tuple[_Unit, Future[LayerCounts]]] = deque()
+        units = iter(reader.units())
+        current: _Sequence | None = None
+        exhausted = False
+        while pending or not exhausted:
+            while not exhausted and len(pending) < 2 * workers:
+                unit = next(units, None)
+                if unit is None:
+                    exhausted = True
+                else:
+                    pending.append((unit, pool.submit(reader.count, tally, unit)))
+            if not pending:
+                break
+            unit, future = pending.popleft()
+            while not wait([future], timeout=NEWS_SECONDS).done:
+                tell(reader.layers_done())
+            # folded in the order of the units, so that the float moments do not depend on who was first
+            if current is None:
+                current = _Sequence(part.frame, unit, reader.lines[unit.span.sequence])
+            current.add(unit, future.result(), tally.summary)
+            if unit.last:
+                writer.add(current.counts())
+                current = None
+                tell(reader.layers_done())
+    finally:
+        pool.shutdown(cancel_futures=True)
+    writer.flush()
+    total = tally.finish()
+    total.sequences = np.array(part.sequences, np.int64)
+    total.tokens = int(part.lengths.sum())
+    look_again(total, reader.files, layout, reader.lines, part.lengths.tolist(), workers)
+    return total
+
+
+def summarize_into_folder(part: Part) -> str:
+    """Write the whole summary of a part into its target, once; for a worker of an executor. Returns its path.
+
+    It may run twice, also at the same time (a worker that was given up and lives): the first whole folder stays, and both
+    would be the same.
+    """
+    part.target.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(dir=part.target.parent, prefix=f".{part.target.name}-{os.getpid()}-"))
+    try:
+        write_summary(own, summarize(Part(**(part.__dict__ | {"target": own}))))
+        own.rename(part.target)
+    except OSError:
+        if not part.target.exists():
+            raise
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    return str(part.target)
+
+
+def _spread(whole: Part, executor: Executor, workers: int, tell: Callable[[int], None]) -> Summary:
+    """The Summary of a part by an executor's workers, part by part, merged in order."""
+    count = min(len(whole.sequences), workers * PARTS_PER_WORKER)
+    parts = [
+        Part(
+            whole.folder,
+            whole.frame,
+            tuple(whole.sequences[index] for index in chosen),
+            whole.lengths[chosen],
+            whole.marks[chosen],
+            whole.target / "parts" / str(number),
+        )
+        for number, chosen in enumerate(np.array_split(np.arange(len(whole.sequences)), count))
+    ]
+    futures = [executor.submit(summarize_into_folder, part) for part in parts]
+    total = Summary.zero(whole.frame)
+    (whole.target / "sequences").mkdir()
+    try:
+        for future in futures:
+            folder = Path(future.result())
+            if not folder.exists():
+                raise CaptureError(
+                    f"a worker wrote {folder}, and it is not here: workers must mount the workspace's disk"
+                )
+            total = merge(total, read_summary(folder))
+            for path in (folder / "sequences").iterdir():
+                path.rename(whole.target / "sequences" / path.name)
+            tell(total.sequences.size)
+    finally:
+        for future in futures:
+            future.cancel()
+    shutil.rmtree(whole.target / "parts")
+    if undecided(total):
+        layout = layout_of_capture(whole.folder)
+        files, lines = ChunkFiles(whole.folder, layout), _lines(whole.folder, whole.sequences)
+        look_again(total, files, layout, lines, whole.lengths.tolist(), workers)
+    return total
+
+
+@dataclass
+class _Unit:
+    """Some layers of one span; `last` of its sequence."""
+
+    span: Span
+    chunk: int
+    tokens: int
+    layers: range
+    last: bool
+
+
+class _Sequence:
+    """The counts of one sequence while its units come in, in their order."""
+
+    def __init__(self, frame: Frame, unit: _Unit, line: dict[str, Any]) -> None:
+        self.frame, self.tokens, self.line = frame, unit.tokens, line
+        self.spans: list[Span] = []
+        self.hits = {site: np.zeros((frame.num_layers, frame.width(site)), np.int64) for site in frame.sites}
+        self.reach = {site: np.zeros(frame.num_layers, np.float32) for site in frame.captured}
+        self.hooks = np.zeros((frame.num_layers, 2, frame.block_width), np.bool_)
+
+    def add(self, unit: _Unit, counts: LayerCounts, total: Summary) -> None:
+        """Add one unit's counts, and its moments to the total."""
+        if not self.spans or self.spans[-1] is not unit.span:
+            self.spans.append(unit.span)
+        layers = slice(counts.layers.start, counts.layers.stop)
+        for site, hits in counts.hits.items():
+            self.hits[site][layers] += hits
+        for site, moments in counts.moments.items():
+            total.sites[site].moments[:, layers] += moments
+            self.reach[site][layers] = np.maximum(self.reach[site][layers], counts.reach[site])
+        self.hooks[layers] |= counts.hooks
+
+    def counts(self) -> SequenceCounts:
+        """All of it, once every span is closed."""
+        width = self.frame.block_width
+        legacy = [span.legacy_union for span in self.spans if span.legacy_union is not None]
+        return SequenceCounts(
+            sequence=self.spans[0].sequence,
+            tokens=self.tokens,
+            hits=self.hits,
+            union={site: np.sum([span.union[site] for span in self.spans], axis=0) for site in self.frame.sites},
+            hooks=self.hooks.sum(axis=(0, 1), dtype=np.int64),
+            legacy_union=np.sum(legacy, axis=0) if legacy else np.zeros(width, np.int64),
+            reach=self.reach,
+            nll=float(self.line.get("nll", 0.0)),
+            nll_tokens=int(self.line.get("nll_tokens", 0)),
+        )
+
+
+class _Reader:
+    """The units of a part, and the tiles of each, read from the capture."""
+
+    def __init__(self, part: Part, layout: Layout, workers: int) -> None:
+        self.part, self.layout = part, layout
+        self.files = ChunkFiles(part.folder, layout)
+        self.lines = _lines(part.folder, part.sequences)
+        widest = max(layout.widths.values()) * layout.itemsize
+        self.rows = max(4, TILE_BYTES // widest // 4 * 4)
+        self._chunks = sum(layout.chunks_of(int(length)) for length in part.lengths)
+        shares = -(-workers * UNITS_PER_WORKER // self._chunks) if workers > 1 else 1
+        self.parts = min(len(layout.layers), shares)
+        self._read = 0
+        self._lock = threading.Lock()
+
+    def units(self) -> Iterator[_Unit]:
+        """Every unit, in the order of sequences, positions, layers."""
+        layout, part = self.layout, self.part
+        cuts = np.array_split(np.arange(len(layout.layers)), self.parts)
+        for row, sequence in enumerate(part.sequences):
+            tokens = int(part.lengths[row])
+            chunks = layout.chunks_of(tokens)
+            for chunk in range(chunks):
+                start, stop = layout.span(chunk).start, min(layout.span(chunk).stop, tokens)
+                span = Span(sequence, start, stop - start, part.marks[row, :, start:stop], parts=len(cuts))
+                for number, cut in enumerate(cuts):
+                    last = chunk == chunks - 1 and number == len(cuts) - 1
+                    yield _Unit(span, chunk, tokens, range(int(cut[0]), int(cut[-1]) + 1), last)
+
+    def count(self, tally: Tally, unit: _Unit) -> LayerCounts:
+        """Count one unit; called by the threads."""
+        return tally.count(unit.span, unit.layers, self._tiles(unit), self.rows)
+
+    def layers_done(self) -> int:
+        """How many layers of sequences were read; a sequence of several chunks counts in shares."""
+        return self._read * len(self.part.sequences) // self._chunks
+
+    def _tiles(self, unit: _Unit) -> Tiles:
+        layout, sequence = self.layout, unit.span.sequence
+        crcs, chunks = self.lines[sequence]["crc32"], layout.chunks_of(unit.tokens)
+        rows, bits = min(self.rows, layout.chunk_positions), np.dtype(f"<u{layout.itemsize}")
+        buffers = {site: np.empty((rows, width), bits) for site, width in layout.widths.items()}
+        stored = tuple(layout.stored)
+
+        def tiles(layer: int) -> Iterator[dict[str, NDArray[Any]]]:
+            at, left = layer * chunks + unit.chunk, unit.span.length
+            runs = [
+                self.files.tiles(site, layer, sequence, unit.chunk, int(crcs[site][at]), buffers[site])
+                for site in stored
+            ]
+            for read in zip(*runs, strict=True):
+                # what follows the span is the padding of the sequence's last chunk, read for its checksum
+                if left > 0:
+                    found = {site: run[:left] for site, run in zip(stored, read, strict=True)}
+                    for site, other in layout.aliases.items():
+                        found[site] = buffers[site][: found[other].shape[0]]
+                        found[site][:] = found[other]
+                    yield found
+                left -= read[0].shape[0]
+            with self._lock:
+                self._read += 1
+
+        return tiles

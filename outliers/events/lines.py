@@ -1,0 +1,76 @@
+"""One line of a stream of events, read as hostile input: a machine that was taken over may have written it.
+
+What a line may hold is the model `_Line`; what is not that becomes a warning that shows its beginning. Pydantic takes a tenth
+of a second to import, which the agent on a machine has no time for: `events` imports this module where a line is read.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from outliers.events.stream import Event, Level
+from outliers.untrusted.bounds import LARGEST, LATEST, LINE_BYTES, MESSAGE_CHARS, NAME_CHARS, parse_json
+from outliers.untrusted.visible import cut, last_drawn, visible, visible_line
+
+_BEGIN = b'{"t": '
+_TORN = 16
+"""Events on one line that are looked for: a writer that was killed leaves half of one before the next."""
+_SHOWN_CHARS = 400
+"""Of a line that can't be read, so much is shown."""
+
+_Name = Annotated[str, Field(max_length=NAME_CHARS)]
+_Count = Annotated[int, Field(ge=0, le=LARGEST)]
+
+
+class _Line(BaseModel):
+    """As `Event`; what a newer version writes beside these is passed over."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    t: Annotated[float, Field(ge=0, le=LATEST, allow_inf_nan=False)]
+    kind: Annotated[str, Field(min_length=1, max_length=NAME_CHARS)]
+    level: Level = "info"
+    message: str = ""
+    step: _Name = ""
+    done: _Count = 0
+    total: _Count | None = None
+    unit: _Name = ""
+
+
+def parse_line(line: bytes, end: int) -> list[Event]:
+    """The events of one whole line, which ends at byte `end` of its stream; what is none becomes a warning that shows it.
+
+    Raises nothing. A line longer than LINE_BYTES is not read.
+    """
+    if len(line) > LINE_BYTES:
+        return [_unreadable(line, end)]
+    found: list[Event] = []
+    end_of = end
+    for _ in range(_TORN):
+        event = _read(line, end_of)
+        # A writer that was killed left half a line and another process wrote on. No text of an event holds these
+        # bytes, for its quotes are escaped: they are where the whole event begins.
+        begin = line.rfind(_BEGIN) if event is None else 0
+        if event is not None or begin <= 0:
+            return [event or _unreadable(line, end_of), *found]
+        found.insert(0, _read(line[begin:], end_of) or _unreadable(line[begin:], end_of))
+        line, end_of = line[:begin], end_of - len(line) + begin
+    return [_unreadable(line, end_of), *found]
+
+
+def _read(line: bytes, end: int) -> Event | None:
+    try:
+        read = _Line.model_validate(parse_json(line))
+    except ValueError:  # pydantic's is one too
+        return None
+    kind, step, unit = (visible_line(text, NAME_CHARS) for text in (read.kind, read.step, read.unit))
+    message = visible(cut(read.message, MESSAGE_CHARS))
+    return Event(read.t, kind, read.level, message, step, read.done, read.total, unit, end)
+
+
+def _unreadable(line: bytes, end: int) -> Event:
+    # the rest is looked at by nobody, and need not be decoded
+    text = visible_line(last_drawn(line[: 4 * _SHOWN_CHARS]), _SHOWN_CHARS)
+    return Event(0.0, "log", level="warning", message=f"unreadable event: {text}", end=end)

@@ -1,0 +1,60 @@
+"""A table in a Parquet file, written whole and read by one thread.
+
+pyarrow's thread pools are started lazily, and a process that ends while one still starts is aborted by the C++ runtime
+("terminate called without an active exception", about 1 of 15 short processes on two busy cores with pyarrow 26): a
+finished step would end as a failed job. These tables have kilobytes, so no pool is ever started for them; callers that
+compute on a table pass use_threads=False where pyarrow asks.
+A file of kilobytes may unpack to terabytes, so its size is counted from the heads of its pages (`parquet_pages`) before
+any of it is unpacked. Before it: `tables`. After it: `contents`, `manifest`, `report`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from outliers.files.atomic import write_atomic
+from outliers.untrusted.parquet_pages import check_pages
+
+MAX_ROWS = 1_000_000
+"""A published table has at most 8 MB, and a row of a study 30 bytes or more."""
+_FOOTER_BYTES = 1 << 22
+_FOOTER_ITEMS = 1 << 16
+
+
+def open_parquet(data: bytes) -> pq.ParquetFile:
+    """A Parquet file from its bytes; pa.ArrowException or OSError where it is none, or where reading it would take memory
+    out of proportion."""
+    file = pq.ParquetFile(
+        pa.BufferReader(data),
+        pre_buffer=False,
+        thrift_string_size_limit=_FOOTER_BYTES,
+        thrift_container_size_limit=_FOOTER_ITEMS,
+    )
+    if file.metadata.num_rows > MAX_ROWS:
+        raise pa.ArrowInvalid(f"it has {file.metadata.num_rows:,} rows, at most {MAX_ROWS:,} are read")
+    try:
+        check_pages(data, file.metadata)
+    except ValueError as error:
+        raise pa.ArrowInvalid(str(error)) from error
+    return file
+
+
+def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """The table in a Parquet file's bytes; pa.ArrowException, OSError where there is none or a column is missing."""
+    return open_parquet(data).read(columns=columns, use_threads=False)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A Parquet file's bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file whole."""
+    write_atomic(path, parquet_bytes(table))

@@ -1,0 +1,117 @@
+"""The process that looks after one detached job: the leader of a session of its own, with the command as its child.
+
+`python -m outliers.jobs.supervisor FOLDER LOCK_FD` is started by `jobs.start`. It writes what the command prints and a
+heartbeat to events.jsonl, and how it ended to exit.json. It imports nothing heavy, so that a job starts in a fraction of
+a second. Before it: `jobs`. After it: whoever follows the job's files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from outliers.events.stream import EVENTS_VARIABLE, JsonReporter
+from outliers.jobs.jobs import HEARTBEAT_VARIABLE, JOB_VARIABLE, read_json, write_exit, write_json
+
+_LINE_BYTES = 1 << 16
+_PR_SET_PDEATHSIG = 1
+
+
+def supervise(folder: Path, lock: int) -> None:
+    """Runs the job's command to its end and writes how it ended.
+
+    `lock`: the inherited descriptor of the held lock. The extra environment comes over standard input.
+    """
+    if os.getpgrp() != os.getpid():
+        os.setsid()
+    # A cancel signals the whole group; this process stays to write the end.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    reporter = JsonReporter(folder / "events.jsonl")
+    try:
+        child = _spawn_child(folder, lock, json.loads(sys.stdin.buffer.read()))
+    except (OSError, ValueError) as error:
+        kind, message = "JobFailed", f"the command can't be run: {error}"
+        if isinstance(error, json.JSONDecodeError):
+            kind, message = (
+                "MachineLost",
+                "who started the job ended before handing its environment over; start it again",
+            )
+        reporter.log("error", message)
+        write_exit(folder, 127, None, {"kind": kind, "message": message})
+        return
+    write_json(folder / "started.json", {"pgid": os.getpgrp(), "child": child.pid, "started": time.time()})
+    pump = threading.Thread(target=_pump, args=(child, reporter), daemon=True)
+    pump.start()
+    threading.Thread(target=_beat, args=(reporter,), daemon=True).start()
+    code = child.wait()
+    # A grandchild that lives on keeps the pipe open; its lines are not waited for.
+    pump.join(timeout=5.0)
+    reporter.close()
+    write_exit(folder, code if code >= 0 else None, -code if code < 0 else None, read_json(folder / "error.json"))
+
+
+def _spawn_child(folder: Path, lock: int, extra: dict[str, str]) -> subprocess.Popen[bytes]:
+    record = read_json(folder / "job.json") or {}
+    own = {EVENTS_VARIABLE: str(folder / "events.jsonl"), JOB_VARIABLE: str(folder)}
+    # Without it Python keeps what a step prints until a block is full, or loses it in a crash.
+    environment = {"PYTHONUNBUFFERED": "1", **os.environ, **extra, **own}
+    return subprocess.Popen(
+        record["argv"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        # One pipe for both: a traceback then stands where it happened.
+        stderr=subprocess.STDOUT,
+        pass_fds=(lock,),
+        preexec_fn=end_with_parent(),
+    )
+
+
+def end_with_parent() -> Callable[[], None] | None:
+    """What a child runs before its command (preexec_fn) to get SIGTERM when its parent dies; None where no system call does that.
+
+    Nobody else would end it, or write its end.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
+
+    def ask_for_signal() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask_for_signal
+
+
+def _pump(child: subprocess.Popen[bytes], reporter: JsonReporter) -> None:
+    """Each line that the command prints becomes a log event; of a bar drawn over with returns, its last state."""
+    pipe = child.stdout
+    while pipe and (raw := pipe.readline(_LINE_BYTES)):
+        reporter.log("info", raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
+
+
+def _beat(reporter: JsonReporter) -> None:
+    seconds = float(os.environ.get(HEARTBEAT_VARIABLE) or 5.0)
+    while True:
+        reporter.heartbeat()
+        time.sleep(seconds)
+
+
+def main() -> None:
+    """Entry of `python -m outliers.jobs.supervisor FOLDER LOCK_FD`; what is left of its process group ends with it."""
+    supervise(Path(sys.argv[1]), int(sys.argv[2]))
+    # Workers that outlive their command would keep the lock, and the GPU.
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

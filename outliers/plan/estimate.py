@@ -1,0 +1,306 @@
+"""How long each step of a study takes on an offer, and what that costs: sums, each with its assumption beside it.
+
+Nothing is loaded or asked but, for this very machine, the speed of its processor. A step whose speed is not known has no
+number, and the total says that it leaves it out. Rates that nobody measured here are called assumed. Before it:
+`model_info`, `parts`, `machines`' offers. After it: `plan`, which shows the steps and refuses what would cost too much.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from outliers.machines.base import Facts, Offer
+from outliers.model.describe import ModelInfo
+from outliers.spec import StudySpec
+from outliers.study.layout import Layout
+from outliers.study.parts import spans
+from outliers.study.prepare import layout_of
+
+LOCAL = "local"
+OWN = (LOCAL, "ssh")
+"""Providers of machines that run already: nothing boots."""
+
+BOOT_SECONDS = 300.0
+"""From asking a cloud for a machine to a shell on it. Assumed: clouds say one to ten minutes."""
+DEPLOY_SECONDS = 120.0
+"""An environment with torch and its CUDA libraries, some 3.5 GB of wheels, where there is none yet. Assumed."""
+HERE_BYTES_PER_SECOND = 50e6
+"""From the hub to this machine: an office's or a home's line. Assumed."""
+THERE_BYTES_PER_SECOND = 200e6
+"""From the hub to another machine: a data centre's line. Assumed."""
+UPLOAD_BYTES_PER_SECOND = 10e6
+"""From here to another machine. Assumed."""
+DISK_BYTES_PER_SECOND = 500e6
+"""Reading weights and writing the capture. Assumed: an SSD on its own writes three times that (docs/performance.md), a
+cloud's network disk a half."""
+IMPORT_SECONDS = 8.0
+"""torch and transformers, as here."""
+
+GPU_EFFICIENCY = 0.3
+"""Of a GPU's dense peak. Assumed, and low: batches are one sequence, and nothing was measured on a GPU."""
+PASS_EFFICIENCY = 0.5
+"""SmolLM2's captured pass reached 874 tokens/s here, 235 GFLOP/s, where the product of matrices reached 448."""
+CORE_FLOPS = 20e9
+"""A core of another machine without GPU. Assumed: one with bfloat16 in hardware reached 118 GFLOP/s here."""
+MEASURE_SIZE = 768
+
+ANALYSIS_CORE_SECONDS_PER_GB = 1.0
+"""One thread took 0.5 to 0.7 s a gigabyte, 2.2 where 1% of all values are hits (docs/performance.md)."""
+COMPILE_SECONDS = 10.0
+"""numba's kernels, once on a machine (docs/performance.md)."""
+
+
+class Card(NamedTuple):
+    """Dense TFLOP/s in each dtype, and GB/s of its memory. `words`: all of them are in the GPU's name."""
+
+    words: tuple[str, ...]
+    bfloat16: float
+    float16: float
+    float32: float
+    memory: float
+
+
+CARDS = (
+    # Assumed, after the makers' data sheets and not checked against them again: half of what NVIDIA's print "with sparsity";
+    # of the RTX cards with sums in float32, as in its white papers; of the A10G as Amazon gives it. float32: without
+    # TF32, which torch leaves off. V100 and T4 have no bfloat16 and compute it in float32. The first that fits counts;
+    # of several variants with one name, the slower memory.
+    Card(("b200",), 2250, 2250, 75, 7700),
+    Card(("gh200",), 989, 989, 67, 4000),
+    Card(("h200",), 989, 989, 67, 4800),
+    Card(("h100", "pcie"), 756, 756, 51, 2000),
+    Card(("h100", "nvl"), 835, 835, 60, 3900),
+    Card(("h100",), 989, 989, 67, 3350),
+    Card(("a100", "80gb"), 312, 312, 19.5, 1935),
+    Card(("a100",), 312, 312, 19.5, 1555),
+    Card(("l40s",), 362, 362, 91.6, 864),
+    Card(("l40",), 181, 181, 90.5, 864),
+    Card(("l4",), 121, 121, 30.3, 300),
+    Card(("a10g",), 70, 70, 31.5, 600),
+    Card(("a10",), 125, 125, 31.2, 600),
+    Card(("a40",), 149.7, 149.7, 37.4, 696),
+    Card(("v100", "pcie"), 14, 112, 14, 900),
+    Card(("v100",), 15.7, 125, 15.7, 900),
+    Card(("t4",), 8.1, 65, 8.1, 300),
+    Card(("5090",), 209.5, 209.5, 104.8, 1792),
+    Card(("4090",), 165.2, 165.2, 82.6, 1008),
+    Card(("3090",), 71, 71, 35.6, 936),
+    Card(("6000", "ada"), 364, 364, 91.1, 960),
+    Card(("a6000",), 154.8, 154.8, 38.7, 768),
+)
+LESS = {"laptop", "mobile", "max", "mig"}
+"""Words of a name that mean less than the card of that name."""
+
+
+class Step(BaseModel):
+    """One step of a study; `seconds` is None where no number can be given, and `assumption` says why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    seconds: float | None
+    assumption: str
+
+
+def estimate(
+    spec: StudySpec, info: ModelInfo, offer: Offer, gpus: tuple[str, ...], left: int, download: int
+) -> tuple[Step, ...]:
+    """The steps of a study on an offer, in their order; one that there is no need for is left out.
+
+    gpus: names of those the model lies on, none where the processor computes. left: bytes of the capture still to write
+    on that machine. download: bytes of the weights that are not on this machine; another one is taken to have none. Of a
+    study that is spread (--shards) over machines these are the steps of the longest part, and on this machine those of
+    all its processes, which share it.
+    """
+    here, shards = offer.provider == LOCAL, spec.compute.shards
+    layout = layout_of(spec if here else longest_part(spec), info)
+    steps = _arrive(offer)
+    if left:
+        steps += _fetch(info, offer.provider, download, shards)
+        steps += [_load(info, shards if here else 1, offer.facts.cpus), _pass(spec, info, layout, offer, gpus, left)]
+    return (*steps, _analysis(spec.compute.executor, layout.total_bytes, offer.facts))
+
+
+def longest_part(spec: StudySpec) -> StudySpec:
+    """A study with the sequences of the longest of its --shards parts. BadInput where there are more parts than batches."""
+    cut = spans(spec.corpus.num_sequences, spec.capture.batch_sequences, spec.compute.shards)
+    longest = max(stop - first for first, stop in cut)
+    return spec.model_copy(update={"corpus": spec.corpus.model_copy(update={"num_sequences": longest})})
+
+
+def total_seconds(steps: tuple[Step, ...]) -> float:
+    """Of all steps that have a number."""
+    return round(sum(step.seconds or 0 for step in steps), 1)
+
+
+def left_out(steps: tuple[Step, ...]) -> tuple[str, ...]:
+    """Names of the steps that the total leaves out."""
+    return tuple(step.name for step in steps if step.seconds is None)
+
+
+def price_of(steps: tuple[Step, ...], price_per_hour: float, machines: int = 1) -> float:
+    """Dollars of so many machines while the steps last, from their boot on."""
+    return round(machines * total_seconds(steps) * price_per_hour / 3600, 4)
+
+
+def told(seconds: float) -> str:
+    """Seconds for a person: `45 s`, `14 min`, `3.2 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def over_budget(steps: tuple[Step, ...], price_per_hour: float, most: float | None, machines: int = 1) -> str | None:
+    """Why an offer costs more than `most` dollars in all, with both numbers; None where it doesn't, as far as is known."""
+    price = price_of(steps, price_per_hour, machines)
+    if most is None or price <= most:
+        return None
+    digits = next((n for n in range(2, 4) if f"{price:.{n}f}" != f"{most:.{n}f}"), 4)
+    without = left_out(steps)
+    much = f"more than ${price:.{digits}f}" if without else f"about ${price:.{digits}f}"
+    lasts = told(total_seconds(steps)) + (f", not counting {' and '.join(without)}" if without else "")
+    return (
+        f"the study would cost {much} in all ({lasts}, {at_price(price_per_hour, machines)}), and at most "
+        f"${most:.{digits}f} is allowed (--max-total-price)"
+    )
+
+
+def at_price(price_per_hour: float, machines: int) -> str:
+    """`at $1.00 an hour`, or of several machines `on 4 machines at $1.00 an hour each`."""
+    one = f"at ${price_per_hour:.2f} an hour"
+    return one if machines == 1 else f"on {machines} machines {one} each"
+
+
+def find_card(name: str) -> Card | None:
+    """The row of CARDS for a GPU as a driver or a catalog spells it; None for one that is not there."""
+    words = {re.sub(r"^(rtx|tesla)(?=.)", "", word) for word in re.findall(r"[a-z0-9]+", name.lower())}
+    if words & LESS:
+        return None
+    return next((card for card in CARDS if words.issuperset(card.words)), None)
+
+
+def _arrive(offer: Offer) -> list[Step]:
+    steps = []
+    if offer.provider not in OWN:
+        steps.append(Step(name="boot", seconds=BOOT_SECONDS, assumption="assumed, until a rented machine has a shell"))
+    if offer.provider != LOCAL:
+        text = "assumed, for torch and all else where there is none yet; seconds where there is"
+        steps.append(Step(name="deploy", seconds=DEPLOY_SECONDS, assumption=text))
+    return steps
+
+
+def _fetch(info: ModelInfo, provider: str, download: int, machines: int) -> list[Step]:
+    """How the weights come to the machine; to several, those from here share this machine's line."""
+    if info.source.kind == "hub":
+        size = download if provider == LOCAL else info.weights.checkpoint_bytes
+        rate = HERE_BYTES_PER_SECOND if provider == LOCAL else THERE_BYTES_PER_SECOND
+        return [_moved("download", size, f"{_gb(size)} from the hub", rate)] if size else []
+    if provider == LOCAL:
+        return []
+    size = info.weights.checkpoint_bytes
+    what = f"at most {_gb(size)} of weights from this machine" + (f" to each of {machines}" if machines > 1 else "")
+    return [_moved("upload", size * machines, what, UPLOAD_BYTES_PER_SECOND)]
+
+
+def _moved(name: str, size: int, what: str, rate: float) -> Step:
+    return Step(name=name, seconds=round(size / rate, 1), assumption=f"{what} at {_mb(rate)}, assumed")
+
+
+def _load(info: ModelInfo, processes: int, cpus: int) -> Step:
+    size, imports = info.weights.checkpoint_bytes, IMPORT_SECONDS * max(1.0, processes / max(1, cpus))
+    each = f", for {processes} processes on {cpus} cores" if processes > 1 else ""
+    return Step(
+        name="load",
+        seconds=round(size / DISK_BYTES_PER_SECOND + imports, 1),
+        assumption=f"{_gb(size)} of weights at {_mb(DISK_BYTES_PER_SECOND)}, assumed, and {imports:g} s of imports{each}",
+    )
+
+
+def _pass(spec: StudySpec, info: ModelInfo, layout: Layout, offer: Offer, gpus: tuple[str, ...], left: int) -> Step:
+    """The slowest of computing, reading the weights, and writing the capture: they go on side by side."""
+    sequences = -(-layout.num_sequences * left // layout.total_bytes)
+    if gpus and offer.provider == LOCAL:
+        # a GPU each, as far as there are some: so many parts one after the other
+        shards = spec.compute.shards
+        sequences = -(-sequences // shards) * -(-shards // len(offer.facts.gpus))
+    tokens, batches = sequences * layout.positions, -(-sequences // spec.capture.batch_sequences)
+    each = flops_per_token(info, layout.positions)
+    flops, work = tokens * each, f"{tokens:,} tokens x {each / 1e9:.3g} GFLOP (2 x active parameters, attention)"
+    writing = (left / DISK_BYTES_PER_SECOND, f"writing {_gb(left)} at {_mb(DISK_BYTES_PER_SECOND)}, assumed")
+    if not gpus:
+        rate, reason = _processor(info.dtype, offer)
+        return _slowest([(flops / rate, f"{work} at {rate / 1e9:.0f} GFLOP/s, {reason}"), writing])
+    cards = {name: find_card(name) for name in gpus}
+    known = {name: card for name, card in cards.items() if card is not None}
+    if len(known) < len(cards):
+        unknown = ", ".join(name for name, card in cards.items() if card is None)
+        return Step(name="pass", seconds=None, assumption=f"the speed of {unknown} is not known, so no number is given")
+    # split between layers, GPUs work one after the other: several are no faster than one
+    name = min(known, key=lambda name: getattr(known[name], info.dtype))
+    peak, memory = getattr(known[name], info.dtype) * 1e12, min(card.memory for card in known.values()) * 1e9
+    size = info.weights.memory_bytes
+    rate = peak * GPU_EFFICIENCY
+    reason = f"{GPU_EFFICIENCY:g}, assumed, of the {peak / 1e12:g} of {name} in {info.dtype}"
+    reading = f"reading {_gb(size)} of weights for each of {batches:,} batches at {memory / 1e9:,.0f} GB/s"
+    computing = f"{work} at {rate / 1e12:.3g} TFLOP/s, {reason}"
+    return _slowest([(flops / rate, computing), (batches * size / memory, reading), writing])
+
+
+def flops_per_token(info: ModelInfo, positions: int) -> float:
+    """2 x active parameters, and attention to half of the sequence: products with keys and with values, in each layer."""
+    heads_width = info.site_widths.get("o_in", info.hidden_size)
+    return 2 * info.active_parameters + 2 * positions * heads_width * info.num_layers
+
+
+def _processor(dtype: str, offer: Offer) -> tuple[float, str]:
+    """Operations a second without a GPU, and where the number comes from."""
+    if offer.provider != LOCAL:
+        return CORE_FLOPS * offer.facts.cpus, f"{CORE_FLOPS / 1e9:g} a core, assumed"
+    product = f"a {dtype} product of {MEASURE_SIZE} x {MEASURE_SIZE} matrices just reached here"
+    return measure_flops(dtype) * PASS_EFFICIENCY, f"{PASS_EFFICIENCY:g} of what {product}"
+
+
+def _slowest(bounds: list[tuple[float, str]]) -> Step:
+    seconds, text = max(bounds)
+    others = "; ".join(f"{other}: {told(lasts)}" for lasts, other in bounds if other != text)
+    return Step(name="pass", seconds=round(seconds, 1), assumption=f"decided by {text} ({others})")
+
+
+def _analysis(executor: str, size: int, facts: Facts) -> Step:
+    if executor.startswith("dask="):
+        return Step(name="analysis", seconds=None, assumption="the cores of the Dask cluster are not known")
+    asked = int(executor.partition("=")[2] or facts.cpus)
+    cores = max(1, min(asked, facts.cpus))
+    seconds = size / 1e9 * ANALYSIS_CORE_SECONDS_PER_GB / cores
+    text = f"{_gb(size)} at {ANALYSIS_CORE_SECONDS_PER_GB:g} s a gigabyte and core, {cores} cores"
+    reading = size / DISK_BYTES_PER_SECOND
+    if size > facts.ram_available_bytes and reading > seconds:
+        seconds, text = reading, f"{_gb(size)}, more than memory keeps, read at {_mb(DISK_BYTES_PER_SECOND)}, assumed"
+    compiling = f"and {COMPILE_SECONDS:g} s to compile where that is not done yet"
+    return Step(name="analysis", seconds=round(seconds + COMPILE_SECONDS, 1), assumption=f"{text}, {compiling}")
+
+
+def measure_flops(dtype: str) -> float:
+    """Floating-point operations a second of a matrix product on this processor, best of a fraction of a second."""
+    import torch
+
+    a = torch.randn(MEASURE_SIZE, MEASURE_SIZE).to(getattr(torch, dtype))
+    best, until = math.inf, time.monotonic() + 0.4
+    while time.monotonic() < until or best is math.inf:
+        began = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - began)
+    return 2 * MEASURE_SIZE**3 / best
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _mb(rate: float) -> str:
+    return f"{rate / 1e6:.0f} MB/s"

@@ -1,0 +1,186 @@
+"""Judges of content: whether bytes are what an allowed name promises, and nothing besides.
+
+Each `check_` takes the bytes of one file and raises NotAllowedError with what is wrong and the limit. They trust
+nothing: lengths before contents, contents before meaning. They know no paths and no targets.
+Before it: `allowlist` read the bytes. After it: `allowlist` names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ValidationError
+
+from outliers.files.parquet import open_parquet
+from outliers.results.schema import (
+    EARLIER_FEATURES_SCHEMA,
+    FEATURES_SCHEMA,
+    MAX_MAGNITUDES,
+    MOMENT_COLUMNS,
+    NULLABLE_COLUMNS,
+    Summary,
+    Tokens,
+)
+from outliers.spec import BLOCK
+
+MAX_LOG_BYTES = 1_000_000
+MAX_PARQUET_EXTRA_BYTES = 65_536
+"""Page indexes, magic numbers and the like; what lies in a Parquet file beyond its columns and its footer."""
+MAX_PARQUET_METADATA_BYTES = 65_536
+MAX_PARQUET_PLAIN_BYTES = 256_000_000
+MAX_ROWS = 300_000
+"""More than `tables` publishes of the widest model: a few bytes of a packed column can stand for any number of rows."""
+
+_NOT_TEXT = re.compile(r"[^\t\n\r\x1b\x20-\x7e\x80-\U0010ffff]|[\x80-\x84\x86-\x9f]")
+_ENCODED = re.compile(r"[A-Za-z0-9+/=_-]{4096,}")
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class NotAllowedError(Exception):
+    """Why the bytes may not be published, as a phrase that follows the file's name."""
+
+
+def first_error(error: ValidationError) -> str:
+    """The place and the first thing that is wrong there. A place may be a key of anybody's: only what is printable of it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(step) for step in first["loc"])[:200] or "the file"
+    return "".join(char if char.isprintable() else "\ufffd" for char in f"{place}: {first['msg']}")
+
+
+def check_summary(data: bytes) -> Summary:
+    """summary.json, parsed."""
+    return _checked_json(data, Summary)
+
+
+def check_tokens(data: bytes, summary: Summary) -> None:
+    """tokens.json, of the same study as `summary`."""
+    study_id = _checked_json(data, Tokens).study_id
+    if study_id != summary.study_id:
+        raise NotAllowedError(f"is of the study {study_id}, summary.json of {summary.study_id}")
+
+
+def _checked_json(data: bytes, model: type[_Model]) -> _Model:
+    try:
+        # pydantic's own parser keeps the last of two equal keys: what the first one held would go unseen
+        json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats)
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise NotAllowedError(f"is not the JSON that is published: {first_error(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise NotAllowedError(f"is not readable JSON: {str(error)[:200]}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def check_features(data: bytes, summary: Summary) -> None:
+    """features.parquet: exactly FEATURES_SCHEMA, at most one row a (site, layer, feature) of `summary`'s model."""
+    try:
+        file = open_parquet(data)
+        columns = {field.name: str(field.type) for field in file.schema_arrow}
+        known = (FEATURES_SCHEMA.names, EARLIER_FEATURES_SCHEMA.names)
+        if list(columns) not in known or len(columns) != len(file.schema_arrow):
+            raise NotAllowedError(f"has the columns {list(columns)[:20]}, not {FEATURES_SCHEMA.names}")
+        for name, kind in columns.items():
+            if not _same_type(file.schema_arrow.field(name).type, FEATURES_SCHEMA.field(name).type):
+                raise NotAllowedError(f"has {kind} in the column {name}, not {FEATURES_SCHEMA.field(name).type}")
+        most_rows = min(summary.max_rows, MAX_ROWS)
+        if file.metadata.num_rows > most_rows:
+            raise NotAllowedError(f"has {file.metadata.num_rows:,} rows, its model can have {most_rows:,}")
+        _check_extras(file.metadata, len(data))
+        _check_rows(file.read(use_threads=False), summary)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise NotAllowedError(f"is not readable Parquet: {str(error)[:200]}") from error
+
+
+def _same_type(found: Any, wanted: Any) -> bool:
+    if pa.types.is_list(wanted):
+        return bool(pa.types.is_list(found) and found.value_type == wanted.value_type)
+    return bool(found == wanted)
+
+
+def _check_extras(metadata: Any, size: int) -> None:
+    """Refuses bytes that belong to no column: between the pages, before them, or as metadata."""
+    held = sum(len(key) + len(value) for key, value in (metadata.metadata or {}).items())
+    if held > MAX_PARQUET_METADATA_BYTES:
+        raise NotAllowedError(f"holds {held:,} bytes of metadata, at most {MAX_PARQUET_METADATA_BYTES:,} are published")
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    columns = [group.column(n) for group in groups for n in range(group.num_columns)]
+    most = max((column.num_values for column in columns), default=0)
+    if most > metadata.num_rows * MAX_MAGNITUDES:
+        raise NotAllowedError(f"holds {most:,} values in a column of {metadata.num_rows:,} rows")
+    if (plain := sum(column.total_uncompressed_size for column in columns)) > MAX_PARQUET_PLAIN_BYTES:
+        raise NotAllowedError(f"unpacks to {plain:,} bytes, at most {MAX_PARQUET_PLAIN_BYTES:,} are read")
+    extra = size - metadata.serialized_size - sum(column.total_compressed_size for column in columns)
+    if extra > MAX_PARQUET_EXTRA_BYTES:
+        raise NotAllowedError(f"holds {extra:,} bytes outside of its columns, at most {MAX_PARQUET_EXTRA_BYTES:,}")
+
+
+def _check_rows(table: Any, summary: Summary) -> None:
+    for name in table.column_names:
+        if name not in NULLABLE_COLUMNS and table[name].null_count:
+            raise NotAllowedError(f"has {table[name].null_count:,} nulls in the column {name}; none are allowed")
+    if not table.num_rows:
+        return
+    known = set(summary.readings)
+    unknown = set(pc.unique(table["site"]).to_pylist()) - known
+    if unknown:
+        raise NotAllowedError(f"has rows of the site {sorted(unknown)[0]!r}, the summary has {sorted(known)}")
+    for name, limit in (("layer", summary.model.num_layers), ("feature", summary.max_width)):
+        low, high = pc.min(table[name]).as_py(), pc.max(table[name]).as_py()
+        if low < 0 or high >= limit:
+            raise NotAllowedError(f"has {name}s from {low} to {high}, its model has 0 to {limit - 1}")
+    strange = set(pc.unique(table["layer"]).to_pylist()) - {row.layer for row in summary.layers}
+    if strange:
+        raise NotAllowedError(f"has rows of layer {min(strange)}, which the summary does not have")
+    # counted, not compared: one row for each place is what bounds the table
+    places = (
+        table.select(["site", "layer", "feature"])
+        .group_by(["site", "layer", "feature"], use_threads=False)
+        .aggregate([])
+    )
+    if places.num_rows != table.num_rows:
+        raise NotAllowedError(
+            f"has {table.num_rows:,} rows for {places.num_rows:,} (site, layer, feature); one each is allowed"
+        )
+    lengths = pc.unique(pc.list_value_length(table["ladder_hits"])).to_pylist()
+    if len(lengths) != 1 or lengths[0] > MAX_MAGNITUDES:
+        raise NotAllowedError(
+            f"has ladder_hits of lengths {lengths[:5]}; one length of at most {MAX_MAGNITUDES} is allowed"
+        )
+    block = table.filter(pc.equal(table["site"], BLOCK))
+    for name in MOMENT_COLUMNS:
+        if block[name].null_count != block.num_rows:
+            raise NotAllowedError(f"has a {name} at the site block, which has none")
+
+
+def check_log(data: bytes) -> None:
+    """run.log: plain text."""
+    if len(data) > MAX_LOG_BYTES:
+        raise NotAllowedError(f"has {len(data):,} bytes, a log of at most {MAX_LOG_BYTES:,} is published")
+    _check_text(data)
+
+
+def _check_text(data: bytes) -> None:
+    """Plain UTF-8 text: no control characters but line ends, tabs and colours, and no encoded binary."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise NotAllowedError(f"is not UTF-8 text: byte {data[error.start]:#04x} at {error.start:,}") from error
+    strange = _NOT_TEXT.search(text)
+    if strange:
+        raise NotAllowedError(f"is not text: character {ord(strange[0]):#04x} at {strange.start():,}")
+    encoded = _ENCODED.search(text)
+    if encoded:
+        raise NotAllowedError(
+            f"holds {len(encoded[0]):,} characters without a space at {encoded.start():,}; 4,095 are allowed"
+        )

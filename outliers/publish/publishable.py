@@ -1,0 +1,153 @@
+"""A study as it may leave: numbers that were checked, the page and pictures that are rendered of them here, a manifest.
+
+Whatever page or picture lies in a folder, a store or on a machine is never read: equal numbers and provenance give equal
+bytes under the same versions of matplotlib and Pillow, so that what is published is what this side renders. Before it:
+`allowlist`, which checks numbers. After it: `reporting`, which places them, and `publish`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outliers.errors import BadInput, ForbiddenFile, PublishRefused
+from outliers.files.atomic import write_atomic
+from outliers.publish.allowlist import (
+    LOG,
+    MANIFEST,
+    MAX_FILE_BYTES,
+    MAX_STUDY_BYTES,
+    NUMBERS,
+    REPORT,
+    Numbers,
+    check_listing,
+    read_log,
+    read_numbers,
+    read_regular,
+)
+from outliers.publish.manifest import build_manifest, dump_manifest, read_manifest
+
+if TYPE_CHECKING:
+    from outliers.report.plots import Plot
+
+KEPT_PLOTS = 2
+"""Studies whose pictures this process keeps: a study is rendered where its numbers arrive, and again where it is published."""
+_BAD_NUMBERS = (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, MemoryError, BadInput)
+"""What matplotlib and our own arithmetic raise at numbers that no model gives."""
+
+
+@dataclass(frozen=True)
+class Publishable:
+    """A manifest, and the bytes of each file that it names, by path."""
+
+    manifest: dict[str, Any]
+    files: Mapping[str, bytes] = field(repr=False)
+
+
+def make_publishable(
+    numbers: Numbers, *, spec: Mapping[str, Any], provenance: Mapping[str, Any], log: bytes | None = None
+) -> Publishable:
+    """A study from its checked numbers; `spec` and `provenance` stand in the manifest, `provenance` on the page too.
+
+    Raises ForbiddenFile where it is too large or its numbers can't be drawn, PublishRefused where `spec` or `provenance` are
+    more than metadata.
+    """
+    files = dict(numbers.files) | render_files(numbers, provenance)
+    if log is not None:
+        files[LOG] = log
+    for path, data in files.items():
+        if len(data) > MAX_FILE_BYTES:
+            raise ForbiddenFile(f"{path} has {len(data):,} bytes, at most {MAX_FILE_BYTES:,} are published")
+    if (total := sum(len(data) for data in files.values())) > MAX_STUDY_BYTES:
+        largest = max(files, key=lambda path: len(files[path]))
+        raise ForbiddenFile(
+            f"the study has {total:,} bytes, a study publishes at most {MAX_STUDY_BYTES:,}; the largest file is {largest} "
+            f"with {len(files[largest]):,}"
+        )
+    return Publishable(build_manifest(files, spec=dict(spec), provenance=dict(provenance)), files)
+
+
+def render_files(numbers: Numbers, provenance: Mapping[str, Any]) -> dict[str, bytes]:
+    """`report.html` and `plots/*.png` by path. ForbiddenFile where no page can be made of the numbers."""
+    from outliers.report.report import make_page
+
+    try:
+        plots = _plots(*(numbers.files[name] for name in NUMBERS))
+        page = make_page(numbers.files, plots, provenance)
+    except _BAD_NUMBERS as error:
+        raise ForbiddenFile(
+            f"no report can be made of these numbers ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+    return {f"plots/{plot.name}": plot.png for plot in plots} | {REPORT: page}
+
+
+@functools.lru_cache(maxsize=KEPT_PLOTS)
+def _plots(summary: bytes, tokens: bytes, features: bytes) -> tuple[Plot, ...]:
+    from outliers.report.report import make_plots
+
+    return make_plots(dict(zip(NUMBERS, (summary, tokens, features), strict=True)))
+
+
+def read_publishable(folder: Path) -> Publishable:
+    """The study in a results folder: its numbers, which must be those of its manifest, and the rest rendered anew.
+
+    Raises ForbiddenFile or PublishRefused where there is no manifest, the numbers are not what it says or may not leave, or
+    something lies there that no study has.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise PublishRefused(f"{folder} has no {MANIFEST}: not a finished study; analyze the capture again")
+    check_listing(folder)
+    numbers = read_numbers(folder)
+    named = {file["path"]: (file["size"], file["sha256"]) for file in manifest["files"]}
+    for path, data in numbers.files.items():
+        found = (len(data), hashlib.sha256(data).hexdigest())
+        if named.get(path) != found:
+            raise ForbiddenFile(
+                f"{path} in {folder} is not what the manifest says: {found} (bytes, sha256) instead of "
+                f"{named.get(path, 'absent')}; write the study's results and manifest again"
+            )
+    log = read_log(folder) if LOG in named else None
+    made = make_publishable(numbers, spec=manifest["spec"], provenance=manifest["provenance"], log=log)
+    for name in ("study_id", "capture_id", "results_digest", "headline"):
+        if made.manifest[name] != manifest[name]:
+            raise PublishRefused(
+                f"{folder / MANIFEST} does not belong to its files: it says {name} {manifest[name]}, they give "
+                f"{made.manifest[name]}; write the manifest again"
+            )
+    return made
+
+
+def write_publishable(folder: Path, study: Publishable) -> None:
+    """Write a study into a results folder, its manifest last; plots that it doesn't have go, what else lies there stays.
+
+    run.log grows with every step and is left as it is. Raises OSError.
+    """
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in (folder / "plots").glob("*.png"):
+        if f"plots/{path.name}" not in study.files:
+            path.unlink()
+    for name in sorted(study.files.keys() - {LOG}):
+        if not _holds(folder, name, study.files[name]):
+            write_atomic(folder / name, study.files[name])
+    write_atomic(folder / MANIFEST, dump_manifest(study.manifest))
+
+
+def is_written(folder: Path, study: Publishable) -> bool:
+    """Whether a folder holds a study, byte for byte, and no other plot."""
+    wanted = {name: data for name, data in study.files.items() if name != LOG}
+    wanted[MANIFEST] = dump_manifest(study.manifest)
+    found = {f"plots/{path.name}" for path in (folder / "plots").glob("*.png")}
+    return found <= wanted.keys() and all(_holds(folder, name, data) for name, data in wanted.items())
+
+
+def _holds(folder: Path, name: str, data: bytes) -> bool:
+    try:
+        return read_regular(folder, name) == data
+    except PublishRefused:
+        return False

@@ -1,0 +1,216 @@
+"""The report: a study's numbers as pictures and one self-contained page.
+
+It has the pictures drawn (`plots`) and the tables worded (`report_rows`), and makes the page. It knows
+nothing of captures, machines or publishing, and has no clock: equal inputs give equal bytes. Every text of a model or
+corpus is escaped, and the page loads nothing.
+Before it: `results` wrote the three files. After it: `publishable`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from outliers.errors import BadInput, WorkspaceError
+from outliers.files.atomic import write_atomic
+from outliers.report.figures import Json, number, percent
+from outliers.report.plots import MASSIVE_RULE, MAX_POSITION_ROWS, Cells, Plot, captured_layers, draw
+from outliers.report.rows import (
+    MAX_CONTEXTS,
+    MAX_FEATURE_ROWS,
+    MAX_TEXT_CHARACTERS,
+    beside_answer,
+    clip,
+    contexts,
+    deviation_rows,
+    facts,
+    feature_rows,
+    massive_rows,
+    nearest,
+    peak,
+    provenance_rows,
+    ranges,
+    reading_rows,
+)
+from outliers.results.answer import crowded, share_words
+
+__all__ = ["PLOT_TEXTS", "clip", "make_page", "make_plots", "ranges", "render", "visible", "write_report"]
+
+SCHEMA_VERSION = 1
+SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
+PLOT_TEXTS = {
+    "heatmap.png": (
+        "Layers and features",
+        "Signed value of the largest magnitude at the deciding site: the systematic features (◆, above the line), then "
+        "those that reach furthest. A grey cell has no hit.",
+    ),
+    "layer_curves.png": (
+        "Layer by layer",
+        "Above: the largest magnitude of each layer; a thin line is a quantile of all its magnitudes. Below: the Pearson "
+        "kurtosis of all its values.",
+    ),
+    "magnitudes.png": (
+        "All magnitudes",
+        "Every finite value, by magnitude, on two log axes; from the dashed line on they are hits. The leftmost bin "
+        "holds whatever is smaller, too.",
+    ),
+    "sweep.png": (
+        "Threshold sweep",
+        "How many features pass at the deciding site when another magnitude is asked for, by each reading. A thin line "
+        "leaves out the first token of each sequence; it is drawn where that changes a number.",
+    ),
+    "positions.png": (
+        "Positions",
+        f"The systematic features, the first {MAX_POSITION_ROWS} at most: tokens with a hit in any layer, by position "
+        "in the sequence. Counts stand on the right; each row has its own scale.",
+    ),
+    "massive_positions.png": (
+        "Positions of massive activations",
+        f"The features of the massive activations, the first {MAX_POSITION_ROWS} at most: tokens by position in the "
+        "sequence. Counts stand on the right; each row has its own scale.",
+    ),
+}
+"""Heading and caption of every plot there may be, by file name, in the order of the page."""
+MASSIVE_PLOTS = ("massive_positions.png",)
+"""Plots that stand below the heading of the massive activations."""
+
+READING_MEANINGS = {
+    "pooled": "layers with a hit anywhere; hits over all (layer, token) pairs",
+    "union": "layers with a hit anywhere; tokens with a hit in any layer",
+    "per_layer": "layers in which enough of the tokens are hits",
+    "affected": "layers with a hit anywhere; mean share of tokens over those layers",
+}
+
+
+def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path, ...]:
+    """Writes `plots/*.png` and `report.html` into the folder `results`; gives their paths, the page last.
+
+    Reads summary.json, features.parquet and tokens.json there. `provenance` (nested mappings and lists are flattened)
+    is printed at the end of the page. Plots of an earlier report that have no data now are removed.
+    Raises BadInput where a file is missing or unreadable, WorkspaceError where it is of a newer format.
+    """
+    files = {name: _read(results / name) for name in (SUMMARY, TOKENS, FEATURES)}
+    plots = make_plots(files)
+    page = make_page(files, plots, provenance)
+    folder = results / "plots"
+    folder.mkdir(exist_ok=True)
+    for stale in PLOT_TEXTS.keys() - {plot.name for plot in plots}:
+        (folder / stale).unlink(missing_ok=True)
+    contents = {folder / plot.name: plot.png for plot in plots} | {results / "report.html": page}
+    for path, content in contents.items():
+        write_atomic(path, content)
+    return tuple(contents)
+
+
+def make_plots(files: Mapping[str, bytes]) -> tuple[Plot, ...]:
+    """The pictures of a study, from the bytes of its three files by name. Raises as `write_report`."""
+    summary, tokens = _json(files, SUMMARY), _json(files, TOKENS)
+    return draw(summary, tokens, _cells(files[FEATURES], summary["criteria"]["site"]))
+
+
+def make_page(files: Mapping[str, bytes], plots: Sequence[Plot], provenance: Mapping[str, object]) -> bytes:
+    """report.html of a study, from the bytes of its three files by name and its pictures. Raises as `write_report`."""
+    summary, tokens = _json(files, SUMMARY), _json(files, TOKENS)
+    cells = _cells(files[FEATURES], summary["criteria"]["site"])
+    return render(summary, tokens, cells, plots, provenance).encode("utf-8", "replace")
+
+
+def render(summary: Json, tokens: Json, cells: Cells, plots: Sequence[Plot], provenance: Mapping[str, object]) -> str:
+    """The page as text; the plots are in it as base64."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    house = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    house.filters |= {"percent": percent, "number": number, "value": aligned, "visible": visible, "clip": clip}
+    house.filters |= {"count": "{:,}".format, "s": plural}
+    shown = [(plot.name, *PLOT_TEXTS[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
+    return house.get_template("report.html").render(
+        summary=summary,
+        text_published=tokens["text"],
+        rule=summary["criteria"],
+        layers=captured_layers(summary),
+        meanings=READING_MEANINGS,
+        facts=facts(summary),
+        beside=beside_answer(summary),
+        crowded=crowded(summary),
+        share_ends=share_words(summary),
+        deviations=deviation_rows(summary),
+        intervals=summary.get("intervals"),
+        without=bool(summary.get("without_first_tokens")),
+        features=feature_rows(summary),
+        near=[] if summary["systematic"] else nearest(summary, cells),
+        peak=peak(summary),
+        readings=reading_rows(summary),
+        has_legacy=any(found.get("legacy") for found in summary["readings"].values()),
+        nonfinite=[row for row in summary["layers"] if row["nonfinite"]][:MAX_FEATURE_ROWS],
+        nonfinite_total=sum(row["nonfinite"] for row in summary["layers"]),
+        plots=[plot[1:] for plot in shown if plot[0] not in MASSIVE_PLOTS],
+        massive_plots=[plot[1:] for plot in shown if plot[0] in MASSIVE_PLOTS],
+        contexts=contexts(tokens),
+        max_tokens=MAX_CONTEXTS,
+        num_features=len(summary["systematic"]),
+        massive=massive_rows(summary, tokens),
+        massive_rule=MASSIVE_RULE,
+        notes=[clip(str(note), MAX_TEXT_CHARACTERS) for note in summary["notes"]],
+        provenance=provenance_rows(provenance),
+    )
+
+
+def plural(count: int) -> str:
+    """The s of many: `layer{{ 2 | s }}`."""
+    return "" if count == 1 else "s"
+
+
+def aligned(value: float) -> str:
+    """A value for a column of a table: two decimals, none from 1,000 on."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+
+
+def visible(text: object) -> str:
+    """`text` with newlines as ⏎, tabs as ⇥ and other control or direction-changing characters as U+FFFD."""
+    shown = str(text).replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "⏎").replace("\t", "⇥")
+    return "".join("\ufffd" if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in shown)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} does not exist; analyze the capture first (python -m outliers analyze)") from error
+    except OSError as error:
+        raise BadInput(f"{path} is not readable: {error}; analyze the capture again") from error
+
+
+def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(files[name])
+    except ValueError as error:
+        raise BadInput(f"{name} is not readable JSON: {error}; analyze the capture again") from error
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if version != SCHEMA_VERSION:
+        raise WorkspaceError(f"{name} has schema_version {version}, this program reads {SCHEMA_VERSION}; update it")
+    return dict(value)
+
+
+def _cells(data: bytes, site: str) -> Cells:
+    """The rows of features.parquet at `site` that have a hit."""
+    import pyarrow
+
+    from outliers.files.parquet import read_parquet
+
+    columns = ["site", "layer", "feature", "hits", "min", "max"]
+    try:
+        table = read_parquet(data, columns)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise BadInput(f"{FEATURES} is not a readable table: {error}; analyze the capture again") from error
+    held = np.asarray(table["site"].to_pylist(), dtype=object) == site
+    held &= table["hits"].to_numpy() > 0
+    low, high = (table[name].to_numpy().astype(np.float64)[held] for name in ("min", "max"))
+    layer, feature, hits = (table[name].to_numpy().astype(np.int64)[held] for name in ("layer", "feature", "hits"))
+    return Cells(layer, feature, hits, extreme=np.where(np.abs(low) > np.abs(high), low, high))

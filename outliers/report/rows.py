@@ -1,0 +1,328 @@
+"""The rows of the report's tables: a results folder's numbers cut, ordered and worded for one page.
+
+It counts nothing again; only where no feature is systematic it looks for those that came closest. It knows nothing of
+files, HTML or plots. Before it: `report` read the folder. After it: `report` puts the rows into the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from outliers.report.figures import Json, number, percent
+from outliers.report.plots import Cells, captured_layers, captured_sites
+from outliers.results.answer import disagreement, perplexity_words, range_words, reading_counts, resampled
+from outliers.spec import BLOCK, READINGS
+
+# The page without its plots stays below 300 KB, whatever was found; each cut is said on the page.
+MAX_FEATURE_ROWS = 100
+MAX_CONTEXT_FEATURES = 12
+MAX_CONTEXTS = 8
+MAX_MASSIVE_ROWS = 24
+MAX_PROVENANCE_ROWS = 200
+MAX_TEXT_CHARACTERS = 400
+MAX_CONTEXT_CHARACTERS = 90
+
+
+def clip(text: object, max_characters: int, *, keep_end: bool = False) -> str:
+    """`text` cut to `max_characters`, with … where it was cut."""
+    whole = str(text)
+    if len(whole) <= max_characters:
+        return whole
+    return "…" + whole[1 - max_characters :] if keep_end else whole[: max_characters - 1] + "…"
+
+
+def ranges(layers: Iterable[int]) -> str:
+    """Sorted layers as compact ranges: 0-3, 7."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def nearest(summary: Json, cells: Cells, most: int = 3) -> list[dict[str, Any]]:
+    """The features with a hit that came closest to the deciding reading, best first.
+
+    `layers` and `tokens` are the two sides of its rule as shares; for `union` the cells hold no more than a lower bound
+    of the second (`at_least`), for `per_layer` there is none (None). Closest: the side that is further from its
+    threshold is the nearest to it.
+    """
+    rule, n_tokens = summary["criteria"], summary["corpus"]["num_tokens"]
+    n_layers, reading = len(captured_layers(summary)), rule["reading"]
+    needed = ceil(Fraction(repr(rule["position_fraction"])) * n_tokens) if reading == "per_layer" else 1
+    found: list[dict[str, Any]] = []
+    for feature in np.unique(cells.feature):
+        own = cells.feature == feature
+        hits, extreme = cells.hits[own], cells.extreme[own]
+        share = {
+            "pooled": hits.sum() / (n_layers * n_tokens),
+            "affected": hits.mean() / n_tokens,
+            "union": hits.max() / n_tokens,
+            "per_layer": None,
+        }[reading]
+        layers = int((hits >= needed).sum()) / n_layers
+        sides = [layers / rule["layer_fraction"]]
+        sides += [] if share is None else [float(share) / rule["position_fraction"]]
+        found.append(
+            {
+                "feature": int(feature),
+                "extreme": float(extreme[np.argmax(np.abs(extreme))]),
+                "layers": layers,
+                "tokens": None if share is None else float(share),
+                "at_least": reading == "union",
+                "closeness": min(1.0, *sides),
+            }
+        )
+    found.sort(key=lambda row: (-row["closeness"], -abs(row["extreme"]), row["feature"]))
+    return found[:most]
+
+
+def facts(summary: Json) -> list[tuple[str, str]]:
+    """The model and the corpus in a few pairs of (name, text)."""
+    model, corpus = summary["model"], summary["corpus"]
+    size = _count(model["total_parameters"])
+    if model.get("active_parameters") not in (None, model["total_parameters"]):
+        size += f", {_count(model['active_parameters'])} active"
+    if model.get("num_experts"):
+        size += f", {model['num_experts']} experts"
+    layers = captured_layers(summary)
+    shape = f"{model['num_layers']} layer{'s'[: model['num_layers'] > 1]} × {model['hidden_size']:,} features"
+    if len(layers) != model["num_layers"]:
+        shape += f" (read: layers {ranges(layers)})"
+    pairs = [
+        ("Architecture", model["architecture"]),
+        ("Parameters", size),
+        ("Shape", shape),
+        ("Arithmetic", " ".join(str(part) for part in (model["dtype"], model.get("quantization")) if part)),
+        ("Sites", ", ".join(captured_sites(summary))),
+        ("Corpus", corpus["source"]),
+        (
+            "Tokens",
+            f"{corpus['num_tokens']:,} in {corpus['num_sequences']:,} sequence{'s'[: corpus['num_sequences'] != 1]}",
+        ),
+        ("Perplexity", _perplexity(summary)),
+        ("Revision", (model["revision"] or "")[:12]),
+    ]
+    return [(name, clip(text, MAX_TEXT_CHARACTERS)) for name, text in pairs if text]
+
+
+def beside_answer(summary: Json) -> list[str]:
+    """Sentences beside the number of systematic features: the other readings, and the range over resamples."""
+    others, ends = disagreement(reading_counts(summary)), resampled(summary)
+    said = [others] if others else []
+    said += [] if ends is None else [range_words(*ends)]
+    return [f"{text[0].upper()}{text[1:]}." for text in said]
+
+
+def deviation_rows(summary: Json) -> dict[str, Any] | None:
+    """The ladder in standard deviations; None for an older study.
+
+    `multiples`; `rows`: (site, a cell for each multiple: features in enough layers, and in any where that is another number);
+    `spans`: for each captured site how many deviations the deciding magnitude is in its layers.
+    """
+    ladder = summary.get("sd_ladder")
+    if ladder is None:
+        return None
+    rows = []
+    for site in [BLOCK, *captured_sites(summary)]:
+        if site in ladder["features"]:
+            pairs = zip(ladder["features_in_layers"][site], ladder["features"][site], strict=True)
+            cells = [{"count": f"{wide:,}", "any": "" if wide == some else f"{some:,} in any"} for wide, some in pairs]
+            rows.append({"site": site, "cells": cells})
+    magnitude, spans = float(summary["criteria"]["magnitude"]), []
+    for site in captured_sites(summary):
+        own = [row.get("standard_deviation") for row in summary["layers"] if row["site"] == site]
+        units = [magnitude / deviation for deviation in own if deviation]
+        if units:
+            low, high = number(min(units)), number(max(units))
+            spans.append(f"{low if low == high else f'{low} to {high}'} at {site}")
+    return {"multiples": [f"{step:g}" for step in ladder["multiples"]], "rows": rows, "spans": spans}
+
+
+def _perplexity(summary: Json) -> str:
+    found = summary.get("perplexity")
+    return "" if found is None else perplexity_words(found).removeprefix("perplexity ")
+
+
+def _count(value: int | None) -> str:
+    if value is None:
+        return "unknown"
+    for size, unit in ((10**9, "billion"), (10**6, "million")):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:,}"
+
+
+def _extreme(low: float, high: float) -> float:
+    return low if abs(low) > abs(high) else high
+
+
+def feature_rows(summary: Json) -> list[dict[str, Any]]:
+    """The systematic features as rows; `strip` is the path of a bar in which each affected layer is filled.
+
+    `tokens_span` are the ends beside a share of tokens as text, empty where there are none or they are the number itself;
+    `passes` is the share of draws in which the feature passes, `without` whether it passes without first tokens (both None
+    where it isn't known).
+    """
+    rule, place = summary["criteria"], {layer: index for index, layer in enumerate(captured_layers(summary))}
+    without = summary.get("without_first_tokens", {}).get(rule["site"], {}).get(rule["reading"])
+    rows = []
+    for feature in summary["systematic"][:MAX_FEATURE_ROWS]:
+        interval = feature.get("interval") or {}
+        rows.append(
+            {
+                **feature,
+                "extreme": _extreme(feature["min"], feature["max"]),
+                "ranges": ranges(feature["layers"]),
+                "strip": "".join(f"M{place[layer]} 0h1v1h-1z" for layer in feature["layers"]),
+                "first_share": feature["first_token_hits"] / feature["hits"] if feature["hits"] else None,
+                "tokens_span": _span(interval.get("position_fraction"), feature["position_fraction"]),
+                "passes": interval.get("passes"),
+                "deviations": feature.get("max_sd"),
+                "without": None if without is None else feature["feature"] in without,
+            }
+        )
+    return rows
+
+
+def _span(interval: Sequence[float] | None, value: float | None) -> str:
+    """Two ends of shares, 24.8–26.6%; nothing where both read as the value does."""
+    if interval is None or value is None:
+        return ""
+    low, high = (percent(end) for end in interval)
+    return "" if low == high == percent(value) else f"{low.removesuffix('%')}–{high}"
+
+
+def reading_rows(summary: Json) -> list[dict[str, Any]]:
+    """Number of features by site and reading; `legacy` is None but at `block`.
+
+    A count is what summary.json counted; lists may be cut, and only older studies have nothing but them. `span` is its
+    range over resamples and `without` the number without first tokens, each empty where it tells nothing else than the count.
+    `all`: the one number of all four readings, where most features of the site pass each; else empty.
+    """
+    rows = []
+    for site in [BLOCK, *captured_sites(summary)]:
+        lists = summary["readings"].get(site)
+        if lists is None:
+            continue
+        counts = summary.get("reading_counts", {}).get(site, {})
+        cells = [_count_cell(summary, site, how, counts.get(how, len(lists.get(how, ())))) for how in READINGS]
+        legacy = lists.get("legacy")
+        if legacy:
+            pairs, features = legacy["feature_sequence_pairs"], counts.get("legacy", len(legacy["features"]))
+            legacy = {"count": f"{features:,}", "pairs": f"{pairs:,} feature-sequence pair{'s'[: pairs != 1]}"}
+        rows.append({"site": site, "cells": cells, "legacy": legacy, "all": _same_count(summary, site, cells)})
+    return rows
+
+
+def _same_count(summary: Json, site: str, cells: Sequence[Mapping[str, str]]) -> str:
+    """`576 of 576`, where that is what every reading says of a site; not of o_in, whose width no summary has."""
+    counts, width = {int(cell["count"].replace(",", "")) for cell in cells}, summary["model"]["hidden_size"]
+    if site == "o_in" or len(counts) > 1 or 2 * min(counts) < width:
+        return ""
+    return f"{min(counts):,} of {width:,}"
+
+
+def _count_cell(summary: Json, site: str, reading: str, count: int) -> dict[str, str]:
+    span = ((summary.get("intervals") or {}).get("counts", {})).get(site, {}).get(reading)
+    without = summary.get("without_first_tokens", {}).get(site, {}).get(reading)
+    return {
+        "reading": reading,
+        "count": f"{count:,}",
+        "span": "" if span is None or span[0] == span[1] == count else f"{span[0]:,}–{span[1]:,}",
+        "without": "" if without is None or len(without) == count else f"{len(without):,}",
+    }
+
+
+def peak(summary: Json) -> Json | None:
+    """The row of `layers` with the largest magnitude among the deciding site's own sites."""
+    site = summary["criteria"]["site"]
+    sites = ("attn_in", "mlp_in") if site == BLOCK else (site,)
+    rows = [row for row in summary["layers"] if row["site"] in sites and row["max_magnitude"] is not None]
+    return max(rows, key=lambda row: (row["max_magnitude"], -row["layer"]), default=None)
+
+
+def _shown(row: Json) -> dict[str, Any]:
+    """A token with the text around it, cut to what a line of the page holds; None stays None."""
+    cut = {
+        "token": row["token"] and clip(row["token"], MAX_CONTEXT_CHARACTERS),
+        "before": row["before"] and clip(row["before"], MAX_CONTEXT_CHARACTERS, keep_end=True),
+        "after": row["after"] and clip(row["after"], MAX_CONTEXT_CHARACTERS),
+    }
+    return {**row, **cut}
+
+
+def contexts(tokens: Json) -> list[dict[str, Any]]:
+    """Where the systematic features sit, each with its largest tokens in their text."""
+    return [
+        {**feature, "top": [_shown(row) for row in feature["top"][:MAX_CONTEXTS]]}
+        for feature in tokens["features"][:MAX_CONTEXT_FEATURES]
+    ]
+
+
+def massive_rows(summary: Json, tokens: Json) -> dict[str, Any] | None:
+    """Massive activations with the text around them; None where `resid` was not captured.
+
+    `rows`: one for each feature and token, largest first, with the layers in which it is massive and the value of the
+    largest; `places`: how many such rows the list has; `bare`: whether one has a token, but no text around it; `features`:
+    where they sit, by feature; `by_token`: how many values are massive by the token's own median, None where that was not
+    counted.
+    """
+    listed = summary["massive"]
+    if listed is None:
+        return None
+    around = {_place(row): row for row in tokens["massive"] or ()}
+    empty = {"token": None, "before": None, "after": None, "ratio": None, "token_ratio": None}
+    layers: dict[tuple[int, ...], list[int]] = {}
+    largest: dict[tuple[int, ...], Json] = {}
+    for row in listed:
+        where = (row["feature"], row["sequence"], row["position"])
+        layers.setdefault(where, []).append(row["layer"])
+        largest.setdefault(where, row)
+    rows = [
+        _shown({**empty, **around.get(_place(row), {}), **row, "ranges": ranges(sorted(layers[where]))})
+        for where, row in list(largest.items())[:MAX_MASSIVE_ROWS]
+    ]
+    features = tokens.get("massive_features", [])
+    return {
+        "rows": rows,
+        "places": len(largest),
+        "bare": any(row["token"] is not None and row["before"] is None for row in rows),
+        "listed": len(listed),
+        "count": summary["massive_count"] or len(listed),
+        "by_token": summary.get("massive_by_token_count"),
+        "features": features[:MAX_MASSIVE_ROWS],
+        "num_features": len(features),
+    }
+
+
+def _place(row: Json) -> tuple[int, ...]:
+    return row["layer"], row["sequence"], row["position"], row["feature"]
+
+
+def _flat(value: object, name: str = "") -> Iterable[tuple[str, str]]:
+    """Nested mappings and lists as (dotted name, text) pairs, in their own order."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(inner, Mapping | list | tuple) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{name}.{index}")
+    elif isinstance(value, list | tuple):
+        yield name, ", ".join(str(inner) for inner in value)
+    else:
+        yield name, "" if value is None else str(value)
+
+
+def provenance_rows(provenance: Mapping[str, object]) -> list[tuple[str, str]]:
+    """What is printed at the end of the page, as (name, text)."""
+    rows = [(clip(name, 120), clip(text, MAX_TEXT_CHARACTERS)) for name, text in _flat(provenance)]
+    left = len(rows) - MAX_PROVENANCE_ROWS
+    return rows if left <= 0 else [*rows[:MAX_PROVENANCE_ROWS], ("…", f"{left} more in manifest.json")]

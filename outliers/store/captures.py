@@ -1,0 +1,77 @@
+"""The captures that a workspace holds: the gigabytes that nothing else frees."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from outliers.errors import BadInput, CaptureError
+from outliers.names import nearest
+from outliers.publish.outcome import held_bytes
+from outliers.store.chunks import ARRAYS, Journal, hold
+from outliers.store.fingerprint import layout_from, read_fingerprint
+from outliers.workspace import Workspace
+
+
+class Held(BaseModel):
+    """One capture on disk; a damaged one has `of_sequences` 0."""
+
+    model_config = ConfigDict(frozen=True)
+
+    capture_id: str
+    model: str
+    done: int
+    of_sequences: int
+    bytes: int
+
+
+def list_captures(workspace: Workspace) -> tuple[Held, ...]:
+    """Every capture of a workspace, finished or not, by id."""
+    found = []
+    for name in _ids(workspace):
+        folder = workspace.capture(name)
+        model, done, total = "damaged", 0, 0
+        try:
+            fingerprint = read_fingerprint(folder)
+            if fingerprint is None and (folder / "summaries").is_dir() and not (folder / ARRAYS).exists():
+                model = "(summaries alone)"
+            if fingerprint is not None:
+                done = len(Journal.open(folder / "journal.jsonl").done)
+                model, total = str(fingerprint["fixed"].get("model", "?")), layout_from(fingerprint).num_sequences
+        except CaptureError:
+            pass  # shown as damaged, so that it can be looked into or removed
+        found.append(Held(capture_id=name, model=model, done=done, of_sequences=total, bytes=held_bytes(folder)))
+    return tuple(found)
+
+
+def find_capture(workspace: Workspace, name: str) -> Path:
+    """The folder of a capture, named by its id or by a path; the workspace is only read. Raises BadInput for an unknown one."""
+    folder = Path(name).expanduser().absolute() if os.sep in name else workspace.capture(name)
+    if os.sep in name and (folder / "capture.json").exists():
+        return folder
+    if folder.parent != workspace.captures or not folder.is_dir() or name in (os.curdir, os.pardir):
+        known = _ids(workspace)
+        raise BadInput(
+            f"there is no capture {name} in {workspace.root}{nearest(name, known)}; there is: {', '.join(known) or 'none'}"
+        )
+    return folder
+
+
+def remove_capture(workspace: Workspace, capture_id: str) -> int:
+    """Remove one capture; returns the bytes that this frees. Raises BadInput for an unknown one, Busy for one in use."""
+    folder = find_capture(workspace, capture_id)
+    if folder.parent != workspace.captures:
+        raise BadInput(f"{folder} is not in {workspace.root}: give its workspace with --workspace, and its id")
+    held = held_bytes(folder)
+    with hold(folder):
+        # first what says that anything is done: a removal that is cut short leaves nothing that could be believed
+        (folder / "journal.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    return held
+
+
+def _ids(workspace: Workspace) -> list[str]:
+    return sorted(path.name for path in workspace.captures.glob("*") if path.is_dir())

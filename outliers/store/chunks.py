@@ -1,0 +1,284 @@
+"""The capture on disk: a Zarr group of activations, beside the journal that alone says what of it is done.
+
+    <capture>/capture.json       the conditions that resume checks (`fingerprint`)
+    <capture>/activations.zarr/  one array a site (layer, sequence, position, feature), and token_ids, lengths, mask
+    <capture>/journal.jsonl      a line a finished sequence: checksums of its chunks, bytes (`journal`)
+    <capture>/lock               held by the process that writes
+
+An uncompressed chunk is just its bytes, so chunks are written here as files, whole and once (`durable`), and are on the
+disk before the journal names them, which zarr's own store does not see to; zarr opens the result. bfloat16 is stored as its
+bits in uint16: zarr has no such dtype. Knows bytes and indices, nothing of models. Before it: `capture`, with a
+`layout`. After it: `summary`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from isal.isal_zlib import crc32 as crc32_of
+from numpy.typing import NDArray
+
+from outliers.errors import Busy, CaptureError, CorruptCapture
+from outliers.files.atomic import sync_folder
+from outliers.store.durable import Unsynced, write_durably, write_soon
+from outliers.store.fingerprint import layout_from, read_fingerprint
+from outliers.store.journal import Journal as Journal
+from outliers.store.journal import way_out
+from outliers.study.layout import NAN_BITS, STORAGE, Layout
+
+ARRAYS = "activations.zarr"
+
+
+def create_arrays(folder: Path, layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
+    """Write the group's metadata and side arrays into `folder`/activations.zarr, durably, the folders' names too."""
+    mend_arrays(folder, layout, token_ids, lengths)
+    for place in (folder.parent, folder.parent.parent):
+        sync_folder(place)
+
+
+def mend_arrays(
+    folder: Path, layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]
+) -> tuple[str, ...]:
+    """Write what is missing of the metadata and side arrays, or is not what it was; returns the names of those files.
+
+    Raises CaptureError where something is in the way.
+    """
+    root, mended = folder / ARRAYS, []
+    for name, content in group_files(layout, token_ids, lengths).items():
+        path = root / name
+        if not (path.is_file() and same_file(name, path.read_bytes(), content)):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise CaptureError(f"{path.parent} is in the way of a folder of the capture: move it away") from error
+            write_durably(path, content)
+            mended.append(name)
+    written = [place for name in mended for place in (root / name).parents if place.is_relative_to(folder)]
+    for place in dict.fromkeys(written):
+        sync_folder(place)
+    return tuple(mended)
+
+
+def same_file(name: str, found: bytes, wanted: bytes) -> bool:
+    """Whether a file of the group says what it should: metadata in its meaning, foreign attributes allowed; others in bytes."""
+    if not name.endswith("zarr.json"):
+        return found == wanted
+    try:
+        there, should = json.loads(found), json.loads(wanted)
+        attributes = should.pop("attributes")
+        return bool(should.items() <= there.items() and attributes.items() <= there["attributes"].items())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def group_files(layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> dict[str, bytes]:
+    """Every file of the group but the chunks of activations: name below activations.zarr -> content."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(files))
+    mask = np.arange(layout.positions)[None, :] < lengths[:, None]  # (sequence, position)
+    names = {"token_ids": ("sequence", "position"), "lengths": ("sequence",), "mask": ("sequence", "position")}
+    for name, values in (("token_ids", token_ids), ("lengths", lengths), ("mask", mask)):
+        array = group.create_array(name, data=values, compressors=None, dimension_names=names[name])
+        array.attrs["unit"] = {"token_ids": "token id", "lengths": "tokens", "mask": "is a token"}[name]
+    for site, width in layout.stored.items():
+        _create_site(group, site, width, layout)
+    if layout.aliases:
+        group.attrs["alias_of"] = layout.aliases
+    return {name: buffer.to_bytes() for name, buffer in files.items()}
+
+
+def _create_site(group: Any, site: str, width: int, layout: Layout) -> None:
+    from zarr.codecs import BloscCodec
+
+    stored = STORAGE[layout.dtype]
+    array = group.create_array(
+        site,
+        shape=(len(layout.layers), layout.num_sequences, layout.positions, width),
+        chunks=(1, 1, layout.chunk_positions, width),
+        dtype=stored,
+        fill_value=NAN_BITS.get(layout.dtype, float("nan")),
+        compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")] if layout.codec == "zstd" else None,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=("layer", "sequence", "position", "feature"),
+    )
+    array.attrs.update({"dtype": layout.dtype, "layers": list(layout.layers), "site": site})
+
+
+class NamedChunk(NamedTuple):
+    """A chunk that a journal line names; `layer` counts the captured layers from 0."""
+
+    site: str
+    layer: int
+    chunk: int
+    path: Path
+    crc32: int
+    size: int
+
+
+class ChunkFiles:
+    """Chunks of one capture as files: encoded, checksummed, written whole, read back verified."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.layout = layout
+        self.root = folder / ARRAYS
+        self.chunk_positions = layout.chunk_positions
+        self._place = str(self.root)
+
+    def path(self, site: str, layer: int, sequence: int, chunk: int) -> Path:
+        """File of a chunk; `layer` counts the captured layers from 0."""
+        return Path(self._file(site, layer, sequence, chunk))
+
+    def _file(self, site: str, layer: int, sequence: int, chunk: int) -> str:
+        # a Path for every chunk costs more than opening it
+        return f"{self._place}/{site}/c.{layer}.{sequence}.{chunk}.0"
+
+    def write(
+        self, site: str, layer: int, sequence: int, values: NDArray[Any], unsynced: Unsynced
+    ) -> list[tuple[int, int]]:
+        """Write one layer of one sequence; nothing is durable before `unsynced` was waited for.
+
+        values: (position, feature) in the storage dtype, as many positions as the sequence has tokens; the rest of the
+        last chunk is filled with NaN. Returns (crc32, bytes) of each chunk.
+        """
+        written = []
+        for chunk in range(self.layout.chunks_of(values.shape[0])):
+            block = values[self.layout.span(chunk)]
+            short = self.layout.chunk_positions - block.shape[0]
+            if short:
+                fill = NAN_BITS.get(self.layout.dtype, np.nan)
+                block = np.concatenate([block, np.full((short, block.shape[1]), fill, block.dtype)])
+            content = self._encode(np.ascontiguousarray(block))
+            written.append((crc32_of(content), len(content)))
+            write_soon(self._file(site, layer, sequence, chunk), content, unsynced)
+        return written
+
+    def read(self, site: str, layer: int, sequence: int, chunk: int, crc32: int) -> NDArray[Any]:
+        """One chunk: (position, feature) in the storage dtype, padding cut off. Raises CorruptCapture."""
+        path = self.path(site, layer, sequence, chunk)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError as error:
+            raise CorruptCapture(f"{path} is journaled and not there: {way_out(self.root.parent)}") from error
+        except OSError as error:
+            raise CorruptCapture(f"{path} can't be read ({error.strerror}): {way_out(self.root.parent)}") from error
+        if crc32_of(content) != crc32:
+            raise CorruptCapture(self._changed(path, crc32))
+        span = self.layout.span(chunk)
+        values = self._decode(content).reshape(self.layout.chunk_positions, self.layout.widths[site])
+        return values[: span.stop - span.start]
+
+    def tiles(
+        self, site: str, layer: int, sequence: int, chunk: int, crc32: int, buffer: NDArray[Any]
+    ) -> Iterator[NDArray[Any]]:
+        """One chunk in runs of positions, the padding of the last chunk too: views of `buffer`, each valid until the next.
+
+        buffer: (position, feature) unsigned integers of the values' size. The file is read once, run by run, and its
+        checksum compared at the end: what is counted of a chunk stands only once this has ended. Raises CorruptCapture.
+        """
+        rows, left = buffer.shape[0], self.chunk_positions
+        if self.layout.codec != "none":
+            whole = self.read(site, layer, sequence, chunk, crc32).view(buffer.dtype)
+            for at in range(0, whole.shape[0], rows):
+                run = buffer[: whole.shape[0] - at]
+                run[:] = whole[at : at + rows]
+                yield run
+            return
+        path = self._file(site, layer, sequence, chunk)
+        found, whole_file = 0, True
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise CorruptCapture(f"{path} is journaled and not there: {way_out(self.root.parent)}") from error
+        try:
+            while left > 0 and whole_file:
+                run = buffer[:left]
+                content = run.data.cast("B")
+                whole_file = _fill(file, content)
+                found = crc32_of(content, found)
+                left -= rows
+                if whole_file:
+                    yield run
+            longer = os.read(file, 1) != b""
+        except OSError as error:
+            raise CorruptCapture(f"{path} can't be read ({error.strerror}): {way_out(self.root.parent)}") from error
+        finally:
+            os.close(file)
+        if found != crc32 or not whole_file or longer:
+            raise CorruptCapture(self._changed(Path(path), crc32))
+
+    def _changed(self, path: Path, crc32: int) -> str:
+        content = path.read_bytes()
+        return (
+            f"{path} has checksum {crc32_of(content):08x} in {len(content):,} bytes, the journal says {crc32:08x}: its bytes "
+            f"changed after they were written; {way_out(self.root.parent)}"
+        )
+
+    def named_by(self, entry: dict[str, Any]) -> Iterator[NamedChunk]:
+        """The chunks of a journal line. Raises CorruptCapture where it doesn't name them all."""
+        layers, sequence = len(self.layout.layers), entry["sequence"]
+        for site in self.layout.stored:
+            crcs, sizes = entry.get("crc32", {}).get(site, ()), entry.get("sizes", {}).get(site, ())
+            if not crcs or len(crcs) != len(sizes) or len(crcs) % layers:
+                raise CorruptCapture(
+                    f"the journal names {len(crcs)} checksums and {len(sizes)} sizes of {site} of sequence {sequence}, in "
+                    f"{layers} layers: {way_out(self.root.parent)}"
+                )
+            chunks = len(crcs) // layers
+            for at, (crc32, size) in enumerate(zip(crcs, sizes, strict=True)):
+                layer, chunk = divmod(at, chunks)
+                yield NamedChunk(site, layer, chunk, self.path(site, layer, sequence, chunk), crc32, size)
+
+    def _encode(self, block: NDArray[Any]) -> bytes | memoryview:
+        if self.layout.codec == "none":
+            return block.data.cast("B")
+        from numcodecs import Blosc
+
+        return bytes(Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE).encode(block))
+
+    def _decode(self, content: bytes) -> NDArray[Any]:
+        if self.layout.codec == "none":
+            return np.frombuffer(content, STORAGE[self.layout.dtype])
+        from numcodecs import blosc
+
+        return np.frombuffer(blosc.decompress(content), STORAGE[self.layout.dtype])
+
+
+def _fill(file: int, content: memoryview) -> bool:
+    """Read until `content` is full; False where the file ends before."""
+    while content:
+        count = os.readv(file, [content])
+        if not count:
+            return False
+        content = content[count:]
+    return True
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a capture for this process: two writers would tear it. Raises Busy."""
+    with (folder / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"another process is writing {folder}: wait for it, or end it") from error
+        if os.fstat(file.fileno()).st_nlink == 0:
+            raise Busy(f"{folder} was removed just now: run the same again")
+        yield
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every sequence of the capture in `folder` is journaled."""
+    fingerprint = read_fingerprint(folder)
+    if fingerprint is None:
+        return False
+    return len(Journal.open(folder / "journal.jsonl").done) == layout_from(fingerprint).num_sequences

@@ -1,0 +1,242 @@
+"""StudySpec -> Prepared: everything that a name leaves open is settled, and both ids are known, before a machine is asked for.
+
+The revision becomes a commit or a hash, `auto` and `all` become values, the text becomes token ids on disk.
+Before it: `spec`. After it: `plan`, `capture`, `results`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from outliers.corpus.documents import find_local
+from outliers.corpus.tokens import CorpusInfo, prepare_corpus
+from outliers.errors import BadInput
+from outliers.files.sealed import SEAL, read_sealed
+from outliers.machines.local import find_gpus
+from outliers.machines.options import check_options
+from outliers.machines.providers import DEFAULT_PROVIDER, chosen
+from outliers.model.complete import check_checkpoint
+from outliers.model.describe import (
+    ModelInfo,
+    check_method,
+    check_place,
+    describe_model,
+    kept_method,
+)
+from outliers.model.quantization import Place, installed_packages
+from outliers.model.source import find_model, local_path
+from outliers.spec import ANALYSIS_VERSION, FORMAT_VERSION, StudySpec, digest
+from outliers.study.layout import Layout
+from outliers.workspace import Workspace
+
+FP8_PRODUCT = 2
+"""How FP8 weights are made plain: 1 was transformers' product, which is another where the last block is smaller."""
+ID_LENGTH = 16
+"""Hex digits of an id: 64 bits, far beyond any number of studies one store will hold."""
+
+
+class Prepared(BaseModel):
+    """A study with nothing left open. It is `spec.json` on the machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: StudySpec
+    model: ModelInfo
+    corpus: CorpusInfo
+    layers: tuple[int, ...]
+    site: str
+    """The deciding site, or `block`."""
+    text: bool
+    """Whether the results show text of the corpus."""
+    capture_id: str
+    study_id: str
+
+    @property
+    def title(self) -> str:
+        """How a person recognises the study: `SmolLM2-135M 8x512`."""
+        return f"{self.model.source.name} {self.corpus.num_sequences}x{self.corpus.sequence_length}"
+
+    def public_spec(self) -> dict[str, object]:
+        """The spec as results may carry it: ids in the place of paths, no machine, no workspace, no target."""
+        spec = self.spec.model_dump(mode="json", exclude={"compute", "publish_to"})
+        spec["model"] |= {"id": self.model.source.id, "revision": self.model.source.revision, "dtype": self.model.dtype}
+        spec["corpus"]["source"] = self.corpus.source
+        return spec
+
+
+def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -> ModelInfo:
+    """The model of a spec, described; also checks what only the config can tell. A plan needs no `weights`."""
+    folder = local_path(spec.model.id)
+    if (folder / "config.json").is_file() and (stays := kept_method(folder, spec.model.quantization)):
+        check_method(folder.name, stays, _place(spec))
+    info = describe_model(
+        find_model(spec.model, workspace, weights=weights),
+        spec.model.dtype,
+        workspace,
+        quantization=spec.model.quantization,
+        named=spec.capture.site_modules,
+    )
+    if info.quantization is not None:
+        check_place(info, _place(spec))
+    _check_sites(spec, info)
+    if info.max_positions is not None and spec.corpus.sequence_length > info.max_positions:
+        raise BadInput(
+            f"--sequence-length {spec.corpus.sequence_length} is more than the {info.max_positions} positions that "
+            f"{info.source.name} was made for"
+        )
+    resolve_layers(spec, info)
+    if weights:
+        check_checkpoint(info, workspace, head=spec.capture.perplexity)
+    return info
+
+
+def _place(spec: StudySpec) -> Place:
+    """Where a study would compute, as far as it is known without asking a machine: this computer's packages and whether it has a
+    GPU, or a machine with GPUs whose environment is made for the study."""
+    here = chosen(spec.compute.provider) == DEFAULT_PROVIDER
+    if spec.compute.gpu_count == 0:
+        gpus: tuple[tuple[str, None], ...] = ()
+    elif here:
+        gpus = tuple((gpu.name, None) for gpu in find_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES")))
+    else:
+        gpus = (("any", None),)
+    return Place(gpus, installed_packages() if here else None)
+
+
+def _check_sites(spec: StudySpec, info: ModelInfo) -> None:
+    for site in spec.capture.sites:
+        if site not in info.anatomy.sites:
+            raise BadInput(
+                f"the site {site} of {info.architecture} is not known: name its module with --site-module {site}=PATTERN, "
+                "or leave it out of --sites"
+            )
+        if site not in info.anatomy.widths:
+            raise BadInput(
+                f"the site {site} of {info.source.name} has another width in some layers, and one array holds one width: "
+                "leave it out of --sites"
+            )
+
+
+def resolve_layers(spec: StudySpec, info: ModelInfo) -> tuple[int, ...]:
+    """The layers of a spec as numbers; BadInput for one that the model doesn't have."""
+    if isinstance(spec.capture.layers, str):
+        return tuple(range(info.num_layers))
+    beyond = [layer for layer in spec.capture.layers if layer >= info.num_layers]
+    if beyond:
+        raise BadInput(f"layer {beyond[0]} was asked, and {info.source.name} has layers 0 to {info.num_layers - 1}")
+    return spec.capture.layers
+
+
+def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
+    """The shapes on disk of a study's capture."""
+    sites = spec.capture.sites
+    others = {site: info.anatomy.alias_of(site) for site in sites}
+    return Layout(
+        widths={site: info.site_widths[site] for site in sites},
+        layers=resolve_layers(spec, info),
+        num_sequences=spec.corpus.num_sequences,
+        positions=spec.corpus.sequence_length,
+        dtype=info.dtype,
+        codec=spec.capture.codec,
+        aliases={site: other for site, other in others.items() if other in sites},
+    )
+
+
+def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
+    """Settle a spec. Raises BadInput and its kinds for what can't be had, HubUnavailable when the hub is silent."""
+    check_options(spec.compute)
+    documents = find_local(spec.corpus)  # a mistyped text is told before a model is hashed or a tokenizer is read
+    info = model_info(spec, workspace)
+    corpus = prepare_corpus(spec.corpus, info.source, workspace, documents=documents, vocab_size=info.vocab_size)
+    layers = resolve_layers(spec, info)
+    text = spec.publish_text == "context" or (spec.publish_text == "auto" and corpus.public)
+    capture = capture_digest(spec, info, corpus, layers, stored=info.stored_quantization)
+    criteria = spec.criteria.model_dump(mode="json") | {
+        "site": spec.deciding_site,
+        "ladder": list(spec.criteria.magnitudes),
+    }
+    payload: dict[str, object] = {
+        "capture": capture,
+        "criteria": criteria,
+        "label": spec.label,
+        "text": text,
+        "analysis_version": ANALYSIS_VERSION,
+    }
+    if spec.capture.perplexity:
+        payload["perplexity"] = True
+    study = digest(payload)
+    return Prepared(
+        spec=spec,
+        model=info,
+        corpus=corpus,
+        layers=layers,
+        site=spec.deciding_site,
+        text=text,
+        capture_id=capture[:ID_LENGTH],
+        study_id=study[:ID_LENGTH],
+    )
+
+
+def capture_digest(
+    spec: StudySpec, info: ModelInfo, corpus: CorpusInfo, layers: tuple[int, ...], *, stored: str | None
+) -> str:
+    """Digest of what determines the activations, and of nothing else. `stored`: the method the checkpoint is quantized in."""
+    modules = info.anatomy.modules(spec.capture.sites, layers)
+    payload: dict[str, object] = {
+        "format": FORMAT_VERSION,
+        "model": [info.source.id, info.source.revision, info.architecture],
+        "dtype": info.dtype,
+        "quantization": info.quantization,
+        "attention": info.attention_implementation,
+        "experts": info.experts_implementation,
+        "tokens": corpus.token_sha256,
+        "shape": [corpus.num_sequences, corpus.sequence_length],
+        "batch_sequences": spec.capture.batch_sequences,
+        "sites": [[m.site, m.layer, m.path, m.side] for m in modules],
+    }
+    if stored == "fp8" and info.quantization is None:
+        payload["fp8_product"] = FP8_PRODUCT
+    if corpus.lengths_sha256 is not None:
+        payload["lengths"] = corpus.lengths_sha256
+    return digest(payload)
+
+
+def read_prepared(path: Path, workspace: Workspace) -> Prepared:
+    """A file with a Prepared, or with a plain StudySpec, which is then prepared here. Raises BadInput."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise BadInput(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON: {error}") from error
+    if isinstance(content, dict) and "capture_id" in content:
+        if SEAL in content and (content := read_sealed(path)) is None:
+            raise BadInput(f"{path} is not what was written there: run the same study again, which writes it anew")
+        try:
+            return Prepared.model_validate(content)
+        except ValidationError as error:
+            raise BadInput(f"{path}: {explain(error)}") from error
+    return prepare(parse_spec(content, str(path)), workspace)
+
+
+def parse_spec(content: object, place: str) -> StudySpec:
+    """A StudySpec from parsed JSON; BadInput with one line a mistake."""
+    try:
+        return StudySpec.model_validate(content)
+    except ValidationError as error:
+        raise BadInput(f"{place}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one line a person can act on: field, what is wrong, what was given."""
+    lines = []
+    for item in error.errors(include_url=False):
+        field = ".".join(str(step) for step in item["loc"]) or "spec"
+        message = item["msg"].removeprefix("Value error, ")
+        given = "" if item["type"] in ("value_error", "missing") else f" (given: {item['input']!r})"
+        lines.append(f"{field}: {message}{given}")
+    return "; ".join(lines)
