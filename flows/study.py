@@ -18,13 +18,15 @@ from pydantic import Field
 from flows.artifacts import show_outcome
 from flows.hooks.cancelled import rests, was_cancelled, watches
 from flows.hooks.stale import begins, ends
+from outliers.counting.shards import is_here
 from outliers.dispatch.state import machine_state
 from outliers.dispatch.transfer import check_travels
-from outliers.machines.providers import chosen, provider
+from outliers.machines.options import check_options
+from outliers.machines.providers import provider
 from outliers.publish.outcome import Outcome, find_finished, find_outcome, make_outcome
 from outliers.publish.publish import check_target
-from outliers.spec import CaptureSpec, ComputeSpec, CorpusSpec, CriteriaSpec, ModelSpec, StudySpec
-from outliers.study.parts import is_here, split
+from outliers.spec import CaptureSpec, ComputeSpec, CorpusSpec, CriteriaSpec, ModelSpec, StudySpec, chosen
+from outliers.study.parts import split
 from outliers.study.prepare import Prepared, prepare
 from outliers.workspace import Workspace, open_workspace
 from tasks.analyze import analyze
@@ -127,6 +129,7 @@ def study(
     )
     # the library's own lines (PREFECT_LOGGING_EXTRA_LOGGERS=outliers) from INFO up
     logging.getLogger("outliers").setLevel(logging.INFO)
+    check_options(spec.compute)  # before a model is looked for
     workspace = open_workspace(spec.compute.workspace)
     prepared = prepare(spec, workspace)
     outcome = find_outcome(prepared, workspace) or run(prepared, workspace)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -24,6 +25,10 @@ READINGS: tuple[ReadingName, ...] = ("pooled", "union", "per_layer", "affected")
 BLOCK = "block"
 BLOCK_SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in")
 
+PROVIDER_VARIABLE = "OUTLIERS_PROVIDER"
+DEFAULT_PROVIDER = "local"
+"""This computer."""
+
 EXECUTOR = re.compile(r"threads(=[1-9][0-9]{0,3})?|dask=[a-z]+://[^\s@]+")
 """Who may count. No address has a user or password in it."""
 
@@ -31,6 +36,11 @@ FORMAT_VERSION = 1
 """Of the capture on disk; part of capture_id."""
 ANALYSIS_VERSION = 3
 """Raised whenever a number's meaning or value changes; part of study_id, so no mended bug is answered from old results."""
+
+
+def chosen(name: str) -> str:
+    """The provider's name that is meant by `name` ("": $OUTLIERS_PROVIDER, else local)."""
+    return name or os.environ.get(PROVIDER_VARIABLE) or DEFAULT_PROVIDER
 
 
 def digest(payload: Any) -> str:

@@ -20,7 +20,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
 from outliers.dispatch.transfer import HERE
-from outliers.machines.providers import chosen
+from outliers.spec import chosen
 from tasks.watch import GUARDS
 
 LIMIT = "outliers-machines"

@@ -19,9 +19,22 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from outliers.counting.merge import merge_summaries
+from outliers.counting.shards import (
+    draft_of,
+    folder_of,
+    is_here,
+    part_lock,
+    parts_folder,
+    place_part,
+    read_record,
+    remove_parts,
+    study_lock,
+    write_record,
+)
 from outliers.dispatch.transfer import HERE
 from outliers.errors import PlanRefused
 from outliers.events.stream import Lines
+from outliers.locks import locked
 from outliers.machines.base import Machine
 from outliers.machines.local import LocalMachine
 from outliers.machines.providers import provider
@@ -29,22 +42,7 @@ from outliers.plan.plan import check_plan, planned_layout, request_for
 from outliers.plan.remaining import refused_together
 from outliers.publish.outcome import find_finished
 from outliers.steps import run_report
-from outliers.study.parts import (
-    Part,
-    draft_of,
-    folder_of,
-    is_here,
-    locked,
-    part_lock,
-    part_workspace,
-    parts_folder,
-    place_part,
-    read_record,
-    remove_parts,
-    split,
-    study_lock,
-    write_record,
-)
+from outliers.study.parts import Part, part_workspace, split
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace, open_workspace
 from tasks.limits import machine_slot

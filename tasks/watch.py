@@ -23,10 +23,11 @@ from outliers.errors import MachineGone, MachineLost, OutliersError
 from outliers.events.stream import Event
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobHandle, JobSpec
+from outliers.locks import locked
 from outliers.machines.answers import parse_result
 from outliers.machines.base import Machine
 from outliers.publish import runlog
-from outliers.study.parts import LOCKS, locked
+from outliers.study.parts import LOCKS
 from outliers.study.prepare import Prepared
 from outliers.untrusted.bounds import LOG_CHARS, RESULT_BYTES, STEPS
 from outliers.workspace import Workspace

@@ -13,8 +13,8 @@ import time
 from dataclasses import replace
 
 from outliers.errors import MachineLost, PlanRefused
+from outliers.hardware import GB
 from outliers.machines import catalog, lease
-from outliers.machines.base import GB
 from outliers.machines.catalog import Row
 from outliers.machines.connection import Connection
 from outliers.machines.sky import SkyProvider

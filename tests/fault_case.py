@@ -22,6 +22,7 @@ import psutil
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.hooks.stale import end_stale_runs
+from outliers.files.records import read_json
 from outliers.jobs import jobs
 from outliers.spec import StudySpec
 from outliers.study.prepare import Prepared, prepare
@@ -209,7 +210,7 @@ class Case:
         job = self._job(step)
         if job is None or jobs.status(job.folder) != "running":
             return None
-        started = jobs.read_json(job.folder / "started.json")
+        started = read_json(job.folder / "started.json")
         try:
             return psutil.Process(self.pid(started["child"])) if started else None
         except (psutil.NoSuchProcess, ProcessLookupError):
@@ -236,7 +237,7 @@ class Case:
         """SIGKILL of a step's process; with its supervisor: nobody is left to say how it ended."""
         job = self._job(step)
         assert job is not None
-        started = jobs.read_json(job.folder / "started.json") or {}
+        started = read_json(job.folder / "started.json") or {}
         self.ended(step)
         if step == "extract":
             self.killed_at = self.journaled()

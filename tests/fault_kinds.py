@@ -8,10 +8,11 @@ from __future__ import annotations
 import itertools
 import sys
 
+from outliers.counting.shards import is_here
 from outliers.jobs import jobs
 from outliers.machines.ssh import Host, Hosts
 from outliers.publish.outcome import find_finished
-from outliers.study.parts import Part, is_here, split
+from outliers.study.parts import Part, split
 from outliers.workspace import Workspace
 from tasks.tenancy import machine_name
 from tests.fault_case import Case

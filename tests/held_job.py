@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from outliers.files.records import read_json
 from outliers.jobs import jobs
 
 LIMIT = 120.0
@@ -44,7 +45,7 @@ def held_until_cancelled(root: Path, name: str, journal: Path) -> Iterator[jobs.
     until(lambda: journal.exists() and journal.stat().st_size, "a journaled sequence", poll_seconds=0.002)
     job = jobs.newest(root, name)
     assert job is not None
-    process = psutil.Process((jobs.read_json(job.folder / "started.json") or {})["child"])
+    process = psutil.Process((read_json(job.folder / "started.json") or {})["child"])
     process.suspend()
     try:
         yield job

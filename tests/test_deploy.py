@@ -13,10 +13,11 @@ from dataclasses import replace
 import pytest
 
 from outliers import errors
+from outliers.hardware import GB, Facts
 from outliers.machines import deploy as deploying
 from outliers.machines import probe as probing
 from outliers.machines import wheel as wheels
-from outliers.machines.base import GB, Facts, MachineRequest
+from outliers.machines.base import MachineRequest
 from outliers.machines.check import unmet
 from outliers.machines.connection import Connection
 from outliers.machines.deploy import deploy

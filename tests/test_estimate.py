@@ -10,7 +10,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers.machines.base import GB, Facts, Gpu, Offer
+from outliers.hardware import GB, Facts, Gpu
+from outliers.machines.base import Offer
 from outliers.model.describe import describe_model
 from outliers.model.source import find_model
 from outliers.plan.estimate import estimate, find_card, left_out, over_budget, price_of, told, total_seconds

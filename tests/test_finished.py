@@ -11,11 +11,14 @@ import pytest
 
 from outliers.counting.analyze import analyze
 from outliers.counting.merge import merge_summaries
+from outliers.counting.shards import folder_of as folder_of_part
+from outliers.counting.shards import is_here, write_record
 from outliers.counting.summary_files import has_summary, read_summary
 from outliers.dispatch.transfer import send_study
 from outliers.errors import BadInput, CorruptCapture, DamagedResults, DigestConflict, PublishRefused
-from outliers.files.atomic import is_locked, sha256_file
+from outliers.files.atomic import sha256_file
 from outliers.jobs import jobs
+from outliers.locks import is_locked
 from outliers.machines.local import LocalMachine, instance_id
 from outliers.model.source import find_model
 from outliers.publish.finished import read_finished
@@ -28,8 +31,7 @@ from outliers.spec import ModelSpec
 from outliers.steps import run_analyze, run_report, run_state
 from outliers.store.repair import is_repaired
 from outliers.store.verify import verify
-from outliers.study.parts import Part, is_here, write_record
-from outliers.study.parts import folder_of as folder_of_part
+from outliers.study.parts import Part
 from outliers.study.prepare import read_prepared
 from outliers.workspace import open_workspace
 from tests import gguf_files, synthetic

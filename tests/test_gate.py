@@ -13,10 +13,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import import_utils
 
 from outliers.errors import BadInput, PlanRefused, UnknownModel
-from outliers.hardware import capability_of
+from outliers.hardware import GB, Facts, Gpu, capability_of, find_gpus, parse_gpus
 from outliers.machines.answers import read_facts
-from outliers.machines.base import GB, Facts, Gpu, Offer
-from outliers.machines.local import find_gpus, parse_gpus
+from outliers.machines.base import Offer
 from outliers.model.describe import describe_model, method_of, quantization_of
 from outliers.model.quantization import METHODS, Place, kept_as_stored, refusal
 from outliers.model.source import find_model

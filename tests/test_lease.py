@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outliers import errors
+from outliers.files.records import write_json
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobSpec
 from outliers.machines import lease
@@ -173,7 +174,7 @@ def test_weights_go_with_the_last_machine_that_needs_them(tmp_path, monkeypatch)
         (tmp_path / "machines" / name / "studies").mkdir(parents=True)
         for number, (kind, path) in enumerate(of):
             study = {"model": {"source": {"kind": kind, "path": path}}}
-            jobs.write_json(tmp_path / "machines" / name / "studies" / f"{number}.json", study)
+            write_json(tmp_path / "machines" / name / "studies" / f"{number}.json", study)
     (tmp_path / "machines/first/studies/odd.json").write_text("[")
     weights = [tmp_path / "uploads" / name for name in ("mine", "file", "nobody's")]
     weights += [tmp_path / "hub" / f"models--org--{name}" for name in "abc"]

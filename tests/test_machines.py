@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outliers import errors
+from outliers.hardware import GB, Facts, Gpu, find_gpus
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobSpec
-from outliers.machines.base import GB, Facts, Gpu, MachineRequest, fits
-from outliers.machines.local import LocalMachine, LocalProvider, find_gpus, instance_id
+from outliers.machines.base import MachineRequest, fits
+from outliers.machines.local import LocalMachine, LocalProvider, instance_id
 from outliers.machines.providers import PROVIDERS, provider
 from outliers.machines.sky import SkyProvider
 from outliers.machines.ssh import SshProvider

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from outliers.publish.outcome import find_finished, held_bytes
+from outliers.files.atomic import held_bytes
+from outliers.publish.outcome import find_finished
 from outliers.workspace import open_workspace
 from tests.results_folder import STUDY_ID, make_results
 from tests.test_shards import prepared_of

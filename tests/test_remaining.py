@@ -15,6 +15,7 @@ import pytest
 
 from outliers.counting.analyze import analyze
 from outliers.errors import PlanRefused
+from outliers.files.records import read_json
 from outliers.jobs import jobs
 from outliers.machines.local import LocalMachine, LocalProvider
 from outliers.plan.plan import download_bytes, needs, planned_layout
@@ -240,7 +241,7 @@ def test_a_second_run_joins_the_jobs_whose_memory_is_not_free(prefect_home, tmp_
             journal = root / "captures" / prepared.capture_id / "journal.jsonl"
             until(lambda at=journal: at.exists() and at.stat().st_size, "a journaled sequence", poll_seconds=0.002)
             (job,) = jobs.running(root)
-            held.append(psutil.Process((jobs.read_json(job.folder / "started.json") or {})["child"]))
+            held.append(psutil.Process((read_json(job.folder / "started.json") or {})["child"]))
             held[-1].suspend()
         os.killpg(first.pid, signal.SIGKILL)
         first.wait(30)

@@ -16,23 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outliers.counting.shards import folder_of, is_here, parts_folder, write_record
 from outliers.errors import BadInput, PlanRefused
+from outliers.files.atomic import held_bytes
 from outliers.files.sealed import seal_folder
 from outliers.jobs import jobs
 from outliers.plan.plan import request_for
-from outliers.publish.outcome import held_bytes
 from outliers.publish.publish import model_slug
 from outliers.spec import StudySpec
-from outliers.study.parts import (
-    Part,
-    captures_of_parts,
-    folder_of,
-    is_here,
-    part_workspace,
-    parts_folder,
-    split,
-    write_record,
-)
+from outliers.study.parts import Part, captures_of_parts, part_workspace, split
 from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tasks.shard import check_together

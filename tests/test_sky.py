@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers.machines.base import GB, Gpu, MachineRequest
+from outliers.hardware import GB, Gpu
+from outliers.machines.base import MachineRequest
 from outliers.machines.catalog import Row, disk_gb, select, vram_bytes
 from outliers.machines.sky_engine import own_key_travels
 from tests.sky_catalogs import CSVS, write_catalogs

@@ -11,7 +11,7 @@ import pytest
 
 from flows.cli.machines import reap
 from outliers.errors import DiskFull, MachineLost, OutliersError, PlanRefused
-from outliers.machines.base import GB
+from outliers.hardware import GB
 from outliers.machines.deploy import deploy
 from outliers.machines.providers import PROVIDERS
 from outliers.machines.rentals import KEPT

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 
 from outliers.errors import BudgetSpent, JobFailed, MachineLost, PlanRefused
+from outliers.hardware import GB
 from outliers.jobs.jobs import JobSpec
 from outliers.machines import lease
-from outliers.machines.base import GB, MachineRequest
+from outliers.machines.base import MachineRequest
 from outliers.machines.connection import CONFIG_VARIABLE
 from outliers.machines.deploy import deploy
 from outliers.machines.rentals import KEPT, Rentals

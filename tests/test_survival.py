@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from outliers.files.records import read_json
 from outliers.jobs import jobs
 from outliers.spec import StudySpec
 from outliers.study.prepare import prepare
@@ -92,7 +93,7 @@ class Command:
 
         until(begun, "a journaled sequence", 240, poll_seconds=0.002)
         job = jobs.newest(self.workspace.root, f"extract-{self.prepared.capture_id}")
-        child = psutil.Process(jobs.read_json(job.folder / "started.json")["child"])
+        child = psutil.Process(read_json(job.folder / "started.json")["child"])
         child.suspend()
         return child
 

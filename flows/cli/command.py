@@ -184,7 +184,8 @@ def _check_options(spec: StudySpec, workspace: Workspace, console: Console, argv
     """Refuse options of another provider before anything is done; where a rented machine is meant, with its command."""
     from outliers.machines.base import MachineRequest
     from outliers.machines.options import check_options
-    from outliers.machines.providers import DEFAULT_PROVIDER, chosen, provider
+    from outliers.machines.providers import provider
+    from outliers.spec import DEFAULT_PROVIDER, chosen
 
     try:
         check_options(spec.compute)
@@ -222,10 +223,12 @@ def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: lis
 
 
 def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, argv: list[str]) -> None:
+    from outliers.counting.shards import is_here
     from outliers.dispatch.transfer import check_travels
-    from outliers.machines.providers import DEFAULT_PROVIDER, chosen, provider
+    from outliers.machines.providers import provider
     from outliers.plan.remaining import check_rest, machine_name
-    from outliers.study.parts import is_here, split
+    from outliers.spec import DEFAULT_PROVIDER, chosen
+    from outliers.study.parts import split
 
     compute = prepared.spec.compute
     source = provider(compute.provider, workspace.root)
@@ -246,7 +249,7 @@ def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, a
 
 def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console: Console, *, as_json: bool) -> None:
     from flows.cli.console import show_outcome
-    from outliers.publish.outcome import held_bytes
+    from outliers.files.atomic import held_bytes
     from outliers.study.parts import captures_of_parts
 
     own = (workspace, *(part for _, part in captures_of_parts(workspace, outcome.capture_id)))

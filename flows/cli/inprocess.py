@@ -20,8 +20,7 @@ from flows.server.own import TIMEOUT, TIMEOUT_SECONDS, OwnServer, door, is_decid
 from flows.server.reach import check_server, check_settings
 from outliers.errors import JobFailed
 from outliers.machines.local import NAME as HERE
-from outliers.machines.providers import chosen
-from outliers.spec import StudySpec
+from outliers.spec import StudySpec, chosen
 
 if TYPE_CHECKING:
     from rich.console import Console

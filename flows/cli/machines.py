@@ -12,7 +12,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from outliers.errors import BadInput, DiskFull, OutliersError
-from outliers.machines.base import GB, Rental
+from outliers.hardware import GB
+from outliers.machines.base import Rental
 from outliers.machines.providers import PROVIDERS, provider
 from outliers.machines.rentals import Rentals
 from outliers.names import nearest

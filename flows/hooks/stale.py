@@ -47,8 +47,9 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
 from outliers.errors import OutliersError
-from outliers.files.atomic import is_locked, temporary_for
+from outliers.files.atomic import temporary_for
 from outliers.jobs import jobs
+from outliers.locks import is_locked
 from outliers.workspace import Workspace, default_root
 
 WATCHED = ("study", "sweep")

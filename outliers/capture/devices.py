@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from outliers.errors import PlanRefused
-from outliers.machines.local import find_gpus
+from outliers.hardware import find_gpus
 from outliers.model.describe import ModelInfo, check_place
 from outliers.model.quantization import Place, installed_packages
 from outliers.spec import StudySpec

@@ -24,7 +24,8 @@ from outliers.counting.summary import Summary, merge
 from outliers.counting.summary_files import COUNTS, STUDY, TOTALS, UNREADABLE, read_summary, write_summary
 from outliers.errors import BadInput, CorruptCapture, SummaryMismatch
 from outliers.files.sealed import check_folder
-from outliers.study.parts import LOCKS, locked
+from outliers.locks import locked
+from outliers.study.parts import LOCKS
 from outliers.study.prepare import Prepared
 from outliers.untrusted.npz import open_npz
 from outliers.workspace import Workspace

@@ -14,9 +14,8 @@ from outliers.files.sealed import write_sealed
 from outliers.hub.download import FOLDER_VARIABLE
 from outliers.machines.base import Machine
 from outliers.machines.lease import HUB, UPLOADS
-from outliers.machines.providers import DEFAULT_PROVIDER, chosen
 from outliers.model.source import ModelSource
-from outliers.spec import ComputeSpec
+from outliers.spec import DEFAULT_PROVIDER, ComputeSpec, chosen
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 

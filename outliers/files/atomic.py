@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import platform
@@ -141,16 +140,6 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process holds an flock on a file, which ends with it; False where there is no file.
-
-    Asked with a shared lock: those who ask don't see one another.
-    """
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
+def held_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder, in which a job may be writing."""
+    return sum(size_of(Path(place) / name) for place, _, names in os.walk(folder) for name in names)

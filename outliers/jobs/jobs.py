@@ -40,9 +40,11 @@ from typing import Any, Literal
 from outliers.errors import BadInput, JobCancelled, JobFailed, MachineLost, OutliersError, from_record
 from outliers.events import stream as events
 from outliers.events.stream import Event
-from outliers.files.atomic import is_locked, write_atomic
+from outliers.files.records import read_json, write_json
+from outliers.hardware import total_ram_bytes
 from outliers.jobs.leftovers import DRAFT, RESERVE, tidy, tidy_all
-from outliers.untrusted.bounds import JSON_BYTES, LARGEST, parse_json
+from outliers.locks import is_locked
+from outliers.untrusted.bounds import LARGEST
 
 Status = Literal["running", "done", "failed", "cancelled", "lost"]
 
@@ -338,21 +340,6 @@ def _write_last(folder: Path, name: str, value: Any) -> None:
         write_json(folder / name, value)
 
 
-def total_ram_bytes() -> int:
-    """The memory that this process may use at most: the machine's, or its container's limit where that is lower."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-    with contextlib.suppress(OSError):
-        own = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
-        group = Path("/sys/fs/cgroup") / own
-        limits += [parent / "memory.max" for parent in (group, *group.parents)]
-    for path in limits:
-        # "max" is no number: no limit at this level.
-        with contextlib.suppress(OSError, ValueError):
-            total = min(total, int(path.read_text()))
-    return total
-
-
 def _until(condition: Callable[[], bool], seconds: float, poll_seconds: float = 0.02) -> bool:
     """Waits for `condition`, at most `seconds`; whether it came true."""
     deadline = time.monotonic() + seconds
@@ -366,20 +353,3 @@ def _until(condition: Callable[[], bool], seconds: float, poll_seconds: float = 
 def _held(folder: Path) -> bool:
     """Whether somebody holds the job's lock."""
     return is_locked(folder / "lock")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, whole or not at all."""
-    write_atomic(path, json.dumps(value).encode())
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file, or no object that can be read: neither NaN nor a number of
-    thousands of digits is JSON, and no record of ours has JSON_BYTES. OSError for a file that can't be opened."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(JSON_BYTES + 1)
-        value = parse_json(data) if len(data) <= JSON_BYTES else None
-    except (FileNotFoundError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -12,7 +12,8 @@ import shutil
 import time
 from pathlib import Path
 
-from outliers.files.atomic import is_locked, unfinished_name
+from outliers.files.atomic import unfinished_name
+from outliers.locks import is_locked
 
 RESERVE = "reserve"
 """Room on the disk that a job's supervisor keeps for how the job ended."""

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from outliers.events.stream import EVENTS_VARIABLE, JsonReporter
-from outliers.jobs.jobs import HEARTBEAT_VARIABLE, JOB_VARIABLE, read_json, write_exit, write_json
+from outliers.files.records import read_json, write_json
+from outliers.jobs.jobs import HEARTBEAT_VARIABLE, JOB_VARIABLE, write_exit
 
 _LINE_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1

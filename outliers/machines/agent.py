@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from outliers.errors import BadInput, MachineLost, OutliersError
 from outliers.files.atomic import sha256_file
 from outliers.files.private import make_private
+from outliers.files.records import read_json
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobSpec
 from outliers.machines import lease
@@ -96,7 +97,7 @@ def result(workspace: Path, request: dict[str, Any]) -> dict[str, Any]:
     """How a job that has ended went, and what it reported; its error is this answer's."""
     folder = _job(request)
     jobs.result(folder)
-    return {"result": jobs.read_json(folder / "result.json")}
+    return {"result": read_json(folder / "result.json")}
 
 
 def _job(request: dict[str, Any]) -> Path:

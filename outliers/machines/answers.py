@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from outliers.errors import JobFailed, from_record
-from outliers.machines.base import Facts, Gpu
+from outliers.hardware import Facts, Gpu
 from outliers.untrusted.bounds import LARGEST, NAME_CHARS, PATH_CHARS, RESULT_BYTES, parse_json
 from outliers.untrusted.visible import cut, last_drawn, visible, visible_line
 

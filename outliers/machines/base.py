@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from outliers.errors import BadInput
 from outliers.events.stream import Event
-from outliers.hardware import Capability, capability_of
+from outliers.hardware import GB, Facts, Gpu
 from outliers.jobs.jobs import JobHandle, JobSpec, Status
 from outliers.machines.lease import MAX_SECONDS, SLACK_SECONDS
 from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from outliers.spec import (
         ComputeSpec,  # pydantic, which an agent that answers in a tenth of a second has no time for
     )
-
-GB = 1_000_000_000
-"""10^9 bytes, as in min_vram, min_cpu_ram and disk. Makers count memory in 2^30 bytes: an "80 GB" card reports 79 to 80
-GiB, which is 85 of these, a "64 GB" machine about 66 after its kernel's share. So no tolerance is needed or given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,33 +79,6 @@ class MachineRequest:
 
 def _bytes(gb: float | None) -> int:
     return round((gb or 0) * GB)
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU; `total_bytes` as its driver reports it, 0 where the driver doesn't tell. `reported`: the compute capability that
-    its driver reports, None where it doesn't, and for one of a catalog."""
-
-    name: str
-    total_bytes: int
-    reported: Capability | None = None
-
-    @property
-    def capability(self) -> Capability | None:
-        """Its compute capability: what was reported, else what its name tells; None where neither does."""
-        return self.reported or capability_of(self.name)
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a machine has. No host name, user or path: it may stand in a published manifest. `python`: its version."""
-
-    cpus: int
-    ram_bytes: int
-    ram_available_bytes: int
-    disk_free_bytes: int
-    gpus: tuple[Gpu, ...]
-    python: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from outliers.errors import BadInput, PlanRefused
-from outliers.machines.base import GB, Excluded, Facts, Gpu, MachineRequest, Offer, fits
+from outliers.hardware import GB, Facts, Gpu
+from outliers.machines.base import Excluded, MachineRequest, Offer, fits
 
 PROVIDER = "sky"
 USAGE_VARIABLE = "SKYPILOT_DISABLE_USAGE_COLLECTION"

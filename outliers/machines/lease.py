@@ -31,6 +31,7 @@ from typing import Any
 
 from outliers.errors import BadInput, JobFailed, MachineLost
 from outliers.files.private import make_private
+from outliers.files.records import read_json, write_json
 from outliers.jobs import jobs
 
 MAX_SECONDS = 7 * 86_400.0
@@ -67,7 +68,7 @@ def read(workspace: Path) -> Lease:
     """The lease as it is; one of nobody where there is none, or none that can be read. Raises nothing."""
     path = workspace / "lease.json"
     try:
-        record = jobs.read_json(path)
+        record = read_json(path)
         readable = record is not None or not path.exists()
     except OSError:
         record, readable = None, False
@@ -214,7 +215,7 @@ def _weights(workspace: Path) -> set[Path]:
     shared, found = workspace.parent.parent, set()
     for path in (workspace / "studies").glob("*.json"):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # none of ours; the watchdog has more to do
-            source = (jobs.read_json(path) or {})["model"]["source"]
+            source = (read_json(path) or {})["model"]["source"]
             if source["kind"] == "hub":
                 found.add(shared / HUB / f"models--{source['path'].replace('/', '--')}")
             elif source["path"].startswith(f"{shared / UPLOADS}/"):
@@ -283,7 +284,7 @@ def _write(workspace: Path, holders: dict[str, dict[str, Any]], remove_files: bo
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)  # none of ours: no lease could be written in its place
-        jobs.write_json(path, {"holders": holders, "remove_files": remove_files})
+        write_json(path, {"holders": holders, "remove_files": remove_files})
     except OSError:
         if holders:
             raise

@@ -26,74 +26,16 @@ from outliers.errors import BadInput, JobFailed, PlanRefused, WorkspaceError
 from outliers.events.stream import Event
 from outliers.files.atomic import size_of, temporary_for, write_new
 from outliers.files.private import make_private
+from outliers.hardware import Facts, find_gpus, total_ram_bytes
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobHandle, JobSpec, Status
-from outliers.machines.base import Completed, Excluded, Facts, Gpu, Machine, MachineRequest, Offer, Rental, fits
+from outliers.machines.base import Completed, Excluded, Machine, MachineRequest, Offer, Rental, fits
 from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES
 
 NAME = "local"
-_MIB = 1 << 20
 _ID = re.compile(rb"[0-9a-f]{32}")
-_QUERY_SECONDS = 20.0
-QUERY = ("--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
-"""What nvidia-smi is asked."""
-OLD_QUERY = ("--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits")
-"""What one is asked that refuses the first: of drivers before 2021."""
-_GPU_LINE = re.compile(
-    r"([^,]+),(.+?),\s*(\d{1,12}|\[[^\]]*\])(?:,\s*(?:(\d{1,3})\.(\d{1,3})|\[[^\]]*\]))?\s*", re.ASCII
-)
 
 _log = logging.getLogger(__name__)
-
-
-def find_gpus(executable: str = "nvidia-smi", visible: str | None = None) -> tuple[Gpu, ...]:
-    """The GPUs that a CUDA program may use here; none where there is no `executable`, or it fails (which is logged).
-
-    `visible`: as CUDA_VISIBLE_DEVICES, None for all. Raises nothing.
-    """
-    path = shutil.which(executable)
-    if path is None:
-        return ()
-    try:
-        done = _ask(path, QUERY, check=False)
-        if done.returncode > 0:
-            done = _ask(path, OLD_QUERY, check=True)
-        done.check_returncode()
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.warning("%s is here but does not work, so no GPU is used: %s", executable, error)
-        return ()
-    return parse_gpus(done.stdout, visible)
-
-
-def _ask(path: str, query: tuple[str, ...], *, check: bool) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([path, *query], capture_output=True, text=True, timeout=_QUERY_SECONDS, check=check)
-
-
-def parse_gpus(text: str, visible: str | None = None) -> tuple[Gpu, ...]:
-    """The GPUs in what nvidia-smi printed for QUERY or OLD_QUERY; `visible`: as CUDA_VISIBLE_DEVICES, None for all."""
-    found = []
-    for line in text.splitlines():
-        if known := _GPU_LINE.fullmatch(line):
-            identity, name, mib, major, minor = known.groups()
-            # A GPU that shares the machine's memory answers [N/A].
-            total = int(mib) * _MIB if mib.isdigit() else 0
-            found.append((identity.strip(), Gpu(name.strip(), total, (int(major), int(minor)) if major else None)))
-    return _visible(found, visible)
-
-
-def _visible(found: list[tuple[str, Gpu]], visible: str | None) -> tuple[Gpu, ...]:
-    """What CUDA shows of (uuid, GPU): those named by number or beginning of the uuid, up to the first unknown."""
-    if visible is None:
-        return tuple(gpu for _, gpu in found)
-    chosen: list[Gpu] = []
-    for token in (part.strip() for part in visible.split(",")):
-        named = [gpu for identity, gpu in found if token and identity.startswith(token)]
-        if token.isdigit() and int(token) < len(found):
-            named = [found[int(token)][1]]
-        if len(named) != 1:
-            break
-        chosen += named
-    return tuple(chosen)
 
 
 def instance_id(workspace: Path) -> str:
@@ -151,7 +93,7 @@ class LocalMachine:
 
     def facts(self) -> Facts:
         existing = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
-        total = jobs.total_ram_bytes()
+        total = total_ram_bytes()
         return Facts(
             cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             ram_bytes=total,

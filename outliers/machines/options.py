@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from outliers.errors import PlanRefused
 from outliers.machines.connection import check_destination
-from outliers.machines.providers import DEFAULT_PROVIDER, PROVIDERS, chosen
-from outliers.spec import ComputeSpec
+from outliers.machines.providers import PROVIDERS
+from outliers.spec import DEFAULT_PROVIDER, ComputeSpec, chosen
 
 TAKEN_BY = {
     "host": ("ssh",),

@@ -11,9 +11,8 @@ import shlex
 from dataclasses import dataclass, replace
 
 from outliers.errors import DeployFailed, HostRefused
-from outliers.machines.base import Facts, Gpu
+from outliers.hardware import OLD_QUERY, QUERY, Facts, Gpu, parse_gpus
 from outliers.machines.connection import Connection
-from outliers.machines.local import OLD_QUERY, QUERY, parse_gpus
 from outliers.untrusted.bounds import NAME_CHARS, PATH_CHARS
 from outliers.untrusted.visible import cut, visible, visible_line
 
@@ -28,7 +27,7 @@ _DIGITS = re.compile("[0-9]{1,15}")
 _PYTHON = re.compile(r"([0-9]{1,4}(?:\.[0-9]{1,6}){1,3})\|([^|]+)\|([\w.+!-]{0,64})\|(True|False)", re.ASCII)
 _NAMES = ("python3", "python3.14", "python3.13", "python3.12", "python3.11", "python")
 
-# A limit of the container is looked for as jobs.total_ram_bytes does; a login shell's own greetings come before "begin".
+# A limit of the container is looked for as hardware.total_ram_bytes does; a login shell's own greetings come before "begin".
 _SCRIPT = r"""
 echo; echo begin
 echo "system=$(uname -s) $(uname -m)"

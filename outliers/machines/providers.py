@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from outliers.errors import BadInput
 from outliers.machines.base import Provider
 from outliers.machines.local import LocalProvider
-
-PROVIDER_VARIABLE = "OUTLIERS_PROVIDER"
-DEFAULT_PROVIDER = "local"
+from outliers.spec import PROVIDER_VARIABLE, chosen
 
 
 def _ssh(workspace: Path) -> Provider:
@@ -30,11 +27,6 @@ def _sky(workspace: Path) -> Provider:
 
 
 PROVIDERS: dict[str, Callable[[Path], Provider]] = {"local": LocalProvider, "sky": _sky, "ssh": _ssh}
-
-
-def chosen(name: str) -> str:
-    """The provider's name that is meant by `name` ("": $OUTLIERS_PROVIDER, else local)."""
-    return name or os.environ.get(PROVIDER_VARIABLE) or DEFAULT_PROVIDER
 
 
 def provider(name: str, workspace: Path) -> Provider:

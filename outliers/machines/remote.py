@@ -20,10 +20,11 @@ from outliers.errors import BadInput, DiskFull, JobFailed, MachineGone, MachineL
 from outliers.events import stream as events
 from outliers.events.stream import Event
 from outliers.files.atomic import sha256_file
+from outliers.hardware import Facts
 from outliers.jobs.jobs import JobHandle, JobSpec, Status
 from outliers.machines.answers import parse_answer, read_facts
 from outliers.machines.archive import Limits, unpack
-from outliers.machines.base import Completed, Facts
+from outliers.machines.base import Completed
 from outliers.machines.connection import Answer, Connection, quote
 from outliers.machines.deploy import Deployment, last_line
 from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Protocol
 
 from outliers.errors import BudgetSpent, MachineLost, OutliersError, PlanRefused
+from outliers.hardware import Facts
 from outliers.machines import catalog, sky_engine
-from outliers.machines.base import NOT_AMONG, Excluded, Facts, Machine, MachineRequest, Offer, Rental, RentalState, fits
+from outliers.machines.base import NOT_AMONG, Excluded, Machine, MachineRequest, Offer, Rental, RentalState, fits
 from outliers.machines.catalog import Candidate
 from outliers.machines.connection import Connection
 from outliers.machines.rentals import ENDED_SECONDS, LEAST_SECONDS, Rentals, even_unwritten, gone_by

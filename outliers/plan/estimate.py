@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from outliers.machines.base import Facts, Offer
+from outliers.hardware import Facts
+from outliers.machines.base import Offer
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
 from outliers.study.layout import Layout

@@ -17,14 +17,13 @@ from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import PlanRefused
 from outliers.files.atomic import size_of
-from outliers.hardware import written
-from outliers.machines.base import GB, Excluded, Gpu, MachineRequest, Offer, Provider
-from outliers.machines.providers import chosen
+from outliers.hardware import GB, Gpu, written
+from outliers.machines.base import Excluded, MachineRequest, Offer, Provider
 from outliers.model.describe import ModelInfo, check_place
 from outliers.model.quantization import DEQUANTIZABLE, Place, installed_packages
 from outliers.model.weights import ITEM_BYTES
 from outliers.plan.estimate import LOCAL, Step, estimate, left_out, longest_part, over_budget, price_of, total_seconds
-from outliers.spec import StudySpec
+from outliers.spec import StudySpec, chosen
 from outliers.study.layout import Layout
 from outliers.study.memory import even_placement, needs, placement_for
 from outliers.study.placement import Placement, total_needed, usable

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from outliers.counting.bits import PATTERNS
+from outliers.counting.shards import is_here
 from outliers.errors import CaptureError, PlanRefused
 from outliers.jobs import jobs
 from outliers.machines.base import MachineRequest, Provider
@@ -23,7 +24,7 @@ from outliers.plan.plan import check_plan, needs, planned_layout, request_for, r
 from outliers.publish.outcome import find_finished
 from outliers.store.chunks import Journal
 from outliers.study.memory import PROCESS_BYTES
-from outliers.study.parts import Part, is_here, part_workspace, split
+from outliers.study.parts import Part, part_workspace, split
 from outliers.study.prepare import Prepared
 from outliers.units import amounts
 from outliers.workspace import Workspace

@@ -10,8 +10,6 @@ summary. A capture that was repaired is computed before anything answers. It dec
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -19,7 +17,6 @@ from pydantic import BaseModel, ConfigDict
 from outliers.counting.summary_files import has_summary
 from outliers.errors import DamagedResults, OutliersError, WorkspaceError
 from outliers.events.stream import Lines
-from outliers.files.atomic import size_of
 from outliers.publish.allowlist import NUMBERS
 from outliers.publish.finished import Finished, read_finished
 from outliers.publish.publish import fetch, model_slug, published_manifest
@@ -203,8 +200,3 @@ def _outcome(prepared: Prepared, found: Finished, *, published: str | None, cach
         readings=reading_counts(summary),
         crowded=crowded(summary),
     )
-
-
-def held_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, in which a job may be writing."""
-    return sum(size_of(Path(place) / name) for place, _, names in os.walk(folder) for name in names)

@@ -26,12 +26,13 @@ from outliers.errors import DamagedResults, DigestConflict, DiskFull, JobFailed,
 from outliers.events.stream import Reporter
 from outliers.files.atomic import write_atomic
 from outliers.files.sealed import check_folder, drop_folder, read_sealed, seal_folder, write_sealed
+from outliers.locks import locked
 from outliers.publish.allowlist import NUMBERS, Numbers, read_numbers, read_regular
 from outliers.publish.finished import read_finished
 from outliers.publish.manifest import digest_of
 from outliers.publish.publishable import Publishable, make_publishable, read_publishable, write_publishable
 from outliers.store.repair import forget_repair
-from outliers.study.parts import LOCKS, locked
+from outliers.study.parts import LOCKS
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 

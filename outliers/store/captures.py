@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import BadInput, CaptureError
+from outliers.files.atomic import held_bytes
 from outliers.names import nearest
-from outliers.publish.outcome import held_bytes
 from outliers.store.chunks import ARRAYS, Journal, hold
 from outliers.store.fingerprint import layout_from, read_fingerprint
 from outliers.workspace import Workspace

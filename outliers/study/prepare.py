@@ -16,9 +16,7 @@ from outliers.corpus.documents import find_local
 from outliers.corpus.tokens import CorpusInfo, prepare_corpus
 from outliers.errors import BadInput
 from outliers.files.sealed import SEAL, read_sealed
-from outliers.machines.local import find_gpus
-from outliers.machines.options import check_options
-from outliers.machines.providers import DEFAULT_PROVIDER, chosen
+from outliers.hardware import find_gpus
 from outliers.model.complete import check_checkpoint
 from outliers.model.describe import (
     ModelInfo,
@@ -29,7 +27,7 @@ from outliers.model.describe import (
 )
 from outliers.model.quantization import Place, installed_packages
 from outliers.model.source import find_model, local_path
-from outliers.spec import ANALYSIS_VERSION, FORMAT_VERSION, StudySpec, digest
+from outliers.spec import ANALYSIS_VERSION, DEFAULT_PROVIDER, FORMAT_VERSION, StudySpec, chosen, digest
 from outliers.study.layout import Layout
 from outliers.workspace import Workspace
 
@@ -147,8 +145,9 @@ def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
 
 
 def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
-    """Settle a spec. Raises BadInput and its kinds for what can't be had, HubUnavailable when the hub is silent."""
-    check_options(spec.compute)
+    """Settle a spec. Whoever calls has checked its options (`machines.options.check_options`).
+
+    Raises BadInput and its kinds for what can't be had, HubUnavailable when the hub is silent."""
     documents = find_local(spec.corpus)  # a mistyped text is told before a model is hashed or a tokenizer is read
     info = model_info(spec, workspace)
     corpus = prepare_corpus(spec.corpus, info.source, workspace, documents=documents, vocab_size=info.vocab_size)

@@ -19,10 +19,10 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from outliers.errors import BadInput
-from outliers.machines.providers import DEFAULT_PROVIDER, chosen
+from outliers.machines.options import check_options
 from outliers.names import nearest
 from outliers.publish.outcome import Outcome, find_outcome
-from outliers.spec import Part, StudySpec, digest
+from outliers.spec import DEFAULT_PROVIDER, Part, StudySpec, chosen, digest
 from outliers.study.prepare import prepare
 from outliers.sweep.slips import PARTS, errors_of, holds, lines, origin, shown, told
 from outliers.workspace import open_workspace
@@ -180,6 +180,7 @@ def make_sweep(
 def answer(study: SweepStudy) -> Outcome | None:
     """The outcome of a study that is there already, None for one that must run. Raises as `prepare` and `find_outcome`."""
     workspace = open_workspace(study.spec.compute.workspace)
+    check_options(study.spec.compute)
     return find_outcome(prepare(study.spec, workspace), workspace)
 
 
