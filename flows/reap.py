@@ -9,9 +9,9 @@ from __future__ import annotations
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.cli.machines import reap as end_overdue
 from flows.hooks.stale import end_stale_runs
 from outliers.errors import JobFailed
+from outliers.machines.reap import reap as end_overdue
 from outliers.workspace import open_workspace
 
 

@@ -19,7 +19,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from outliers.untrusted.visible import markdown
 
 ARTIFACT_SECONDS = 2.0

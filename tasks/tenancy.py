@@ -19,7 +19,7 @@ from types import TracebackType
 
 from outliers.dispatch.transfer import HERE
 from outliers.errors import BudgetSpent, OutliersError, PermanentError
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from outliers.machines.base import Machine, Provider
 from outliers.machines.rentals import KEPT, LEAST_SECONDS, RENEW_SECONDS, Rentals
 from outliers.study.parts import Part

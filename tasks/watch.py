@@ -20,7 +20,7 @@ from prefect.logging import get_run_logger
 
 from outliers.dispatch.transfer import HERE, forget_sent, secrets, send_model, send_study
 from outliers.errors import MachineGone, MachineLost, OutliersError
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobHandle, JobSpec
 from outliers.locks import locked

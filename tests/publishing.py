@@ -15,7 +15,8 @@ from uuid import uuid4
 
 import pytest
 
-from outliers.publish.stores.open import Stored, opened
+from outliers.publish.stores.base import Stored
+from outliers.publish.stores.open import opened
 from tests.results_folder import SLUG, make_results
 from tests.s3 import BUCKET, S3Server, environment
 

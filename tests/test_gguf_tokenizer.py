@@ -17,7 +17,8 @@ from outliers.model.gguf import FOLDER, gguf_folder
 from outliers.model.gguf_header import read_header
 from outliers.model.gguf_tokenizer import make_tokenizer
 from outliers.model.pretokenizers import PRE_TOKENIZERS
-from outliers.model.source import find_model, load_config, load_tokenizer
+from outliers.model.pretrained import load_config, load_tokenizer
+from outliers.model.source import find_model
 from outliers.spec import ModelSpec
 from tests import gguf_files, llama_cpp
 

@@ -14,7 +14,7 @@ from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.cli import interrupt
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from tasks.progress import CLOSE_SECONDS, Progress
 from tests.s3 import free_ports
 

@@ -192,7 +192,7 @@ def test_the_builtin_model_keeps_the_values_of_its_file(smollm2_workspace):
     """The converted copy computes what the GGUF file computes, and its tokenizer has the file's special tokens."""
     from pathlib import Path
 
-    from outliers.model.source import load_tokenizer
+    from outliers.model.pretrained import load_tokenizer
 
     workspace = smollm2_workspace
     source = find_model(ModelSpec(id="builtin:smollm2"), workspace)

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from flows.cli.machines import reap
 from outliers.errors import DiskFull, MachineLost, OutliersError, PlanRefused
 from outliers.hardware import GB
 from outliers.machines.deploy import deploy
 from outliers.machines.providers import PROVIDERS
+from outliers.machines.reap import reap
 from outliers.machines.rentals import KEPT
 from outliers.workspace import open_workspace
 from tests.remote import needs_sshd

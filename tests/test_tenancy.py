@@ -11,7 +11,7 @@ import time
 import pytest
 
 from outliers.errors import BadInput, BudgetSpent, JobFailed, MachineLost, StoreUnavailable
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from outliers.machines.rentals import Rentals
 from outliers.study.parts import Part
 from outliers.workspace import open_workspace

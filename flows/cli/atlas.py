@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.arguments import number
 from flows.cli.console import line
-from flows.cli.options import number
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,7 +17,7 @@ from flows.cli.options import add_common_options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from outliers.events.stream import Level
+    from outliers.events.event import Level
     from outliers.store.captures import Held
     from outliers.store.verify import Verification
     from outliers.workspace import Workspace
@@ -142,12 +142,12 @@ class Bars:
         self._steps = steps
 
     def log(self, level: Level, message: str) -> None:
-        from outliers.events.stream import Event
+        from outliers.events.event import Event
 
         self._steps.listen("verify", Event(time.time(), "log", level=level, message=message))
 
     def progress(self, step: str, done: int, total: int | None, unit: str) -> None:
-        from outliers.events.stream import Event
+        from outliers.events.event import Event
 
         self._steps.listen(step, Event(time.time(), "progress", step=step, done=done, total=total, unit=unit))
 

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from outliers.plan.estimate import told
 from outliers.plan.plan import GpuShare, Plan
 from outliers.publish.outcome import Outcome

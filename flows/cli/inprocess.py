@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flows.cli import interrupt
 from flows.cli.console import Steps, busy
 from flows.server import password as server_password
-from flows.server.own import TIMEOUT, TIMEOUT_SECONDS, OwnServer, door, is_decided, startup_seconds
+from flows.server.own import OwnServer, door, is_decided, settle_home
 from flows.server.reach import check_server, check_settings
 from outliers.errors import JobFailed
 from outliers.machines.local import NAME as HERE
@@ -112,14 +112,3 @@ def settle_prefect(root: Path) -> OwnServer | None:
     for name, value in door(f"http://{server_password.HOST}/api").items():
         os.environ.setdefault(name, value)
     return None
-
-
-def settle_home(root: Path) -> None:
-    """Settings of Prefect: where its history is kept, and no telemetry. BadInput where a setting can't be used."""
-    startup_seconds()
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ[TIMEOUT] = os.environ.get(TIMEOUT) or str(TIMEOUT_SECONDS)
-    configured = {"PREFECT_HOME", "PREFECT_API_URL", "PREFECT_PROFILE"} & os.environ.keys()
-    if not configured and not (Path.home() / ".prefect" / "profiles.toml").exists():
-        os.environ["PREFECT_HOME"] = str(root / "prefect")

@@ -7,11 +7,9 @@ the same words.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +50,6 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """--workspace and --json, as the commands have them that read what a workspace holds."""
     parser.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-
-
-def number(kind: Callable[[str], Any], allowed: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
-    """A number as an option; another is refused with what was given and what is allowed."""
-
-    def read(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if allowed(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
-
-    return read
 
 
 def _add(group: Any, part: str, name: str, field: FieldInfo) -> None:

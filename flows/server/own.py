@@ -244,3 +244,14 @@ class OwnServer:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+
+def settle_home(root: Path) -> None:
+    """Settings of Prefect: where its history is kept, and no telemetry. BadInput where a setting can't be used."""
+    startup_seconds()
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ[TIMEOUT] = os.environ.get(TIMEOUT) or str(TIMEOUT_SECONDS)
+    configured = {"PREFECT_HOME", "PREFECT_API_URL", "PREFECT_PROFILE"} & os.environ.keys()
+    if not configured and not (Path.home() / ".prefect" / "profiles.toml").exists():
+        os.environ["PREFECT_HOME"] = str(root / "prefect")

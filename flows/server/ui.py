@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from flows.cli.options import number
+from flows.arguments import number
 from flows.server import own as own_server
 from flows.server import password as server_password
 from flows.server.asking import ask, asks_for_password, cancel_runs, check_owner, is_prefect
@@ -78,7 +78,7 @@ class Started:
 
 def environment(home: Path | None, port: int) -> dict[str, str]:
     """What server, worker and set-up run with: one home, one address."""
-    from flows.cli.inprocess import settle_home
+    from flows.server.own import settle_home
 
     if home is not None:
         os.environ["PREFECT_HOME"] = str(home.expanduser().absolute())

@@ -18,11 +18,12 @@ from outliers.capture.devices import torch_place
 from outliers.capture.library_errors import explained
 from outliers.errors import PlanRefused
 from outliers.hub.headers import Tensor, read_checkpoint
-from outliers.model.complete import check_checkpoint, check_promised, check_report, read_report, without_quantization
+from outliers.model.complete import check_checkpoint, check_promised, check_report, without_quantization
 from outliers.model.describe import ModelInfo, build_empty, check_place, method_of, quantization_of
 from outliers.model.foreign import foreign
 from outliers.model.fp8 import LazyWeight, pairs, plain_shapes
-from outliers.model.source import load_config
+from outliers.model.loading import read_report
+from outliers.model.pretrained import load_config
 from outliers.units import amounts
 from outliers.workspace import Workspace
 

@@ -18,7 +18,8 @@ from outliers.corpus.ids import TokenNames
 from outliers.corpus.text_files import LongText
 from outliers.errors import CorpusError, OutliersError, UnknownModel
 from outliers.hub.client import plain
-from outliers.model.source import ModelSource, load_tokenizer
+from outliers.model.pretrained import load_tokenizer
+from outliers.model.source import ModelSource
 from outliers.workspace import Workspace
 
 WHOLE_CHARACTERS = 1 << 16

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from outliers.events.stream import Event, Level
+from outliers.events.event import Event, Level
 from outliers.untrusted.bounds import LARGEST, LATEST, LINE_BYTES, MESSAGE_CHARS, NAME_CHARS, parse_json
 from outliers.untrusted.visible import cut, last_drawn, visible, visible_line
 

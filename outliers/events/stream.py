@@ -15,14 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol, TextIO
+from typing import IO, Any, Protocol, TextIO
 
+from outliers.events.event import Event, Level
 from outliers.untrusted.bounds import LINE_BYTES, MESSAGE_CHARS
 from outliers.untrusted.visible import cut
-
-Level = Literal["debug", "info", "warning", "error"]
 
 EVENTS_VARIABLE = "OUTLIERS_EVENTS"
 """Names the file that a detached step appends its events to."""
@@ -32,25 +30,6 @@ _CONSOLE_PROGRESS_SECONDS = 1.0
 _CHUNK_BYTES = 1 << 20
 _TAIL_BYTES = 1 << 16
 _BAR_CELLS = 24
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One line of the stream; fields that its kind does not use keep their defaults.
-
-    `t`: unix seconds. `kind`: log (level, message), progress (step, done, total, unit), heartbeat, or one that a newer
-    version made. `end`: the byte offset after this event, from which `read` goes on without losing or doubling one.
-    """
-
-    t: float
-    kind: str
-    level: Level = "info"
-    message: str = ""
-    step: str = ""
-    done: int = 0
-    total: int | None = None
-    unit: str = ""
-    end: int = field(default=0, compare=False)
 
 
 class Reporter(Protocol):

@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 from outliers.errors import BadInput, JobCancelled, JobFailed, MachineLost, OutliersError, from_record
 from outliers.events import stream as events
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from outliers.files.records import read_json, write_json
 from outliers.hardware import total_ram_bytes
 from outliers.jobs.leftovers import DRAFT, RESERVE, tidy, tidy_all

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from outliers.errors import BadInput
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from outliers.hardware import GB, Facts, Gpu
 from outliers.jobs.jobs import JobHandle, JobSpec, Status
 from outliers.machines.lease import MAX_SECONDS, SLACK_SECONDS

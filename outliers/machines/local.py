@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from outliers.errors import BadInput, JobFailed, PlanRefused, WorkspaceError
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from outliers.files.atomic import size_of, temporary_for, write_new
 from outliers.files.private import make_private
 from outliers.hardware import Facts, find_gpus, total_ram_bytes

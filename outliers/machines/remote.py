@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from outliers.errors import BadInput, DiskFull, JobFailed, MachineGone, MachineLost
 from outliers.events import stream as events
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from outliers.files.atomic import sha256_file
 from outliers.hardware import Facts
 from outliers.jobs.jobs import JobHandle, JobSpec, Status

@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from outliers.errors import UnknownModel
 from outliers.files.sealed import read_sealed, write_sealed
@@ -24,7 +24,9 @@ from outliers.model.configs import MOST
 from outliers.model.describe import ModelInfo, build_empty, method_of, quantization_of
 from outliers.model.foreign import foreign
 from outliers.model.fp8 import FLOAT8, plain_shapes
-from outliers.model.source import ModelSource, load_config, refuse_adapter
+from outliers.model.loading import Report, Shape, read_report
+from outliers.model.pretrained import load_config
+from outliers.model.source import ModelSource, refuse_adapter
 from outliers.spec import digest
 from outliers.workspace import Workspace
 
@@ -36,7 +38,6 @@ log = logging.getLogger(__name__)
 CHECK_VERSION = 1
 """Raised when a checkpoint that passed may be refused."""
 
-Shape = tuple[int, ...]
 
 _MODALITY = re.compile(
     r"(^|\.)\w*(vision|visual|image|img|audio|speech|video|multi_?modal|mm_projector|talker|token2wav|code2wav|resampler"
@@ -57,14 +58,6 @@ _QUANTIZED = re.compile(
 
 _VALUES = re.compile(r"(^|[._])(weight|bias|proj)$")
 _FLOATS = ("F64", "F32", "BF16", "F16")
-
-
-class Report(NamedTuple):
-    """What a loader found: names that no file gave, (name, stored shape, needed shape), and names that no module took."""
-
-    missing: list[str]
-    mismatched: list[tuple[str, Shape, Shape]]
-    unexpected: list[str]
 
 
 def check_checkpoint(info: ModelInfo, workspace: Workspace, *, head: bool) -> None:
@@ -193,12 +186,6 @@ def without_quantization(config: Any) -> Any:
         if getattr(each, "quantization_config", None) is not None:
             del each.quantization_config
     return config
-
-
-def read_report(report: Mapping[str, Any]) -> Report:
-    """A Report of what `output_loading_info` gives."""
-    mismatched = [(str(key), tuple(stored), tuple(needed)) for key, stored, needed in report["mismatched_keys"]]
-    return Report(sorted(report["missing_keys"]), sorted(mismatched), sorted(report["unexpected_keys"]))
 
 
 @contextlib.contextmanager

@@ -23,8 +23,9 @@ from outliers.model.anatomy import Anatomy
 from outliers.model.configs import SECTIONS, check_config
 from outliers.model.families import expert_counts
 from outliers.model.foreign import foreign
+from outliers.model.pretrained import load_config
 from outliers.model.quantization import DEQUANTIZABLE, Choice, Place, kept_as_stored, refusal, sentence, stored_method
-from outliers.model.source import ModelSource, load_config
+from outliers.model.source import ModelSource
 from outliers.model.weights import ITEM_BYTES, Weights, weigh
 from outliers.workspace import Workspace
 

@@ -25,7 +25,7 @@ from outliers.model.gguf_header import read_header
 from outliers.model.gguf_tokenizer import make_tokenizer
 
 if TYPE_CHECKING:
-    from outliers.model.complete import Report
+    from outliers.model.loading import Report
     from outliers.model.source import ModelSource
     from outliers.workspace import Workspace
 
@@ -96,7 +96,7 @@ def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
 
-    from outliers.model.complete import read_report
+    from outliers.model.loading import read_report
 
     log.info("dequantizing %s to float32 (once)", source.name)
     _needs_package()

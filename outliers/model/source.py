@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,7 +20,7 @@ from outliers.files.sealed import read_sealed, write_sealed
 from outliers.hub.client import resolve
 from outliers.hub.headers import read_checkpoint, read_json, refuse_pointer
 from outliers.model.configs import check_config
-from outliers.model.foreign import foreign, reason
+from outliers.model.foreign import reason
 from outliers.spec import ModelSpec
 from outliers.workspace import Workspace
 
@@ -208,32 +208,3 @@ def _sha256_cached(path: Path, workspace: Workspace) -> str:
     memo.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(memo, {"of": mark, "sha256": value})
     return value
-
-
-def load_config(source: ModelSource, workspace: Workspace) -> Any:
-    """The transformers config of `source`; UnknownModel where there is none that can be read."""
-    from transformers import AutoConfig, PreTrainedConfig
-
-    if source.kind == "hub":
-        with foreign(f"the config of {source.name} can't be read"):
-            content, _ = PreTrainedConfig.get_config_dict(source.path, revision=source.revision)
-            content = dict(content)
-        check_config(content, source.name)
-    return _read(AutoConfig, "config", source, workspace)
-
-
-def load_tokenizer(source: ModelSource, workspace: Workspace) -> Any:
-    """The tokenizer of `source`; UnknownModel where it has none."""
-    from transformers import AutoTokenizer
-
-    return _read(AutoTokenizer, "tokenizer", source, workspace)
-
-
-def _read(reader: Any, what: str, source: ModelSource, workspace: Workspace) -> Any:
-    from outliers.model.gguf import gguf_folder
-
-    place = gguf_folder(source, workspace) if source.kind == "gguf" else source.path
-    revision = source.revision if source.kind == "hub" else None
-    remedy = "; it needs the model's own tokenizer.json and tokenizer_config.json" if what == "tokenizer" else ""
-    with foreign(f"the {what} of {source.name} can't be read{remedy}"):
-        return reader.from_pretrained(place, revision=revision, trust_remote_code=False)

@@ -22,7 +22,8 @@ from outliers.errors import AccessDenied, BadInput, DigestConflict, ForbiddenFil
 from outliers.publish.allowlist import MANIFEST, NUMBERS, allowed_name, check_numbers
 from outliers.publish.manifest import MAX_MANIFEST_BYTES, dump_manifest, parse_manifest, slug_safe
 from outliers.publish.publishable import Publishable, is_written, make_publishable, read_publishable, write_publishable
-from outliers.publish.stores.open import Store, opened
+from outliers.publish.stores.base import Store
+from outliers.publish.stores.open import opened
 
 ORPHAN_SECONDS = 3600.0
 """A folder without a manifest is left alone that long: its publisher may be at work."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from outliers.events.stream import Event
+from outliers.events.event import Event
 
 NAME = "run.log"
 _HEAD_BYTES = 200

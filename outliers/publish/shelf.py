@@ -25,7 +25,8 @@ from outliers.files.beneath import LISTED
 from outliers.publish.allowlist import MANIFEST, SUMMARY
 from outliers.publish.finished import REMEDY, read_finished
 from outliers.publish.manifest import MAX_MANIFEST_BYTES, headline_of, parse_manifest, slug_safe
-from outliers.publish.stores.open import Store, opened
+from outliers.publish.stores.base import Store
+from outliers.publish.stores.open import opened
 from outliers.untrusted.strict_json import strict_json
 from outliers.untrusted.visible import visible_line, visible_values
 

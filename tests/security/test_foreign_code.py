@@ -12,7 +12,8 @@ import pytest
 
 from outliers.capture.load import load_model
 from outliers.errors import OutliersError, UnknownModel
-from outliers.model.source import find_model, load_config, load_tokenizer
+from outliers.model.pretrained import load_config, load_tokenizer
+from outliers.model.source import find_model
 from outliers.spec import ModelSpec, StudySpec
 from outliers.study.prepare import prepare
 from tests import gguf_files, tiny

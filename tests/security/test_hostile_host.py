@@ -16,7 +16,7 @@ from rich.console import Console
 
 from outliers import errors
 from outliers.events import stream as events
-from outliers.events.stream import Event
+from outliers.events.event import Event
 from outliers.jobs import jobs
 from outliers.machines.answers import parse_result
 from outliers.untrusted import bounds

@@ -197,7 +197,7 @@ def test_a_list_of_many_names_is_cut_with_a_word(root: Path, monkeypatch: pytest
     import outliers.publish.shelf
     import outliers.publish.stores.open
 
-    monkeypatch.setattr(outliers.publish.stores.open, "LISTED", 10)
+    monkeypatch.setattr(outliers.publish.stores.folder, "LISTED", 10)
     monkeypatch.setattr(outliers.publish.shelf, "LISTED", 10)
     for number in range(30):
         (root / f"name-{number:02}").mkdir()

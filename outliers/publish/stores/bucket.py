@@ -29,7 +29,7 @@ from fsspec.exceptions import FSTimeoutError
 
 from outliers.errors import AccessDenied, OutliersError, PublishRefused, StoreUnavailable, TargetError
 from outliers.files.beneath import LISTED
-from outliers.publish.stores.open import LISTED_BELOW, MAX_OBJECT_BYTES, Children, Stored, too_many
+from outliers.publish.stores.base import LISTED_BELOW, MAX_OBJECT_BYTES, Children, Stored, too_many
 
 CONNECT_SECONDS = 4
 READ_SECONDS = 5
