@@ -110,10 +110,11 @@ test-tokenizers: .venv/.dev ## ids of GGUF files' tokenizers beside llama.cpp's,
 	program=$$($(BIN)/python -m tests.llama_cpp build build/llama.cpp | tail -1) \
 	  && OUTLIERS_TEST_TOKENIZERS="$(CURDIR)/$$program" $(BIN)/pytest tests/test_llama_cpp.py
 
-check: .venv/.dev ## lint, format, types
+check: .venv/.dev ## lint, format, types, and which package may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 offline-models: .venv/.dev ## the models of sweeps/offline.toml, made by code
 	$(BIN)/python -m tests.offline_models sweeps/offline-models
