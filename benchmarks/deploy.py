@@ -71,7 +71,7 @@ def main() -> None:
     if arguments.host:
         run(arguments.host, arguments.rounds)
         return
-    from tests.remote import Sshd
+    from tests.support.remote import Sshd
 
     with tempfile.TemporaryDirectory() as folder:
         known = {name: os.environ[name] for name in KEPT if name in os.environ}

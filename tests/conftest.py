@@ -23,12 +23,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import pytest
 
 from outliers.workspace import Workspace, open_workspace
-from tests.captured import llama, text
-from tests.fault_rows import pytest_terminal_summary, pytest_testnodedown
-from tests.prefect_home import prefect_home
-from tests.prefect_ui import browser, logged_in
-from tests.s3 import s3_server
-from tests.smollm2 import smollm2_workspace
+from tests.support.captured import llama, text
+from tests.support.fault_rows import pytest_terminal_summary, pytest_testnodedown
+from tests.support.prefect_home import prefect_home
+from tests.support.prefect_ui import browser, logged_in
+from tests.support.s3 import s3_server
+from tests.support.smollm2 import smollm2_workspace
 
 __all__ = [
     "browser",

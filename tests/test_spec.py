@@ -15,7 +15,7 @@ from outliers.machines.options import TAKEN_BY, check_options, foreign
 from outliers.spec import ComputeSpec, CriteriaSpec, StudySpec, digest
 from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
-from tests import tiny
+from tests.support import tiny
 
 
 def test_bare_strings_stand_for_model_and_corpus():

@@ -1,6 +1,6 @@
 """What one decoder layer takes beside its weights while tokens pass through it, from the shapes of its modules.
 
-An upper bound, reasoned and then measured (`tests/test_work.py` measures five families on a processor). Nothing is
+An upper bound, reasoned and then measured (`tests/model/test_work.py` measures five families on a processor). Nothing is
 kept from layer to layer but the hidden state, so the layer that takes most decides. Linear layers are found by type,
 experts by name, so no family is special but for what is said here. Before it: a model without values. After it:
 `plan`, which multiplies by tokens.

@@ -3,7 +3,7 @@
 The share of a corpus is a ratio of two sums over its sequences, which are the independent draws. Its standard error is that of
 a ratio (Cochran 1977, Sampling Techniques, section 6.4), the interval is Student's on the logit scale, on which shares are
 less skewed, and it lies inside of 0 to 1. Shares of tokens have long tails: a 95% quantile of Student's covers 88 to 96% of the
-truths that tests/coverage.py draws, so the quantile is that of 99%, and what it covers is in docs/results.md. Below
+truths that tests/support/coverage.py draws, so the quantile is that of 99%, and what it covers is in docs/results.md. Below
 FEWEST_SEQUENCES no interval covers, and the least and the largest share of a sequence are given under their own name.
 Knows counts, nothing of features or files. Before it: `summary_files`. After it: `bootstrap`, `results`.
 """
@@ -22,7 +22,7 @@ ShareSpan = Literal["95% interval", "range over sequences"]
 BEFORE = "range over resamples"
 """What the ends are in summaries that do not say it: percentiles, which cover less (docs/results.md)."""
 FEWEST_SEQUENCES = 16
-"""With so many and more the interval covers 93% or more of the truths that tests/coverage.py draws."""
+"""With so many and more the interval covers 93% or more of the truths that tests/support/coverage.py draws."""
 QUANTILE_LEVEL = 0.99
 """Two-sided, of Student's distribution: wider than the 95% that are claimed, see above."""
 DIGITS = 9

@@ -16,7 +16,7 @@ from outliers.model.pretrained import load_config, load_tokenizer
 from outliers.model.source import find_model
 from outliers.spec import ModelSpec, StudySpec
 from outliers.study.prepare import prepare
-from tests import gguf_files, tiny
+from tests.support import gguf_files, tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 READERS = ("from_pretrained", "from_config")

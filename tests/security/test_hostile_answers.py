@@ -20,8 +20,8 @@ from outliers.machines.probe import probe
 from outliers.machines.remote import PATIENCE_VARIABLE, RemoteMachine
 from outliers.untrusted import bounds
 from outliers.untrusted.visible import visible
-from tests.remote import Sshd, needs_sshd
 from tests.security.hostile import ACTS, DEEP, ESCAPES, LONG, archive, line, member
+from tests.support.remote import Sshd, needs_sshd
 
 pytestmark = [needs_sshd, pytest.mark.servers]
 

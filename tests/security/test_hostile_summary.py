@@ -17,7 +17,7 @@ from outliers.counting.summary_files import COUNTS, TOTALS, read_counts, read_su
 from outliers.errors import CorruptCapture
 from outliers.files.sealed import seal_folder
 from outliers.untrusted.npz import open_npz
-from tests import synthetic
+from tests.support import synthetic
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from outliers.errors import UnknownModel
 from outliers.model.source import find_model
 from outliers.spec import ModelSpec, StudySpec
 from outliers.study.prepare import prepare
-from tests import tiny
+from tests.support import tiny
 
 SECRET = "-----BEGIN A KEY-----"
 

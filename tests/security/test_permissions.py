@@ -20,8 +20,8 @@ from outliers.machines.connection import Connection, _socket_folder
 from outliers.machines.rentals import Rentals
 from outliers.machines.ssh import Host, Hosts, SshProvider
 from outliers.workspace import PRIVATE, open_workspace
-from tests.one_host import box
-from tests.remote import needs_sshd
+from tests.support.one_host import box
+from tests.support.remote import needs_sshd
 
 __all__ = ["box"]  # a fixture, found by name
 

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from tests import chromium
-from tests.prefect_ui import Page, Ui, in_browser
+from tests.support import chromium
+from tests.support.prefect_ui import Page, Ui, in_browser
 
 pytestmark = [pytest.mark.servers, in_browser]
 

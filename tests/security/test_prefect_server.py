@@ -27,8 +27,8 @@ from websockets.sync.client import connect
 from flows.server import password as server_password
 from flows.server import ui
 from flows.server.asking import asks_for_password, check_owner
-from tests.prefect_ui import Ui
-from tests.test_own_server import COMMAND
+from tests.flows.test_own_server import COMMAND
+from tests.support.prefect_ui import Ui
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JSON = {"Content-Type": "application/json"}

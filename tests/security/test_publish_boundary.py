@@ -26,10 +26,10 @@ from outliers.publish.received import read_provenance, receive_study
 from outliers.results.write import json_bytes
 from outliers.steps import run_analyze, run_report, run_state
 from outliers.workspace import open_workspace
-from tests import synthetic
+from tests.counting.test_counting import random_acts
 from tests.security.pages import Tags, files_of
-from tests.synthetic import Silent
-from tests.test_counting import random_acts
+from tests.support import synthetic
+from tests.support.synthetic import Silent
 
 SCRIPT = "<!doctype html><script>document.title = 'pwned'</script>"
 ACTIVATIONS = np.random.default_rng(5).normal(size=50_000).astype(np.float32).tobytes()

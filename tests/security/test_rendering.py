@@ -17,8 +17,8 @@ from outliers.errors import ForbiddenFile, OutliersError
 from outliers.files.parquet import parquet_bytes
 from outliers.publish.allowlist import check_numbers
 from outliers.publish.publishable import render_files
-from tests import results_folder
 from tests.security.pages import Tags, files_of
+from tests.support import results_folder
 
 SCRIPT = "<!doctype html><script>document.title = 'pwned'</script>"
 ACTIVATIONS = np.random.default_rng(5).normal(size=50_000).astype(np.float32).tobytes()

@@ -18,8 +18,8 @@ from outliers.machines.connection import Connection, check_destination
 from outliers.machines.deploy import deploy
 from outliers.machines.probe import probe
 from outliers.machines.ssh import Host, Hosts, SshProvider, access
-from tests.one_host import box, machine, shared, workspace
-from tests.remote import needs_sshd
+from tests.support.one_host import box, machine, shared, workspace
+from tests.support.remote import needs_sshd
 
 __all__ = ["box", "machine", "shared", "workspace"]
 

@@ -17,9 +17,9 @@ from outliers.errors import BadInput
 from outliers.files.parquet import open_parquet
 from outliers.untrusted.parquet_pages import check_pages
 from outliers.workspace import open_workspace
-from tests.atlas_store import MODELS, objects, study
-from tests.results_folder import features
 from tests.security.stores import dump, publish_raw
+from tests.support.atlas_store import MODELS, objects, study
+from tests.support.results_folder import features
 
 BOMBS: dict[str, Callable[[], bytes]] = {
     "rows": lambda: dump(pa.table({"layer": pa.array([0] * 2_000_000, pa.int32())})),

@@ -14,9 +14,9 @@ from outliers.publish.manifest import MAX_MANIFEST_BYTES
 from outliers.publish.publish import publish
 from outliers.publish.shelf import read_store
 from outliers.publish.stores.open import opened
-from tests.atlas_store import MODELS, objects, study
-from tests.results_folder import SLUG, STUDY_ID, make_results
 from tests.security.stores import FILES, in_time
+from tests.support.atlas_store import MODELS, objects, study
+from tests.support.results_folder import SLUG, STUDY_ID, make_results
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_key_leads_nowhere_else(tmp_path: Path, key: str) -> None:
 def test_an_object_of_a_bucket_is_read_up_to_its_limit(s3_server: Any) -> None:
     from uuid import uuid4
 
-    from tests.s3 import BUCKET, environment
+    from tests.support.s3 import BUCKET, environment
 
     s3_server.start()
     url = f"s3://{BUCKET}/{uuid4().hex}"

@@ -14,9 +14,9 @@ from flows.cli.command import main
 from outliers.atlas.table import read_atlas
 from outliers.publish.publish import model_slug
 from outliers.publish.shelf import read_folders, read_store
-from tests.atlas_store import MODELS, edited, finished, objects, place_of, publish_all, quick_store, study
-from tests.results_folder import features
 from tests.security.stores import FILES, dump, in_time, publish_raw
+from tests.support.atlas_store import MODELS, edited, finished, objects, place_of, publish_all, quick_store, study
+from tests.support.results_folder import features
 
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
 NAME = "evil/[/red]\x1b[2J\u202emodel"

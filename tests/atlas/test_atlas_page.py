@@ -1,0 +1,398 @@
+"""The atlas as a page: what it says, where its points stand, that no name is ever markup."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from outliers.atlas.choose import MAX_VALUES, choices, keys
+from outliers.atlas.page import earlier_rows, render, write_atlas_page
+from outliers.atlas.plots import short
+from outliers.atlas.reference import EARLIER, PAPER, earlier
+from outliers.atlas.table import Filter, groups, read_atlas
+from outliers.sweep.sweep import read_sweep
+from tests.support.atlas_store import FINEWEB, MODELS, dozen, edited, evil, many, quick_store, store, study
+from tests.support.html_page import Page, check_harmless
+
+__all__ = ["store"]  # fixtures, found by name
+
+DOTS = re.compile(r'<circle class="dot (\w+)( other)?"[^>]*><title>(\d+): ')
+"""Kind, whether it is hollow, and number of each point of each chart."""
+SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
+
+
+def test_the_page_says_what_is_compared_with_what(store):
+    text = Page(render(read_atlas(store))).text
+    assert "9 models, 12 studies" in text
+    assert "counted under 4 different criteria" in text
+    assert "They differ in reading, site, magnitude;" in text
+    assert "the studies have 3 corpora and 3 kinds of arithmetic" in text
+    one = Page(
+        render(
+            read_atlas(store, Filter(readings=("pooled",), magnitudes=(6.0,), dtypes=("bfloat16",), corpora=(FINEWEB,)))
+        )
+    )
+    assert (
+        "all counted under the same criteria: pooled at block: abs(x) ≥ 6 in 25% of layers and 6% of tokens" in one.text
+    )
+    assert "Not all alike" not in one.text
+
+
+def test_one_model_with_other_corpora_and_dtypes_is_there_twice(store):
+    page = Page(render(read_atlas(store)))
+    rows = [row for row in page.rows if len(row) == 11 and "Qwen/Qwen3-30B-A3B" in row[1]]
+    assert [row[4] for row in rows] == ["32–4", "54–6"]
+    assert "16 × 2,048 tokens, bfloat16" in rows[0][10]
+    assert "8 × 512 tokens, float16" in rows[1][10]
+
+
+def test_partial_layers_are_told(tmp_path):
+    summary = study(1, MODELS[0])
+    summary["layers"] = [row for row in summary["layers"] if row["layer"] < 5]
+    quick_store(tmp_path, [summary, study(2, MODELS[1])])
+    text = Page(render(read_atlas(f"file://{tmp_path}"))).text
+    assert "In 1 study not every layer was read" in text
+    assert "5 of 28 layers × 1,024" in text
+    assert "layers 0-4 of 28" in text
+
+
+def test_part_of_the_layers_and_modules_named_by_hand_are_hollow(tmp_path):
+    part = study(1, MODELS[0])
+    part["layers"] = [row for row in part["layers"] if row["layer"] in (0, 1, 2, 9)]
+    quick_store(tmp_path, [part, *(study(n, MODELS[n]) for n in (2, 3, 4, 5))])
+    edited(tmp_path, 3, spec={"capture": {"site_modules": ["attn_in=layers.*.norm"], "layers": "all"}})
+    html = render(read_atlas(f"file://{tmp_path}"))
+    others = {place for _, other, place in DOTS.findall(html) if other}
+    assert others == {"1", "3"}
+    text = Page(html).text
+    assert "the studies have 3 choices of layers or modules, on which a number depends too. Most, 3 of 5, read" in text
+    assert "layers 0-2,9 of 28" in text
+    assert "attn_in=layers.*.norm" in text
+
+
+def test_the_page_loads_nothing_and_is_the_same_every_time(store, tmp_path):
+    for name in ("a.html", "b.html"):
+        write_atlas_page(tmp_path / name, read_atlas(store))
+    html = (tmp_path / "a.html").read_text("utf-8")
+    assert html == (tmp_path / "b.html").read_text("utf-8")
+    assert "default-src 'none'; style-src 'unsafe-inline'" in html
+    check_harmless(html)
+    assert not re.search(r"(?:https?:)?//(?!\S*</code>)[a-z]", html.replace("file://", ""))
+
+
+def charts_of(html):
+    """Every chart as (label, {row number: (x, y)}, number of the paper's points)."""
+    found = []
+    for svg in re.findall(r'<svg class="chart".*?</svg>', html, re.DOTALL):
+        dots = re.findall(r'<circle class="dot [^"]*" cx="([\d.]+)" cy="([\d.]+)" r="4"><title>(\d+): ', svg)
+        label = re.search(r'aria-label="([^"]*)"', svg)[1]
+        found.append((label, {int(n): (float(x), float(y)) for x, y, n in dots}, svg.count('class="paper-point"')))
+    return found
+
+
+def test_points_stand_where_the_numbers_say(store):
+    """Order and equality along both axes, against the rows themselves; the paper's points only under its criteria."""
+    atlas = read_atlas(store)
+    charts = charts_of(render(atlas))
+    numbered = [row for rows in groups(atlas.rows) for row in rows]
+    first = charts[:6]
+    axes = [("total_parameters", 1), ("active_parameters", 1), ("perplexity", -1)]
+    for (label, dots, paper), (size, direction), what in zip(
+        first, axes * 2, ["num_features"] * 3 + ["layer_fraction"] * 3, strict=True
+    ):
+        shown = {
+            n: row for n, row in enumerate(numbered[:9], 1) if None not in (getattr(row, size), getattr(row, what))
+        }
+        assert dots.keys() == shown.keys(), label
+        assert paper == len(PAPER)
+        for n, one in shown.items():
+            for m, other in shown.items():
+                wide = direction * (getattr(one, size) - getattr(other, size))
+                high = getattr(one, what) - getattr(other, what)
+                assert (dots[n][0] - dots[m][0]) * wide >= 0
+                assert (dots[n][1] - dots[m][1]) * high <= 0
+                assert (dots[n][0] == dots[m][0]) == (wide == 0), (label, n, m)
+                assert (dots[n][1] == dots[m][1]) == (high == 0), (label, n, m)
+    # magnitude 3 is not the paper's, and one study alone is set against nothing
+    assert not [
+        label
+        for label, dots, _ in charts[6:]
+        if next(n for n, row in enumerate(numbered, 1) if row.magnitude == 3) in dots
+    ]
+
+
+def test_what_is_not_like_most_is_hollow(store):
+    """Of the nine of the first group those of another corpus or arithmetic: rows 1, 7 and 9, of which 9 has no size."""
+    html = render(read_atlas(store))
+    table = re.findall(r'<span class="in-cards">(\d+)&ensp;</span><i class="key (\w+)( other)?"', html)
+    assert [int(place) for place, _, other in table if other] == [1, 7, 9]
+    assert {place for place, kind, _ in table if kind == "moe"} == {"4", "6", "7", "8", "10"}
+    dots = DOTS.findall(html)
+    assert {int(place) for _, other, place in dots if other} == {1, 7}
+    assert {(place, kind) for kind, _, place in dots} <= {(place, kind) for place, kind, _ in table}
+
+
+@pytest.mark.parametrize(
+    ("changes", "drawn"),
+    [
+        ({}, True),
+        ({"site": "mlp_in"}, True),
+        ({"site": "resid"}, False),
+        ({"magnitude": 8.0}, False),
+        ({"layer_fraction": 0.3}, False),
+        ({"position_fraction": 0.05}, False),
+        ({"reading": "affected"}, True),
+    ],
+)
+def test_the_reference_is_drawn_under_its_own_criteria_alone(tmp_path, changes, drawn):
+    quick_store(tmp_path, [study(1, MODELS[0], **changes), study(2, MODELS[1], **changes)])
+    html = render(read_atlas(f"file://{tmp_path}"))
+    assert {paper for _, _, paper in charts_of(html)} == {len(PAPER) if drawn else 0}
+
+
+def captions(html):
+    """What stands above each chart, without tags."""
+    found = re.findall(r"<figcaption>(.*?)</figcaption>", html, re.DOTALL)
+    return [" ".join(re.sub(r"<[^>]*>", "", text).split()) for text in found]
+
+
+def test_a_chart_says_which_studies_it_can_not_show(store, tmp_path):
+    """Nine studies: one without parameters, four without perplexity, one without a feature; then a group without perplexity."""
+    html = render(read_atlas(store))
+    said = captions(html)
+    assert said[:6] == [
+        "Features by parameters 8 of 9 studies",
+        "Features by active parameters 8 of 9 studies",
+        "Features by perplexity 5 of 9 studies",
+        "Share of layers by parameters 7 of 9 studies",
+        "Share of layers by active parameters 7 of 9 studies",
+        "Share of layers by perplexity 5 of 9 studies",
+    ]
+    # the reference is drawn alone
+    assert said[8] == "Features by perplexity measured by no study here (--perplexity)"
+    assert charts_of(html)[8][1:] == ({}, len(PAPER))
+    quick_store(tmp_path, [study(1, MODELS[0], magnitude=3.0), study(2, MODELS[1], magnitude=3.0, features=0)])
+    html = render(read_atlas(f"file://{tmp_path}"))
+    assert len(charts_of(html)) == 4
+    assert captions(html)[5] == "Share of layers by perplexity measured by no study here (--perplexity)"
+
+
+def test_ticks_of_the_axes_stand_where_their_numbers_are(tmp_path):
+    """A model with exactly as many parameters as a tick says is drawn on that tick's line."""
+    models = [(f"m{n}", 10.0**n, 10.0**n, None, 16, 1024) for n in (-1, 0, 1)]
+    quick_store(tmp_path, [study(n, model, features=n + 1) for n, model in enumerate(models)])
+    html = render(read_atlas(f"file://{tmp_path}"))
+    _, dots, _ = charts_of(html)[0]
+    svg = re.search(r'<svg class="chart".*?</svg>', html, re.DOTALL)[0]
+    ticks = {
+        text: float(x) for x, text in re.findall(r'<text class="tick mid" x="([\d.]+)" y="[\d.]+">([^<]*)</text>', svg)
+    }
+    assert {name: dots[n][0] for n, name in enumerate(("100M", "1B", "10B"), 1)}.items() <= ticks.items()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(134_515_008, "135M"), (1.5e9, "1.5B"), (999.9e6, "1B"), (7e9, "7B"), (12, "12"), (1.2e12, "1.2T")],
+)
+def test_sizes_for_people(value, said):
+    assert short(value) == said
+
+
+def test_the_earlier_pipeline_stands_beside_our_legacy(store):
+    page = Page(render(read_atlas(store)))
+    rows = [row for row in page.rows if len(row) == 9]
+    assert {row[0] for row in rows[1:]} == {model.model for model in EARLIER}
+    ours = [row for row in rows if row[0] == "Qwen3-30B-A3B"]
+    assert [row[2] for row in ours] == ["110", "110"]
+    pairs = [s["readings"]["block"]["legacy"]["feature_sequence_pairs"] for s in dozen() if "30B" in s["model"]["id"]]
+    assert [row[5] for row in ours] == [f"{pairs[0]}3 features", f"{pairs[1]}5 features"]
+    assert "not alike" not in ours[0][8]
+    assert "not known" not in ours[0][8]
+    assert ours[1][8].endswith("not alike: another corpus, another sizenot known of the earlier run: float16")
+    (alone,) = [row for row in rows if row[0] == "GLM-4.5-Air"]
+    assert alone[8] == "not in this atlas"
+    # magnitude 3 counts other things: of Qwen3-4B's three studies the two under the pipeline's criteria are set beside it
+    assert len([row for row in rows if row[0] == "Qwen3-4B"]) == 2
+
+
+@pytest.mark.parametrize("name", ["moe", "qwen3-dense"])
+def test_every_model_of_a_ready_made_sweep_stands_beside_the_earlier_count(name):
+    found = [earlier(study.spec.model.id) for study in read_sweep(SWEEPS / f"{name}.toml").studies]
+    assert None not in found
+    assert len(set(found)) == len(found)
+    assert earlier("Qwen/Qwen3-0.6B-Base") is None
+
+
+def earlier_of(tmp_path, **changes):
+    """The row of one study beside the earlier pipeline's, None where it is not set beside it."""
+    quick_store(tmp_path, [study(1, MODELS[0], **changes)])
+    rows = earlier_rows(read_atlas(f"file://{tmp_path}").rows)
+    assert [row["known"] for row in rows] == list(EARLIER)
+    (found,) = [row["studies"] for row in rows if row["known"].model == "Qwen3-0.6B"]
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize(
+    ("changes", "alike"),
+    [
+        ({}, True),
+        ({"reading": "union"}, True),  # legacy is the same whatever decides
+        ({"dtype": "float32"}, False),
+        ({"corpus": (FINEWEB, 8, 2048)}, False),
+        ({"corpus": (FINEWEB, 16, 1024)}, False),
+        ({"corpus": ("allenai/c4", 16, 2048)}, False),
+        ({"magnitude": 8.0}, None),
+        ({"layer_fraction": 0.5}, None),
+        ({"position_fraction": 0.1}, None),
+    ],
+)
+def test_only_what_was_counted_as_the_earlier_pipeline_did_stands_beside_it(tmp_path, changes, alike):
+    found = earlier_of(tmp_path, **changes)
+    assert (None if found is None else not found["unlike"] and not found["unsure"]) == alike
+
+
+@pytest.mark.parametrize(
+    ("change", "unlike", "unsure"),
+    [
+        (lambda made, spec: made["layers"].__delitem__(slice(5, 28)), "", ""),  # every layer at the other site
+        (lambda made, spec: made.update(layers=made["layers"][:5]), "layers 0-4 of 28", ""),
+        (lambda made, spec: spec["corpus"].update(subset="CC-MAIN-2013-20"), "", "subset CC-MAIN-2013-20"),
+        (lambda made, spec: spec["corpus"].update(seed=9, packing="documents"), "", "seed 9, packing documents"),
+        (lambda made, spec: spec["capture"].update(site_modules=["mlp_in=h.*.x"]), "modules named by hand", ""),
+        (lambda made, spec: spec["capture"].update(site_modules=["resid=h.*"]), "", ""),
+        (lambda made, spec: made["model"].update(dtype="float16"), "", "float16"),
+        (lambda made, spec: made["model"].update(quantization="mxfp4"), "", "mxfp4"),
+    ],
+)
+def test_what_is_not_as_the_earlier_pipeline_was_is_named(tmp_path, change, unlike, unsure):
+    made, spec = study(1, MODELS[0]), {"corpus": {"source": FINEWEB}, "capture": {}}
+    change(made, spec)
+    quick_store(tmp_path, [made])
+    edited(tmp_path, 1, spec=spec)
+    atlas = read_atlas(f"file://{tmp_path}")
+    (found,) = [row["studies"] for row in earlier_rows(atlas.rows) if row["studies"]]
+    assert (found[0]["unlike"], found[0]["unsure"]) == (unlike, unsure)
+    text = Page(render(atlas)).text
+    assert ("not alike: " in text) == bool(unlike)
+    assert ("not known of the earlier run: " in text) == bool(unsure)
+
+
+def test_a_study_of_one_site_is_not_set_beside_the_earlier_one(tmp_path):
+    """Its legacy has every hook as a layer: with half of the hooks it is another number."""
+    summary = study(1, MODELS[0])
+    summary["criteria"]["sites"] = ["attn_in"]
+    quick_store(tmp_path, [summary])
+    rows = earlier_rows(read_atlas(f"file://{tmp_path}").rows)
+    assert not [row for row in rows if row["studies"]]
+
+
+# copied from LLM.int8()'s Table 4 and the earlier pipeline's page, a second time and by hand
+TABLE_4 = """
+GPT2-117M 33.5 1/1 25% 6%
+GPT2-345M 26.0 2/1 29% 18%
+FSEQ-125M 25.7 2/2 25% 22%
+GPT2-762M 22.6 2/0 31% 16%
+GPT2-1.5B 21.0 2/1 41% 35%
+FSEQ-1.3B 15.9 4/3 64% 47%
+FSEQ-2.7B 14.4 5/5 52% 18%
+GPT-J-6B 13.8 6/6 62% 28%
+FSEQ-6.7B 13.3 6/6 100% 75%
+FSEQ-13B 12.5 7/6 100% 73%
+"""
+PIPELINE = """
+OLMoE-1B-7B-0125 7/1.3 49 29.5 13.6
+gpt-oss-20b 21/3.6 1465 38.1 45.4
+Qwen3-30B-A3B 30.5/3.3 110 35.5 45.1
+Mixtral-8x7B-v0.1 47/12.9 4635 50.2 37.4
+Qwen3-Next-80B-A3B 80/3 504 57.5 35.1
+GLM-4.5-Air 106/12 459 63.3 45.7
+gpt-oss-120b 117/5.1 1695 33.1 50.0
+Qwen3-0.6B 0.6/0.6 9212 32.7 66.5
+Qwen3-1.7B 1.7/1.7 16563 30.3 78.4
+Qwen3-4B 4/4 1042 34.8 68.8
+Qwen3-8B 8/8 777 32.3 70.8
+Qwen3-14B 14/14 985 31.4 79.0
+"""
+
+
+def test_the_published_numbers_are_those_that_were_published():
+    told = [
+        f"{m.model} {m.perplexity} {m.num_features}/{m.one_sided} {m.layer_fraction:.0%} {m.position_fraction:.0%}"
+        for m in PAPER
+    ]
+    assert told == TABLE_4.strip().splitlines()
+    scale = {"M": 1_000_000, "B": 1_000_000_000}
+    for m in PAPER:
+        size = m.model.rpartition("-")[2]
+        assert m.parameters == round(float(size[:-1]) * scale[size[-1]]), m.model
+    told = [
+        f"{m.model} {m.total_billions:g}/{m.active_billions:g} {m.pairs} "
+        f"{100 * m.layer_fraction:.1f} {100 * m.position_fraction:.1f}"
+        for m in EARLIER
+    ]
+    assert told == PIPELINE.strip().splitlines()
+
+
+def test_a_model_of_another_name_says_so(tmp_path):
+    quick_store(tmp_path, [study(1, ("Qwen/Qwen3-Next-80B-A3B-Instruct", 80.0, 3.0, 512, 48, 2048))])
+    rows = [row for row in Page(render(read_atlas(f"file://{tmp_path}"))).rows if row[0] == "Qwen3-Next-80B-A3B"]
+    (row,) = rows
+    assert row[2] == "504"
+    assert row[8].startswith("Qwen/Qwen3-Next-80B-A3B-Instruct: HuggingFaceFW/fineweb-edu, 16 × 2,048 tokens")
+
+
+def test_what_may_be_chosen_is_what_differs(store, tmp_path):
+    """A box for each value of a criterion or arithmetic that studies differ in, with its number of studies."""
+    html = render(read_atlas(store))
+    box = r'<input type="checkbox" id="pick-([\d-]+)" autocomplete="off" checked><bdi>([^<]*)</bdi><span class="count">(\d+)<'
+    boxes = {text: (key, int(count)) for key, text, count in re.findall(box, html)}
+    assert {text: count for text, (_, count) in boxes.items()} == {
+        "pooled": 10,
+        "per_layer": 1,
+        "union": 1,
+        "block": 11,
+        "attn_in": 1,
+        "6": 11,
+        "3": 1,
+        "bfloat16": 10,
+        "float16": 1,
+        "float32": 1,
+    }
+    for key, _ in boxes.values():
+        assert f"main:has(#pick-{key}:not(:checked)) .is-{key} {{ display: none; }}" in html
+    quick_store(tmp_path, [study(1, MODELS[0]), study(2, MODELS[1])])
+    alike = render(read_atlas(f"file://{tmp_path}"))
+    assert "pick-" not in alike
+    assert "<fieldset" not in alike
+
+
+def test_too_many_values_are_no_choice():
+    texts = [f"v{n}" for n in range(MAX_VALUES + 1)]
+    assert choices({"a": texts, "b": texts[1:] + texts[1:2], "c": ["same"] * len(texts)})[0].name == "b"
+    made = choices({"a": ["x", "y", "x"]})
+    assert [(value.key, value.text, value.count) for value in made[0].values] == [("0-0", "x", 2), ("0-1", "y", 1)]
+    assert keys(made, {"a": "y", "b": "x"}) == ("0-1",)
+    assert keys(made, {"b": "x"}) == ()
+
+
+def test_a_thousand_studies_make_one_page(tmp_path):
+    quick_store(tmp_path, many(1_000))
+    atlas = read_atlas(f"file://{tmp_path}")
+    html = render(atlas)
+    assert len([row for row in Page(html).rows if len(row) == 11]) == 1_000 + len(groups(atlas.rows))
+    assert sum(len(dots) for _, dots, _ in charts_of(html)[::6]) == 1_000
+    assert 'class="number"' not in html  # of so many they would hide each other
+
+
+def test_a_name_is_text_wherever_it_stands(tmp_path):
+    atlas = read_atlas(evil(tmp_path))
+    html = render(atlas)
+    page = Page(html)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    # model, architecture, corpus, arithmetic, label; in the notice, the charts' titles, the list of features, what was skipped
+    assert page.text.count("window.pwned = 1") >= 8
+    assert html.count("<script") == 0
+    check_harmless(html)

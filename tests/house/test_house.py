@@ -1,0 +1,75 @@
+"""The house: imports run one way, the base needs no Prefect, the README's files are there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("flows", "outliers", "tasks")
+
+
+def test_steps_run_where_prefect_is_not_installed():
+    """Every module of outliers imports with Prefect, rich, s3fs and datasets made unimportable.
+
+    `bucket` alone needs s3fs: the control side imports it for an s3:// target.
+    """
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "outliers").rglob("*.py"))
+        if path.name not in ("__main__.py", "bucket.py")
+    ]
+    script = (
+        "import sys, importlib\n"
+        "for name in ('prefect', 'rich', 's3fs', 'datasets'): sys.modules[name] = None\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "print('all')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.strip() == "all", done.stderr
+
+
+def test_the_readme_names_every_package():
+    """The map is the onboarding: what it names exists, and no package is missing from it."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"```\n(flows/ .*?)```", text, re.DOTALL)
+    assert block and len(block[1].splitlines()) < 40
+    named = {line.split()[0] for line in block[1].splitlines()}
+    assert all((ROOT / name).exists() for name in named)
+    packages = {
+        f"{path.parent.relative_to(ROOT)}/" for package in PACKAGES for path in (ROOT / package).rglob("__init__.py")
+    }
+    inner = {name for name in packages if name.count("/") > 2}  # a package's own: its line, or its docstring, says it
+    assert packages - inner - {"outliers/"} <= named
+
+
+def test_the_contracts_of_imports_name_every_package():
+    """`exhaustive` sees modules below outliers alone; nothing is excused from a contract."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    assert set(config["root_packages"]) == set(PACKAGES)
+    rooms = next(
+        contract for contract in config["contracts"] if contract["type"] == "layers" and "containers" in contract
+    )
+    assert rooms["exhaustive"] and "exhaustive_ignores" not in rooms
+    assert not any("ignore_imports" in contract for contract in config["contracts"])
+
+
+def test_modules_begin_by_saying_what_they_are():
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_nothing_large_or_binary_is_in_the_repository():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout: an installed source archive has no list of files")
+    for name in filter(None, listed.stdout.split("\0")):
+        assert (ROOT / name).stat().st_size < 512_000, name
+        assert Path(name).suffix not in {".safetensors", ".pt", ".bin", ".gguf", ".png", ".parquet", ".npy"}, name

@@ -1,0 +1,114 @@
+"""Every command that the README names is run here, or is one that another test runs, named below."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+# make demo's own command is run by test_the_demo; make test is what runs this
+MAKE = {"make demo", "make test"}
+# each is what tests/support/prefect_home.py or tests/flows/test_deployment.py does, with other parameters
+PREFECT = {
+    "prefect server start --host 127.0.0.1": '"server", "start", "--host", "127.0.0.1"',
+    "prefect work-pool create outliers --type process": '"work-pool", "create", "outliers", "--type", "process"',
+    "prefect --no-prompt deploy --all": '"--no-prompt", "deploy", "--all"',
+    "prefect worker start --pool outliers": '"worker", "start", "--pool", "outliers"',
+    "prefect deployment run": '"deployment", "run", "study/study"',
+    "prefect flow-run retry": '"flow-run", "retry"',
+}
+
+# of the sweeps, which are beside the README and not where its reader works
+ELSEWHERE = {"outliers sweep sweeps/moe.toml --dry-run": ("test_sweep_flow.py", '"--dry-run"')}
+
+
+def commands():
+    """The lines of the README's shell blocks, in their order."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def environment(folder, workspace):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "OUTLIERS_"))}
+    return clean | {"PATH": f"{BIN}:{clean['PATH']}", "HOME": str(folder), "OUTLIERS_WORKSPACE": str(workspace.root)}
+
+
+def test_the_other_commands_are_run_elsewhere():
+    text = "".join((ROOT / "tests" / name).read_text() for name in ("prefect_home.py", "test_deployment.py"))
+    makefile = (ROOT / "Makefile").read_text()
+    others = [line for line in commands() if not line.startswith(("outliers", "python"))]
+    assert others
+    for line in others:
+        if line in MAKE:
+            assert re.search(rf"^{line.split()[1]}:", makefile, re.MULTILINE)
+            continue
+        (found,) = [code for start, code in PREFECT.items() if line.startswith(start)]
+        assert found in text
+
+
+def test_what_is_left_to_other_tests_is_there():
+    for line, (name, text) in ELSEWHERE.items():
+        assert line in commands()
+        assert text in (ROOT / "tests" / name).read_text()
+
+
+@pytest.mark.servers
+def test_the_commands_do_what_the_readme_says(tmp_path, smollm2_workspace):
+    """In order, in one folder, as a reader would; with a model of the hub only as far as it goes without the hub."""
+    (tmp_path / "notes.txt").write_text("Call me Ishmael. Some years ago - never mind how long precisely. " * 60)
+    known = environment(tmp_path, smollm2_workspace)
+    ran = 0
+    for line in commands():
+        if not line.startswith(("outliers", "python")) or line in ELSEWHERE:
+            continue
+        hub = "Qwen/" in line
+        typed = f"{line} --print-spec" if hub and " study " in line else line
+        done = subprocess.run(
+            ["bash", "-c", typed], cwd=tmp_path, env=known, capture_output=True, text=True, check=False
+        )
+        if hub and " plan " in line:
+            # refused with a clear message where there is no hub
+            assert (done.returncode, "the hub is switched off" in done.stderr) == (2, True), done.stderr
+        else:
+            assert done.returncode == 0, f"{typed}\n{done.stderr}"
+        ran += 1
+    assert ran >= 10
+    assert (tmp_path / "study.json").exists()
+
+
+@pytest.mark.servers
+def test_the_demo(tmp_path, smollm2_workspace):
+    """The very command of `make demo`, but for where it writes, twice: a study, then the answer that is there already."""
+    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = re.search(r"outliers (study (?:.*\\\n)*.*)", recipe)
+    assert command
+    words = shlex.split(command[1].replace("\\\n", " "))
+    workspace = words.index("--workspace") + 1
+    assert words[words.index("--publish-to") + 1].startswith("file://")
+    words[workspace] = str(smollm2_workspace.root)
+    words[words.index("--publish-to") + 1] = f"file://{tmp_path}/my atlas"
+    known = environment(tmp_path, smollm2_workspace)
+    first = subprocess.run(["outliers", *words], env=known, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    said = " ".join(first.stderr.split())
+    assert "1 systematic outlier feature by the reading pooled at block" in said
+    # -12, give or take the last bit of bfloat16 there (1/16): processors and numbers of threads sum in other orders
+    found = re.search(r"\b247 +(\d+\.?\d*) +-(\d+\.?\d*) ", said)
+    assert found, said
+    assert {float(value) for value in found.groups()} <= {11.9375, 12.0, 12.0625}
+    report = re.search(r"^report +(/.*/report.html)$", first.stderr, re.MULTILINE)
+    assert report
+    assert Path(report[1]).read_text().startswith("<!doctype html>")
+    second = subprocess.run(["outliers", *words], env=known, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert second.returncode == 0
+    assert "was there already: nothing had to run" in second.stderr
+    size = sum(path.stat().st_size for path in (tmp_path / "my atlas").rglob("*") if path.is_file())
+    assert size < 1_000_000

@@ -1,0 +1,1 @@
+"""What tests share: oracles, models and corpora made by code, real servers and machines, and what looks at them."""
