@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import outliers
+from outliers import version
 from outliers.errors import DeployFailed
 
 DISTRIBUTION = "outlier-features"
@@ -47,7 +47,7 @@ def build_wheel(more: Mapping[str, bytes] | None = None) -> Wheel:
 
     Raises DeployFailed where a file can't be read.
     """
-    root = Path(outliers.__file__).parent
+    root = version.FOLDER
     try:
         files = {
             f"outliers/{path.relative_to(root).as_posix()}": path.read_bytes()
@@ -96,7 +96,7 @@ def names() -> tuple[str, ...]:
 def constraints() -> tuple[str, ...]:
     """Versions that everything is held to: constraints.txt of a checkout, with the hashes of hashes.txt, else what is
     installed here, without."""
-    lock = Path(outliers.__file__).parent.parent / "constraints.txt"
+    lock = version.FOLDER.parent / "constraints.txt"
     if lock.is_file():
         hashed = _hashes(lock.with_name("hashes.txt"))
         lines = lock.read_text("utf-8").splitlines()
@@ -147,7 +147,7 @@ def _plain(name: str) -> str:
 
 
 def _version() -> str:
-    return outliers.__version__
+    return version.__version__
 
 
 def _metadata() -> str:

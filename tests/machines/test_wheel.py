@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import outliers
+from outliers import version
 from outliers.machines import wheel as wheels
 from outliers.machines.wheel import build_wheel
 
@@ -40,7 +41,7 @@ def test_the_same_files_give_the_same_bytes_and_other_files_another_key(tmp_path
     copy = tmp_path / "outliers"
     shutil.copytree(Path(outliers.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     first = build_wheel()
-    monkeypatch.setattr(outliers, "__file__", str(copy / "__init__.py"))
+    monkeypatch.setattr(version, "FOLDER", copy)
     os.utime(copy / "spec.py", (1, 1))
     (copy / "spec.py").chmod(0o600)
     (copy / "notes.txt").write_text("not ours")
@@ -82,7 +83,7 @@ def test_what_it_needs_is_what_the_project_declares(tmp_path, monkeypatch):
     locked = [line.partition(" --hash=")[0] for line in wheels.constraints()]
     assert f"psutil=={importlib.metadata.version('psutil')}" in locked
     # without a checkout: what is installed here, and what that needs in turn
-    monkeypatch.setattr(outliers, "__file__", str(tmp_path / "outliers" / "__init__.py"))
+    monkeypatch.setattr(version, "FOLDER", tmp_path / "outliers")
     found = {line.partition("==")[0]: line.partition("==")[2] for line in wheels.constraints()}
     assert set(wheels.names()) <= set(found)
     assert found["torch"] == importlib.metadata.version("torch").partition("+")[0]

@@ -59,7 +59,9 @@ def test_a_capture_of_before_is_whole_and_counts_to_the_same_digest(old):
     made = old.study(STUDY)
     for name in ("summary.json", "tokens.json"):
         assert (made / name).read_bytes() == (before / name).read_bytes(), name
-    assert pq.read_table(made / "features.parquet").equals(pq.read_table(before / "features.parquet"), check_metadata=True)
+    assert pq.read_table(made / "features.parquet").equals(
+        pq.read_table(before / "features.parquet"), check_metadata=True
+    )
     then, now = json.loads((before / "manifest.json").read_text()), read_manifest(made)
     assert now["results_digest"] == then["results_digest"] == DIGEST
     assert set(now) == set(then) and now["headline"] == then["headline"]

@@ -1,0 +1,124 @@
+"""A capture as lazy arrays with named dimensions: xarray over the Zarr group, each chunk checked when it is read.
+
+bfloat16, which Zarr stores as its bits, is float32 on access: the same values. Positions past a sequence's end are NaN.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outliers.errors import BadInput, CaptureError
+from outliers.store.captures import find_capture
+from outliers.store.chunks import ARRAYS, ChunkFiles, Journal
+from outliers.store.fingerprint import layout_from, read_fingerprint
+from outliers.study.layout import Layout
+from outliers.workspace import open_workspace
+
+if TYPE_CHECKING:
+    import xarray
+
+DIMENSIONS = ("layer", "sequence", "position", "feature")
+
+
+def open_capture(capture: str | os.PathLike[str], workspace: str | os.PathLike[str] | None = None) -> xarray.Dataset:
+    """The activations of a capture, by its id or its folder, as an xarray.Dataset that reads what is asked for.
+
+    A variable for each site, of the dimensions (layer, sequence, position, feature); `to_dataarray("site")` makes the site a
+    dimension too. A site whose width differs from the first one's has a dimension of its own, `feature_<site>`. Coordinates:
+    `layer` (numbers of the model's layers), `length` (sequence; tokens), `token_id` (sequence, position). A chunk is read
+    whole: all features of some positions of one layer and one sequence. Raises BadInput where there is no such capture, or
+    xarray is not installed, CaptureError for one that is not finished; reading raises CorruptCapture where a checksum differs.
+    """
+    if importlib.util.find_spec("xarray") is None:
+        raise BadInput("open_capture needs xarray: pip install 'outlier-features[notebook]'")
+    import xarray
+    import zarr
+    from xarray.core import indexing
+
+    home = open_workspace(None if workspace is None else os.fspath(workspace))
+    folder = find_capture(home, os.fspath(capture))
+    fingerprint = read_fingerprint(folder)
+    if fingerprint is None:
+        raise BadInput(f"{folder} is not a capture: it has no capture.json")
+    layout = layout_from(fingerprint)
+    done = Journal.open(folder / "journal.jsonl").done
+    if len(done) != layout.num_sequences:
+        raise CaptureError(
+            f"{folder} has {len(done)} of {layout.num_sequences} sequences: run its study again, which finishes it"
+        )
+    group = zarr.open_group(folder / ARRAYS, mode="r")
+    files = ChunkFiles(folder, layout)
+    width = next(iter(layout.widths.values()))
+    variables = {}
+    for site, own in layout.widths.items():
+        last = "feature" if own == width else f"feature_{site}"
+        lazy = indexing.LazilyIndexedArray(_adapter(SiteReader(files, layout, done, site)))
+        variables[site] = ((*DIMENSIONS[:3], last), lazy, {"dtype": layout.dtype})
+    coordinates = {
+        "layer": ("layer", list(layout.layers)),
+        "length": ("sequence", np.asarray(group["lengths"])),
+        "token_id": (("sequence", "position"), np.asarray(group["token_ids"])),
+    }
+    attributes = {"capture_id": fingerprint["fixed"]["capture_id"], "model": fingerprint["fixed"]["model"]}
+    return xarray.Dataset(variables, coordinates, attributes)
+
+
+def _adapter(reader: SiteReader) -> Any:
+    """A reader as xarray's lazy arrays ask for one: they give slices, integers and arrays, an axis each."""
+    from xarray.backends import BackendArray
+    from xarray.core.indexing import IndexingSupport, explicit_indexing_adapter
+
+    class Lazy(BackendArray):
+        """One site."""
+
+        shape, dtype = reader.shape, reader.dtype
+
+        def __getitem__(self, key: Any) -> Any:
+            return explicit_indexing_adapter(key, self.shape, IndexingSupport.OUTER, reader.read)
+
+    return Lazy()
+
+
+class SiteReader:
+    """One site of a finished capture, read chunk by chunk. `shape`: (layer, sequence, position, feature)."""
+
+    def __init__(self, files: ChunkFiles, layout: Layout, done: dict[int, dict[str, Any]], site: str) -> None:
+        self._files, self._layout, self._done = files, layout, done
+        self._site = layout.aliases.get(site, site)
+        self.shape = (len(layout.layers), layout.num_sequences, layout.positions, layout.widths[site])
+        self.dtype = np.dtype(np.float32 if layout.dtype == "bfloat16" else layout.dtype)
+
+    def read(self, key: tuple[Any, ...]) -> NDArray[Any]:
+        """The values at an index for each axis: an integer, which drops its axis, a slice, or an array of integers."""
+        axes = [np.arange(size)[index] for index, size in zip(key, self.shape, strict=True)]
+        rows = [np.atleast_1d(axis) for axis in axes]
+        found = np.full(tuple(row.size for row in rows), np.nan, self.dtype)
+        for at, layer in enumerate(rows[0]):
+            for number, sequence in enumerate(rows[1]):
+                found[at, number] = self._pick(int(layer), int(sequence), rows[2], rows[3])
+        return found.reshape(tuple(row.size for axis, row in zip(axes, rows, strict=True) if axis.ndim))
+
+    def _pick(self, layer: int, sequence: int, positions: NDArray[np.int64], features: NDArray[np.int64]) -> Any:
+        crcs = self._done[sequence]["crc32"][self._site]
+        each = len(crcs) // len(self._layout.layers)
+        rows = self._layout.chunk_positions
+        found = np.full((positions.size, features.size), np.nan, self.dtype)
+        for chunk in np.unique(positions // rows):
+            if chunk >= each:
+                continue  # past the sequence's end
+            values = self._files.read(self._site, layer, sequence, int(chunk), crcs[layer * each + int(chunk)])
+            mine = positions // rows == chunk
+            found[mine] = as_numbers(values, self._layout.dtype)[np.ix_(positions[mine] - chunk * rows, features)]
+        return found
+
+
+def as_numbers(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Stored values as numbers: the bits of bfloat16 become float32, which has them exactly."""
+    if dtype != "bfloat16":
+        return values
+    return (values.astype(np.uint32) << 16).view(np.float32)
