@@ -12,7 +12,7 @@ from outliers.workspace import Workspace, open_workspace
 
 if TYPE_CHECKING:
     from outliers.events.stream import Reporter
-    from outliers.plan.plan import Plan
+    from outliers.planning.plan import Plan
     from outliers.study.prepare import Prepared
 
 
@@ -24,7 +24,7 @@ def plan(spec: StudySpec) -> Plan:
     """
     from outliers.machines.options import check_options
     from outliers.machines.providers import provider
-    from outliers.plan.plan import make_plan
+    from outliers.planning.plan import make_plan
     from outliers.study.prepare import model_info
 
     workspace = open_workspace(spec.compute.workspace)
@@ -43,7 +43,7 @@ def run_study(spec: StudySpec, *, progress: bool = True) -> Study:
     """
     from outliers.machines.options import check_options
     from outliers.machines.providers import provider
-    from outliers.plan.remaining import check_rest
+    from outliers.planning.remaining import check_rest
     from outliers.publish.outcome import find_outcome
     from outliers.publish.publish import check_target
     from outliers.study.prepare import prepare
