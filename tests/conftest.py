@@ -26,9 +26,11 @@ from outliers.workspace import Workspace, open_workspace
 from tests.support.captured import llama, text
 from tests.support.fault_rows import pytest_terminal_summary, pytest_testnodedown
 from tests.support.prefect_home import prefect_home
+from tests.support.prefect_seed import make_seed
 from tests.support.prefect_ui import browser, logged_in
 from tests.support.s3 import s3_server
 from tests.support.smollm2 import smollm2_workspace
+from tests.support.times import SLOW, function_of
 
 __all__ = [
     "browser",
@@ -41,6 +43,12 @@ __all__ = [
     "smollm2_workspace",
     "text",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of xdist find what the process that starts them has made."""
+    if not hasattr(config, "workerinput"):
+        make_seed(config.cache.mkdir("servers"))
 
 
 UNTOUCHED = (".ssh", ".sky", ".bashrc", ".bash_profile", ".profile", ".zshrc", ".zprofile", ".config/fish")
@@ -98,18 +106,28 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return OneServer(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first, then those that start servers: one that began last would run on alone at the end.
 
-    What is marked `long` runs where OUTLIERS_TEST_FAULTS is set.
+    What is marked `long` runs where OUTLIERS_TEST_FAULTS is set. Where OUTLIERS_TEST_FAST is set, slow tests and servers are left
+    out.
     """
+    if os.environ.get("OUTLIERS_TEST_FAST"):
+        slow = set(SLOW.read_text().split("\n"))
+        left_out = [
+            item
+            for item in items
+            if item.get_closest_marker("long") or item.get_closest_marker("servers") or function_of(item.nodeid) in slow
+        ]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     if not os.environ.get("OUTLIERS_TEST_FAULTS"):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="a minute or more: make test-faults"))
-    slow = {item.path for item in items if item.get_closest_marker("servers")}
+    started = {item.path for item in items if item.get_closest_marker("servers")}
     ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: (ranks.get(item.path.name, len(ranks)), item.path not in slow))
+    items.sort(key=lambda item: (ranks.get(item.path.name, len(ranks)), item.path not in started))
 
 
 @pytest.fixture(scope="session", autouse=True)

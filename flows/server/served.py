@@ -2,19 +2,38 @@
 
 `python -m flows.server.served DESCRIPTOR [pages]`, on a socket that listens, until SIGTERM. Prefect's command would let any
 page of the user's browser in. Before it: `own` (a command's own, without pages) and `ui`. After it: uvicorn.
+
+A new database is made by all migrations that Prefect ever had, which takes seconds. $OUTLIERS_PREFECT_SEED names one that was
+made before, by this version of Prefect: a home without a database begins with a copy of it.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 from flows.server.guard import HOSTS, Guard
+from outliers.files.atomic import temporary_for
+
+SEED = "OUTLIERS_PREFECT_SEED"
+DATABASE = "prefect.db"
 
 FAILED = 3
 """Exit code of a server that never answered, as uvicorn's own command has it."""
+
+
+def seed(home: Path) -> None:
+    """Give a home without a database a copy of the one that $OUTLIERS_PREFECT_SEED names, if it is there."""
+    known, target = os.environ.get(SEED), home / DATABASE
+    if known and Path(known).is_file() and not target.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        draft = temporary_for(target)
+        shutil.copyfile(known, draft)
+        draft.rename(target)
 
 
 def serve(descriptor: int, pages: bool) -> None:
@@ -23,6 +42,7 @@ def serve(descriptor: int, pages: bool) -> None:
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
 
+    seed(get_current_settings().home)
     settings = get_current_settings().server
     app = create_app(ephemeral=not pages, final=True)
     if pages:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from flows.server.served import SEED
 from outliers.publish.publish import model_slug
 from tests.support import tiny
 
@@ -29,7 +30,11 @@ def place(tmp_path_factory):
 
 def run(folder, *arguments, **environment):
     """`outliers ...` in `folder`, with a home of its own."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "OUTLIERS_", "HF_TOKEN"))}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k == SEED or not k.startswith(("AWS_", "PREFECT_", "OUTLIERS_", "HF_TOKEN"))
+    }
     return subprocess.run(
         [OUTLIERS, *map(str, arguments)],
         cwd=folder,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.server.served import SEED
 from outliers.study.prepare import prepare
 from outliers.sweep.sweep import make_sweep, read_sweep
 from outliers.workspace import open_workspace
@@ -40,7 +41,11 @@ def systematic(report):
 
 def command(folder, *arguments, server=None):
     """argv and environment of `outliers sweep ...` with a home and a workspace of its own; `server`: address of Prefect's."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "OUTLIERS_", "HF_TOKEN"))}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k == SEED or not k.startswith(("AWS_", "PREFECT_", "OUTLIERS_", "HF_TOKEN"))
+    }
     home = {"HOME": str(folder / "home"), "OUTLIERS_WORKSPACE": str(folder / "ws")}
     home |= {"PREFECT_API_URL": server} if server else {}
     return [OUTLIERS, "sweep", *map(str, arguments)], clean | home

@@ -73,3 +73,10 @@ def test_nothing_large_or_binary_is_in_the_repository():
     for name in filter(None, listed.stdout.split("\0")):
         assert (ROOT / name).stat().st_size < 512_000, name
         assert Path(name).suffix not in {".safetensors", ".pt", ".bin", ".gguf", ".png", ".parquet", ".npy"}, name
+
+
+def test_the_list_of_slow_tests_names_tests_that_are_there():
+    """A test that was renamed would be fast again, unseen."""
+    for name in (ROOT / "tests" / "support" / "slow.txt").read_text().split():
+        path, *_, function = name.split("::")
+        assert f"def {function}(" in (ROOT / path).read_text(), f"{name}: measure again with `make test-times`"

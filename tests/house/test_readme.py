@@ -27,7 +27,7 @@ PREFECT = {
 }
 
 # of the sweeps, which are beside the README and not where its reader works
-ELSEWHERE = {"outliers sweep sweeps/moe.toml --dry-run": ("test_sweep_flow.py", '"--dry-run"')}
+ELSEWHERE = {"outliers sweep sweeps/moe.toml --dry-run": ("flows/test_sweep_flow.py", '"--dry-run"')}
 
 
 def commands():
@@ -37,12 +37,14 @@ def commands():
 
 
 def environment(folder, workspace):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "OUTLIERS_"))}
+    clean = {k: v for k, v in os.environ.items() if k == SEED or not k.startswith(("AWS_", "PREFECT_", "OUTLIERS_"))}
     return clean | {"PATH": f"{BIN}:{clean['PATH']}", "HOME": str(folder), "OUTLIERS_WORKSPACE": str(workspace.root)}
 
 
 def test_the_other_commands_are_run_elsewhere():
-    text = "".join((ROOT / "tests" / name).read_text() for name in ("prefect_home.py", "test_deployment.py"))
+    text = "".join(
+        (ROOT / "tests" / name).read_text() for name in ("support/prefect_home.py", "flows/test_deployment.py")
+    )
     makefile = (ROOT / "Makefile").read_text()
     others = [line for line in commands() if not line.startswith(("outliers", "python"))]
     assert others

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from flows.server.served import seed
 from tests.support.s3 import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,7 @@ class PrefectHome:
 
     def __enter__(self) -> PrefectHome:
         self.folder.mkdir(parents=True, exist_ok=True)
+        seed(self.folder / "home")
         self._spawn("server", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))
         self._await(lambda: self._get("/health") is True, "server")
         self.prefect("work-pool", "create", "outliers", "--type", "process")

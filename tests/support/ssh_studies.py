@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 import pytest
 
+from flows.server.served import SEED
 from outliers.events.stream import JsonReporter
 from outliers.spec import StudySpec
 from outliers.steps import run_analyze, run_extract, run_report
@@ -156,7 +157,7 @@ class Control:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("AWS_", "PREFECT_", "OUTLIERS_", "HF_"))
+            if name == SEED or not name.startswith(("AWS_", "PREFECT_", "OUTLIERS_", "HF_"))
         }
         self.environment = kept | {
             "OUTLIERS_WORKSPACE": str(self.workspace),
