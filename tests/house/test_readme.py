@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.server.served import SEED
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
