@@ -14,6 +14,7 @@ import transformers
 from flows.server.served import SEED
 from outliers.publish.publish import model_slug
 from tests.support import tiny
+from tests.support.commands import run_command
 
 OUTLIERS = str(Path(sys.executable).with_name("outliers"))
 
@@ -35,14 +36,8 @@ def run(folder, *arguments, **environment):
         for k, v in os.environ.items()
         if k == SEED or not k.startswith(("AWS_", "PREFECT_", "OUTLIERS_", "HF_TOKEN"))
     }
-    return subprocess.run(
-        [OUTLIERS, *map(str, arguments)],
-        cwd=folder,
-        env=clean | {"HOME": str(folder / "home"), "OUTLIERS_WORKSPACE": str(folder / "ws"), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    home = {"HOME": str(folder / "home"), "OUTLIERS_WORKSPACE": str(folder / "ws")}
+    return run_command(folder, *arguments, environment=clean | home | environment)
 
 
 TINY = ("--model", "./model", "--corpus", "notes.txt", "--num-sequences", 3, "--sequence-length", 32)
