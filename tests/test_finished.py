@@ -32,6 +32,7 @@ from outliers.summary_files import has_summary, read_summary
 from outliers.travel import send_study
 from outliers.verify import verify
 from outliers.workspace import open_workspace
+from tasks.sync import sync
 from tests import gguf_files, synthetic
 from tests.damaged import flip
 from tests.synthetic import Silent
@@ -221,6 +222,17 @@ def test_of_a_published_study_damaged_results_are_fetched_again(copy, shelf, how
     assert find_outcome(study, workspace).published == f"{url}/manifest.json"
     assert read_manifest(folder) == json.loads((folder / "manifest.json").read_bytes())
     assert read_finished(folder).manifest == read_study(url).manifest
+
+
+def test_a_publication_that_was_cut_off_is_gone_on_with_in_its_folder(copy, shelf, tmp_path):
+    study, _, url = shelf
+    shutil.rmtree(tmp_path / "store")
+    counted = {"results_digest": read_manifest(copy[2])["results_digest"]}
+    for _ in range(2):
+        sync.fn(study, {"machine": {"provider": "local", "gpus": 0}}, copy[0], counted)
+        place = Path(url.removeprefix("file://"))
+        (place / "manifest.json").unlink()  # as if it had ended before that
+    assert len(list(place.iterdir())) == 1
 
 
 def test_a_publication_whose_headline_was_edited_is_refused(copy, shelf):
