@@ -99,12 +99,12 @@ test-postgres: $(DEV) ## Prefect on Debian's Postgres, which is installed if it 
 	      apt-get install -y -qq --no-install-recommends postgresql >/dev/null; }
 	OUTLIERS_TEST_POSTGRES=1 $(BIN)/pytest tests/flows/test_postgres.py
 
-# the whole of tests/faults/test_fault_suite.py and what is marked `long`; plain `make test` runs the fast part. Three at a time,
-# each with servers of its own: a story waits about as long as it computes
+# the whole of tests/faults/test_fault_suite.py and what is marked `long`; plain `make test` runs the fast part. Two at a time,
+# each with servers of its own: a story keeps about one core at work
 test-faults: $(DEV) sshd ## every fault at every step of a study, on real servers, and a table of what came of it
 	@export OUTLIERS_TEST_FAULTS=1; code=0; set -x; \
-	  $(BIN)/pytest -n 3 --dist worksteal tests/faults/test_fault_suite.py || code=1; \
-	  $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m long || code=1; \
+	  $(BIN)/pytest -n 2 --dist worksteal tests/faults/test_fault_suite.py || code=1; \
+	  $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m long --ignore tests/faults/test_fault_suite.py || code=1; \
 	  { set +x; } 2>/dev/null; exit $$code
 
 # root on Debian, a few hundred megabytes: a Slurm cluster in namespaces of its own, GPUs that are declared and not there

@@ -308,9 +308,9 @@ def _place(row: Json) -> tuple[int, ...]:
 
 
 def _flat(value: object, name: str = "") -> Iterable[tuple[str, str]]:
-    """Nested mappings and lists as (dotted name, text) pairs, in their own order."""
+    """Nested mappings and lists as (dotted name, text) pairs, by name: a manifest keeps no other order of a mapping."""
     if isinstance(value, Mapping):
-        for key, inner in value.items():
+        for key, inner in sorted(value.items(), key=lambda item: str(item[0])):
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple) and any(isinstance(inner, Mapping | list | tuple) for inner in value):
         for index, inner in enumerate(value):

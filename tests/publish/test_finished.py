@@ -34,6 +34,7 @@ from outliers.store.verify import verify
 from outliers.study.parts import Part
 from outliers.study.prepare import read_prepared
 from outliers.workspace import open_workspace
+from tasks.sync import sync
 from tests.counting.test_counting import random_acts
 from tests.support import gguf_files, synthetic
 from tests.support.damaged import flip
@@ -223,6 +224,17 @@ def test_of_a_published_study_damaged_results_are_fetched_again(copy, shelf, how
     assert find_outcome(study, workspace).published == f"{url}/manifest.json"
     assert read_manifest(folder) == json.loads((folder / "manifest.json").read_bytes())
     assert read_finished(folder).manifest == read_study(url).manifest
+
+
+def test_a_publication_that_was_cut_off_is_gone_on_with_in_its_folder(copy, shelf, tmp_path):
+    study, _, url = shelf
+    shutil.rmtree(tmp_path / "store")
+    counted = {"results_digest": read_manifest(copy[2])["results_digest"]}
+    for _ in range(2):
+        sync.fn(study, {"machine": {"provider": "local", "gpus": 0}}, copy[0], counted)
+        place = Path(url.removeprefix("file://"))
+        (place / "manifest.json").unlink()  # as if it had ended before that
+    assert len(list(place.iterdir())) == 1
 
 
 def test_a_publication_whose_headline_was_edited_is_refused(copy, shelf):

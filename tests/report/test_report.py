@@ -53,6 +53,15 @@ def test_the_answer_comes_first(results: Path) -> None:
     assert "--sites attn_in,mlp_in,resid" in page.text
 
 
+def test_the_page_knows_no_order_of_provenance(results: Path, tmp_path: Path) -> None:
+    """A manifest sorts names: a page of what was read there is the page of what was written, byte for byte."""
+    write_results(tmp_path, example())
+    known = json.loads(json.dumps(PROVENANCE, sort_keys=True))
+    assert list(known) != list(PROVENANCE)
+    write_report(tmp_path, known)
+    assert (tmp_path / "report.html").read_bytes() == (results / "report.html").read_bytes()
+
+
 def test_images_are_the_plots(results: Path) -> None:
     """Each <img> has an alternative text and the bytes of a file in plots/; each file is on the page."""
     _, page = read(results)

@@ -13,9 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -55,6 +56,8 @@ class Case:
         self.study: Prepared = prepare(StudySpec.model_validate(self.parameters), self.workspace)
         self.runs: list[str] = []
         self._stopped: list[psutil.Process] = []
+        self._ahead: list[psutil.Process] = []
+        """Jobs that were stopped before anybody waited for them."""
         self._by_hand: subprocess.Popen[str] | None = None
         self.again: Counter[str] = Counter()
         """How many more times than once the job of a step had to be started: it was ended before it was done."""
@@ -65,6 +68,7 @@ class Case:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stopped += self._ahead
         self.thaw()
         self.world.gate.open()
         if self._by_hand is not None:
@@ -204,6 +208,30 @@ class Case:
         self._stopped.append(process)
         if step == "extract":
             assert self.journaled() < SEQUENCES, "held too late to show anything: give the study more sequences"
+
+    @contextlib.contextmanager
+    def held_ahead(self, step: str) -> Iterator[None]:
+        """In the block the job of a step is stopped as soon as it works: it may come while the block waits for others.
+
+        `hold` then finds it so, and `thaw` lets it go only after that.
+        """
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.01):
+                with contextlib.suppress(psutil.Error):
+                    if (process := self._child(step)) is not None:
+                        process.suspend()
+                        self._ahead.append(process)
+                        return
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
 
     def _child(self, step: str) -> psutil.Process | None:
         """The process that does a step now."""
