@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.counting.bits import PATTERNS
+from outliers.counting.kernels.arguments import Totals
 from outliers.errors import SummaryMismatch
 from outliers.spec import BLOCK, has_block
 
@@ -136,9 +137,9 @@ class SiteTotals:
         )
 
     @property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        """What `kernel_totals.settle` adds to, in its order."""
-        return self.hits, self.first_hits, self.min, self.max, self.finite, self.nonfinite, self.histogram
+    def arrays(self) -> Totals:
+        """The arrays that `kernels.totals` adds to."""
+        return Totals(self.hits, self.first_hits, self.min, self.max, self.finite, self.nonfinite, self.histogram)
 
     def merged(self, other: SiteTotals) -> SiteTotals:
         pick = {"max": np.maximum, "min": np.minimum}
