@@ -1,9 +1,9 @@
-"""Tiles of values -> shared totals, a span of one sequence at a time, in any order and by any number of threads.
+"""Adds tiles of values to shared totals, one span of a sequence at a time, in any order and from any number of threads.
 
-A span is a run of positions of one sequence; what is known of its tokens over all layers (the largest magnitude of each
-feature, and where it was) is kept until every layer of the span was read, and then gives the union counts and the largest
-tokens. `block` is a site of its own: a cell is hit where attn_in or mlp_in is. Arithmetic and bookkeeping on arrays, and
-nothing of files. Before it: `kernels` and the `kernel_` files, the loops. After it: `analyze`, which reads.
+A span is a run of positions of one sequence. The key of each of its tokens over all layers (the largest magnitude of each
+feature, and where it is) is kept until every layer of the span is read; then the keys give the union counts and the largest
+tokens. `block` is a site of its own: a cell is hit where attn_in or mlp_in is. Arithmetic and bookkeeping on arrays, nothing
+of files. The loops are in `kernels`; `analyze` reads the tiles.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ from outliers.spec import BLOCK, BLOCK_SITES, has_block
 
 Tiles = Callable[[int], Iterator[dict[str, NDArray[Any]]]]
 """Layer (counted from 0 among the captured) -> runs of positions of a span, {site: (position, feature) bits}, one after the
-other from its first position on; they may be written to."""
+other from its first position on. `Tally` may write to them."""
 
 
 @dataclass
 class LayerCounts:
     """What some layers of a span add to their sequence.
 
-    layers: numbers among the captured. hits: site -> (layer, W) int64 at the deciding magnitude. moments: site ->
+    layers: counted from 0 among the captured. hits: site -> (layer, W) int64 at the deciding magnitude. moments: site ->
     (4, layer, W) float64. reach: site -> (layer,) float32, largest finite magnitudes. hooks: (layer, 2, W) bool, whether
     attn_in and mlp_in had a hit by the legacy rule.
     """
@@ -77,18 +77,19 @@ class LayerCounts:
 
 @dataclass
 class Span:
-    """Some positions of a sequence, and what is known of them so far.
+    """Some positions of a sequence, and what is counted of them so far.
 
-    marks: (kind, position) bool, the delimiters and the special tokens. parts: how many calls of `Tally.count` its layers are
-    dealt to. keys: site -> (W, position), see `compiled.KEY_SHIFT`; touched: site -> (W,) bool, the features that have any.
-    Once closed, union: site -> (W,) int64 tokens with a hit in any layer, legacy_union: (W,) int64 those by the legacy rule.
+    marks: (kind, position) bool, the delimiters and the special tokens. shares: calls of `Tally.count` that its layers are
+    split into. keys: site -> (W, position), see `arguments.KEY_SHIFT`; touched: site -> (W,) bool, the features that have a
+    key. Once closed, union: site -> (W,) int64, tokens with a hit in any layer; legacy_union: (W,) int64, the same by the
+    legacy rule.
     """
 
     sequence: int
     start: int
     length: int
     marks: NDArray[np.bool_]
-    parts: int = 1
+    shares: int = 1
     keys: dict[str, NDArray[Any]] = field(default_factory=dict)
     touched: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     union: dict[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -96,7 +97,7 @@ class Span:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def join(self, keys: dict[str, NDArray[Any]], touched: dict[str, NDArray[np.bool_]]) -> bool:
-        """Add what one part found; whether it was the last."""
+        """Add the keys of one share; returns whether it was the last."""
         with self.lock:
             if not self.keys:
                 self.keys, self.touched = keys, touched
@@ -104,8 +105,8 @@ class Span:
                 for site, mine in self.keys.items():
                     spans.join(mine, keys[site], np.flatnonzero(touched[site]))
                     self.touched[site] |= touched[site]
-            self.parts -= 1
-            return self.parts == 0
+            self.shares -= 1
+            return self.shares == 0
 
 
 class _Group:
@@ -136,7 +137,7 @@ class _Group:
 
 
 class Tally:
-    """The totals of a Summary, filled by any number of threads; `count` is safe to call from each."""
+    """The totals of a Summary, filled by any number of threads: each may call `count`."""
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
@@ -144,13 +145,13 @@ class Tally:
         self.limits = limits_of(frame)
         self._layers = [threading.Lock() for _ in range(frame.num_layers)]
         self._rest = threading.Lock()
-        # magnitudes below which nothing can enter a list that is full: what is dropped by them is never missed
+        # no magnitude below these can enter a list that is full
         self._top_floors = np.zeros(frame.width(frame.site), np.int64)
         self._massive_floors = np.zeros(frame.num_layers, np.float64)
         self._massive_cells: list[list[NDArray[Any]]] = [[] for _ in range(frame.num_layers)]
 
     def count(self, span: Span, layers: range, tiles: Tiles, rows: int) -> LayerCounts:
-        """Count some layers of a span; the last part of a span also closes it. rows: most positions of a tile."""
+        """Count some layers of a span; the last share of a span also closes it. rows: the most positions of a tile."""
         frame = self.frame
         found = LayerCounts(
             layers=layers,
@@ -244,7 +245,7 @@ class Tally:
                 self._massive_floors[layer] = self._massive_cells[layer][0]["magnitude"][-1]
 
     def finish(self) -> Summary:
-        """The Summary, once nothing is counted any more."""
+        """The Summary, after the last call of `count`."""
         cells = [part for layer in self._massive_cells for part in layer]
         if cells:
             self.summary.massive = largest(np.concatenate(cells), "layer", MASSIVE_KEPT)
@@ -336,6 +337,6 @@ def is_compiled() -> bool:
 
 
 def site_groups(captured: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The captured sites as they are counted: the two of the block together, the others alone."""
+    """The captured sites in groups that are counted together: the two of the block, and each other one alone."""
     pair = tuple(BLOCK_SITES) if has_block(captured) else ()
     return [*([pair] if pair else []), *((site,) for site in captured if site not in pair)]

@@ -234,7 +234,7 @@ def test_merge_is_commutative_and_associative(parts, order, cut):
 def parts(tmp_path_factory):
     """Summaries of the five sequences of one capture, one each."""
     from outliers.corpus.tokens import load_corpus
-    from outliers.counting.analyze import Part, frame_of, layout_of_capture, summarize
+    from outliers.counting.analyze import WorkItem, frame_of, layout_of_capture, summarize
 
     acts, _ = random_acts(5, "bfloat16", sites=(*BLOCK, "resid"), shape=(3, 5, 30))
     workspace = open_workspace(tmp_path_factory.mktemp("parts"))
@@ -244,7 +244,7 @@ def parts(tmp_path_factory):
     frame, marks = frame_of(prepared, layout_of_capture(folder)), corpus.marks()
     target = tmp_path_factory.mktemp("summary")
     return [
-        summarize(Part(folder, frame, (s,), corpus.lengths[s : s + 1], marks[s : s + 1], target / str(s)))
+        summarize(WorkItem(folder, frame, (s,), corpus.lengths[s : s + 1], marks[s : s + 1], target / str(s)))
         for s in range(5)
     ]
 

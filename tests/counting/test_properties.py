@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from outliers.corpus.tokens import load_corpus
 from outliers.counting import analyze as analysis
-from outliers.counting.analyze import Part, frame_of, layout_of_capture, summarize, summarize_into_folder
+from outliers.counting.analyze import WorkItem, frame_of, layout_of_capture, summarize, summarize_into_folder
 from outliers.counting.bits import pattern_values
 from outliers.counting.kernels import compiled
 from outliers.counting.kernels import tile as kernels
@@ -172,7 +172,7 @@ def part_of(prepared, workspace, sequences, place):
     folder, corpus = workspace.capture(prepared.capture_id), load_corpus(prepared.corpus, workspace)
     frame, marks = frame_of(prepared, layout_of_capture(folder)), corpus.marks()
     target = Path(tempfile.mkdtemp(dir=place)) / "part"
-    return Part(folder, frame, tuple(sequences), corpus.lengths[sequences], marks[sequences], target)
+    return WorkItem(folder, frame, tuple(sequences), corpus.lengths[sequences], marks[sequences], target)
 
 
 def assert_same_counts(one, other):
