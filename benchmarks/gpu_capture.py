@@ -46,7 +46,7 @@ from benchmarks.gpu_models import placed, placements, random_model, refusal
 from benchmarks.gpu_rings import NeverWaiting, NoRing, Witness
 from outliers.capture.extract import write_parts
 from outliers.capture.forward import Batch, HookedPass
-from outliers.capture.ring import Ring
+from outliers.capture.staging import Ring
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
 from outliers.store.chunks import ChunkFiles, create_arrays

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from outliers.capture.copies import Copies, CudaCopies, HostCopies
-from outliers.capture.ring import Ring
+from outliers.capture.staging import Ring
 
 
 class NoRing:

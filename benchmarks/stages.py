@@ -19,7 +19,7 @@ import torch
 
 from outliers.capture.extract import write_parts
 from outliers.capture.forward import Batch, HookedPass
-from outliers.capture.ring import Ring
+from outliers.capture.staging import Ring
 from outliers.corpus.tokens import Corpus
 from outliers.store.chunks import ChunkFiles, create_arrays
 from outliers.store.journal import Journal

@@ -27,7 +27,7 @@ from outliers.capture.libraries import LOOKED_FOR, libraries
 from outliers.capture.library_errors import explained
 from outliers.capture.load import PLAIN, fetch_weights, load_model
 from outliers.capture.perplexity import Head, losses
-from outliers.capture.ring import Ring
+from outliers.capture.staging import Ring
 from outliers.corpus.tokens import Corpus, load_corpus
 from outliers.errors import CaptureMismatch, CorruptCapture
 from outliers.events.stream import Reporter

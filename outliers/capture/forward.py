@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from outliers.capture.ring import Ring
+from outliers.capture.staging import Ring
 from outliers.errors import SiteError
 from outliers.events.stream import Reporter
 from outliers.model.anatomy import SiteModule

@@ -77,7 +77,7 @@ def test_finished_capture_is_not_computed_again(workspace, llama, text):
 def test_a_site_that_runs_twice_is_refused():
     """One tensor a site, layer and pass: anything else would silently be the wrong one."""
     from outliers.capture.forward import Batch, HookedPass
-    from outliers.capture.ring import Ring
+    from outliers.capture.staging import Ring
     from outliers.model.anatomy import SiteModule
     from outliers.study.layout import Layout
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from outliers.capture.copies import CudaCopies, HostCopies
-from outliers.capture.ring import Ring
+from outliers.capture.staging import Ring
 from outliers.errors import DiskFull, PlanRefused, SiteError
 from tests.support.fake_cuda import PATIENCE
 from tests.support.ring_parts import SLOT, Written, aside, cuda, no_thread_is_left, run_model, values_of, wait_until

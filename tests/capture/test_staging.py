@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from outliers.capture.copies import CudaCopies, HostCopies
-from outliers.capture.ring import Ring
+from outliers.capture.staging import Ring
 from tests.support.fake_cuda import PATIENCE
 from tests.support.ring_parts import (
     SLOT,
