@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from outliers.capture.copies import Copies, CudaCopies, HostCopies
-from outliers.capture.staging import Ring
+from outliers.capture.staging import StagingBuffer
 
 
-class NoRing:
+class NoBuffer:
     """Takes a tensor and does nothing: what the hooks alone cost."""
 
     def submit(self, key: Any, tensor: torch.Tensor) -> None:
@@ -25,7 +25,7 @@ class Witness:
     It is made after the ring's own copy was queued, so that it delays nothing that is under test.
     """
 
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: StagingBuffer) -> None:
         self.ring = ring
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 

@@ -19,7 +19,7 @@ import torch
 
 from outliers.capture.extract import write_parts
 from outliers.capture.forward import Batch, HookedPass
-from outliers.capture.staging import Ring
+from outliers.capture.staging import StagingBuffer
 from outliers.corpus.tokens import Corpus
 from outliers.store.chunks import ChunkFiles, create_arrays
 from outliers.store.journal import Journal
@@ -31,7 +31,7 @@ LAYERS_A_PASS = 8
 """Of the earlier pipeline: it kept eight layers' activations at a time."""
 
 
-class NoRing:
+class NoBuffer:
     """Takes a tensor and does nothing: what the hooks alone cost."""
 
     def submit(self, key: Any, tensor: torch.Tensor) -> None:
@@ -84,7 +84,7 @@ class Bench:
 
     def hooks(self, folder: Path) -> float:
         """(b)"""
-        return self._pass(NoRing(), self.layout, folder)
+        return self._pass(NoBuffer(), self.layout, folder)
 
     def copies(self, folder: Path) -> float:
         """(c)"""
@@ -133,8 +133,8 @@ class Bench:
         beside = writers_bytes(self.layout.largest_chunk_bytes, writers, packed=codec != "none")
         return ring_bytes(self.slot_bytes, ring_slots(self.slot_bytes)) + beside
 
-    def _ring(self, write: Callable[[Any, Any], None]) -> Ring:
-        return Ring(self.slot_bytes, ring_slots(self.slot_bytes), write)
+    def _ring(self, write: Callable[[Any, Any], None]) -> StagingBuffer:
+        return StagingBuffer(self.slot_bytes, ring_slots(self.slot_bytes), write)
 
     def _pass(self, ring: Any, layout: Layout, folder: Path) -> float:
         # stands in for a ring, and takes a copy where that would write: no journal and no files are asked for

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from outliers.capture.staging import Ring
+from outliers.capture.staging import StagingBuffer
 from outliers.errors import SiteError
 from outliers.events.stream import Reporter
 from outliers.model.anatomy import SiteModule
@@ -100,7 +100,7 @@ class HookedPass:
         self,
         base: torch.nn.Module,
         modules: list[SiteModule],
-        ring: Ring,
+        ring: StagingBuffer,
         layout: Layout,
         on_layer: Callable[[float], None],
     ) -> None:

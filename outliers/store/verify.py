@@ -7,7 +7,6 @@ disk since. After it: whoever asked.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -22,7 +21,7 @@ from isal.isal_zlib import crc32 as crc32_of
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from outliers.corpus.tokens import token_hash
+from outliers.corpus.ids import lengths_hash, token_hash
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.events.stream import Reporter
 from outliers.store.chunks import ARRAYS, ChunkFiles, Journal, NamedChunk, group_files, hold, same_file
@@ -210,10 +209,8 @@ def _check_side(files: ChunkFiles, fixed: dict[str, Any]) -> list[Damage]:
             return [Damage(file=f"{ARRAYS}/{name}", problem=f"can't be read through zarr: {error}")]
     ids, lengths, mask = (read[name] for name in _SIDE)
     damage = []
-    equal = bool((lengths == files.layout.positions).all())
-    lengths_sha256 = None if equal else hashlib.sha256(lengths.astype("<i4").tobytes()).hexdigest()
     hashes = (
-        ("lengths", lengths_sha256, fixed.get("lengths_sha256")),
+        ("lengths", lengths_hash(lengths, files.layout.positions), fixed.get("lengths_sha256")),
         ("token_ids", token_hash(ids, lengths), fixed.get("token_sha256")),
     )
     for name, there, begun in hashes:

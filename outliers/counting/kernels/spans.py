@@ -30,11 +30,7 @@ def count_union(span: SpanKeys, limits: Limits, begins: bool, union: Union) -> N
 
 @compiled
 def _count_union(span, limits, begins, union):
-    _count_tokens(SpanKeys(*span), Limits(*limits), begins, Union(*union))
-
-
-@compiled
-def _count_tokens(span, limits, begins, union):
+    span, limits, union = SpanKeys(*span), Limits(*limits), Union(*union)
     ladder, magnitudes = limits.ladder, np.empty(span.one.shape[1], np.uint32)
     for j in span.columns:
         for t in range(magnitudes.size):
@@ -60,11 +56,7 @@ def find_top_tokens(span: SpanKeys, limits: Limits, positions: Positions, top: T
 
 @compiled
 def _find_top_tokens(span, limits, positions, top):
-    _find_tokens(SpanKeys(*span), Limits(*limits), Positions(*positions), TopTokens(*top))
-
-
-@compiled
-def _find_tokens(span, limits, positions, top):
+    span, limits, positions, top = SpanKeys(*span), Limits(*limits), Positions(*positions), TopTokens(*top)
     scratch = np.empty(span.one.shape[1], span.one.dtype)
     keep, least = top.columns.shape[1], limits.deciding << KEY_SHIFT
     for n in range(span.columns.size):

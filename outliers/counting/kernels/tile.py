@@ -36,15 +36,7 @@ def count_tile(
 
 @compiled
 def _count_tile(tiles, limits, counters, scratch, keys):
-    return _count_sites(tiles, Limits(*limits), Counters(*counters), Scratch(*scratch), TileKeys(*keys))
-
-
-COMPILED = _count_tile
-"""The compiled function that every analysis calls."""
-
-
-@compiled
-def _count_sites(tiles, limits, counters, scratch, keys):
+    limits, counters, scratch, keys = Limits(*limits), Counters(*counters), Scratch(*scratch), TileKeys(*keys)
     largest = 0
     width = tiles[0].shape[1]
     tile = np.empty((2, width), counters.extremes.dtype)
@@ -63,6 +55,10 @@ def _count_sites(tiles, limits, counters, scratch, keys):
     if largest >= limits.floor:
         count_hits(tiles, limits, counters, scratch, keys)
     return largest
+
+
+COMPILED = _count_tile
+"""The compiled function that every analysis calls."""
 
 
 @compiled

@@ -23,11 +23,7 @@ def flush(s: int, place: Place, counters: Counters, totals: Totals, found: Found
 
 @compiled
 def _flush(s, place, counters, totals, found):
-    _flush_site(s, Place(*place), Counters(*counters), Totals(*totals), Found(*found))
-
-
-@compiled
-def _flush_site(s, place, counters, totals, found):
+    place, counters, totals, found = Place(*place), Counters(*counters), Totals(*totals), Found(*found)
     layer, extremes, nonfinite, moments = place.layer, counters.extremes[s], counters.nonfinite[s], counters.moments[s]
     _flush_histogram(counters.histograms[s], totals.histogram[layer])
     for j in range(nonfinite.size):
@@ -56,11 +52,7 @@ def flush_block(place: Place, counters: Counters, totals: Totals, hits: NDArray[
 
 @compiled
 def _flush_block(place, counters, totals, hits):
-    _flush_both(Place(*place), Counters(*counters), Totals(*totals), hits)
-
-
-@compiled
-def _flush_both(place, counters, totals, hits):
+    place, counters, totals = Place(*place), Counters(*counters), Totals(*totals)
     counts, firsts = counters.hits, counters.first_hits
     for k in range(counts.shape[1]):
         for j in range(counts.shape[2]):
