@@ -1,8 +1,8 @@
-"""The summaries of a study's parts, on this side, until they are merged.
+"""The summaries of the shards of a study, on this computer, until they are merged.
 
-They come to `<workspace>/parts/<study_id>/<first>-<stop>/`, and `merge` joins them into exactly what one machine would have
-counted. Any number of runs may be at one study: a part is made under a lock of its own, and what is done to all of them
-under the study's (`locks.locked`). It knows no machine.
+They are in `<workspace>/parts/<study_id>/<first>-<stop>/`, and `merge` joins them into exactly what one machine would have
+counted. Several runs may work on one study: each shard has a lock, and the study has a lock for what is done to all of its
+shards (`locks.locked`). Knows no machine.
 """
 
 from __future__ import annotations
