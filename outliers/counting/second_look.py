@@ -82,7 +82,7 @@ def windows_of(bins: NDArray[np.int64], *, part: bool) -> NDArray[np.int64]:
 
 
 def _widened(bins: NDArray[np.int64], first: int, last: int) -> tuple[int, int]:
-    """Add bins on both sides while they hold at most PART_VALUES values."""
+    """Add bins on both sides: LEAST_BINS always, more while they hold at most PART_VALUES distinct values."""
     held = int(np.minimum(bins[first : last + 1], BIN_VALUES).sum())
     for step in range(LAST_BIN):
         low, high = max(0, first - 1), min(LAST_BIN, last + 1)
