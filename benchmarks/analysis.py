@@ -1,4 +1,4 @@
-"""What analysis costs: the lazy analysis beside what bounds it and what came before it, as ratios in one run.
+"""The cost of analysis: the lazy analysis, its lower bounds and the earlier pipeline, as ratios in one run.
 
     python -m benchmarks.analysis                 three data sets, about six minutes, 7 GB of disk, 10 GB of memory
     python -m benchmarks.analysis --small         the same in some seconds, for a look
@@ -333,7 +333,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def tell(text: str) -> None:
-    """A line of progress, away from the figures."""
+    """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The ring when something fails: a writer, the model, the device, the memory; what is told, who is woken, what is left.
+"""The staging buffer when a writer, the model, the device or an allocation fails: the error, the hook that waits, what is left.
 
 The CUDA path runs on a device that is made of threads (`fake_cuda`).
 """

@@ -54,7 +54,7 @@ def test_worked_example(workspace, dtype, expected):
     assert (a["hits"], a["sequences"], a["of_sequences"], a["first_token_hits"]) == (48, 1, 1, 2)
 
 
-def random_acts(seed, dtype, sites=BLOCK, shape=(4, 3, 20), width=6, wild=True):
+def random_acts(seed, dtype, sites=BLOCK, shape=(4, 3, 20), width=6, nonfinite=True):
     """Heavy-tailed values around the threshold, columns that hit often, exact ties, and a few non-finite values."""
     rng = np.random.default_rng(seed)
     acts, exact = {}, {}
@@ -64,7 +64,7 @@ def random_acts(seed, dtype, sites=BLOCK, shape=(4, 3, 20), width=6, wild=True):
         values[rng.random(values.shape) < 0.03] = -5.99
         values[rng.random(values.shape) < 0.03] = 0.0
         values[rng.random(values.shape) < 0.03] = -0.0
-        if wild:
+        if nonfinite:
             values[rng.random(values.shape) < 0.01] = np.nan
             values[rng.random(values.shape) < 0.01] = -np.inf
         acts[site], exact[site] = synthetic.store(values, dtype)
