@@ -1,4 +1,4 @@
-"""What analysis costs: the lazy analysis beside what bounds it and what came before it, as ratios in one run.
+"""The cost of analysis: the lazy analysis, its lower bounds and the earlier pipeline, as ratios in one run.
 
     python -m benchmarks.analysis                 three data sets, about six minutes, 7 GB of disk, 10 GB of memory
     python -m benchmarks.analysis --small         the same in some seconds, for a look
@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 
 from benchmarks import counting
 from outliers.corpus.tokens import load_corpus
-from outliers.counting.analyze import TILE_BYTES, Part, layout_of_capture, summarize
+from outliers.counting.analyze import TILE_BYTES, WorkItem, layout_of_capture, summarize
 from outliers.counting.summary import Frame
 from outliers.spec import CriteriaSpec, StudySpec
 from outliers.store.chunks import ChunkFiles, Journal, create_arrays
@@ -67,7 +67,7 @@ class Data:
     """One capture, and its bytes in memory where a variant asks for them."""
 
     name: str
-    part: Part
+    part: WorkItem
     layout: Layout
 
     @property
@@ -99,7 +99,7 @@ class Data:
         return wholes, chunks
 
 
-def part_of(folder: Path, layout: Layout, marks: NDArray[np.bool_], target: Path) -> Part:
+def part_of(folder: Path, layout: Layout, marks: NDArray[np.bool_], target: Path) -> WorkItem:
     """All sequences of a capture by the default criteria."""
     criteria = CriteriaSpec()
     frame = Frame(
@@ -113,7 +113,7 @@ def part_of(folder: Path, layout: Layout, marks: NDArray[np.bool_], target: Path
         site="block",
     )
     lengths = np.full(layout.num_sequences, layout.positions, np.int32)
-    return Part(folder, frame, tuple(range(layout.num_sequences)), lengths, marks, target)
+    return WorkItem(folder, frame, tuple(range(layout.num_sequences)), lengths, marks, target)
 
 
 def smollm2(scratch: Path, arguments: argparse.Namespace) -> Data:
@@ -186,7 +186,7 @@ def read(data: Data) -> None:
 def ours(data: Data, workers: int) -> None:
     """All statistics, from the files."""
     with tempfile.TemporaryDirectory(dir=data.part.target) as target:
-        summarize(Part(**(data.part.__dict__ | {"target": Path(target)})), workers)
+        summarize(WorkItem(**(data.part.__dict__ | {"target": Path(target)})), workers)
 
 
 def earlier(data: Data, arrays: list[NDArray[np.uint16]]) -> None:
@@ -294,7 +294,7 @@ def peak(data: Data, sequences: int) -> int:
     part = data.part
     chosen = slice(0, sequences)
     with tempfile.TemporaryDirectory(dir=part.target) as target:
-        few = Part(
+        few = WorkItem(
             part.folder, part.frame, part.sequences[chosen], part.lengths[chosen], part.marks[chosen], Path(target)
         )
         done = subprocess.run(
@@ -333,7 +333,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def tell(text: str) -> None:
-    """A line of progress, away from the figures."""
+    """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -43,10 +43,10 @@ import torch
 import zarr
 
 from benchmarks.gpu_models import placed, placements, random_model, refusal
-from benchmarks.gpu_rings import NeverWaiting, NoRing, Witness
+from benchmarks.gpu_rings import NeverWaiting, NoBuffer, Witness
 from outliers.capture.extract import write_parts
 from outliers.capture.forward import Batch, HookedPass
-from outliers.capture.ring import Ring
+from outliers.capture.staging import StagingBuffer
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
 from outliers.store.chunks import ChunkFiles, create_arrays
@@ -93,7 +93,7 @@ class Bench:
     def hooks(self) -> float:
         """Hooks that do nothing with what they see."""
         began = self._now()
-        self._pass(NoRing(), None)
+        self._pass(NoBuffer(), None)
         return self._now() - began
 
     def copy(self) -> float:
@@ -133,8 +133,8 @@ class Bench:
                 wrong += found.tobytes() != kept.cpu().contiguous().view(torch.uint8).numpy().tobytes()
             return wrong
 
-    def _ring(self, write: Callable[[Any, Any], None], slots: int | None = None) -> Ring:
-        ring = Ring(self.slot_bytes, slots or self.slots, write, pinned=self.devices[0].type == "cuda")
+    def _ring(self, write: Callable[[Any, Any], None], slots: int | None = None) -> StagingBuffer:
+        ring = StagingBuffer(self.slot_bytes, slots or self.slots, write, pinned=self.devices[0].type == "cuda")
         self.ring_bytes = ring.total_bytes
         return ring
 

@@ -1,4 +1,4 @@
-"""What stands in the place of a ring: the hooks give each every tensor that they see. After it: `gpu_capture`, which measures."""
+"""Replacements of the staging buffer for `gpu_capture`: the hooks submit every tensor to them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import torch
 
 from outliers.capture.copies import Copies, CudaCopies, HostCopies
-from outliers.capture.ring import Ring
+from outliers.capture.staging import StagingBuffer
 
 
-class NoRing:
-    """Takes a tensor and does nothing: what the hooks alone cost."""
+class NoBuffer:
+    """Ignores each tensor: shows the cost of the hooks alone."""
 
     def submit(self, key: Any, tensor: torch.Tensor) -> None:
         """Nothing."""
 
 
 class Witness:
-    """Hands tensors on to a ring, and keeps what they were: a copy in the order of the model's own stream.
+    """Submits tensors to a staging buffer, and keeps a copy of each, in the order of the model's own stream.
 
-    It is made after the ring's own copy was queued, so that it delays nothing that is under test.
+    The copy comes after that of the buffer is queued, so that it does not delay what is under test.
     """
 
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: StagingBuffer) -> None:
         self.ring = ring
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -36,9 +36,9 @@ class Witness:
 
 
 class NeverWaiting:
-    """Starts the copy of each tensor, into one place, with calls that wait for a GPU made an error.
+    """Starts the copy of each tensor into the same memory, while calls that wait for a GPU are errors.
 
-    No other thread is there: the debug mode is the whole process's.
+    Use it without other threads: the debug mode is set for the whole process.
     """
 
     def __init__(self, slot_bytes: int, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class NeverWaiting:
         self.device = device
 
     def submit(self, key: Any, tensor: torch.Tensor) -> None:
-        """Raises RuntimeError where the call would wait."""
+        """Raises RuntimeError if the call would wait."""
         place = self.memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         with _waiting_is_an_error(self.device):
             self.copies.start(tensor, place)

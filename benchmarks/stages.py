@@ -1,7 +1,7 @@
-"""The stages of a capture for `benchmarks.capture`: each is one method that runs all sequences once and tells its seconds.
+"""The stages of a capture for `benchmarks.capture`: each is one method that runs all sequences once and returns its seconds.
 
-The pieces are those of a study (hooks, ring, chunks, journal), with nothing put in their place; the bare forward and the earlier
-pipeline's way are written out here. Before it: a study and its model. After it: the medians.
+The pieces are those of a study (hooks, staging buffer, chunks, journal); the bare forward pass and the loop of the earlier
+pipeline are written here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from outliers.capture.extract import write_parts
 from outliers.capture.forward import Batch, HookedPass
-from outliers.capture.ring import Ring
+from outliers.capture.staging import StagingBuffer
 from outliers.corpus.tokens import Corpus
 from outliers.store.chunks import ChunkFiles, create_arrays
 from outliers.store.journal import Journal
@@ -28,11 +28,11 @@ from outliers.study.prepare import Prepared, layout_of
 from outliers.study.ring_size import ring_bytes, ring_slots, writer_count, writers_bytes
 
 LAYERS_A_PASS = 8
-"""Of the earlier pipeline: it kept eight layers' activations at a time."""
+"""Layers whose activations the earlier pipeline kept at a time."""
 
 
-class NoRing:
-    """Takes a tensor and does nothing: what the hooks alone cost."""
+class NoBuffer:
+    """Ignores each tensor: shows the cost of the hooks alone."""
 
     def submit(self, key: Any, tensor: torch.Tensor) -> None:
         """Nothing."""
@@ -84,7 +84,7 @@ class Bench:
 
     def hooks(self, folder: Path) -> float:
         """(b)"""
-        return self._pass(NoRing(), self.layout, folder)
+        return self._pass(NoBuffer(), self.layout, folder)
 
     def copies(self, folder: Path) -> float:
         """(c)"""
@@ -133,11 +133,11 @@ class Bench:
         beside = writers_bytes(self.layout.largest_chunk_bytes, writers, packed=codec != "none")
         return ring_bytes(self.slot_bytes, ring_slots(self.slot_bytes)) + beside
 
-    def _ring(self, write: Callable[[Any, Any], None]) -> Ring:
-        return Ring(self.slot_bytes, ring_slots(self.slot_bytes), write)
+    def _ring(self, write: Callable[[Any, Any], None]) -> StagingBuffer:
+        return StagingBuffer(self.slot_bytes, ring_slots(self.slot_bytes), write)
 
     def _pass(self, ring: Any, layout: Layout, folder: Path) -> float:
-        # stands in for a ring, and takes a copy where that would write: no journal and no files are asked for
+        # `ring` may be a replacement that writes nothing: then no journal and no files are used
         hooked = HookedPass(self.base, self.modules, ring, layout, lambda done: None)
         journal, files = Journal(folder / "journal.jsonl"), ChunkFiles(folder, layout)
         began = time.perf_counter()
@@ -169,7 +169,7 @@ class Bench:
         return time.perf_counter() - began
 
     def _write_chunks(self, folder: Path, codec: str, tensors: dict[tuple[str, int], np.ndarray]) -> float:
-        """By as many threads as a ring has, from the memory where the tensors are."""
+        """By as many threads as a staging buffer has, from the memory of the tensors."""
         layout = Layout(**(self.layout.__dict__ | {"codec": codec}))
         create_arrays(folder, layout, self.corpus.token_ids, self.corpus.lengths)
         journal, files = Journal(folder / "journal.jsonl"), ChunkFiles(folder, layout)

@@ -1,7 +1,7 @@
-"""What this machine computes on: the processor, or GPUs with the layers dealt to them by the memory that was found.
+"""Chooses what this machine computes on: the processor, or GPUs to which layers are assigned by their memory.
 
-Asked of torch on the machine itself, once, before weights are read: what was planned from outside is decided here by what
-is really there. Knows devices and bytes; `placement` has the arithmetic. Before it: `prepare`. After it: `load`.
+torch on the machine is asked once, before weights are read: this decision replaces the plan that was made from outside.
+Knows devices and bytes; `study.placement` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from outliers.study.placement import Placement, device_map
 from outliers.units import amounts
 
 _DECISIVE = ("avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "sve", "bf16")
-"""With these oneDNN multiplies matrices of 16 bits by other kernels than without."""
+"""oneDNN has different kernels for 16-bit matrices with and without these."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,17 @@ def instructions() -> str:
     """The instruction sets of this processor that decide in which order sums are taken, such as `AVX512 avx512_bf16 amx_bf16`."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:  # not Linux: torch's own word must do
+    except OSError:  # not Linux: only torch's own answer
         flags = set()
     return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in _DECISIVE if name in flags)])
 
 
 def choose_devices(spec: StudySpec, info: ModelInfo, cuda: Any = torch.cuda, nvidia_smi: str = "nvidia-smi") -> Devices:
-    """The processor where no GPU is asked for or there is none; else as few GPUs as hold the model.
+    """The processor if no GPU is requested or there is none, else as few GPUs as hold the model.
 
-    cuda: what `torch.cuda` is. Raises PlanRefused with both numbers where the GPUs don't hold it, where another process
-    has taken their memory, where they can't compute with weights that stay quantized, and where GPUs are here that torch
-    can't use: a rented GPU must not idle unnoticed.
+    cuda: `torch.cuda`, or a module with its interface. Raises PlanRefused, with both numbers, if the GPUs don't hold the
+    model or another process uses their memory; also if they can't compute with quantized weights, and if torch can't use the
+    GPUs of this machine: a rented GPU must not idle unnoticed.
     """
     devices = _choose(spec, info, cuda, nvidia_smi)
     if info.quantization is not None:
@@ -73,7 +73,7 @@ def choose_devices(spec: StudySpec, info: ModelInfo, cuda: Any = torch.cuda, nvi
 
 
 def torch_place(numbers: tuple[int, ...], cuda: Any = torch.cuda) -> Place:
-    """This machine with the GPUs of these numbers, as torch finds them: where weights that stay quantized are computed with."""
+    """This machine with the GPUs of these numbers, as torch finds them, for weights that stay quantized."""
     found = [cuda.get_device_properties(number) for number in numbers]
     return Place(tuple((gpu.name, (int(gpu.major), int(gpu.minor))) for gpu in found), installed_packages())
 
@@ -102,7 +102,7 @@ def _choose(spec: StudySpec, info: ModelInfo, cuda: Any, nvidia_smi: str) -> Dev
 
 
 def _check_unused(asked: int | None, nvidia_smi: str) -> None:
-    """PlanRefused where there are GPUs, or some were asked for, and torch can't use any."""
+    """Raise PlanRefused if GPUs are here, or were requested, and torch can't use any."""
     here = find_gpus(nvidia_smi, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not here and not asked:
         return

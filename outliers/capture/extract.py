@@ -1,8 +1,8 @@
-"""One forward pass a batch: hooks on every site of every layer -> ring -> chunks and journal on disk.
+"""Makes a capture: one forward pass for each batch, with hooks on every site of every layer; values go to chunks on disk.
 
-Runs on the machine with the model. A capture that was begun goes on from its journal, in whole batches, and ends bit
-for bit as if nothing had happened; one that was begun under other conditions is refused. It knows the sites' modules
-(`architectures`) and the disk (`store`), nothing of counting. Before it: `prepare`. After it: `summary`.
+Runs on the machine with the model. An interrupted capture continues from its journal, in whole batches, and ends bit for bit
+as if it had not been interrupted; under other conditions it is refused. Knows the modules of the sites and the disk (`store`),
+nothing of counting.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import time
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from outliers.capture.libraries import LOOKED_FOR, libraries
 from outliers.capture.library_errors import explained
 from outliers.capture.load import PLAIN, fetch_weights, load_model
 from outliers.capture.perplexity import Head, losses
-from outliers.capture.ring import Ring
+from outliers.capture.staging import StagingBuffer
 from outliers.corpus.tokens import Corpus, load_corpus
 from outliers.errors import CaptureMismatch, CorruptCapture
 from outliers.events.stream import Reporter
@@ -52,8 +53,8 @@ def extract(
 
     Returns what this call did (sequences, tokens, seconds, bytes, device).
 
-    Raises Busy where another process writes it, CaptureMismatch, CorruptCapture, SiteError, UnknownModel,
-    PlanRefused and MemoryFull where the model does not fit the GPUs that are here, HubUnavailable.
+    Raises Busy if another process writes the capture, CaptureMismatch, CorruptCapture, SiteError, UnknownModel, PlanRefused
+    and MemoryFull if the model does not fit the GPUs of this machine, HubUnavailable.
     """
     folder = workspace.capture(prepared.capture_id)
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,20 +74,20 @@ def extract(
             tokens = _tokens_of(asked, prepared, layout)
             reporter.progress("extract", tokens, tokens, "tokens")
             return {"sequences": 0, "of_sequences": layout.num_sequences, "seconds": 0.0}
-        # a batch is computed whole or not at all: what of it is done is written anew, and not done until then
+        # a batch is computed whole: its finished sequences are written again, and are not done until then
         again = [s for run, read in batches if read for s in run if s in journal.done]
         if again:
             journal.redo(again)
         if journal.done:
             log.info("going on after %d of %d sequences", len(journal.done), layout.num_sequences)
-        result = _run(prepared, workspace, corpus, files, journal, batches, asked, devices, reporter)
+        result = _Session(prepared, workspace, corpus, files, journal, batches, asked, devices, reporter).run()
         with (folder / "extractions.jsonl").open("a") as record:
             record.write(json.dumps(result) + "\n")
         return result
 
 
 def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -> Layout:
-    """Check the fingerprint of a capture that was begun, or begin one. The codec of a begun one stays."""
+    """Check the fingerprint of an existing capture, or begin a new one. An existing capture keeps its codec."""
     layout = layout_of(prepared.spec, prepared.model)
     fixed = _conditions(prepared, devices)
     found = read_fingerprint(folder)
@@ -106,7 +107,7 @@ def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -
             f"the capture {prepared.capture_id} was begun {differs}: go on under the old one, or remove it with "
             f"`outliers captures rm {prepared.capture_id}`"
         )
-    # other numbers of threads sum in another order: the rest is computed as the beginning was
+    # another number of threads sums in another order: the rest is computed with the first number
     torch.set_num_threads(found["threads"])
     layout = layout_from(found)
     for name in mend_arrays(folder, layout, corpus.token_ids, corpus.lengths):
@@ -115,7 +116,7 @@ def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -
 
 
 def _clear(folder: Path) -> None:
-    """Remove what was begun and never described. Raises CorruptCapture where more than that lies here."""
+    """Remove arrays without a fingerprint. Raises CorruptCapture if the journal has lines."""
     journal, arrays = folder / "journal.jsonl", folder / "activations.zarr"
     if journal.exists() and journal.stat().st_size:
         raise CorruptCapture(
@@ -127,7 +128,7 @@ def _clear(folder: Path) -> None:
 
 
 def _conditions(prepared: Prepared, devices: Devices) -> dict[str, Any]:
-    """What must not change between the beginning of a capture and its end."""
+    """The conditions that stay the same from the first batch of a capture to the last."""
     return {
         "format": FORMAT_VERSION,
         "capture_id": prepared.capture_id,
@@ -149,7 +150,7 @@ def _runs(sequences: range, batch: int) -> list[range]:
 
 
 def _tokens_of(sequences: int, prepared: Prepared, layout: Layout) -> int:
-    """Tokens that so many sequences have, as a person is told: each counts as an average one."""
+    """Tokens of that number of sequences, for a progress report: each sequence counts as an average one."""
     return prepared.corpus.num_tokens * sequences // layout.num_sequences
 
 
@@ -166,9 +167,9 @@ def _whole(chunk: NamedChunk) -> bool:
 
 
 def _todo(wanted: list[range], journal: Journal, files: ChunkFiles, perplexity: bool) -> list[tuple[range, bool]]:
-    """Batches to run, and whether their activations are to be read: a finished one may lack the perplexity alone.
+    """Batches to run, each with whether to read its activations: a finished batch may lack only the perplexity.
 
-    Those are read that are not wholly journaled, or whose chunks are not all there in their size.
+    A batch is read if a sequence of it is not journaled, or if one of its chunks is missing or has another size.
     """
     runs = [(run, not all(_present(journal.done.get(s), files) for s in run)) for run in wanted]
     return [
@@ -178,91 +179,107 @@ def _todo(wanted: list[range], journal: Journal, files: ChunkFiles, perplexity: 
     ]
 
 
-def _run(
-    prepared: Prepared,
-    workspace: Workspace,
-    corpus: Corpus,
-    files: ChunkFiles,
-    journal: Journal,
-    batches: list[tuple[range, bool]],
-    asked: int,
-    devices: Devices,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """Load the model and run the batches that are missing of the `asked` sequences."""
-    began = time.monotonic()
-    info = prepared.model
-    fetch_weights(info, workspace, lambda done, total: reporter.progress("download", done, total, "bytes"))
-    fetched = time.monotonic()
-    model = load_model(info, workspace, devices.map(info), head=prepared.spec.capture.perplexity)
-    loaded = time.monotonic()
-    placed = f"; {devices.placement.sentence}" if devices.placement else ""
-    log.info("loaded %s on %s in %.1f s%s", info.source.name, devices.kind, loaded - fetched, placed)
-    layout, todo = files.layout, sum(len(run) for run, _ in batches)
-    progress = Progress(reporter, todo, asked, _tokens_of(asked, prepared, layout))
-    slot = prepared.spec.capture.batch_sequences * layout.positions * max(layout.widths.values()) * layout.itemsize
-    with Ring(slot, ring_slots(slot), write_parts, pinned=devices.placement is not None) as ring:
-        beside = writers_bytes(layout.largest_chunk_bytes, ring.writers, packed=layout.codec != "none")
-        log.info(
-            "one pass over %d sequences; beside the model at most %.0f MB of memory: a ring of %.0f MB and %d writers",
-            *(todo, (ring.total_bytes + beside) / 1e6, ring.total_bytes / 1e6, ring.writers),
+@dataclass(frozen=True)
+class _Session:
+    """One call of `extract` that has something to do.
+
+    batches: as `_todo` gives them. asked: sequences that the call is for, those included that are done.
+    """
+
+    prepared: Prepared
+    workspace: Workspace
+    corpus: Corpus
+    files: ChunkFiles
+    journal: Journal
+    batches: list[tuple[range, bool]]
+    asked: int
+    devices: Devices
+    reporter: Reporter
+
+    def run(self) -> dict[str, Any]:
+        """Load the model, run the batches, and return what `extract` returns."""
+        began = time.monotonic()
+        info, report = self.prepared.model, self.reporter.progress
+        fetch_weights(info, self.workspace, lambda done, total: report("download", done, total, "bytes"))
+        fetched = time.monotonic()
+        perplexity = self.prepared.spec.capture.perplexity
+        model = load_model(info, self.workspace, self.devices.map(info), head=perplexity)
+        loaded = time.monotonic()
+        placement = self.devices.placement
+        placed = f"; {placement.sentence}" if placement else ""
+        log.info("loaded %s on %s in %.1f s%s", info.source.name, self.devices.kind, loaded - fetched, placed)
+        staging = self._pass(model)
+        ended = time.monotonic()
+        tokens = sum(int(self.corpus.lengths[run.start : run.stop].sum()) for run, _ in self.batches)
+        written = sum(self.journal.done[s]["bytes"] for run, read in self.batches if read for s in run)
+        rate = tokens / (ended - loaded)
+        log.info("read %d tokens in %.1f s (%.0f a second), %.1f MB", tokens, ended - loaded, rate, written / 1e6)
+        return {
+            "sequences": self._todo,
+            "of_sequences": self.files.layout.num_sequences,
+            "tokens": tokens,
+            "bytes": written,
+            "download_seconds": round(fetched - began, 3),
+            "load_seconds": round(loaded - fetched, 3),
+            "seconds": round(ended - began, 3),
+            "tokens_per_second": round(rate, 1),
+            "device": self.devices.kind,
+            "gpus": len(placement.gpus) if placement else 0,
+            "threads": torch.get_num_threads(),
+            "ring_bytes": staging.total_bytes,
+            "ring_waited_seconds": round(staging.waited_seconds, 3),
+            "process": os.getpid(),
+        }
+
+    @property
+    def _todo(self) -> int:
+        return sum(len(run) for run, _ in self.batches)
+
+    def _pass(self, model: torch.nn.Module) -> StagingBuffer:
+        """Every batch through the model and onto the disk; returns the staging buffer, closed."""
+        layout, todo = self.files.layout, self._todo
+        slot = (
+            self.prepared.spec.capture.batch_sequences
+            * layout.positions
+            * max(layout.widths.values())
+            * layout.itemsize
         )
-        _forward(prepared, model, devices, corpus, files, journal, batches, ring, progress)
-    ended = time.monotonic()
-    tokens = sum(int(corpus.lengths[run.start : run.stop].sum()) for run, _ in batches)
-    written = sum(journal.done[s]["bytes"] for run, read in batches if read for s in run)
-    rate = tokens / (ended - loaded)
-    log.info("read %d tokens in %.1f s (%.0f a second), %.1f MB", tokens, ended - loaded, rate, written / 1e6)
-    return {
-        "sequences": todo,
-        "of_sequences": layout.num_sequences,
-        "tokens": tokens,
-        "bytes": written,
-        "download_seconds": round(fetched - began, 3),
-        "load_seconds": round(loaded - fetched, 3),
-        "seconds": round(ended - began, 3),
-        "tokens_per_second": round(rate, 1),
-        "device": devices.kind,
-        "gpus": len(devices.placement.gpus) if devices.placement else 0,
-        "threads": torch.get_num_threads(),
-        "ring_bytes": ring.total_bytes,
-        "ring_waited_seconds": round(ring.waited_seconds, 3),
-        "process": os.getpid(),
-    }
+        pinned = self.devices.placement is not None
+        with StagingBuffer(slot, ring_slots(slot), write_parts, pinned=pinned) as staging:
+            more = writers_bytes(layout.largest_chunk_bytes, staging.writers, packed=layout.codec != "none")
+            log.info(
+                "one pass over %d sequences; in addition to the model at most %.0f MB of memory: a staging buffer of %.0f MB and "
+                "%d writers",
+                *(todo, (staging.total_bytes + more) / 1e6, staging.total_bytes / 1e6, staging.writers),
+            )
+            self._forward(model, staging)
+        return staging
 
-
-def _forward(
-    prepared: Prepared,
-    model: torch.nn.Module,
-    devices: Devices,
-    corpus: Corpus,
-    files: ChunkFiles,
-    journal: Journal,
-    batches: list[tuple[range, bool]],
-    ring: Ring,
-    progress: Progress,
-) -> None:
-    """Every batch through the model, its tensors into the ring. Raises MemoryFull, SiteError, and what a writer raises."""
-    layout, anatomy = files.layout, prepared.model.anatomy
-    modules = anatomy.modules(tuple(layout.stored), layout.layers)
-    head = Head(model) if prepared.spec.capture.perplexity else None
-    hooked = HookedPass(model.get_submodule(anatomy.backbone), modules, ring, layout, progress.during)
-    for run, read in batches:
-        lengths = tuple(int(length) for length in corpus.lengths[run.start : run.stop])
-        batch = Batch(run, lengths, len(modules) * len(run) * read + (head is not None), journal, files)
-        rows = corpus.token_ids[run.start : run.stop, : batch.positions].astype(np.int64)  # (sequence, position)
-        what = f"the forward pass of {prepared.model.source.name} over {len(run)} x {batch.positions} tokens"
-        with explained(what, _MEMORY, PLAIN):
-            ids = torch.from_numpy(rows).to(devices.first)
-            hidden = hooked.forward(batch, ids, read=read)
-            found = losses(head, hidden, ids, lengths) if head is not None else None
-        if found is not None:
-            _measure(batch, found, read=read)
-        progress.finished(len(run))
+    def _forward(self, model: torch.nn.Module, staging: StagingBuffer) -> None:
+        """Raises MemoryFull, SiteError, and the error of a writer."""
+        info, corpus = self.prepared.model, self.corpus
+        layout, anatomy = self.files.layout, info.anatomy
+        progress = Progress(self.reporter, self._todo, self.asked, _tokens_of(self.asked, self.prepared, layout))
+        modules = anatomy.modules(tuple(layout.stored), layout.layers)
+        head = Head(model) if self.prepared.spec.capture.perplexity else None
+        hooked = HookedPass(model.get_submodule(anatomy.backbone), modules, staging, layout, progress.during)
+        for run, read in self.batches:
+            lengths = tuple(int(length) for length in corpus.lengths[run.start : run.stop])
+            expected = len(modules) * len(run) * read + (head is not None)
+            batch = Batch(run, lengths, expected, self.journal, self.files)
+            rows = corpus.token_ids[run.start : run.stop, : batch.positions].astype(np.int64)  # (sequence, position)
+            what = f"the forward pass of {info.source.name} over {len(run)} x {batch.positions} tokens"
+            with explained(what, _MEMORY, PLAIN):
+                ids = torch.from_numpy(rows).to(self.devices.first)
+                hidden = hooked.forward(batch, ids, read=read)
+                found = losses(head, hidden, ids, lengths) if head is not None else None
+            if found is not None:
+                _measure(batch, found, read=read)
+            progress.finished(len(run))
 
 
 def _measure(batch: Batch, found: list[tuple[float, int]], *, read: bool) -> None:
-    """Hand the losses of a batch to its journal lines; where only they were missing, to new lines of what is there."""
+    """Add the losses of a batch to its journal lines; if only the losses were missing, append the lines again with them."""
     lines = {s: {"nll": nll, "nll_tokens": count} for s, (nll, count) in zip(batch.sequences, found, strict=True)}
     if not read:
         batch.journal.append([batch.journal.done[sequence] | line for sequence, line in lines.items()])
@@ -271,9 +288,9 @@ def _measure(batch: Batch, found: list[tuple[float, int]], *, read: bool) -> Non
 
 
 def write_parts(key: tuple[Batch, str, int], values: NDArray[Any]) -> None:
-    """What the ring's threads do with a tensor: write each sequence's part of it, without padding.
+    """Write each sequence of a tensor, without padding; the threads of the staging buffer call it.
 
-    key: the batch, the site, and the place of the layer among those captured. values: (sequence, position, feature).
+    key: the batch, the site, and the index of the layer among the captured layers. values: (sequence, position, feature).
     """
     batch, site, layer = key
     stored = STORAGE[batch.files.layout.dtype]

@@ -1,7 +1,6 @@
-"""One forward pass: hooks that see each site of each layer exactly once, and the batch that is journaled when all is written.
+"""One forward pass: hooks that see each site of each layer exactly once, and a batch that is journaled when it is written.
 
-Knows modules and tensors, and hands on; what is done with a tensor is the ring's and the store's business. Before it:
-`architectures`, which names the modules. After it: `ring`. `capture` drives it.
+Knows modules and tensors. `model.families` names the modules, `staging` takes the tensors, and `extract` runs the passes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from outliers.capture.ring import Ring
+from outliers.capture.staging import StagingBuffer
 from outliers.errors import SiteError
 from outliers.events.stream import Reporter
 from outliers.model.anatomy import SiteModule
@@ -28,10 +27,10 @@ PROGRESS_SECONDS = 0.5
 
 @dataclass
 class Batch:
-    """One forward pass, and what comes of it, in any order; `finish` journals it when all is there.
+    """One forward pass, and its results in any order; `finish` journals them when all have come.
 
-    lengths: tokens of each sequence that are not padding. expected: parts to come, one a (site, layer, sequence), and one
-    more where perplexity is measured.
+    lengths: tokens of each sequence that are not padding. expected: results to come, one for each (site, layer, sequence), and
+    one more if perplexity is measured.
     """
 
     sequences: range
@@ -46,7 +45,7 @@ class Batch:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def unsynced(self) -> Unsynced:
-        """What of the batch the disk may not have yet: made before the first file is written, by whoever comes first."""
+        """Files of the batch that may not be on the disk yet; the first caller makes it, before the first file is written."""
         with self._lock:
             if self._unsynced is None:
                 self._unsynced = Unsynced(self.files.root)
@@ -58,13 +57,13 @@ class Batch:
         return max(self.lengths)
 
     def add(self, site: str, layer: int, sequence: int, chunks: list[tuple[int, int]]) -> bool:
-        """Note the (crc32, bytes) of the chunks of one layer of one sequence; True when this was the last part."""
+        """Note the (crc32, bytes) of the chunks of one layer of one sequence; returns whether it was the last result."""
         with self._lock:
             self.written[site, layer, sequence] = chunks
             return self._one_more()
 
     def add_losses(self, losses: dict[int, dict[str, Any]]) -> bool:
-        """Note what each sequence's journal line says of perplexity; True when this was the last part."""
+        """Note the perplexity of each sequence's journal line; returns whether it was the last result."""
         with self._lock:
             self.losses = losses
             return self._one_more()
@@ -91,20 +90,20 @@ class Batch:
 
 
 class HookedPass:
-    """The hooks of a model and the batch they feed: each (site, layer) exactly once a forward pass.
+    """The hooks of a model and the batch they fill: each (site, layer) exactly once in a forward pass.
 
-    `on_layer` is told, after each tensor, how many sequences' worth of the batch have passed.
+    `on_layer` is called after each tensor with the share of the batch that has passed, in sequences.
     """
 
     def __init__(
         self,
         base: torch.nn.Module,
         modules: list[SiteModule],
-        ring: Ring,
+        staging: StagingBuffer,
         layout: Layout,
         on_layer: Callable[[float], None],
     ) -> None:
-        self.base, self.ring, self.layout, self.on_layer = base, ring, layout, on_layer
+        self.base, self.staging, self.layout, self.on_layer = base, staging, layout, on_layer
         self.batch: Batch | None = None
         self.seen: set[tuple[str, int]] = set()
         self.expected = {(m.site, m.layer) for m in modules}
@@ -137,15 +136,15 @@ class HookedPass:
         if (at.site, at.layer) in self.seen:
             raise SiteError(f"{at.path} ran twice in one forward pass: the site {at.site} must have one tensor a layer")
         self.seen.add((at.site, at.layer))
-        self.ring.submit((self.batch, at.site, self._index[at.layer]), self._checked(at, tensor, self.batch))
+        self.staging.submit((self.batch, at.site, self._index[at.layer]), self._checked(at, tensor, self.batch))
         self.on_layer(len(self.batch.sequences) * len(self.seen) / len(self.expected))
 
     def _checked(self, at: SiteModule, tensor: Any, batch: Batch) -> torch.Tensor:
-        """The tensor as (sequence, position, feature); SiteError where it isn't one of this site."""
+        """The tensor as (sequence, position, feature). Raises SiteError if its shape or dtype is not that of the site."""
         rows, width = len(batch.sequences), self.layout.widths[at.site]
         wanted = (rows, batch.positions, width)
         if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == (rows * batch.positions, width):
-            tensor = tensor.reshape(wanted)  # some modules see the tokens of all sequences in one row
+            tensor = tensor.reshape(wanted)  # some modules get the tokens of all sequences as one row
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != wanted:
             found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise SiteError(f"{at.path} gave {found}, the site {at.site} needs {wanted}")
@@ -156,7 +155,7 @@ class HookedPass:
         return tensor
 
     def forward(self, batch: Batch, ids: torch.Tensor, *, read: bool = True) -> torch.Tensor:
-        """Run the base model on one batch and check that every site was seen, unless nothing is to be `read`.
+        """Run the base model on one batch and, if `read`, check that every site was seen.
 
         ids: (sequence, position) int64, as long as the longest sequence of the batch. Returns the last hidden state,
         (sequence, position, hidden), after the final norm. Raises SiteError.
@@ -183,7 +182,7 @@ class HookedPass:
 
 
 def _received(at: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a module was given: its first argument, or the one that attention modules take by name."""
+    """The input of a module: its first argument, or the one that attention modules take by name."""
     if args:
         return args[0]
     if "hidden_states" in kwargs:
@@ -192,27 +191,27 @@ def _received(at: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 class Progress:
-    """Tokens read so far, told at most every PROGRESS_SECONDS; a layer counts its share of its sequence."""
+    """Reports the tokens read so far, at most every PROGRESS_SECONDS; a layer counts as its share of its sequence."""
 
     def __init__(self, reporter: Reporter, todo: int, asked: int, tokens: int) -> None:
-        """`todo` of the `asked` sequences are to be read; `tokens` are in all that are asked for."""
+        """todo: sequences to read, of `asked` sequences, which have `tokens` tokens."""
         self.reporter, self.todo, self.asked, self.tokens = reporter, todo, asked, tokens
         self.done = 0.0
-        self._told = 0.0
+        self._reported = 0.0
 
     def during(self, sequences: float) -> None:
-        if time.monotonic() - self._told >= PROGRESS_SECONDS:
-            self._tell(self.done + sequences)
+        if time.monotonic() - self._reported >= PROGRESS_SECONDS:
+            self._report(self.done + sequences)
 
     def finished(self, sequences: int) -> None:
         self.done += sequences
         if self.done >= self.todo:
-            self._tell(self.done)
+            self._report(self.done)
         else:
             self.during(0)
 
-    def _tell(self, sequences: float) -> None:
-        self._told = time.monotonic()
-        # a sequence that was read counts as an average one: lengths hardly matter to a person who waits
+    def _report(self, sequences: float) -> None:
+        self._reported = time.monotonic()
+        # each sequence counts as an average one: that is exact enough for a progress bar
         done = int((self.asked - self.todo + sequences) * self.tokens / self.asked)
         self.reporter.progress("extract", done, self.tokens, "tokens")

@@ -1,8 +1,8 @@
-"""Versions of libraries that compute beside torch, where they are there: other ones sum in another order.
+"""Versions of the installed libraries that compute in addition to torch: another version sums in another order.
 
-transformers takes `kernels`, flash-linear-attention and causal-conv1d by itself as soon as they are installed; CUDA, cuBLAS and
-triton come with torch, and need not be the same for one version of it. After it: `capture`, which writes them into a capture's
-conditions and refuses to go on under others.
+transformers uses `kernels`, flash-linear-attention and causal-conv1d as soon as they are installed; CUDA, cuBLAS and triton
+come with torch, and can differ for one version of it. `extract` writes them into the conditions of a capture and refuses to
+continue under others.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _DISTRIBUTIONS = {
 }
 _OF_GPUS = {"triton": ("triton", "pytorch-triton")}
 LOOKED_FOR = ("cuda", "cublas", *_OF_GPUS, *_DISTRIBUTIONS)
-"""All names that `libraries` may give: what a capture lacks of them was not there when it was begun."""
+"""All names that `libraries` can return: a name that a capture lacks was not installed when the capture began."""
 
 _MAJOR, _MINOR, _PATCH = range(3)  # libraryPropertyType of CUDA's library_types.h
 
 
 def libraries(*, gpu: bool) -> dict[str, str]:
-    """Name -> version of what is installed of LOOKED_FOR. `gpu`: whether GPUs compute; without, three of them don't matter."""
+    """Name -> version of what is installed of LOOKED_FOR. `gpu`: whether GPUs compute; three names matter only then."""
     found = {name: version for name, names in _DISTRIBUTIONS.items() if (version := _first(names))}
     if not gpu:
         return found
@@ -45,15 +45,15 @@ def _first(names: tuple[str, ...]) -> str | None:
 
 
 def cublas_version(cuda: str | None) -> str | None:
-    """The version of the cuBLAS that this process has loaded for a version of CUDA, asked of itself; else that of its package.
+    """The version of the cuBLAS that this process has loaded for a version of CUDA; else the version of its package.
 
-    None where there is none. No handle is made: cublasGetProperty needs none.
+    None if there is none. cublasGetProperty needs no handle.
     """
     if not cuda:
         return None
     major = cuda.partition(".")[0]
     try:
-        # the name under which torch has loaded it: the same library again, wherever it lies
+        # the name under which torch has loaded it: this returns the same library
         library = ctypes.CDLL(f"libcublas.so.{major}")
         numbers = []
         for part in (_MAJOR, _MINOR, _PATCH):

@@ -1,8 +1,7 @@
-"""What torch and transformers raise while weights are read and the model runs -> errors of this project, each with a way out.
+"""Turns errors of torch and transformers, while weights are read and the model runs, into errors of this project with a remedy.
 
-Memory that ran out and a package that is not there have many shapes: classes, texts of a RuntimeError, an OSError's number, an
-entry in a report that transformers only logs. They are recognised here, in one place. Before it: nothing. After it: `load`,
-`capture`, and the steps' own last resort.
+Exhausted memory and missing packages have many forms: classes, texts of a RuntimeError, an OSError's number, an entry in a
+report that transformers only logs. This module recognises all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _LOADER = "transformers.modeling_utils"
 
 
 class _Report(logging.Handler):
-    """Keeps what transformers logs of a load: exceptions of its conversions are nowhere else."""
+    """Keeps what transformers logs of a load: only there are the exceptions of its conversions."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -40,7 +39,7 @@ class _Report(logging.Handler):
 
 
 def memory_message(error: BaseException) -> str | None:
-    """The words of the library that had no memory left, where that is why `error` was raised; else None."""
+    """The message of the library if `error` was raised because memory ran out, else None."""
     one: BaseException | None = error
     seen: set[int] = set()
     while one is not None and id(one) not in seen:
@@ -56,7 +55,7 @@ def memory_message(error: BaseException) -> str | None:
 
 
 def _line(text: str) -> str:
-    """The first line that speaks of memory, else the first; short enough for a message."""
+    """The first line about memory, else the first line; cut to _MOST characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     chosen = next((line for line in lines if _FULL.search(line)), lines[0] if lines else "")
     return chosen[:_MOST]
@@ -64,16 +63,16 @@ def _line(text: str) -> str:
 
 @contextmanager
 def explained(what: str, memory_remedy: str, import_remedy: str) -> Iterator[None]:
-    """Errors of the libraries inside the block, as ours.
+    """Raise errors of the libraries inside the block as errors of this project.
 
-    what: the subject of the sentence, such as `the forward pass of NAME`. Raises MemoryFull where memory ran out, PlanRefused
-    for a package that is not there and for GPUs that this torch was not built for; anything else as it came.
+    what: the subject of the sentence, such as `the forward pass of NAME`. Raises MemoryFull if memory ran out, PlanRefused for
+    a missing package and for GPUs that this torch was not built for; other errors unchanged.
     """
     report = _Report()
     logger = logging.getLogger(_LOADER)
     level, quiet = logger.level, not logger.isEnabledFor(logging.WARNING)
     logger.addHandler(report)
-    if quiet:  # heard here, and still not shown
+    if quiet:  # recorded here, but not shown
         logger.setLevel(logging.WARNING)
         logger.propagate = False
     try:

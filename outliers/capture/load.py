@@ -1,9 +1,9 @@
-"""A described model -> its weights on the machine's devices. The only place that reads weights.
+"""Loads the weights of a described model onto the machine's devices. Only this module reads weights.
 
-Weights of the hub are fetched first, into the hub's own cache. Safetensors alone are read, no remote code is run. What
-the checkpoint lacks is refused (`complete`), and FP8 is made plain by our own product (`fp8`). What the
-machine can't do as the description says (a quantization that needs a GPU, an implementation that is not there) is an
-error, never another arithmetic without a word. Before it: `model_info`, `devices`. After it: `capture`.
+Weights of the hub are first downloaded into the hub's cache. Only safetensors are read, and no remote code is run. An
+incomplete checkpoint is refused (`model.complete`), and FP8 is dequantized by our own product (`model.fp8`). If the machine
+can't compute as the description says (a quantization that needs a GPU, a missing implementation), that is an error: it never
+silently changes the arithmetic.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 MEMORY = "end what else uses it, choose a machine with more (--min-cpu-ram, --min-vram), or more GPUs (--gpu-count)"
 PLAIN = "give --quantization none, where the weights were to stay quantized"
-"""What helps where memory ran out, and where a package is missing."""
+"""Remedies for exhausted memory and for a missing package."""
 
 DeviceMap = Mapping[str, str | int]
 """Module's name ("" for the whole model) -> torch device, or number of a GPU."""
@@ -45,9 +45,9 @@ def load_model(
 ) -> torch.nn.Module:
     """The model with its weights on `devices` (one, or a device map), ready for inference, in the arithmetic that `info` names.
 
-    `head`: whether its head is used; a checkpoint may lack it where it is not. Every other weight comes from the checkpoint.
-    Raises UnknownModel where the weights can't be read, PlanRefused where this machine can't compute with them, MemoryFull;
-    HubUnavailable and DiskFull of the download where they are not here yet.
+    head: whether its head is used; if not, a checkpoint may lack it. Every other weight comes from the checkpoint. Raises
+    UnknownModel if the weights can't be read, PlanRefused if this machine can't compute with them, MemoryFull, and
+    HubUnavailable and DiskFull of a download.
     """
     import torch
 
@@ -98,7 +98,7 @@ def _from_files(
 def _plain_weights(
     tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] | None, name: str, opened: ExitStack
 ) -> dict[str, Any]:
-    """Name -> what gives a weight without scales when it is sliced, so that one at a time is in memory."""
+    """Name -> an object that gives the weight without scales when it is sliced, so that one weight at a time is in memory."""
     from safetensors import safe_open
 
     files = {tensor.file for tensor in tensors.values()}
@@ -111,9 +111,9 @@ def _plain_weights(
 
 
 def fetch_weights(info: ModelInfo, workspace: Workspace, progress: Callable[[int, int], None] | None = None) -> str:
-    """The folder on this machine that has the weights; those of the hub are downloaded where they are not here yet.
+    """The folder of the weights on this machine; missing weights of the hub are downloaded.
 
-    `progress(done_bytes, total_bytes)` is told of a download. Raises as `download_model` does.
+    progress: called with (done_bytes, total_bytes) of a download. Raises what `download_model` raises.
     """
     from outliers.hub.download import download_model
     from outliers.model.gguf import gguf_weights
@@ -125,7 +125,7 @@ def fetch_weights(info: ModelInfo, workspace: Workspace, progress: Callable[[int
 
 
 def _quantization(info: ModelInfo, workspace: Workspace, where: DeviceMap) -> dict[str, Any]:
-    """Options that make a quantized checkpoint plain where that is asked; refuses what this device would make plain itself."""
+    """Options that dequantize a checkpoint if that is requested; refuses what this device would dequantize by itself."""
     from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     stored = method_of(quantization_of(load_config(info.source, workspace)))
@@ -140,7 +140,7 @@ def _quantization(info: ModelInfo, workspace: Workspace, where: DeviceMap) -> di
 
 
 def _check(model: Any, info: ModelInfo) -> None:
-    """What was loaded is what was described: transformers may have fallen back with a warning alone."""
+    """Check that the loaded model is the described one: transformers may fall back with only a warning."""
     quantizer = getattr(model, "hf_quantizer", None)
     undone = quantizer is not None and getattr(quantizer.quantization_config, "dequantize", False)
     if info.quantization is not None and undone:

@@ -1,9 +1,8 @@
-"""A model's perplexity on the corpus, from the hidden states of the very pass that is captured.
+"""A model's perplexity on the corpus, from the hidden states of the captured forward pass.
 
 The head is applied to slices of tokens, never to a whole sequence: logits of 2,048 tokens would take over a gigabyte
-with a vocabulary of 150,000. The negative log-likelihood of each token given those before it is summed per sequence in
-float64; padding and the first token have none. Knows tensors, nothing of files. Before it: `forward`. After it: the
-journal, then `results`.
+with a vocabulary of 150,000. The negative log-likelihood of each token given the earlier ones is summed per sequence in
+float64; padding and the first token have none. Knows tensors, nothing of files.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 
 SLICE_BYTES = 64 * 1024 * 1024
-"""Of float32 logits at once; a slice costs one reading of the head's weights. Chosen, not tuned."""
+"""Bytes of float32 logits at once; each slice reads the weights of the head once. Chosen, not tuned."""
 
 
 class Head:
-    """The language-model head of a model, with what its own forward does to the logits."""
+    """The language-model head of a model, with the operations of its own forward on the logits."""
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
@@ -53,5 +52,5 @@ def losses(head: Head, hidden: torch.Tensor, ids: torch.Tensor, lengths: tuple[i
                 each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
                 total += each.double().sum().to(total.device)
             found.append((total, length - 1))
-    # one synchronization a batch, after all its work was queued
+    # one synchronization for each batch, after all its work is queued
     return [(float(total), count) for total, count in found]

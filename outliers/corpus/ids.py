@@ -139,6 +139,13 @@ def token_hash(token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> str:
     return hasher.hexdigest()
 
 
+def lengths_hash(lengths: NDArray[np.int32], positions: int) -> str | None:
+    """sha256 of (sequence,) lengths as little-endian int32; None if every sequence has `positions` tokens."""
+    if (lengths == positions).all():
+        return None
+    return hashlib.sha256(lengths.astype("<i4").tobytes()).hexdigest()
+
+
 def find_corpus(key: str, workspace: Workspace) -> tuple[CorpusInfo, int] | None:
     """A corpus of the workspace, and its largest id; None where there is none, or it is not what was written."""
     folder = workspace.corpora / key

@@ -8,7 +8,6 @@ tokenizers, nothing of models. Before it: `documents`, `tokenizing`. After it: `
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -21,6 +20,7 @@ from outliers.corpus.ids import (
     CorpusInfo,
     TokenNames,
     find_corpus,
+    lengths_hash,
     load_corpus,
     token_hash,
     write_corpus,
@@ -127,7 +127,6 @@ def _build(spec: CorpusSpec, documents: DocumentSource, encoder: Encoder, key: s
         ids[number, : len(row_ids)] = row_ids
         starts[number, 1 : len(row_ids)] = np.cumsum([len(piece) for piece in pieces])[:-1]
         texts.append("".join(pieces))
-    equal = bool((lengths == spec.sequence_length).all())
     info = CorpusInfo(
         source=documents.name,
         public=documents.public,
@@ -137,7 +136,7 @@ def _build(spec: CorpusSpec, documents: DocumentSource, encoder: Encoder, key: s
         num_tokens=int(lengths.sum()),
         num_documents=rows.documents,
         token_sha256=token_hash(ids, lengths),
-        lengths_sha256=None if equal else hashlib.sha256(lengths.astype("<i4").tobytes()).hexdigest(),
+        lengths_sha256=lengths_hash(lengths, spec.sequence_length),
     )
     names = encoder.names(
         list(chain(prefix, *(row.ids for row in rows.rows))),

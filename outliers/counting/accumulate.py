@@ -1,9 +1,9 @@
-"""Tiles of values -> shared totals, a span of one sequence at a time, in any order and by any number of threads.
+"""Adds tiles of values to shared totals, one span of a sequence at a time, in any order and from any number of threads.
 
-A span is a run of positions of one sequence; what is known of its tokens over all layers (the largest magnitude of each
-feature, and where it was) is kept until every layer of the span was read, and then gives the union counts and the largest
-tokens. `block` is a site of its own: a cell is hit where attn_in or mlp_in is. Arithmetic and bookkeeping on arrays, and
-nothing of files. Before it: `kernels` and the `kernel_` files, the loops. After it: `analyze`, which reads.
+A span is a run of positions of one sequence. The key of each of its tokens over all layers (the largest magnitude of each
+feature, and where it is) is kept until every layer of the span is read; then the keys give the union counts and the largest
+tokens. `block` is a site of its own: a cell is hit where attn_in or mlp_in is. Arithmetic and bookkeeping on arrays, nothing
+of files. The loops are in `kernels`; `analyze` reads the tiles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,24 @@ from outliers.counting.bits import (
     legacy_threshold_bits,
     threshold_bits,
 )
-from outliers.counting.kernels import compiled
-from outliers.counting.kernels import hits as kernel_hits
-from outliers.counting.kernels import massive as kernel_massive
-from outliers.counting.kernels import spans as kernel_spans
-from outliers.counting.kernels import tile as kernels
-from outliers.counting.kernels import totals as kernel_totals
+from outliers.counting.kernels import compiled, hits, massive, spans, tile, totals
+from outliers.counting.kernels.arguments import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    KEY_SHIFT,
+    LAST_SOURCE,
+    Counters,
+    Found,
+    Limits,
+    Place,
+    Positions,
+    Scratch,
+    SpanKeys,
+    TileKeys,
+    TopTokens,
+    Union,
+)
 from outliers.counting.summary import (
     CELL,
     MASSIVE_KEPT,
@@ -45,39 +56,14 @@ from outliers.spec import BLOCK, BLOCK_SITES, has_block
 
 Tiles = Callable[[int], Iterator[dict[str, NDArray[Any]]]]
 """Layer (counted from 0 among the captured) -> runs of positions of a span, {site: (position, feature) bits}, one after the
-other from its first position on; they may be written to."""
-
-_KINDS = {"bfloat16": compiled.BFLOAT16, "float16": compiled.FLOAT16, "float32": compiled.FLOAT32}
-
-
-@dataclass
-class Thresholds:
-    """Bits of every magnitude of a frame in its dtype. floor: the least that anything is counted from."""
-
-    ladder: NDArray[np.int64]
-    deciding: int
-    legacy: int
-    massive: int
-    floor: int
-
-    @classmethod
-    def of(cls, frame: Frame) -> Thresholds:
-        ladder = [threshold_bits(magnitude, frame.dtype) for magnitude in frame.ladder]
-        legacy = legacy_threshold_bits(frame.magnitude, frame.dtype)
-        return cls(
-            ladder=np.array(ladder, np.int64),
-            deciding=threshold_bits(frame.magnitude, frame.dtype),
-            legacy=legacy,
-            massive=threshold_bits(MASSIVE_MAGNITUDE, frame.dtype),
-            floor=min(ladder[0], legacy),
-        )
+other from its first position on. `Tally` may write to them."""
 
 
 @dataclass
 class LayerCounts:
     """What some layers of a span add to their sequence.
 
-    layers: numbers among the captured. hits: site -> (layer, W) int64 at the deciding magnitude. moments: site ->
+    layers: counted from 0 among the captured. hits: site -> (layer, W) int64 at the deciding magnitude. moments: site ->
     (4, layer, W) float64. reach: site -> (layer,) float32, largest finite magnitudes. hooks: (layer, 2, W) bool, whether
     attn_in and mlp_in had a hit by the legacy rule.
     """
@@ -91,18 +77,19 @@ class LayerCounts:
 
 @dataclass
 class Span:
-    """Some positions of a sequence, and what is known of them so far.
+    """Some positions of a sequence, and what is counted of them so far.
 
-    marks: (kind, position) bool, the delimiters and the special tokens. parts: how many calls of `Tally.count` its layers are
-    dealt to. keys: site -> (W, position), see `compiled.KEY_SHIFT`; touched: site -> (W,) bool, the features that have any.
-    Once closed, union: site -> (W,) int64 tokens with a hit in any layer, legacy_union: (W,) int64 those by the legacy rule.
+    marks: (kind, position) bool, the delimiters and the special tokens. shares: calls of `Tally.count` that its layers are
+    split into. keys: site -> (W, position), see `arguments.KEY_SHIFT`; touched: site -> (W,) bool, the features that have a
+    key. Once closed, union: site -> (W,) int64, tokens with a hit in any layer; legacy_union: (W,) int64, the same by the
+    legacy rule.
     """
 
     sequence: int
     start: int
     length: int
     marks: NDArray[np.bool_]
-    parts: int = 1
+    shares: int = 1
     keys: dict[str, NDArray[Any]] = field(default_factory=dict)
     touched: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     union: dict[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -110,16 +97,16 @@ class Span:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def join(self, keys: dict[str, NDArray[Any]], touched: dict[str, NDArray[np.bool_]]) -> bool:
-        """Add what one part found; whether it was the last."""
+        """Add the keys of one share; returns whether it was the last."""
         with self.lock:
             if not self.keys:
                 self.keys, self.touched = keys, touched
             else:
                 for site, mine in self.keys.items():
-                    kernel_spans.join(mine, keys[site], np.flatnonzero(touched[site]))
+                    spans.join(mine, keys[site], np.flatnonzero(touched[site]))
                     self.touched[site] |= touched[site]
-            self.parts -= 1
-            return self.parts == 0
+            self.shares -= 1
+            return self.shares == 0
 
 
 class _Group:
@@ -128,40 +115,43 @@ class _Group:
     def __init__(self, frame: Frame, sites: tuple[str, ...], rows: int) -> None:
         form, width, steps = FORMATS[frame.dtype], frame.width(sites[0]), len(frame.ladder)
         signed = np.dtype(f"<i{form.bits.itemsize}")
-        self.sites, self.width = sites, width
-        info = np.iinfo(signed)
-        self.extremes = np.empty((2, 2, width), signed)
-        self.extremes[:, 0], self.extremes[:, 1] = info.max, info.min
-        self.tops = np.zeros((2, width), form.bits)
+        self.sites = sites
         self.reached = np.zeros((2, width), form.bits)
-        self.moments = np.zeros((2, 4, width), np.float64)
-        self.histograms = np.zeros((2, PATTERNS), np.uint32)
-        self.wild = np.zeros((2, width), np.int64)
-        self.floats = np.empty((kernels.GROUP, width), np.float32)
-        self.counts = np.zeros((3, steps, width), np.uint32)
-        self.firsts = np.zeros((3, steps, width), np.uint32)
-        self.turned = np.empty((2, kernel_hits.LANES, rows), form.bits)
+        """Bits of the largest magnitudes of the layer, by site and feature."""
+        info = np.iinfo(signed)
+        extremes = np.empty((2, 2, width), signed)
+        extremes[:, 0], extremes[:, 1] = info.max, info.min
+        self.counters = Counters(
+            extremes=extremes,
+            moments=np.zeros((2, 4, width), np.float64),
+            histograms=np.zeros((2, PATTERNS), np.uint32),
+            nonfinite=np.zeros((2, width), np.int64),
+            hits=np.zeros((3, steps, width), np.uint32),
+            first_hits=np.zeros((3, steps, width), np.uint32),
+        )
+        self.scratch = Scratch(
+            tops=np.zeros((2, width), form.bits),
+            floats=np.empty((tile.GROUP, width), np.float32),
+            transposed=np.empty((2, hits.LANES, rows), form.bits),
+        )
 
 
 class Tally:
-    """The totals of a Summary, filled by any number of threads; `count` is safe to call from each."""
+    """The totals of a Summary, filled by any number of threads: each may call `count`."""
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
         self.summary = Summary.zero(frame)
-        self.limits = Thresholds.of(frame)
-        self._form = FORMATS[frame.dtype]
-        self._kind = _KINDS[frame.dtype]
-        self._captured = frame.captured
+        self.limits = limits_of(frame)
         self._layers = [threading.Lock() for _ in range(frame.num_layers)]
         self._rest = threading.Lock()
-        # magnitudes below which nothing can enter a list that is full: what is dropped by them is never missed
+        # no magnitude below these can enter a list that is full
         self._top_floors = np.zeros(frame.width(frame.site), np.int64)
         self._massive_floors = np.zeros(frame.num_layers, np.float64)
         self._massive_cells: list[list[NDArray[Any]]] = [[] for _ in range(frame.num_layers)]
 
     def count(self, span: Span, layers: range, tiles: Tiles, rows: int) -> LayerCounts:
-        """Count some layers of a span; the last part of a span also closes it. rows: most positions of a tile."""
+        """Count some layers of a span; the last share of a span also closes it. rows: the most positions of a tile."""
         frame = self.frame
         found = LayerCounts(
             layers=layers,
@@ -170,23 +160,23 @@ class Tally:
             reach={site: np.zeros(len(layers), np.float32) for site in frame.captured},
             hooks=np.zeros((len(layers), 2, frame.width(BLOCK) if has_block(frame.captured) else 0), np.bool_),
         )
-        kind = np.dtype(f"<u{2 * self._form.bits.itemsize}")
+        kind = np.dtype(f"<u{2 * FORMATS[frame.dtype].bits.itemsize}")
         keys = {site: np.zeros((width, span.length), kind) for site, width in frame.widths}
         touched = {site: np.zeros(width, np.bool_) for site, width in frame.widths}
         groups = [_Group(frame, sites, min(rows, span.length)) for sites in site_groups(frame.captured)]
-        for number, layer in enumerate(layers):
+        for layer in layers:
             at = 0
             for values in tiles(layer):
                 for group in groups:
-                    self._take(group, span, layer, at, values, keys)
+                    self._count_tile(group, span, layer, at, values, keys)
                 at += next(iter(values.values())).shape[0]
             for group in groups:
-                self._settle(group, span, layer, number, found, touched)
+                self._flush(group, span, layer, found, touched)
         if span.join(keys, touched):
             self._close(span)
         return found
 
-    def _take(
+    def _count_tile(
         self,
         group: _Group,
         span: Span,
@@ -195,66 +185,32 @@ class Tally:
         values: dict[str, NDArray[Any]],
         keys: dict[str, NDArray[Any]],
     ) -> None:
-        captured, limits = self._captured, self.limits
+        captured = self.frame.captured
         tiles = tuple(values[site] for site in group.sites)
-        sources = tuple(layer * len(captured) + captured.index(site) for site in group.sites)
-        reached = kernels.take(
-            tiles,
-            self._kind,
-            self._form.inf,
-            group.extremes,
-            group.tops,
-            group.moments,
-            group.histograms,
-            group.wild,
-            group.floats,
-            (limits.ladder, limits.floor, sources, group.counts, group.firsts),
-            span.start + at == 0,
-            tuple(keys[site] for site in group.sites),
-            at,
-            group.turned,
+        tile_keys = TileKeys(
+            keys=tuple(keys[site] for site in group.sites),
+            sources=tuple(layer * len(captured) + captured.index(site) for site in group.sites),
+            column=at,
+            begins=span.start + at == 0,
         )
-        np.maximum(group.reached, group.tops, out=group.reached)
+        reached = tile.count_tile(tiles, self.limits, group.counters, group.scratch, tile_keys)
+        np.maximum(group.reached, group.scratch.tops, out=group.reached)
         # Sun's rule is a strict comparison; 100 is a value of every dtype here
-        if group.sites == ("resid",) and reached > limits.massive:
+        if group.sites == ("resid",) and reached > self.limits.massive:
             self._massive(span, layer, at, tiles[0])
 
-    def _settle(
-        self,
-        group: _Group,
-        span: Span,
-        layer: int,
-        number: int,
-        found: LayerCounts,
-        touched: dict[str, NDArray[np.bool_]],
+    def _flush(
+        self, group: _Group, span: Span, layer: int, found: LayerCounts, touched: dict[str, NDArray[np.bool_]]
     ) -> None:
-        """A layer of the span is counted: its numbers into the totals."""
-        step, kind = self.frame.deciding_step, self._kind
-        totals = self.summary.sites
+        """Add the counters of a layer of the span to the totals, and empty them."""
+        sites, number = self.summary.sites, layer - found.layers.start
+        place = Place(layer, number, span.length, self.frame.deciding_step, self.limits.kind)
         with self._layers[layer]:
             if len(group.sites) == 2:
-                block = totals[BLOCK]
-                into = (block.hits, block.first_hits, block.min, block.max)
-                kernel_totals.settle_block(
-                    layer, number, step, kind, group.extremes, group.counts, group.firsts, into, found.hits[BLOCK]
-                )
+                totals.flush_block(place, group.counters, sites[BLOCK].arrays, found.hits[BLOCK])
             for index, site in enumerate(group.sites):
-                kernel_totals.settle(
-                    layer,
-                    number,
-                    step,
-                    span.length,
-                    kind,
-                    group.extremes[index],
-                    group.wild[index],
-                    group.histograms[index],
-                    group.moments[index],
-                    group.counts[index],
-                    group.firsts[index],
-                    totals[site].arrays,
-                    found.hits[site],
-                    found.moments[site],
-                )
+                own = Found(found.hits[site], found.moments[site])
+                totals.flush(index, place, group.counters, sites[site].arrays, own)
         for index, site in enumerate(group.sites):
             found.reach[site][number] = bits_to_float(group.reached[index].max(), self.frame.dtype)
             touched[site] |= group.reached[index] >= self.limits.floor
@@ -262,13 +218,13 @@ class Tally:
             found.hooks[number] = group.reached >= self.limits.legacy
         group.reached.fill(0)
 
-    def _massive(self, span: Span, layer: int, at: int, tile: NDArray[Any]) -> None:
+    def _massive(self, span: Span, layer: int, at: int, values: NDArray[Any]) -> None:
         """Values at resid whose magnitude exceeds 100, with the median magnitude of their token."""
         dtype, total = self.frame.dtype, self.summary
-        rows, columns, lower, upper = kernel_massive.above(tile, self.limits.massive)
+        rows, columns, lower, upper = massive.above(values, self.limits.massive)
         medians = (bits_to_float(lower, dtype).astype(np.float64) + bits_to_float(upper, dtype)) / 2
-        values = bits_to_float(tile[rows, columns], dtype)
-        sizes = np.abs(values)
+        found = bits_to_float(values[rows, columns], dtype)
+        sizes = np.abs(found)
         with self._rest:
             total.massive_cells[layer] += rows.size
             total.massive_by_token[layer] += np.count_nonzero(sizes.astype(np.float64) >= MASSIVE_RATIO * medians)
@@ -280,7 +236,7 @@ class Tally:
         cells["feature"], cells["position"] = columns[kept], rows[kept] + at + span.start
         cells["sequence"], cells["layer"] = span.sequence, layer
         cells["site"] = self.frame.captured.index("resid")
-        cells["value"], cells["magnitude"], cells["token_median"] = values[kept], sizes[kept], medians[kept]
+        cells["value"], cells["magnitude"], cells["token_median"] = found[kept], sizes[kept], medians[kept]
         with self._rest:
             mine = self._massive_cells[layer]
             mine.append(cells)
@@ -289,106 +245,98 @@ class Tally:
                 self._massive_floors[layer] = self._massive_cells[layer][0]["magnitude"][-1]
 
     def finish(self) -> Summary:
-        """The Summary, once nothing is counted any more."""
+        """The Summary, after the last call of `count`."""
         cells = [part for layer in self._massive_cells for part in layer]
         if cells:
             self.summary.massive = largest(np.concatenate(cells), "layer", MASSIVE_KEPT)
         return self.summary
 
     def _close(self, span: Span) -> None:
-        """Every layer of the span is counted: union counts, and where the deciding site's hits sit."""
-        frame, limits = self.frame, self.limits
-        scratch = np.empty(span.length, np.uint32)
+        """Add what only all layers of the span together say: union counts, and where the deciding site's hits are."""
+        frame = self.frame
         for site in frame.sites:
             members = BLOCK_SITES if site == BLOCK else (site,)
-            one, other = span.keys[members[0]], span.keys[members[-1]]
             touched = np.logical_or.reduce([span.touched[member] for member in members])
-            columns, width = np.flatnonzero(touched), frame.width(site)
-            counts, firsts = (np.zeros((len(frame.ladder), width), np.int64) for _ in range(2))
-            own = np.zeros((2, width), np.int64)
-            kernel_spans.close(
-                one,
-                other,
-                columns,
-                limits.ladder,
-                limits.deciding,
-                limits.legacy,
-                span.start == 0,
-                counts,
-                firsts,
-                own,
-                scratch,
-            )
-            span.union[site] = own[0]
+            keys = SpanKeys(span.keys[members[0]], span.keys[members[-1]], np.flatnonzero(touched))
+            counts, firsts = (np.zeros((len(frame.ladder), frame.width(site)), np.int64) for _ in range(2))
+            union = Union(counts, firsts, np.zeros((2, frame.width(site)), np.int64))
+            spans.count_union(keys, self.limits, span.start == 0, union)
+            span.union[site] = union.own[0]
             if site == BLOCK:
-                span.legacy_union = own[1]
+                span.legacy_union = union.own[1]
             with self._rest:
-                totals = self.summary.sites[site]
-                totals.union += counts
-                totals.first_union += firsts
+                self.summary.sites[site].union += union.hits
+                self.summary.sites[site].first_union += union.first_hits
             if site == frame.site:
-                self._where(span, one, other, columns, firsts[frame.deciding_step])
+                self._add_tokens(span, keys, union.first_hits[frame.deciding_step])
         span.keys = {}
 
-    def _where(
-        self,
-        span: Span,
-        one: NDArray[Any],
-        other: NDArray[Any],
-        columns: NDArray[np.int64],
-        firsts: NDArray[np.int64],
-    ) -> None:
-        """Positions, delimiters and the largest tokens of the deciding site in this span."""
-        frame, total = self.frame, self.summary
-        bins = np.zeros_like(total.position_tokens)
-        marked = np.zeros((len(span.marks), bins.shape[1]), np.int64)
-        found = np.empty((columns.size, TOP_TOKENS), np.int64)
-        keys = np.empty((columns.size, TOP_TOKENS), one.dtype)
-        kernel_spans.places(
-            one,
-            other,
-            columns,
-            self.limits.deciding,
-            self._top_floors,
-            span.start,
-            frame.bin_positions,
-            span.marks,
-            bins,
-            marked,
-            TOP_TOKENS,
-            found,
-            keys,
+    def _add_tokens(self, span: Span, keys: SpanKeys, firsts: NDArray[np.int64]) -> None:
+        """Add the positions, the delimiters and the largest tokens of the deciding site in this span.
+
+        firsts: (W,) int64, whether the first token of the sequence has a hit.
+        """
+        total, width = self.summary, self.frame.width(self.frame.site)
+        positions = Positions(
+            start=span.start,
+            bin_positions=self.frame.bin_positions,
+            marks=span.marks,
+            bins=np.zeros_like(total.position_tokens),
+            marked=np.zeros((len(span.marks), width), np.int64),
         )
-        number, slot = np.nonzero(found >= 0)
-        cells = np.zeros(number.size, CELL)
-        key = keys[number, slot].astype(np.uint64)
-        magnitude, sign = key >> np.uint64(compiled.KEY_SHIFT), key & np.uint64(1)
-        source = compiled.LAST_SOURCE - ((key >> np.uint64(1)) & np.uint64(compiled.LAST_SOURCE)).astype(np.int64)
-        cells["feature"], cells["sequence"] = columns[number], span.sequence
-        cells["position"] = found[number, slot] + span.start
-        cells["layer"], cells["site"] = np.divmod(source, len(frame.captured))
-        cells["magnitude"] = bits_to_float(magnitude, frame.dtype)
-        cells["value"] = np.where(sign == 1, -cells["magnitude"], cells["magnitude"])
+        shape = (keys.columns.size, TOP_TOKENS)
+        top = TopTokens(self._top_floors, np.empty(shape, np.int64), np.empty(shape, keys.one.dtype))
+        spans.find_top_tokens(keys, self.limits, positions, top)
+        cells = _cells_of(self.frame, span, keys.columns, top)
         with self._rest:
-            total.position_tokens += bins
-            total.delimiter_tokens += marked[0]
-            total.special_tokens += marked[1]
+            total.position_tokens += positions.bins
+            total.delimiter_tokens += positions.marked[0]
+            total.special_tokens += positions.marked[1]
             total.first_tokens += firsts
             if not cells.size:
                 return
             total.top = largest(np.concatenate([total.top, cells]), "feature", TOP_TOKENS)
             last = np.flatnonzero(np.r_[total.top["feature"][1:] != total.top["feature"][:-1], True])
             full = last[np.diff(np.r_[-1, last]) == TOP_TOKENS]
-            self._top_floors[total.top["feature"][full]] = float_to_bits(total.top["magnitude"][full], frame.dtype)
+            self._top_floors[total.top["feature"][full]] = float_to_bits(total.top["magnitude"][full], self.frame.dtype)
+
+
+def _cells_of(frame: Frame, span: Span, features: NDArray[np.int64], top: TopTokens) -> NDArray[Any]:
+    """The largest tokens of a span as CELL. features: (n,) int64, the features of the rows of `top`."""
+    number, slot = np.nonzero(top.columns >= 0)
+    cells = np.zeros(number.size, CELL)
+    key = top.keys[number, slot].astype(np.uint64)
+    magnitude, sign = key >> np.uint64(KEY_SHIFT), key & np.uint64(1)
+    source = LAST_SOURCE - ((key >> np.uint64(1)) & np.uint64(LAST_SOURCE)).astype(np.int64)
+    cells["feature"], cells["sequence"] = features[number], span.sequence
+    cells["position"] = top.columns[number, slot] + span.start
+    cells["layer"], cells["site"] = np.divmod(source, len(frame.captured))
+    cells["magnitude"] = bits_to_float(magnitude, frame.dtype)
+    cells["value"] = np.where(sign == 1, -cells["magnitude"], cells["magnitude"])
+    return cells
+
+
+def limits_of(frame: Frame) -> Limits:
+    """The bits of every magnitude of a frame, in its dtype."""
+    ladder = [threshold_bits(magnitude, frame.dtype) for magnitude in frame.ladder]
+    legacy = legacy_threshold_bits(frame.magnitude, frame.dtype)
+    return Limits(
+        kind={"bfloat16": BFLOAT16, "float16": FLOAT16, "float32": FLOAT32}[frame.dtype],
+        infinity=FORMATS[frame.dtype].inf,
+        ladder=np.array(ladder, np.int64),
+        floor=min(ladder[0], legacy),
+        deciding=threshold_bits(frame.magnitude, frame.dtype),
+        legacy=legacy,
+        massive=threshold_bits(MASSIVE_MAGNITUDE, frame.dtype),
+    )
 
 
 def is_compiled() -> bool:
-    """Whether the loops were compiled on this machine before; numba keeps them beside the program, or where it can."""
-    place = kernels.take.stats.cache_path
-    return place is not None and any(Path(place).glob("tile.take-*.nbi"))
+    """Whether the loops were compiled on this machine before; numba caches them beside the program, or where it can write."""
+    return compiled.is_cached(tile.COMPILED)
 
 
 def site_groups(captured: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The captured sites as they are counted: the two of the block together, the others alone."""
+    """The captured sites in groups that are counted together: the two of the block, and each other one alone."""
     pair = tuple(BLOCK_SITES) if has_block(captured) else ()
     return [*([pair] if pair else []), *((site,) for site in captured if site not in pair)]

@@ -1,12 +1,12 @@
 """A finished capture -> a Summary on disk, chunk by chunk, each chunk read once; the model is never loaded.
 
-    unit    some layers of one span of one sequence: what a thread counts at a time
-    part    some sequences: what an executor's worker counts at a time, into a folder of its own
+    unit        some layers of one span of one sequence: what a thread counts at a time
+    work item   some sequences: what a worker of an executor counts at a time, into a folder of its own
 
-Threads of this process share one set of totals. An executor with the interface of `concurrent.futures` (a Dask cluster's,
-`executors`) is given parts; each writes its summary beside the capture, on the disk that all mount, and they are merged
-here. Memory is one set of totals and a few tiles a worker, whatever the size of the corpus.
-Before it: `capture`. After it: `results`.
+Threads of this process share one set of totals. An executor with the interface of `concurrent.futures` (such as that of a
+Dask cluster, `executors`) gets work items. Each worker writes its summary next to the capture, on the disk that all workers
+mount, and this process merges them. Memory is one set of totals and a few tiles for each worker, whatever the size of the
+corpus.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from outliers.workspace import Workspace
 log = logging.getLogger(__name__)
 
 TILE_BYTES = 512 * 1024
-"""Of each site read at once: two of them and what is counted of them stay in a core's own cache (docs/performance.md)."""
+"""Bytes of each site that are read at once: two tiles and their counters stay in a core's own cache (docs/performance.md)."""
 UNITS_PER_WORKER = 2
-"""A sequence's layers are dealt to several units where there are fewer spans than would keep the workers busy."""
-PARTS_PER_WORKER = 2
-NEWS_SECONDS = 0.5
+"""Where there are fewer spans than units that keep the workers busy, the layers of a span are split into several units."""
+ITEMS_PER_WORKER = 2
+PROGRESS_SECONDS = 0.5
 
 
 def frame_of(prepared: Prepared, layout: Layout) -> Frame:
@@ -67,11 +67,11 @@ def frame_of(prepared: Prepared, layout: Layout) -> Frame:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Sequences to summarize, and all that is needed for it: it can be sent to another process.
+class WorkItem:
+    """Sequences to summarize, with everything that this needs: it can be sent to another process.
 
     sequences: ascending. lengths: (sequence,) int32, tokens that are not padding. marks: (sequence, kind, position) bool,
-    see `Corpus.marks`. folder: the capture. target: the folder of the part's summary.
+    see `Corpus.marks`. folder: of the capture. target: folder for the summary of the item.
     """
 
     folder: Path
@@ -93,8 +93,8 @@ def analyze(
 ) -> Path:
     """Summarize the capture of a study, or some sequences of it; returns the folder of its private summary.
 
-    executor: who counts, with `workers` at a time (default: as many threads as this machine has cores).
-    Raises CaptureError where sequences are not captured yet, CorruptCapture where bytes changed.
+    executor: counts `workers` items at a time (default: threads of this process, as many as the machine has cores).
+    Raises CaptureError if a sequence is not captured yet, CorruptCapture if bytes changed.
     """
     folder = workspace.capture(prepared.capture_id)
     layout = layout_of_capture(folder)
@@ -107,27 +107,29 @@ def analyze(
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     rows = np.array(wanted)
-    whole = Part(folder, frame_of(prepared, layout), tuple(wanted), corpus.lengths[rows], corpus.marks()[rows], target)
+    whole = WorkItem(
+        folder, frame_of(prepared, layout), tuple(wanted), corpus.lengths[rows], corpus.marks()[rows], target
+    )
     steps = len(wanted) * len(layout.layers)
 
     if not is_compiled():
         log.info("compiling the loops that count: once on this machine, about ten seconds")
 
-    def tell(done: int) -> None:
+    def progress(done: int) -> None:
         reporter.progress("analyze", done, steps, "layers")
 
     workers = workers or os.cpu_count() or 1
     if executor is None:
-        total = summarize(whole, workers, tell)
+        total = summarize(whole, workers, progress)
     else:
-        total = _spread(whole, executor, workers, lambda count: tell(count * len(layout.layers)))
+        total = _spread(whole, executor, workers, lambda count: progress(count * len(layout.layers)))
     write_atomic(target / STUDY, prepared.model_dump_json().encode())
     write_summary(target, total)
     return target
 
 
 def layout_of_capture(folder: Path) -> Layout:
-    """The layout of a capture that was begun. Raises CaptureError."""
+    """The layout of the capture in `folder`. Raises CaptureError."""
     fingerprint = read_fingerprint(folder)
     if fingerprint is None:
         raise CaptureError(f"there is no capture in {folder}: extract first")
@@ -135,7 +137,7 @@ def layout_of_capture(folder: Path) -> Layout:
 
 
 def _lines(folder: Path, wanted: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """Journal lines of the wanted sequences, their checksums as arrays: as lists they take twenty times the memory."""
+    """Journal lines of the wanted sequences, with checksums as arrays: lists take twenty times the memory."""
     asked = frozenset(wanted)
 
     def lean(entry: dict[str, Any]) -> dict[str, Any]:
@@ -148,13 +150,13 @@ def _lines(folder: Path, wanted: Iterable[int]) -> dict[int, dict[str, Any]]:
     return {sequence: done[sequence] for sequence in sorted(asked & done.keys())}
 
 
-def summarize(part: Part, workers: int = 1, tell: Callable[[int], None] = lambda done: None) -> Summary:
-    """The Summary of a part, by threads of this process; the counts of its sequences are written below its target.
+def summarize(item: WorkItem, workers: int = 1, progress: Callable[[int], None] = lambda done: None) -> Summary:
+    """The Summary of a work item, by threads of this process; writes the counts of its sequences below its target.
 
-    tell: told how many layers of sequences are done. Raises CaptureError, CorruptCapture.
+    progress: called with the number of finished layers of sequences. Raises CaptureError, CorruptCapture.
     """
-    layout, tally, writer = layout_of_capture(part.folder), Tally(part.frame), CountsWriter(part.target)
-    reader = _Reader(part, layout, workers)
+    layout, tally, writer = layout_of_capture(item.folder), Tally(item.frame), CountsWriter(item.target)
+    reader = _Reader(item, layout, workers)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="analyze")
     try:
         pending: deque[tuple[_Unit, Future[LayerCounts]]] = deque()
@@ -171,50 +173,50 @@ def summarize(part: Part, workers: int = 1, tell: Callable[[int], None] = lambda
             if not pending:
                 break
             unit, future = pending.popleft()
-            while not wait([future], timeout=NEWS_SECONDS).done:
-                tell(reader.layers_done())
-            # folded in the order of the units, so that the float moments do not depend on who was first
+            while not wait([future], timeout=PROGRESS_SECONDS).done:
+                progress(reader.layers_done())
+            # added in the order of the units, so that the float moments do not depend on which thread was first
             if current is None:
-                current = _Sequence(part.frame, unit, reader.lines[unit.span.sequence])
+                current = _Sequence(item.frame, unit, reader.lines[unit.span.sequence])
             current.add(unit, future.result(), tally.summary)
             if unit.last:
                 writer.add(current.counts())
                 current = None
-                tell(reader.layers_done())
+                progress(reader.layers_done())
     finally:
         pool.shutdown(cancel_futures=True)
     writer.flush()
     total = tally.finish()
-    total.sequences = np.array(part.sequences, np.int64)
-    total.tokens = int(part.lengths.sum())
-    look_again(total, reader.files, layout, reader.lines, part.lengths.tolist(), workers)
+    total.sequences = np.array(item.sequences, np.int64)
+    total.tokens = int(item.lengths.sum())
+    look_again(total, reader.files, layout, reader.lines, item.lengths.tolist(), workers)
     return total
 
 
-def summarize_into_folder(part: Part) -> str:
-    """Write the whole summary of a part into its target, once; for a worker of an executor. Returns its path.
+def summarize_into_folder(item: WorkItem) -> str:
+    """Write the summary of a work item into its target, once; for a worker of an executor. Returns the path.
 
-    It may run twice, also at the same time (a worker that was given up and lives): the first whole folder stays, and both
-    would be the same.
+    It may run twice, also at the same time (if an executor gives up a worker that still runs): the first complete folder
+    stays. Both are the same.
     """
-    part.target.parent.mkdir(parents=True, exist_ok=True)
-    own = Path(tempfile.mkdtemp(dir=part.target.parent, prefix=f".{part.target.name}-{os.getpid()}-"))
+    item.target.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(dir=item.target.parent, prefix=f".{item.target.name}-{os.getpid()}-"))
     try:
-        write_summary(own, summarize(Part(**(part.__dict__ | {"target": own}))))
-        own.rename(part.target)
+        write_summary(own, summarize(WorkItem(**(item.__dict__ | {"target": own}))))
+        own.rename(item.target)
     except OSError:
-        if not part.target.exists():
+        if not item.target.exists():
             raise
     finally:
         shutil.rmtree(own, ignore_errors=True)
-    return str(part.target)
+    return str(item.target)
 
 
-def _spread(whole: Part, executor: Executor, workers: int, tell: Callable[[int], None]) -> Summary:
-    """The Summary of a part by an executor's workers, part by part, merged in order."""
-    count = min(len(whole.sequences), workers * PARTS_PER_WORKER)
-    parts = [
-        Part(
+def _spread(whole: WorkItem, executor: Executor, workers: int, progress: Callable[[int], None]) -> Summary:
+    """The Summary of a work item by the workers of an executor, who get smaller items; merged in order."""
+    count = min(len(whole.sequences), workers * ITEMS_PER_WORKER)
+    items = [
+        WorkItem(
             whole.folder,
             whole.frame,
             tuple(whole.sequences[index] for index in chosen),
@@ -224,7 +226,7 @@ def _spread(whole: Part, executor: Executor, workers: int, tell: Callable[[int],
         )
         for number, chosen in enumerate(np.array_split(np.arange(len(whole.sequences)), count))
     ]
-    futures = [executor.submit(summarize_into_folder, part) for part in parts]
+    futures = [executor.submit(summarize_into_folder, item) for item in items]
     total = Summary.zero(whole.frame)
     (whole.target / "sequences").mkdir()
     try:
@@ -237,7 +239,7 @@ def _spread(whole: Part, executor: Executor, workers: int, tell: Callable[[int],
             total = merge(total, read_summary(folder))
             for path in (folder / "sequences").iterdir():
                 path.rename(whole.target / "sequences" / path.name)
-            tell(total.sequences.size)
+            progress(total.sequences.size)
     finally:
         for future in futures:
             future.cancel()
@@ -261,7 +263,7 @@ class _Unit:
 
 
 class _Sequence:
-    """The counts of one sequence while its units come in, in their order."""
+    """The counts of one sequence while its units finish, in their order."""
 
     def __init__(self, frame: Frame, unit: _Unit, line: dict[str, Any]) -> None:
         self.frame, self.tokens, self.line = frame, unit.tokens, line
@@ -283,7 +285,7 @@ class _Sequence:
         self.hooks[layers] |= counts.hooks
 
     def counts(self) -> SequenceCounts:
-        """All of it, once every span is closed."""
+        """The counts, once every span is closed."""
         width = self.frame.block_width
         legacy = [span.legacy_union for span in self.spans if span.legacy_union is not None]
         return SequenceCounts(
@@ -300,41 +302,41 @@ class _Sequence:
 
 
 class _Reader:
-    """The units of a part, and the tiles of each, read from the capture."""
+    """The units of a work item, and the tiles of each, read from the capture."""
 
-    def __init__(self, part: Part, layout: Layout, workers: int) -> None:
-        self.part, self.layout = part, layout
-        self.files = ChunkFiles(part.folder, layout)
-        self.lines = _lines(part.folder, part.sequences)
+    def __init__(self, item: WorkItem, layout: Layout, workers: int) -> None:
+        self.item, self.layout = item, layout
+        self.files = ChunkFiles(item.folder, layout)
+        self.lines = _lines(item.folder, item.sequences)
         widest = max(layout.widths.values()) * layout.itemsize
         self.rows = max(4, TILE_BYTES // widest // 4 * 4)
-        self._chunks = sum(layout.chunks_of(int(length)) for length in part.lengths)
+        self._chunks = sum(layout.chunks_of(int(length)) for length in item.lengths)
         shares = -(-workers * UNITS_PER_WORKER // self._chunks) if workers > 1 else 1
-        self.parts = min(len(layout.layers), shares)
+        self.shares = min(len(layout.layers), shares)
         self._read = 0
         self._lock = threading.Lock()
 
     def units(self) -> Iterator[_Unit]:
         """Every unit, in the order of sequences, positions, layers."""
-        layout, part = self.layout, self.part
-        cuts = np.array_split(np.arange(len(layout.layers)), self.parts)
-        for row, sequence in enumerate(part.sequences):
-            tokens = int(part.lengths[row])
+        layout, item = self.layout, self.item
+        cuts = np.array_split(np.arange(len(layout.layers)), self.shares)
+        for row, sequence in enumerate(item.sequences):
+            tokens = int(item.lengths[row])
             chunks = layout.chunks_of(tokens)
             for chunk in range(chunks):
                 start, stop = layout.span(chunk).start, min(layout.span(chunk).stop, tokens)
-                span = Span(sequence, start, stop - start, part.marks[row, :, start:stop], parts=len(cuts))
+                span = Span(sequence, start, stop - start, item.marks[row, :, start:stop], shares=len(cuts))
                 for number, cut in enumerate(cuts):
                     last = chunk == chunks - 1 and number == len(cuts) - 1
                     yield _Unit(span, chunk, tokens, range(int(cut[0]), int(cut[-1]) + 1), last)
 
     def count(self, tally: Tally, unit: _Unit) -> LayerCounts:
-        """Count one unit; called by the threads."""
+        """Count one unit; the threads call it."""
         return tally.count(unit.span, unit.layers, self._tiles(unit), self.rows)
 
     def layers_done(self) -> int:
-        """How many layers of sequences were read; a sequence of several chunks counts in shares."""
-        return self._read * len(self.part.sequences) // self._chunks
+        """Finished layers of sequences; each chunk of a sequence counts as its share."""
+        return self._read * len(self.item.sequences) // self._chunks
 
     def _tiles(self, unit: _Unit) -> Tiles:
         layout, sequence = self.layout, unit.span.sequence
@@ -350,7 +352,7 @@ class _Reader:
                 for site in stored
             ]
             for read in zip(*runs, strict=True):
-                # what follows the span is the padding of the sequence's last chunk, read for its checksum
+                # after the span comes the padding of the sequence's last chunk, read for its checksum
                 if left > 0:
                     found = {site: run[:left] for site, run in zip(stored, read, strict=True)}
                     for site, other in layout.aliases.items():

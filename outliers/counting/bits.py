@@ -32,7 +32,7 @@ PATTERNS = 65_536
 
 
 def threshold_bits(magnitude: float, dtype: str) -> int:
-    """Bits of the smallest value of `dtype` that is >= magnitude (infinity's where none is)."""
+    """Bits of the smallest value of `dtype` that is >= magnitude (of infinity if there is none)."""
     if dtype == "float16":
         with np.errstate(over="ignore"):
             half = np.float16(magnitude)

@@ -1,9 +1,9 @@
 """Massive activations (Sun et al. 2024, arXiv 2402.17762): at `resid`, abs(x) > 100 and >= 1000 times the layer's median.
 
 The median is of abs(x) over the finite values of the layer in the whole corpus, the mean of the two middle ones where their
-number is even; the token's own median stands beside it. Of float32 values it comes from `second_look`: exact, or, where merged
-summaries have not counted the same bins, a bound, and what the bound leaves open is said and not counted.
-Knows a Summary, nothing of texts. Before it: `summary`, `second_look`. After it: `results`.
+number is even; the median of the token is reported too. For float32 values the median comes from `second_look`. It is exact,
+or, if merged summaries have not counted the same bins, a bound; values that the bound leaves undecided are reported and not
+counted. Knows a Summary, nothing of texts.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from outliers.counting.summary import MASSIVE_KEPT, MASSIVE_MAGNITUDE, MASSIVE_R
 class Massive:
     """The largest MASSIVE_KEPT cells (layer, sequence, position, feature, value, ratio, ...), and how many there are.
 
-    The same by the token's own median in the place of the layer's: a variant, BY_TOKEN_KEPT cells. undecided: values of which a
-    bound on the median does not tell whether they are massive; they are in neither list nor count. bounded: layers, counted
+    The same by the token's own median in the place of the layer's: a variant, BY_TOKEN_KEPT cells. undecided: values that
+    a bound on the median leaves undecided; they are in neither list and not in the count. bounded: layers, counted
     from 0 among the captured, whose median is a bound and whose ratios are of the middle of it.
     """
 
@@ -39,7 +39,7 @@ class Massive:
 
 @dataclass(frozen=True)
 class Median:
-    """The two ends between which the median of a layer's magnitudes lies; equal where it is known."""
+    """Bounds of the median of a layer's magnitudes; equal if the median is known."""
 
     low: Fraction
     high: Fraction
@@ -59,7 +59,7 @@ BY_TOKEN_KEPT = 200
 
 
 def massive_activations(summary: Summary) -> Massive | None:
-    """The massive activations of a Summary, largest first; None where resid was not captured."""
+    """The massive activations of a Summary, largest first; None if resid was not captured."""
     if "resid" not in summary.sites:
         return None
     cells: list[dict[str, Any]] = []
@@ -90,13 +90,13 @@ def massive_activations(summary: Summary) -> Massive | None:
 
 
 def undecided(summary: Summary) -> bool:
-    """Whether a median that matters is a bound, so that a second look at the whole capture would tell more."""
+    """Whether a median that matters is only bounded, so that a second read of the whole capture would say more."""
     found = massive_activations(summary)
     return found is not None and bool(found.bounded)
 
 
 def median_of(summary: Summary, layer: int) -> Median:
-    """The median magnitude of a layer's finite values at resid, of which there are some."""
+    """The median magnitude of a layer's finite values at resid."""
     bins = magnitude_bins(summary.sites["resid"].histogram[layer])
     middle = middle_bins(bins)
     if middle is None:
@@ -121,7 +121,7 @@ def _half(low: float, high: float) -> Fraction:
 
 
 def _own(summary: Summary, layer: int, window: int) -> NDArray[Any]:
-    """What was counted by bits in one window of a layer, ascending."""
+    """The counts by bits in one window of a layer, ascending."""
     own: NDArray[Any] = summary.fine[summary.fine["layer"] == layer]
     first, last = summary.fine_windows[layer, window].tolist()
     bins = bin_of(own["bits"])
@@ -140,9 +140,9 @@ def _reach(sizes: NDArray[np.float64], median: Fraction) -> NDArray[np.bool_]:
 
 
 def _count(summary: Summary, layer: int, sizes: NDArray[np.float64], median: Fraction, *, possible: bool) -> int:
-    """How many values of a layer are massive where this is its median. sizes: magnitudes of the cells that are kept of it.
+    """How many values of a layer are massive if this is its median. sizes: magnitudes of the kept cells of the layer.
 
-    possible: counts what may be, where the values about the border were not counted; else what is sure.
+    possible: where the values near the border were not counted, include them; otherwise leave them out.
     """
     least, cells = Fraction(MASSIVE_RATIO) * median, int(summary.massive_cells[layer])
     if least <= Fraction(MASSIVE_MAGNITUDE):
@@ -158,7 +158,7 @@ def _count(summary: Summary, layer: int, sizes: NDArray[np.float64], median: Fra
 
 
 def _count_beyond(summary: Summary, layer: int, bins: NDArray[np.int64], least: Fraction, *, possible: bool) -> int:
-    """The float32 values from `least` on: whole bins above its own, and of that one the values, where they were counted."""
+    """The float32 values from `least` on: all bins above its own bin, and values of its own bin if they were counted."""
     nearest = np.array([min(float(np.finfo(np.float32).max), float(least))]).astype(np.float32)
     border = int(bin_of(nearest.view(np.uint32))[0])
     above = int(bins[border + 1 :].sum())

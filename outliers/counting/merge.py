@@ -1,11 +1,11 @@
-"""Summaries of disjoint sequences of one study, counted on several machines -> the exact whole.
+"""Merges summaries of disjoint sequences of one study, counted on several machines, into the exact whole.
 
     machine A: python -m outliers extract study.json --sequences 0:8      then analyze, the same
     machine B: python -m outliers extract study.json --sequences 8:16     then analyze, the same
     here:      outliers merge A/summary B/summary
 
-What travels is a summary's folder (`summary_files`), megabytes; the activations stay where they are. Nothing is counted
-again. Before it: `analyze`, elsewhere. After it: `results`.
+Only the folder of a summary (`summary_files`), a few megabytes, is sent; the activations stay on their machine. Nothing is
+counted again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Merged:
-    """What was merged: the study, the folder of the whole's summary, its sequences, and those that are missing."""
+    """A merged study: the folder of its summary, the sequences in it, and the missing ones."""
 
     prepared: Prepared
     folder: Path
@@ -46,8 +46,8 @@ class Merged:
 def merge_summaries(folders: list[Path], workspace: Workspace) -> Merged:
     """Join summaries into the workspace's summary of their study.
 
-    Raises BadInput for a folder that is no summary, SummaryMismatch for one of another study (and names what differs) or
-    with a sequence that another one has, CorruptCapture. Whoever else merges this study here is waited for.
+    Raises BadInput for a folder without a summary, SummaryMismatch for a summary of another study (with the difference) or
+    with a sequence that another summary has, CorruptCapture. Waits while another process merges this study here.
     """
     if not folders:
         raise BadInput("there is nothing to merge: give the folders of summaries")
@@ -108,7 +108,7 @@ def _join(folders: list[Path], into: Path) -> Summary:
 
 
 def _copy_counts(folder: Path, into: Path, sequences: tuple[int, ...]) -> None:
-    """The counts of single sequences, which are those of the totals, every one once: else votes would be too few, unseen."""
+    """Copy the counts of single sequences. Raises CorruptCapture if they are not those of the totals, each sequence once."""
     counted: list[int] = []
     for path in (folder / COUNTS).glob("*.npz"):
         copy = into / COUNTS / path.name
@@ -161,7 +161,7 @@ def spans(sequences: tuple[int, ...]) -> str:
 
 
 def parse_sequences(text: str | None, num_sequences: int, batch: int) -> range | None:
-    """`FIRST:STOP` as a range of sequences; None for all. BadInput where it is none, or cuts a batch."""
+    """`FIRST:STOP` as a range of sequences; None for all. Raises BadInput for an invalid range, or if it cuts a batch."""
     if text is None:
         return None
     first, colon, stop = text.partition(":")

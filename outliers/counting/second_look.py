@@ -1,10 +1,10 @@
 """A second read of a float32 capture at resid: the exact values that the 16-bit histogram puts into one bin.
 
-Whether a value is massive is asked of the median of its layer, and a histogram of float32 values rounded to bfloat16 bounds that
-to 0.4% only. So the values of the bins about the median are counted by their own bits, and those about 1,000 times it. A part
-of a corpus does not know the median of the whole: it counts further bins on both sides, and what is merged holds for the bins
-that all parts have counted. Where that is not enough the median stays a bound, and `massive` says so.
-Knows chunks and counts. Before it: `accumulate`, whose histogram says which bins. After it: `massive`.
+Whether a value is massive depends on the median of its layer, and a histogram of float32 values rounded to bfloat16 gives the
+median only to 0.4%. So the values in the bins near the median, and near 1,000 times the median, are counted by their bits. A
+part of a corpus does not know the median of the whole: it counts more bins on both sides, and merged counts hold for the bins
+that all parts have counted. If that is not enough, the median is only bounded, and `massive` reports it.
+Knows chunks and counts.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from outliers.store.chunks import ChunkFiles
 from outliers.study.layout import Layout
 
 PART_VALUES = 100_000
-"""Distinct values about the median that a part of a corpus keeps of a layer, 1.6 MB: shards of a small study have all in common,
-those of a large one medians that are a bin or two apart."""
+"""Distinct values near the median that a part of a corpus keeps for a layer, 1.6 MB: shards of a small study share all bins,
+shards of a large study have medians that are one or two bins apart."""
 LEAST_BINS = 1
-"""Bins on both sides of the median that a part keeps whatever they hold."""
+"""Bins on both sides of the median that a part always keeps."""
 BIN_VALUES = 1 << 16
 """Distinct magnitudes that round to one bfloat16."""
 ROW_BYTES = 1_000_000
 PENDING_VALUES = 1_000_000
-"""Values held before they are added up."""
+"""Values that are held before they are added up."""
 
 
 def bin_of(bits: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """The bin of magnitudes, as float32 bits without sign: bfloat16, ties to even, the largest finite one for all beyond it."""
+    """The bin of magnitudes, as float32 bits without sign: bfloat16, ties to even, larger ones are in the largest finite bin."""
     rounded = (bits.astype(np.int64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
     found: NDArray[np.int64] = np.minimum(rounded, LAST_BIN)
     return found
@@ -54,7 +54,7 @@ def magnitude_bins(histogram: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def middle_bins(bins: NDArray[np.int64]) -> tuple[int, int] | None:
-    """The bins of the two middle magnitudes; None where there is none."""
+    """The bins of the two middle magnitudes; None if there are no values."""
     upto = np.cumsum(bins)
     total = int(upto[-1])
     if not total:
@@ -64,7 +64,7 @@ def middle_bins(bins: NDArray[np.int64]) -> tuple[int, int] | None:
 
 
 def windows_of(bins: NDArray[np.int64], *, part: bool) -> NDArray[np.int64]:
-    """(2, 2): first and last bin about the median, and about 1,000 times it; (1, 0) where there is nothing to look at."""
+    """(2, 2): first and last bin near the median, and near 1,000 times the median; (1, 0) is an empty window."""
     windows = np.array([[1, 0], [1, 0]], np.int64)
     middle = middle_bins(bins)
     if middle is None:
@@ -82,7 +82,7 @@ def windows_of(bins: NDArray[np.int64], *, part: bool) -> NDArray[np.int64]:
 
 
 def _widened(bins: NDArray[np.int64], first: int, last: int) -> tuple[int, int]:
-    """More bins on both sides, as long as few enough values are in them."""
+    """Add bins on both sides: LEAST_BINS always, more while they hold at most PART_VALUES distinct values."""
     held = int(np.minimum(bins[first : last + 1], BIN_VALUES).sum())
     for step in range(LAST_BIN):
         low, high = max(0, first - 1), min(LAST_BIN, last + 1)
@@ -101,10 +101,10 @@ def look_again(
     lengths: Sequence[int],
     workers: int,
 ) -> None:
-    """Fill `fine` and `fine_windows` of a Summary of float32 values with resid; of others nothing is needed.
+    """Fill `fine` and `fine_windows` of a Summary of float32 values with resid; other Summaries stay unchanged.
 
-    lines: sequence -> its line of the journal. lengths: tokens of each of the summary's sequences. Of a whole corpus only layers
-    with a value above 100 are read, of a part of one all. Raises CorruptCapture.
+    lines: sequence -> its line of the journal. lengths: tokens of each sequence of the summary. For a whole corpus only layers
+    with a value above 100 are read, for a part of a corpus all layers. Raises CorruptCapture.
     """
     totals = summary.sites.get("resid")
     if totals is None or summary.frame.dtype != "float32":

@@ -1,8 +1,8 @@
-"""The summaries of a study's parts, on this side, until they are merged.
+"""The summaries of the shards of a study, on this computer, until they are merged.
 
-They come to `<workspace>/parts/<study_id>/<first>-<stop>/`, and `merge` joins them into exactly what one machine would have
-counted. Any number of runs may be at one study: a part is made under a lock of its own, and what is done to all of them
-under the study's (`locks.locked`). It knows no machine.
+They are in `<workspace>/parts/<study_id>/<first>-<stop>/`, and `merge` joins them into exactly what one machine would have
+counted. Several runs may work on one study: each shard has a lock, and the study has a lock for what is done to all of its
+shards (`locks.locked`). Knows no machine.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ RECORD = "part.json"
 
 
 def folder_of(part: Part, prepared: Prepared, workspace: Workspace) -> Path:
-    """Where a part's summary is on this side."""
+    """Folder for the summary of a shard on this computer."""
     return parts_folder(prepared, workspace) / f"{part.first}-{part.stop}"
 
 
 def parts_folder(prepared: Prepared, workspace: Workspace) -> Path:
-    """The folder of all parts of a study."""
+    """The folder of all shards of a study."""
     return workspace.root / "parts" / prepared.study_id
 
 
 def draft_of(part: Part, prepared: Prepared, workspace: Workspace) -> Path:
-    """Where a part's summary comes to, before it is whole; not among the parts, which another run may remove."""
+    """Folder for the summary of a shard until it is complete; not among the shards, which another run may remove."""
     return workspace.root / "parts" / f".{prepared.study_id}-{part.first}-{part.stop}"
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """What is told of a part's making, beside its summary and after it: then the part is whole."""
+    """Write how a shard was made, after its summary and next to it: this marks the shard as complete."""
     write_sealed(folder / RECORD, record)
 
 
 def read_record(part: Part, prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
-    """What is told of the making of a part that is here. Raises CorruptCapture."""
+    """How a shard on this computer was made. Raises CorruptCapture."""
     path = folder_of(part, prepared, workspace) / RECORD
     found = read_sealed(path)
     if found is None:
@@ -51,7 +51,7 @@ def read_record(part: Part, prepared: Prepared, workspace: Workspace) -> dict[st
 
 
 def place_part(part: Part, prepared: Prepared, workspace: Workspace) -> None:
-    """A part's draft, which has its record, becomes the part: whole, in one step. Under the study's lock."""
+    """Move the draft of a shard, with its record, to its folder, in one step. Call it under the study's lock."""
     target = folder_of(part, prepared, workspace)
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,21 +59,21 @@ def place_part(part: Part, prepared: Prepared, workspace: Workspace) -> None:
 
 
 def remove_parts(prepared: Prepared, workspace: Workspace) -> None:
-    """All that is here of a study's parts: they are in the whole. Under the study's lock."""
+    """Remove all shards of a study after they are merged. Call it under the study's lock."""
     shutil.rmtree(parts_folder(prepared, workspace), ignore_errors=True)
 
 
 def study_lock(prepared: Prepared, workspace: Workspace) -> Path:
-    """The lock of who joins, places or removes a study's parts."""
+    """The lock to merge, place or remove the shards of a study."""
     return workspace.root / LOCKS / prepared.study_id
 
 
 def part_lock(part: Part, prepared: Prepared, workspace: Workspace) -> Path:
-    """The lock of who makes a part; it is taken before the study's."""
+    """The lock to make a shard; it is taken before the study's lock."""
     return workspace.root / LOCKS / f"{prepared.study_id}-{part.first}-{part.stop}"
 
 
 def is_here(part: Part, prepared: Prepared, workspace: Workspace) -> bool:
-    """Whether the summary of a part has come, whole and as it was written."""
+    """Whether the summary of a shard is on this computer, complete and unchanged."""
     folder = folder_of(part, prepared, workspace)
     return read_sealed(folder / RECORD) is not None and has_summary(folder)

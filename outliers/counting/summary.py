@@ -1,9 +1,8 @@
-"""Summary: what is known of a set of tokens, as a commutative monoid.
+"""Summary: the statistics of a set of tokens, as a commutative monoid.
 
 Its atom is a token with all its captured sites and layers. `merge` joins Summaries of disjoint sequences. Everything that
 a reading, a rank or a list depends on is integers or selections and bit-identical under any order, chunking or number of
-workers; the per-feature moments are float64 sums and agree to 1e-12. Knows arrays, nothing of files or models. Before it:
-`accumulate`, which fills one. After it: `criteria`, `results`.
+workers; the per-feature moments are float64 sums and agree to 1e-12. Knows arrays, nothing of files or models.
 """
 
 from __future__ import annotations
@@ -15,15 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.counting.bits import PATTERNS
+from outliers.counting.kernels.arguments import Totals
 from outliers.errors import SummaryMismatch
 from outliers.spec import BLOCK, has_block
 
 TOP_TOKENS = 16
-"""Tokens kept for each feature: those of largest magnitude."""
+"""Tokens of largest magnitude that are kept for each feature."""
 MASSIVE_MAGNITUDE = 100.0
 """Massive activations exceed this (Sun et al. 2024, arXiv 2402.17762, section 2)."""
 MASSIVE_RATIO = 1000.0
-"""And are at least so many times the median magnitude, of their layer or of their token."""
+"""They are at least MASSIVE_RATIO times the median magnitude of their layer, or of their token."""
 MASSIVE_KEPT = 1_000
 """Cells kept for each layer as candidates of massive activations, by magnitude."""
 POSITION_BINS = 64
@@ -45,12 +45,12 @@ FINE = np.dtype([("layer", "<i4"), ("bits", "<u4"), ("count", "<i8")])
 LAST_BIN = 0x7F7F
 """The largest finite magnitude of bfloat16: the last bin of float32 values."""
 ALL_BINS = ((0, LAST_BIN), (0, LAST_BIN))
-"""Of a layer without values: nothing of it was left out."""
+"""Windows of a layer without values: they leave out nothing."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What all Summaries of one study share; those of different frames don't merge."""
+    """What all Summaries of one study share; Summaries with different frames don't merge."""
 
     study_id: str
     dtype: str
@@ -68,16 +68,16 @@ class Frame:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that are counted: the captured ones, and block where it can be had."""
+        """The sites that are counted: the captured ones, and block if both of its sites are captured."""
         return (*self.captured, BLOCK) if has_block(self.captured) else self.captured
 
     def width(self, site: str) -> int:
-        """Features of a site; a block's are the hidden dimensions."""
+        """Features of a site; the features of block are the hidden dimensions."""
         return dict(self.widths)["attn_in" if site == BLOCK else site]
 
     @property
     def block_width(self) -> int:
-        """Features of block; 0 where it can't be had."""
+        """Features of block; 0 if its sites are not captured."""
         return self.width(BLOCK) if has_block(self.captured) else 0
 
     @property
@@ -136,9 +136,9 @@ class SiteTotals:
         )
 
     @property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        """What `kernel_totals.settle` adds to, in its order."""
-        return self.hits, self.first_hits, self.min, self.max, self.finite, self.nonfinite, self.histogram
+    def arrays(self) -> Totals:
+        """The arrays that `kernels.totals` adds to."""
+        return Totals(self.hits, self.first_hits, self.min, self.max, self.finite, self.nonfinite, self.histogram)
 
     def merged(self, other: SiteTotals) -> SiteTotals:
         pick = {"max": np.maximum, "min": np.minimum}

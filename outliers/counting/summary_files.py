@@ -1,11 +1,11 @@
-"""The private form of a Summary on disk: never published, it travels from a machine to whoever merges.
+"""The private form of a Summary on disk: never published, only sent from a machine to the computer that merges.
 
     <summary>/totals.npz            the totals
-    <summary>/checksums.json        every file of the summary with its checksum, written last: a folder with it is finished
+    <summary>/checksums.json        every file of the summary with its checksum, written last: it marks a complete folder
     <summary>/sequences/<first>.npz counts of single sequences at the deciding magnitude, sparse, some sequences a file
-    <summary>/study.json            the study, nothing left open (`prepare.Prepared`): merging refuses what is of another
+    <summary>/study.json            the prepared study (`prepare.Prepared`): merging refuses summaries of another study
 
-Knows arrays and files, nothing of how they were counted. Before it: `analyze`. After it: `results`, `merge`.
+Knows arrays and files, nothing of how they were counted.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from outliers.files.sealed import check_folder, seal_folder
 from outliers.untrusted.npz import open_npz
 
 MAX_LAYERS, MAX_FEATURES, MAX_MAGNITUDES = 1_024, 1 << 17, 33
-"""What summary.json may have too (`schema`, which is not imported for its Arrow)."""
+"""The limits of summary.json (`results.schema`, which is not imported because it loads Arrow)."""
 COUNTS = "sequences"
 TOTALS = "totals.npz"
 STUDY = "study.json"
 BATCH_SEQUENCES = 64
 BATCH_BYTES = 8_000_000
-"""A file of counts is closed at the first of both: neither their number nor what is held in memory grows."""
+"""A file of counts is closed at the first of these limits, which bounds the number of files and the memory."""
 UNREADABLE = (
     ValueError,
     KeyError,
@@ -45,7 +45,7 @@ UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What numpy and zipfile raise for an archive that is not one."""
+"""What numpy and zipfile raise for an invalid archive."""
 
 
 @dataclass
@@ -54,8 +54,8 @@ class SequenceCounts:
 
     hits: site -> (L, W) int64. union: site -> (W,) int64. hooks: (W,) int64, hooks of both block sites with a hit by
     the legacy rule; legacy_union: (W,) int64, tokens with such a hit. tokens: of the sequence. reach: site -> (L,)
-    float32, the largest finite magnitude. nll: its negative log-likelihood in nats over nll_tokens tokens, 0 of 0 where it
-    was not measured.
+    float32, the largest finite magnitude. nll: its negative log-likelihood in nats over nll_tokens tokens, 0 of 0 if it was
+    not measured.
     """
 
     sequence: int
@@ -70,7 +70,7 @@ class SequenceCounts:
 
 
 class CountsWriter:
-    """Writes the counts of sequences, given in ascending order, as files of a few each; memory holds one file's."""
+    """Writes the counts of sequences, given in ascending order, in files of several sequences; holds one file in memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / COUNTS
@@ -79,7 +79,7 @@ class CountsWriter:
         self._bytes = 0
 
     def add(self, counts: SequenceCounts) -> None:
-        """Keep one sequence's counts, and write a file when there are enough."""
+        """Keep the counts of one sequence, and write a file at the limits."""
         row = _sparse(counts)
         self._rows.append(row)
         self._bytes += sum(array.nbytes for array in row.values())
@@ -87,7 +87,7 @@ class CountsWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept."""
+        """Write the kept counts."""
         if not self._rows:
             return
         arrays: dict[str, NDArray[Any]] = {}
@@ -184,13 +184,13 @@ _WHOLE = (
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
-    """Write the totals, whole, and last the checksums of all that is there."""
+    """Write the totals, and last the checksums of all files."""
     arrays: dict[str, NDArray[Any]] = {name: getattr(summary, name) for name in _WHOLE}
     arrays["tokens"] = np.array(summary.tokens)
     arrays["frame"] = np.array(json.dumps(summary.frame.__dict__))
     for site, totals in summary.sites.items():
         arrays |= {f"{site}.{name}": value for name, value in totals.__dict__.items() if name != "histogram"}
-        # all but a few of the patterns are never used
+        # few patterns are used
         layer, pattern = np.nonzero(totals.histogram)
         arrays[f"{site}.histogram"] = np.stack([layer, pattern, totals.histogram[layer, pattern]])
     temporary = folder / ".totals.npz"
@@ -202,12 +202,12 @@ def write_summary(folder: Path, summary: Summary) -> None:
 
 
 def has_summary(folder: Path) -> bool:
-    """Whether there is a finished summary, every file of it as it was written."""
+    """Whether there is a complete summary, with every file as it was written."""
     return (folder / TOTALS).exists() and check_folder(folder)
 
 
 def read_summary(folder: Path) -> Summary:
-    """The Summary in `folder`. Raises CaptureError where there is none, CorruptCapture where it can't be read."""
+    """The Summary in `folder`. Raises CaptureError if there is none, CorruptCapture if it can't be read."""
     path = folder / TOTALS
     if not path.exists():
         raise CaptureError(f"there is no summary in {folder}: analyze first")
@@ -235,7 +235,7 @@ def read_summary(folder: Path) -> Summary:
 
 
 def _check_frame(frame: Frame, stored: Any) -> None:
-    """ValueError where the frame is not that of the arrays: a Summary takes the memory that its frame says."""
+    """Raise ValueError if the frame does not match the arrays: the memory of a Summary follows from its frame."""
     layers, widths = frame.num_layers, dict(frame.widths)
     known = 1 <= layers <= MAX_LAYERS and 1 <= len(frame.ladder) <= MAX_MAGNITUDES and 1 <= frame.positions < 1 << 31
     if not known or not widths or not all(1 <= width <= MAX_FEATURES for width in widths.values()):

@@ -1,4 +1,4 @@
-"""The captures that a workspace holds: the gigabytes that nothing else frees."""
+"""Lists, finds and removes the captures of a workspace, which nothing else removes."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def list_captures(workspace: Workspace) -> tuple[Held, ...]:
                 done = len(Journal.open(folder / "journal.jsonl").done)
                 model, total = str(fingerprint["fixed"].get("model", "?")), layout_from(fingerprint).num_sequences
         except CaptureError:
-            pass  # shown as damaged, so that it can be looked into or removed
+            pass  # listed as damaged, so that a person can examine or remove it
         found.append(Held(capture_id=name, model=model, done=done, of_sequences=total, bytes=held_bytes(folder)))
     return tuple(found)
 
 
 def find_capture(workspace: Workspace, name: str) -> Path:
-    """The folder of a capture, named by its id or by a path; the workspace is only read. Raises BadInput for an unknown one."""
+    """The folder of a capture, given by id or path; only reads the workspace. Raises BadInput if it is unknown."""
     folder = Path(name).expanduser().absolute() if os.sep in name else workspace.capture(name)
     if os.sep in name and (folder / "capture.json").exists():
         return folder
@@ -61,13 +61,13 @@ def find_capture(workspace: Workspace, name: str) -> Path:
 
 
 def remove_capture(workspace: Workspace, capture_id: str) -> int:
-    """Remove one capture; returns the bytes that this frees. Raises BadInput for an unknown one, Busy for one in use."""
+    """Remove one capture; returns the bytes that this frees. Raises BadInput if it is unknown, Busy if it is in use."""
     folder = find_capture(workspace, capture_id)
     if folder.parent != workspace.captures:
         raise BadInput(f"{folder} is not in {workspace.root}: give its workspace with --workspace, and its id")
     held = held_bytes(folder)
     with hold(folder):
-        # first what says that anything is done: a removal that is cut short leaves nothing that could be believed
+        # the journal first: an interrupted removal then leaves no sequence that counts as done
         (folder / "journal.jsonl").unlink(missing_ok=True)
         shutil.rmtree(folder)
     return held

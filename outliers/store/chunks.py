@@ -1,14 +1,13 @@
-"""The capture on disk: a Zarr group of activations, beside the journal that alone says what of it is done.
+"""The capture on disk: a Zarr group of activations, and a journal that alone says which sequences are done.
 
-    <capture>/capture.json       the conditions that resume checks (`fingerprint`)
-    <capture>/activations.zarr/  one array a site (layer, sequence, position, feature), and token_ids, lengths, mask
-    <capture>/journal.jsonl      a line a finished sequence: checksums of its chunks, bytes (`journal`)
+    <capture>/capture.json       the conditions that a resumed capture must match (`fingerprint`)
+    <capture>/activations.zarr/  one array for each site (layer, sequence, position, feature), and token_ids, lengths, mask
+    <capture>/journal.jsonl      a line for each finished sequence: checksums of its chunks, bytes (`journal`)
     <capture>/lock               held by the process that writes
 
-An uncompressed chunk is just its bytes, so chunks are written here as files, whole and once (`durable`), and are on the
-disk before the journal names them, which zarr's own store does not see to; zarr opens the result. bfloat16 is stored as its
-bits in uint16: zarr has no such dtype. Knows bytes and indices, nothing of models. Before it: `capture`, with a
-`layout`. After it: `summary`.
+An uncompressed chunk is just its bytes, so this module writes chunks as files, whole and once (`durable`), and they are on
+the disk before the journal names them, which zarr's own store does not ensure. zarr opens the result. bfloat16 is stored as
+its bits in uint16: zarr has no such dtype. Knows bytes and indices, nothing of models.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ ARRAYS = "activations.zarr"
 
 
 def create_arrays(folder: Path, layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
-    """Write the group's metadata and side arrays into `folder`/activations.zarr, durably, the folders' names too."""
+    """Write the group's metadata and side arrays into `folder`/activations.zarr; they and their folders are on the disk then."""
     mend_arrays(folder, layout, token_ids, lengths)
     for place in (folder.parent, folder.parent.parent):
         sync_folder(place)
@@ -46,9 +45,9 @@ def create_arrays(folder: Path, layout: Layout, token_ids: NDArray[np.int32], le
 def mend_arrays(
     folder: Path, layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]
 ) -> tuple[str, ...]:
-    """Write what is missing of the metadata and side arrays, or is not what it was; returns the names of those files.
+    """Write the files of metadata and side arrays that are missing or changed; returns their names.
 
-    Raises CaptureError where something is in the way.
+    Raises CaptureError if a file is in the place of a folder.
     """
     root, mended = folder / ARRAYS, []
     for name, content in group_files(layout, token_ids, lengths).items():
@@ -67,7 +66,7 @@ def mend_arrays(
 
 
 def same_file(name: str, found: bytes, wanted: bytes) -> bool:
-    """Whether a file of the group says what it should: metadata in its meaning, foreign attributes allowed; others in bytes."""
+    """Whether a file of the group has the wanted content: metadata by meaning, with other attributes allowed; others by bytes."""
     if not name.endswith("zarr.json"):
         return found == wanted
     try:
@@ -79,7 +78,7 @@ def same_file(name: str, found: bytes, wanted: bytes) -> bool:
 
 
 def group_files(layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> dict[str, bytes]:
-    """Every file of the group but the chunks of activations: name below activations.zarr -> content."""
+    """Every file of the group except the chunks of activations: name below activations.zarr -> content."""
     import zarr
     from zarr.storage import MemoryStore
 
@@ -139,16 +138,16 @@ class ChunkFiles:
         return Path(self._file(site, layer, sequence, chunk))
 
     def _file(self, site: str, layer: int, sequence: int, chunk: int) -> str:
-        # a Path for every chunk costs more than opening it
+        # making a Path for every chunk takes longer than opening the file
         return f"{self._place}/{site}/c.{layer}.{sequence}.{chunk}.0"
 
     def write(
         self, site: str, layer: int, sequence: int, values: NDArray[Any], unsynced: Unsynced
     ) -> list[tuple[int, int]]:
-        """Write one layer of one sequence; nothing is durable before `unsynced` was waited for.
+        """Write one layer of one sequence; it is durable after `unsynced.sync()`.
 
-        values: (position, feature) in the storage dtype, as many positions as the sequence has tokens; the rest of the
-        last chunk is filled with NaN. Returns (crc32, bytes) of each chunk.
+        values: (position, feature) in the storage dtype, a position for each token of the sequence; the rest of the last
+        chunk is filled with NaN. Returns (crc32, bytes) of each chunk.
         """
         written = []
         for chunk in range(self.layout.chunks_of(values.shape[0])):
@@ -163,12 +162,12 @@ class ChunkFiles:
         return written
 
     def read(self, site: str, layer: int, sequence: int, chunk: int, crc32: int) -> NDArray[Any]:
-        """One chunk: (position, feature) in the storage dtype, padding cut off. Raises CorruptCapture."""
+        """One chunk without padding: (position, feature) in the storage dtype. Raises CorruptCapture."""
         path = self.path(site, layer, sequence, chunk)
         try:
             content = path.read_bytes()
         except FileNotFoundError as error:
-            raise CorruptCapture(f"{path} is journaled and not there: {way_out(self.root.parent)}") from error
+            raise CorruptCapture(f"{path} is in the journal, but missing: {way_out(self.root.parent)}") from error
         except OSError as error:
             raise CorruptCapture(f"{path} can't be read ({error.strerror}): {way_out(self.root.parent)}") from error
         if crc32_of(content) != crc32:
@@ -180,10 +179,10 @@ class ChunkFiles:
     def tiles(
         self, site: str, layer: int, sequence: int, chunk: int, crc32: int, buffer: NDArray[Any]
     ) -> Iterator[NDArray[Any]]:
-        """One chunk in runs of positions, the padding of the last chunk too: views of `buffer`, each valid until the next.
+        """One chunk in runs of positions, with the padding of the last chunk: views of `buffer`, each valid until the next.
 
         buffer: (position, feature) unsigned integers of the values' size. The file is read once, run by run, and its
-        checksum compared at the end: what is counted of a chunk stands only once this has ended. Raises CorruptCapture.
+        checksum is compared at the end: counts of a chunk are valid only after the last run. Raises CorruptCapture.
         """
         rows, left = buffer.shape[0], self.chunk_positions
         if self.layout.codec != "none":
@@ -198,7 +197,7 @@ class ChunkFiles:
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise CorruptCapture(f"{path} is journaled and not there: {way_out(self.root.parent)}") from error
+            raise CorruptCapture(f"{path} is in the journal, but missing: {way_out(self.root.parent)}") from error
         try:
             while left > 0 and whole_file:
                 run = buffer[:left]
@@ -224,7 +223,7 @@ class ChunkFiles:
         )
 
     def named_by(self, entry: dict[str, Any]) -> Iterator[NamedChunk]:
-        """The chunks of a journal line. Raises CorruptCapture where it doesn't name them all."""
+        """The chunks of a journal line. Raises CorruptCapture if it does not name all of them."""
         layers, sequence = len(self.layout.layers), entry["sequence"]
         for site in self.layout.stored:
             crcs, sizes = entry.get("crc32", {}).get(site, ()), entry.get("sizes", {}).get(site, ())
@@ -254,7 +253,7 @@ class ChunkFiles:
 
 
 def _fill(file: int, content: memoryview) -> bool:
-    """Read until `content` is full; False where the file ends before."""
+    """Read until `content` is full; False if the file ends before."""
     while content:
         count = os.readv(file, [content])
         if not count:
@@ -265,7 +264,7 @@ def _fill(file: int, content: memoryview) -> bool:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a capture for this process: two writers would tear it. Raises Busy."""
+    """Hold the lock of a capture, since two writers would corrupt it. Raises Busy."""
     with (folder / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

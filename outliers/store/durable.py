@@ -1,8 +1,7 @@
-"""Files of a capture on the disk: written whole, many at a time, and waited for before anything says that they are there.
+"""Writes files of a capture whole, many at a time, and waits until the disk has them before the journal names them.
 
-A file is written under a temporary name and renamed, so that a process that is killed leaves the old one or the new one; a
-power cut is what waiting is for. Knows bytes and paths, nothing of what they are. Before it: `store`. After it: the journal,
-which names files that the disk has.
+A file is written under a temporary name and renamed, so that a killed process leaves the old file or the new one; waiting
+protects against a power cut. Knows bytes and paths, nothing of their content.
 """
 
 from __future__ import annotations
@@ -19,23 +18,22 @@ from outliers.errors import CaptureError
 from outliers.files.atomic import CAN_SYNC_ALL, start_writing, sync_all, sync_folder, unfinished_name, write_all
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""What a disk that takes no more answers: left as OSError, for the command knows how much is free."""
+"""Errors of a full or read-only disk: they stay OSError, since the command reports how much is free."""
 
 MOST_UNSYNCED = 64
-"""Chunks of one batch that are open and on their way to the disk, where each is waited for. A process may have 1,024 files
-open by default."""
+"""Files of one batch that are open at once, where each file is waited for. A process may have 1,024 files open by default."""
 
 _LEFTOVER = re.compile(r"\.(c(\.\d+){4}|zarr\.json|\d+)\.tmp")
-"""Names of files that `write_durably` was writing when the process died."""
+"""Names of files that `write_durably` was writing when the process was killed."""
 
 
 class Unsynced:
-    """Files of one batch below `folder` that the disk may not have yet; `sync` waits until it has them and their names.
+    """Files of one batch below `folder` that may not be on the disk yet; `sync` waits until they and their names are.
 
-    Their bytes are on the way to the disk while the next ones are written. Where the kernel can wait for a whole file system
-    and tell its errors (Linux from 5.8), that is one wait a batch; elsewhere each file is kept open and waited for.
-    Waiting for each file as it is written was 2.5 times slower, and each wait cost the model time too
-    (docs/performance.md). Used by several threads; made before the first file is written, so that no error is missed.
+    The disk writes them while the next ones are prepared. If the kernel can wait for a whole file system and report its
+    errors (Linux from 5.8), a batch takes one wait; otherwise each file is kept open and waited for. Waiting for each file as
+    it is written was 2.5 times slower, and each wait slowed the model too (docs/performance.md). Several threads use it; it
+    must be made before the first file is written, so that it sees every error.
     """
 
     def __init__(self, folder: Path, *, whole: bool = CAN_SYNC_ALL, most: int = MOST_UNSYNCED) -> None:
@@ -66,13 +64,13 @@ class Unsynced:
             disk, self._disk = self._disk, None
         if disk is not None:
             try:
-                with _told(str(self._folder)):
+                with _named_errors(str(self._folder)):
                     sync_all(disk)
             finally:
                 os.close(disk)
         _wait_for(old)
         for folder in sorted(self._folders):
-            with _told(folder):
+            with _named_errors(folder):
                 sync_folder(Path(folder))
 
     def __del__(self) -> None:
@@ -87,7 +85,7 @@ def _wait_for(files: list[tuple[str, int]]) -> None:
     try:
         while files:
             path, handle = files[0]
-            with _told(path):
+            with _named_errors(path):
                 os.fsync(handle)
             files.pop(0)
             os.close(handle)
@@ -102,7 +100,7 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
     Raises OSError where the disk is full or read-only, CaptureError where it can't be written for another reason.
     """
     name = str(path)
-    with _told(name):
+    with _named_errors(name):
         handle = _write(name, content)
         try:
             os.fsync(handle)
@@ -118,7 +116,7 @@ def write_soon(path: str, content: bytes | memoryview, unsynced: Unsynced) -> No
     plain text here: this is done for every chunk, by threads that the model's own thread has to wait for while they
     are in Python.
     """
-    with _told(path):
+    with _named_errors(path):
         handle = _write(path, content)
         try:
             start_writing(handle)
@@ -135,7 +133,7 @@ def _temporary(path: str) -> str:
 
 
 def _write(path: str, content: bytes | memoryview) -> int:
-    """A handle of a file with the bytes under the temporary name of `path`."""
+    """Write the bytes under the temporary name of `path`; returns the open handle."""
     handle = os.open(_temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         write_all(handle, content)
@@ -146,8 +144,8 @@ def _write(path: str, content: bytes | memoryview) -> int:
 
 
 @contextlib.contextmanager
-def _told(path: str) -> Iterator[None]:
-    """What the disk answers while a file is written: no room is left as OSError, all else a CaptureError that names it."""
+def _named_errors(path: str) -> Iterator[None]:
+    """Raise errors of writing a file as CaptureError with its name; errors of a full disk stay OSError."""
     try:
         yield
     except OSError as error:
@@ -156,14 +154,14 @@ def _told(path: str) -> Iterator[None]:
         if error.errno in NO_ROOM:
             raise
         raise CaptureError(
-            f"{path} can't be written ({error.strerror}): what is in its way, or the disk, needs a look; what is journaled stays"
+            f"{path} can't be written ({error.strerror}): check this path and the disk; journaled sequences stay valid"
         ) from error
 
 
 def drop_leftovers(folder: Path, arrays: str) -> None:
-    """Remove what was being written when a process died: files of this program alone, whatever else lies there.
+    """Remove files that were unfinished when a process was killed; only files of this program.
 
-    arrays: name of the folder below which they are looked for in every folder.
+    arrays: name of the folder whose subfolders are searched.
     """
     for path in folder.iterdir():
         if unfinished_name(path.name) is not None:
@@ -175,5 +173,5 @@ def drop_leftovers(folder: Path, arrays: str) -> None:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file of this name is one that `write_durably` had not finished."""
+    """Whether this is the name of a file that `write_durably` did not finish."""
     return _LEFTOVER.fullmatch(name) is not None

@@ -1,7 +1,6 @@
-"""capture.json: under which conditions a capture was begun, and its layout; with a checksum, since a resume obeys it.
+"""capture.json: the conditions under which a capture began, and its layout; with a checksum, since a resumed capture obeys it.
 
-Knows the file and its format, not which conditions there are: `capture` says and compares those. Before it: `layout`. After it:
-`store`, `captures` and `verify`, which find the arrays by what it says.
+Knows the file and its format, not the conditions: `capture.extract` names and compares them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from outliers.study.layout import Layout
 
 
 def shapes_of(layout: Layout) -> dict[str, Any]:
-    """A Layout as JSON holds it; `layout_from` reads it."""
+    """A Layout as JSON values; `layout_from` reads it."""
     return dict(layout.__dict__)
 
 
@@ -39,10 +38,10 @@ def layout_from(fingerprint: dict[str, Any]) -> Layout:
 
 
 def difference(found: dict[str, Any], fixed: dict[str, Any]) -> str | None:
-    """How the conditions that a capture was begun under, as a fingerprint has them, differ from `fixed`; None where they don't.
+    """How the conditions of a fingerprint differ from `fixed`; None if they don't.
 
-    A condition that the fingerprint does not have is no difference, for the first captures tell less; but where that version
-    looked for it (`looked_for`), it was not there.
+    A condition that the fingerprint lacks is no difference, since the first captures recorded fewer; but if that version looked
+    for it (`looked_for`), it was absent.
     """
     before, looked_for = found["fixed"], found.get("looked_for", [])
     for name in dict.fromkeys((*fixed, *looked_for)):
@@ -57,7 +56,7 @@ def difference(found: dict[str, Any], fixed: dict[str, Any]) -> str | None:
 
 
 def write_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Write capture.json, with a checksum of its content: a changed thread count or shape would be quietly obeyed."""
+    """Write capture.json, with a checksum: otherwise a resumed capture would obey a changed thread count or shape."""
     content = fingerprint | {"crc32": _content_crc(fingerprint)}
     write_atomic(folder / "capture.json", json.dumps(content, indent=1, sort_keys=True).encode())
 
@@ -68,9 +67,9 @@ def _content_crc(fingerprint: dict[str, Any]) -> int:
 
 
 def read_fingerprint(folder: Path) -> dict[str, Any] | None:
-    """capture.json, or None where no capture was begun; the first ones have no checksum.
+    """capture.json, or None if there is no capture; the first captures have no checksum.
 
-    Raises CorruptCapture, CaptureMismatch for a newer format.
+    Raises CorruptCapture, and CaptureMismatch for a newer format.
     """
     path = folder / "capture.json"
     if not path.exists():

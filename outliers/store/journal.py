@@ -1,11 +1,10 @@
-"""The journal of a capture: what of it is done, and nothing else says so.
+"""The journal of a capture, the only record of its finished sequences.
 
     {"sequence": 3, "crc32": {site: [...]}, "sizes": {site: [...]}, "bytes": ..., "line_crc32": ...}
     {"sequence": 3, "redo": true, "line_crc32": ...}
 
-A line is appended and fsynced after the chunks it names and their folders are; the last line of a sequence counts. A line
-with `redo` takes it back: `verify` found its chunks damaged. Knows lines, nothing of chunks or shapes. Before it:
-`forward`, which finishes batches. After it: whoever asks what is done.
+A line is appended and fsynced after the chunks it names and their folders; the last line of a sequence counts. A line with
+`redo` withdraws the sequence, because `verify` found its chunks damaged. Knows lines, nothing of chunks or shapes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from outliers.files.atomic import sync_folder, write_all, write_atomic
 
 
 def way_out(folder: Path) -> str:
-    """What to do about a damaged capture, for the end of a message."""
+    """The remedy for a damaged capture, for the end of a message."""
     return (
         f"`outliers verify {shlex.quote(str(folder))} --repair` marks what is damaged, and the same study then computes "
         "that alone again"
@@ -33,13 +32,13 @@ def way_out(folder: Path) -> str:
 
 
 _LONG = ("crc32", "sizes")
-"""Of a line: as many numbers as a sequence has chunks."""
+"""Fields of a line that have a number for each chunk of the sequence."""
 
 
 class Journal:
     """Lines of finished sequences. `done`: sequence -> its last line; `damaged`: numbers of lines that can't be read.
 
-    Lines that were appended by this very object are kept without what names their chunks.
+    Lines that this object appends are kept in memory without the fields that name their chunks.
     """
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
@@ -61,8 +60,8 @@ class Journal:
     ) -> Journal:
         """Read the journal; a torn last line is dropped, and with `repair` cut off the file.
 
-        keep: line -> what to hold of it in memory (default: all of it). Raises CorruptCapture for a damaged line, or with
-        `tolerant` goes on and notes its number.
+        keep: line -> what of it to keep in memory (default: all). Raises CorruptCapture for a damaged line, or with
+        `tolerant` continues and notes its number.
         """
         journal = cls(path, keep)
         content = path.read_bytes() if path.exists() else b""
@@ -82,7 +81,7 @@ class Journal:
         return journal
 
     def append(self, entries: list[dict[str, Any]]) -> None:
-        """Record finished sequences in one durable write, or none of them: OSError."""
+        """Record finished sequences in one durable write. Raises OSError, and then none is recorded."""
         lines = b"".join(_line(entry) for entry in entries)
         with self._lock:
             if self._failed is not None:
@@ -94,7 +93,7 @@ class Journal:
                     write_all(file.fileno(), lines)
                     os.fsync(file.fileno())
                 except OSError as error:
-                    # half a line must not stay, nor another follow it: it would stand damaged in the middle for good
+                    # no partial line may stay or be followed: it would be a damaged line in the middle of the file
                     self._failed = error
                     with contextlib.suppress(OSError):
                         file.truncate(size)
@@ -102,15 +101,15 @@ class Journal:
             if not begun:
                 sync_folder(self.path.parent)
             for entry in entries:
-                # checksums are for whoever opens the journal: here they would grow with the corpus
+                # only a reader of the file needs checksums: here their memory would grow with the corpus
                 self._note({name: value for name, value in entry.items() if name not in _LONG})
 
     def redo(self, sequences: list[int]) -> None:
-        """Take sequences back, durably: they are not done any more."""
+        """Withdraw sequences, durably: they are not done any more."""
         self.append([{"sequence": sequence, "redo": True} for sequence in sequences])
 
     def rewrite(self) -> None:
-        """Replace the file, whole, by the lines that count; `damaged` ones are gone."""
+        """Replace the file by the lines that count, without the damaged ones."""
         write_atomic(self.path, b"".join(_line(entry) for entry in self.done.values()))
         self.damaged = []
 
@@ -128,7 +127,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The entry of one whole line; None where it is not what was written."""
+    """The entry of one complete line; None if it is not what was written."""
     try:
         entry: dict[str, Any] = json.loads(line)
         sound = isinstance(entry["sequence"], int) and _line(entry) == line + b"\n"

@@ -1,9 +1,9 @@
-"""That a capture was taken back by `verify --repair`: nothing answers for it until it is whole and its results were checked.
+"""Marks a capture that `verify --repair` changed: its results are not reused until it is complete and they were checked.
 
-    <capture>/repaired.json    there from the repair until a report of the capture has come to the digest it had
+    <capture>/repaired.json    from the repair until a report of the capture has the same digest as before
 
-Knows the mark, not what was damaged: the journal says what is to be computed. Before it: `verify`. After it: `outcome`,
-which then doesn't answer, and `reporting`, which compares and takes the mark away.
+Knows the mark, not the damage: the journal says which sequences to compute. `publish.outcome` does not answer from a marked
+capture; the report compares the results and removes the mark.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ MARK = "repaired.json"
 
 
 def mark_repaired(folder: Path, sequences: Iterable[int]) -> None:
-    """Note that sequences of a capture were taken back. Raises OSError."""
+    """Note that sequences of a capture were withdrawn. Raises OSError."""
     write_sealed(folder / MARK, {"sequences": sorted(sequences), "time": time.time()})
 
 
 def is_repaired(workspace: Workspace, capture_id: str) -> bool:
-    """Whether a capture, or a part of it on this computer, was taken back and is to be computed again."""
-    # that the file is there is all it says: a damaged one says it too
+    """Whether a capture, or a shard of it on this computer, is marked."""
+    # only the existence of the file counts, also of a damaged one
     return any((folder / MARK).exists() for folder in _folders(workspace, capture_id))
 
 
 def forget_repair(workspace: Workspace, capture_id: str) -> None:
-    """The capture is whole, and its results are what they were."""
+    """Remove the mark: the capture is complete, and its results are the same."""
     for folder in _folders(workspace, capture_id):
         (folder / MARK).unlink(missing_ok=True)
 

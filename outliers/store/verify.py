@@ -1,13 +1,11 @@
-"""Is a capture what was written? Every checksum, the metadata, the token ids, and what lies there that nobody named.
+"""Checks that a capture is what was written: every checksum, the metadata, the token ids, and unknown files.
 
-Reads a capture, finished or not, without the model or the study, and goes on after the first damage. With `repair` what
-is damaged is taken back in the journal, so that the next extraction computes that alone. Before it: `capture`, and the
-disk since. After it: whoever asked.
+Reads a capture, finished or not, without the model or the study, and continues after the first damage. With `repair` damaged
+sequences are withdrawn in the journal, so that the next extraction computes only those.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -22,7 +20,7 @@ from isal.isal_zlib import crc32 as crc32_of
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from outliers.corpus.tokens import token_hash
+from outliers.corpus.ids import lengths_hash, token_hash
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.events.stream import Reporter
 from outliers.store.chunks import ARRAYS, ChunkFiles, Journal, NamedChunk, group_files, hold, same_file
@@ -33,9 +31,9 @@ from outliers.store.repair import mark_repaired
 from outliers.study.layout import Layout
 
 NAMED = 5
-"""Damages that a message names; of the rest it gives the number."""
+"""Damages that a message names; it gives the number of the others."""
 WORKERS = 4
-"""Threads that read. On two cores one read a capture in memory at 1.1 GB/s and four at 2.0, more not faster."""
+"""Threads that read. On two cores one thread read a cached capture at 1.1 GB/s, four at 2.0; more were not faster."""
 _SIDE = ("token_ids", "lengths", "mask")
 _CHUNK = re.compile(r"c\.\d+\.(\d+)\.\d+\.0")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
@@ -43,7 +41,7 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 class Damage(BaseModel):
-    """One thing that is not what was written. `layer` is the model's; checksums are CRC-32 in hex, of chunks alone."""
+    """One difference from what was written. `layer` is the model's; checksums are CRC-32 in hex, only of chunks."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -62,7 +60,7 @@ class Damage(BaseModel):
 
 
 class Verification(BaseModel):
-    """What was found. `damage` is empty where all that is journaled is what was written, finished or not."""
+    """The result of a check. `damage` is empty if everything in the journal is as it was written, finished or not."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -70,7 +68,7 @@ class Verification(BaseModel):
     folder: str
     model: str
     done: int
-    """Sequences that are journaled and sound."""
+    """Sequences that are journaled and undamaged."""
     of_sequences: int
     chunks: int
     """Chunks that were checked."""
@@ -78,14 +76,14 @@ class Verification(BaseModel):
     seconds: float
     damage: tuple[Damage, ...]
     marked: tuple[int, ...]
-    """Sequences that `repair` takes back."""
+    """Sequences that `repair` withdraws."""
     left: int
-    """Sequences that the study then computes: those, the rest of their batches, and what was never done."""
+    """Sequences that the study then computes: these, the rest of their batches, and unfinished ones."""
     repaired: bool
     unfinished: int
-    """Chunks of sequences that are not done: written anew by the next extraction, never read."""
+    """Chunks of unfinished sequences: the next extraction writes them again, nothing reads them."""
     foreign: tuple[str, ...]
-    """Files among the arrays that are none of the capture's; they do no harm."""
+    """Files among the arrays that do not belong to the capture; they are harmless."""
 
     @property
     def sound(self) -> bool:
@@ -109,7 +107,7 @@ class Verification(BaseModel):
 
 
 def verify(folder: Path, reporter: Reporter, *, repair: bool = False, workers: int = WORKERS) -> Verification:
-    """Check a capture. Raises CaptureError where none was begun or `repair` can't write, Busy where it is being written."""
+    """Check a capture. Raises CaptureError if there is none or `repair` can't write, Busy if another process writes it."""
     if not repair:
         return _verify(folder, reporter, workers)
     try:
@@ -121,7 +119,7 @@ def verify(folder: Path, reporter: Reporter, *, repair: bool = False, workers: i
 
 @dataclass
 class _Found:
-    """What a pass over the capture finds."""
+    """The findings of a pass over the capture."""
 
     damage: list[Damage] = field(default_factory=list)
     sequences: set[int] = field(default_factory=set)
@@ -149,7 +147,7 @@ def _verify(folder: Path, reporter: Reporter, workers: int, *, repair: bool = Fa
         _check_zarr(files, journal, found)
     marked = _to_mark(journal, found)
     if repair and found.damage:
-        # first the mark, by which results that are there don't answer any more
+        # the mark first: from then on existing results are not reused
         mark_repaired(folder, marked)
         _take_back(journal, layout, marked)
     sound = {s for s in journal.done if s < layout.num_sequences} - marked
@@ -182,7 +180,7 @@ def _check_lines(journal: Journal, layout: Layout) -> list[Damage]:
 
 
 def _check_arrays(files: ChunkFiles, fixed: dict[str, Any], found: _Found) -> NDArray[np.int32] | None:
-    """Metadata and side arrays; returns the lengths, (sequence,) int32, or None where these are not to be believed."""
+    """Metadata and side arrays; returns the lengths, (sequence,) int32, or None if they are damaged."""
     layout, before = files.layout, len(found.damage)
     none = np.broadcast_to(np.int32(0), (layout.num_sequences, layout.positions))
     for name, wanted in group_files(layout, none, none[:, 0]).items():
@@ -201,7 +199,7 @@ def _check_arrays(files: ChunkFiles, fixed: dict[str, Any], found: _Found) -> ND
 
 
 def _check_side(files: ChunkFiles, fixed: dict[str, Any]) -> list[Damage]:
-    """Token ids, lengths and mask against the hashes under which the capture was begun."""
+    """Check token ids, lengths and mask against the hashes under which the capture began."""
     read = {}
     for name in _SIDE:
         try:
@@ -210,10 +208,8 @@ def _check_side(files: ChunkFiles, fixed: dict[str, Any]) -> list[Damage]:
             return [Damage(file=f"{ARRAYS}/{name}", problem=f"can't be read through zarr: {error}")]
     ids, lengths, mask = (read[name] for name in _SIDE)
     damage = []
-    equal = bool((lengths == files.layout.positions).all())
-    lengths_sha256 = None if equal else hashlib.sha256(lengths.astype("<i4").tobytes()).hexdigest()
     hashes = (
-        ("lengths", lengths_sha256, fixed.get("lengths_sha256")),
+        ("lengths", lengths_hash(lengths, files.layout.positions), fixed.get("lengths_sha256")),
         ("token_ids", token_hash(ids, lengths), fixed.get("token_sha256")),
     )
     for name, there, begun in hashes:
@@ -227,7 +223,7 @@ def _check_side(files: ChunkFiles, fixed: dict[str, Any]) -> list[Damage]:
 
 
 def _read(files: ChunkFiles, name: str, at: Any = slice(None)) -> NDArray[Any]:
-    """A part of an array, through zarr."""
+    """Some values of an array, through zarr."""
     import zarr
 
     group: Any = zarr.open_group(files.root, mode="r")
@@ -259,7 +255,7 @@ def _check_chunks(
 def _check_sequence(
     files: ChunkFiles, entry: dict[str, Any], lengths: NDArray[np.int32] | None
 ) -> tuple[list[int], list[Damage]]:
-    """Bytes of each chunk of a sequence that was read, and what is wrong with them."""
+    """Bytes of each chunk of a sequence, and the damage that was found."""
     layout, sequence = files.layout, entry["sequence"]
     wrong = Damage(file="journal.jsonl", problem=f"does not name the chunks of sequence {sequence}", sequence=sequence)
     try:
@@ -301,7 +297,7 @@ def _unread(error: OSError) -> str:
 
 
 def _check_zarr(files: ChunkFiles, journal: Journal, found: _Found) -> None:
-    """One chunk of each site through zarr itself: it must come to the same bytes."""
+    """Read one chunk of each site through zarr itself: it must give the same bytes."""
     sound = sorted(set(journal.done) - found.sequences)
     if not sound or sound[0] >= files.layout.num_sequences:
         return
@@ -318,7 +314,7 @@ def _check_zarr(files: ChunkFiles, journal: Journal, found: _Found) -> None:
 
 
 def _to_mark(journal: Journal, found: _Found) -> set[int]:
-    """Sequences to compute again. Metadata are mended by any extraction: one sequence is enough to have one."""
+    """Sequences to compute again. Any extraction repairs metadata: marking one sequence causes an extraction."""
     if found.sequences or journal.damaged or not found.damage:
         return set(found.sequences)
     return set(sorted(journal.done)[:1])
@@ -335,13 +331,13 @@ def _take_back(journal: Journal, layout: Layout, marked: Iterable[int]) -> None:
 
 
 def _left(sound: set[int], total: int, batch: int) -> int:
-    """Sequences of the batches that are not wholly done."""
+    """Sequences of the unfinished batches."""
     runs = [range(start, min(start + batch, total)) for start in range(0, total, batch)]
     return sum(len(run) for run in runs if not sound.issuperset(run))
 
 
 def _strangers(files: ChunkFiles, journal: Journal, done: set[int]) -> tuple[int, tuple[str, ...]]:
-    """How many chunks of sequences that are not done there are, and the names of files that are none of the capture's."""
+    """The number of chunks of unfinished sequences, and the names of files that do not belong to the capture."""
     named = {chunk.path for sequence in done for chunk in files.named_by(journal.done[sequence])}
     named |= {files.root / name / "zarr.json" for name in ("", *_SIDE, *files.layout.stored)}
     unfinished, foreign = 0, []

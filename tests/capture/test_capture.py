@@ -77,7 +77,7 @@ def test_finished_capture_is_not_computed_again(workspace, llama, text):
 def test_a_site_that_runs_twice_is_refused():
     """One tensor a site, layer and pass: anything else would silently be the wrong one."""
     from outliers.capture.forward import Batch, HookedPass
-    from outliers.capture.ring import Ring
+    from outliers.capture.staging import StagingBuffer
     from outliers.model.anatomy import SiteModule
     from outliers.study.layout import Layout
 
@@ -94,7 +94,7 @@ def test_a_site_that_runs_twice_is_refused():
     layout = Layout(widths={"attn_in": 8}, layers=(0,), num_sequences=1, positions=4, dtype="float32", codec="none")
     module = SiteModule(site="attn_in", layer=0, path="norm", side="output")
     for times, message in ((2, "ran twice"), (0, "1 of 1 tensors never came, first: attn_in of layer 0")):
-        with pytest.raises(SiteError, match=message), Ring(128, 4, lambda key, values: None) as ring:
+        with pytest.raises(SiteError, match=message), StagingBuffer(128, 4, lambda key, values: None) as ring:
             hooked = HookedPass(Twice(times), [module], ring, layout, lambda done: None)
             hooked.forward(Batch(range(1), (4,), 1, None, None), torch.zeros(1, 4, dtype=torch.long))
 

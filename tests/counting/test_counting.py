@@ -54,7 +54,7 @@ def test_worked_example(workspace, dtype, expected):
     assert (a["hits"], a["sequences"], a["of_sequences"], a["first_token_hits"]) == (48, 1, 1, 2)
 
 
-def random_acts(seed, dtype, sites=BLOCK, shape=(4, 3, 20), width=6, wild=True):
+def random_acts(seed, dtype, sites=BLOCK, shape=(4, 3, 20), width=6, nonfinite=True):
     """Heavy-tailed values around the threshold, columns that hit often, exact ties, and a few non-finite values."""
     rng = np.random.default_rng(seed)
     acts, exact = {}, {}
@@ -64,7 +64,7 @@ def random_acts(seed, dtype, sites=BLOCK, shape=(4, 3, 20), width=6, wild=True):
         values[rng.random(values.shape) < 0.03] = -5.99
         values[rng.random(values.shape) < 0.03] = 0.0
         values[rng.random(values.shape) < 0.03] = -0.0
-        if wild:
+        if nonfinite:
             values[rng.random(values.shape) < 0.01] = np.nan
             values[rng.random(values.shape) < 0.01] = -np.inf
         acts[site], exact[site] = synthetic.store(values, dtype)
@@ -234,7 +234,7 @@ def test_merge_is_commutative_and_associative(parts, order, cut):
 def parts(tmp_path_factory):
     """Summaries of the five sequences of one capture, one each."""
     from outliers.corpus.tokens import load_corpus
-    from outliers.counting.analyze import Part, frame_of, layout_of_capture, summarize
+    from outliers.counting.analyze import WorkItem, frame_of, layout_of_capture, summarize
 
     acts, _ = random_acts(5, "bfloat16", sites=(*BLOCK, "resid"), shape=(3, 5, 30))
     workspace = open_workspace(tmp_path_factory.mktemp("parts"))
@@ -244,7 +244,7 @@ def parts(tmp_path_factory):
     frame, marks = frame_of(prepared, layout_of_capture(folder)), corpus.marks()
     target = tmp_path_factory.mktemp("summary")
     return [
-        summarize(Part(folder, frame, (s,), corpus.lengths[s : s + 1], marks[s : s + 1], target / str(s)))
+        summarize(WorkItem(folder, frame, (s,), corpus.lengths[s : s + 1], marks[s : s + 1], target / str(s)))
         for s in range(5)
     ]
 

@@ -1,4 +1,4 @@
-"""Who counts changes nothing: threads, processes, a real Dask cluster of processes, also one whose worker is killed."""
+"""Every executor gives the same numbers: threads, processes, a real Dask cluster of processes, also if a worker is killed."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_killed_worker_changes_nothing(study, cluster):
 
 @pytest.mark.servers
 def test_an_error_of_a_worker_is_ours(study, cluster, tmp_path):
-    """A flipped bit is found by a worker elsewhere, and told here in the same words."""
+    """A worker elsewhere finds a flipped bit, and the error here has the same message."""
     prepared, _, _ = study
     acts, _ = random_acts(3, "bfloat16", sites=(*BLOCK, "resid"), shape=(3, SEQUENCES, 40), width=64)
     workspace = open_workspace(tmp_path)
@@ -143,7 +143,7 @@ def test_the_step_takes_the_address(study, cluster, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "thread", "threads=0", "threads=x", "dask", "dask=", "dask=tcp://u@h:1", "ray=x"])
-def test_a_name_that_is_none_is_refused_before_anything_runs(name):
+def test_an_invalid_name_is_refused_before_anything_runs(name):
     with pytest.raises(BadInput, match="--executor"), open_executor(name):
         pass
     with pytest.raises(ValueError, match="executor"):
@@ -157,14 +157,16 @@ def test_threads_by_name(study):
         same_bits(wanted, read_summary(analyze(prepared, workspace, synthetic.Silent(), executor=executor, workers=3)))
 
 
-def test_nobody_at_the_address(monkeypatch):
-    monkeypatch.setattr("outliers.counting.executors.WAIT_SECONDS", 1)
-    with pytest.raises(MachineLost, match="no Dask scheduler answers"), open_executor("dask=tcp://127.0.0.1:9"):
+def test_nobody_at_the_address():
+    with (
+        pytest.raises(MachineLost, match="no Dask scheduler answers"),
+        open_executor("dask=tcp://127.0.0.1:9", wait_seconds=1),
+    ):
         pass
 
 
 def test_a_workers_disk_that_is_not_the_same(study, tmp_path):
-    """Parts that were written where this machine does not see them."""
+    """Work items that are written to a disk that this machine does not mount."""
     prepared, workspace, _ = study
 
     class Elsewhere:

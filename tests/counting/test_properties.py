@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from outliers.corpus.tokens import load_corpus
 from outliers.counting import analyze as analysis
-from outliers.counting.analyze import Part, frame_of, layout_of_capture, summarize, summarize_into_folder
+from outliers.counting.analyze import WorkItem, frame_of, layout_of_capture, summarize, summarize_into_folder
 from outliers.counting.bits import pattern_values
 from outliers.counting.kernels import compiled
 from outliers.counting.kernels import tile as kernels
@@ -40,7 +40,7 @@ def captures(draw):
     width = draw(st.sampled_from([1, 5, 31, 32, 33, 64, 96]))
     layers, sequences, positions = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(2, 24))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    scale, wild = draw(st.sampled_from([0.1, 0.8, 2.0, 30.0])), draw(st.sampled_from([0.0, 0.0, 0.02]))
+    scale, nonfinite = draw(st.sampled_from([0.1, 0.8, 2.0, 30.0])), draw(st.sampled_from([0.0, 0.0, 0.02]))
     acts, exact = {}, {}
     for site in sites:
         values = rng.standard_normal((layers, sequences, positions, width)) * scale
@@ -49,8 +49,8 @@ def captures(draw):
         values[rng.random(values.shape) < 0.02] = -0.0
         values[..., rng.random(width) < 0.1] *= 40
         values[..., rng.random(width) < 0.1] = 7.0  # more equal magnitudes than a list of tokens holds
-        values[rng.random(values.shape) < wild] = np.nan
-        values[rng.random(values.shape) < wild] = -np.inf
+        values[rng.random(values.shape) < nonfinite] = np.nan
+        values[rng.random(values.shape) < nonfinite] = -np.inf
         acts[site], exact[site] = synthetic.store(values.astype(np.float32), dtype)
     lengths = draw(st.lists(st.integers(1, positions), min_size=sequences, max_size=sequences))
     return dtype, acts, exact, lengths
@@ -168,11 +168,11 @@ def test_however_it_is_counted_the_bits_are_the_same(capture, data):
 
 
 def part_of(prepared, workspace, sequences, place):
-    """Some sequences of a capture as a part of its own."""
+    """Some sequences of a capture as a work item."""
     folder, corpus = workspace.capture(prepared.capture_id), load_corpus(prepared.corpus, workspace)
     frame, marks = frame_of(prepared, layout_of_capture(folder)), corpus.marks()
     target = Path(tempfile.mkdtemp(dir=place)) / "part"
-    return Part(folder, frame, tuple(sequences), corpus.lengths[sequences], marks[sequences], target)
+    return WorkItem(folder, frame, tuple(sequences), corpus.lengths[sequences], marks[sequences], target)
 
 
 def assert_same_counts(one, other):

@@ -43,10 +43,10 @@ class FakeEvent:
 
 
 class FakeStream:
-    """A queue of operations, carried out in order by a thread."""
+    """A queue of operations, carried out in order by a thread. held_by: the device of a stream that it waits for now."""
 
     def __init__(self, cuda, device):
-        self.cuda, self.device = cuda, device
+        self.cuda, self.device, self.held_by = cuda, device, None
         self._queue = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -57,7 +57,12 @@ class FakeStream:
     def wait_stream(self, other):
         event = FakeEvent(self.cuda)
         event.record(other)
-        self.put(event.wait_here)
+        self.put(lambda: self._wait(event))
+
+    def _wait(self, event):
+        self.held_by = event.device
+        event.wait_here()
+        self.held_by = None
 
     def synchronize(self):
         event = FakeEvent(self.cuda)

@@ -1,6 +1,6 @@
-"""What tests of the ring share: a fake CUDA device, a writer that can be held, a model's pass, and no thread left behind.
+"""What tests of the staging buffer share: a fake CUDA device, a writer that can be held, a model's pass, no thread left behind.
 
-After it: `test_ring`, `test_ring_errors`, which import the fixtures by name.
+`test_staging` and `test_staging_errors` import the fixtures by name.
 """
 
 from __future__ import annotations

@@ -1,36 +1,39 @@
-"""How the inner loops of counting are compiled and kept, and what more than one of them knows: kinds of value, keys of tokens.
+"""How the inner loops of counting are compiled, and cached on disk.
 
-numba keeps what it compiled as long as the function's own file stays the same, but what it keeps holds the loops and the
-numbers of other files too. So each is kept under a name with the digest of all these files, and a change of one is compiled
-into every loop. Knows nothing of what is counted. After it: `kernels` and the `kernel_` files.
+numba reuses a cached function as long as the function's own file is unchanged, but the cached code contains loops and
+constants of other files too. So every function is cached under a name that has the digest of all files of this folder: a
+change in one file recompiles every loop. Knows nothing of what is counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numba import njit
 
-BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
-"""Kinds of value: how bits become numbers."""
-KEY_SHIFT = 17
-"""A key is magnitude << 17 | (65535 - source) << 1 | sign: the largest has the largest magnitude, of the first source."""
-LAST_SOURCE = 0xFFFF
 FILES = sorted(Path(__file__).parent.glob("*.py"))
-"""What the loops are made of."""
+"""The sources of the loops."""
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in FILES)).hexdigest()[:16]
 
 
 def compiled(function):
-    """Compiled at the first call and kept for later processes, where there is a folder for that: it takes seconds."""
+    """Compile a function at its first call, which takes seconds; cache it for later processes where a folder can be written."""
     function.__qualname__ += f"-{_DIGEST}"
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # "cannot cache function: no locator available": neither beside the program nor in a home
         return njit(**options)(function)
+
+
+def is_cached(function: Any) -> bool:
+    """Whether a `compiled` function, from these very files, is in the cache of this machine for any types of arguments."""
+    folder = function.stats.cache_path
+    name = f"{Path(function.py_func.__code__.co_filename).stem}.{function.py_func.__qualname__}-*.nbi"
+    return folder is not None and any(Path(folder).glob(name))
 
 
 @compiled

@@ -1,7 +1,7 @@
-"""Massive activations of a tile, compiled: the values above a magnitude, each with the exact middle of its token.
+"""Compiled loops that find the massive activations of a tile: the values above a magnitude, with the exact median of their token.
 
-Medians are found by halving the patterns, for the few tokens alone that have such a value. Knows arrays, nothing of what is
-kept of them. Before it: `kernels`, which says whether a tile has any. After it: `accumulate`.
+Medians are found by bisection of the bit patterns, only for the tokens that have such a value. Knows arrays, nothing of what
+is kept of them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from outliers.counting.kernels.compiled import at_least, compiled
 
 @compiled
 def above(bits, limit):
-    """The values of a tile whose magnitude exceeds `limit`, with the middle of their token.
+    """The values of a tile whose magnitude exceeds `limit`, with the two middle magnitudes of their token.
 
-    Returns (rows, columns, lower, upper), int64: where they are, and the bits of the two middle magnitudes of the row,
+    Returns (rows, columns, lower, upper), int64: where the values are, and the bits of the two middle magnitudes of the row,
     equal where its number of values is odd.
     """
     count = 0
@@ -48,7 +48,7 @@ def _middle(row):
 
 @compiled
 def _at_rank(row, rank):
-    """Bits of the magnitude of rank `rank`, 0-based: halving the patterns takes a fast pass a bit, whatever the values."""
+    """Bits of the magnitude of rank `rank`, 0-based, by bisection: one fast pass for each bit, whatever the values."""
     low, high = np.int64(0), np.int64(0x7FFF if row.itemsize == 2 else 0x7FFFFFFF)
     while low < high:
         half = (low + high) // 2

@@ -1,54 +1,64 @@
-"""The inner loops of counting, compiled: a tile of values -> all that is counted of it, while it is in the cache.
+"""Compiled loops that count all statistics of a tile of values while it is in the cache.
 
 A tile is some tokens of one layer at one site as they are stored, (row, feature): bits of bfloat16 and float16 in uint16, of
 float32 in uint32. The loops release the GIL. Counts are exact; float sums run down a column in the order of its rows and are
-not reassociated (no fastmath), so that no number depends on how wide a processor's registers are.
+not reassociated (no fastmath), so that no number depends on the width of a processor's registers.
 docs/performance.md says why numba compiles this: numpy and torch take a pass over memory for each statistic.
-Extremes, moments and histogram are here, hits in `kernel_hits`. Knows arrays, nothing of sequences or files.
-Before it: `bits`. After it: `kernel_totals`, which empties what was counted, and `accumulate`, which calls both.
+Extremes, moments and histograms are here, hits are in `hits`. Knows arrays, nothing of sequences or files.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from outliers.counting.kernels.compiled import BFLOAT16, FLOAT32, compiled
-from outliers.counting.kernels.hits import hits
+import numpy as np
+from numpy.typing import NDArray
+
+from outliers.counting.kernels.arguments import BFLOAT16, FLOAT32, Counters, Limits, Scratch, TileKeys
+from outliers.counting.kernels.compiled import compiled
+from outliers.counting.kernels.hits import count_hits
 
 GROUP = 4
-"""Rows taken together: a column's sums stay in registers while they are added."""
+"""Rows that are added together: the sums of a column stay in registers."""
+
+
+def count_tile(
+    tiles: tuple[NDArray[Any], ...], limits: Limits, counters: Counters, scratch: Scratch, keys: TileKeys
+) -> int:
+    """Count one tile of one site, or one of each of the two sites of the block; returns the bits of the largest magnitude.
+
+    tiles: one or two arrays (row, feature) of equal shape; non-finite values in them are set to 0. counters: added to. keys:
+    raised to the largest key of each token over the layers.
+    """
+    largest: int = _count_tile(tiles, tuple(limits), tuple(counters), tuple(scratch), tuple(keys))
+    return largest
 
 
 @compiled
-def take(tiles, kind, infinity, extremes, tops, moments, histograms, wild, floats, hit, begins, keys, at, turned):
-    """Count one tile of one site, or one each of the two sites of the block; returns the largest magnitude's bits.
-
-    tiles: one or two (row, feature) of equal shape; non-finite values are set to 0 in them. infinity: its bits. extremes:
-    (2, 2, feature) int16 or int32, lowered and raised to the least and the greatest finite value of each site, as integers
-    of `_ordered`. tops: (2, feature), overwritten with the tile's largest magnitudes. moments: (2, 4, feature) float64, to
-    which the sums of x, x^2, x^3, x^4 are added; histograms: (2, 65536) uint32, counts by pattern; wild: (2, feature) int64,
-    non-finite values. hit: (limits, floor, sources, counts, firsts), see `hits`, as the rest is. floats: (4, feature) float32,
-    scratch.
-    """
+def _count_tile(tiles, limits, counters, scratch, keys):
+    limits, counters, scratch, keys = Limits(*limits), Counters(*counters), Scratch(*scratch), TileKeys(*keys)
     largest = 0
     width = tiles[0].shape[1]
-    tile = np.empty((2, width), extremes.dtype)
+    tile = np.empty((2, width), counters.extremes.dtype)
     for s in range(len(tiles)):
+        top, moments, histogram = scratch.tops[s], counters.moments[s], counters.histograms[s]
         _extremes(tiles[s], tile[0], tile[1])
-        reached = _reach(tile[0], tile[1], tops[s])
-        if reached >= infinity:
-            removed = _scrub(tiles[s], infinity, tops[s], tile[0], tile[1], wild[s])
-            reached = _reach(tile[0], tile[1], tops[s])
-            _sums(tiles[s], kind, moments[s], histograms[s], floats)
-            histograms[s, 0] -= np.uint32(removed)  # what was not finite was counted there as 0
-        else:
-            _sums(tiles[s], kind, moments[s], histograms[s], floats)
-        _fold(tile, extremes[s])
+        reached = _largest_magnitudes(tile[0], tile[1], top)
+        removed = 0
+        if reached >= limits.infinity:
+            removed = _zero_nonfinite(tiles[s], limits.infinity, top, tile[0], tile[1], counters.nonfinite[s])
+            reached = _largest_magnitudes(tile[0], tile[1], top)
+        _sums(tiles[s], limits.kind, moments, histogram, scratch.floats)
+        histogram[0] -= np.uint32(removed)  # the zeros that stand for values that are not finite
+        _widen(tile, counters.extremes[s])
         largest = max(largest, reached)
-    limits, floor, sources, counts, firsts = hit
-    if largest >= floor:
-        hits(tiles, tops, limits, floor, sources, begins, counts, firsts, keys, at, turned)
+    if largest >= limits.floor:
+        count_hits(tiles, limits, counters, scratch, keys)
     return largest
+
+
+COMPILED = _count_tile
+"""The compiled function that every analysis calls."""
 
 
 @compiled
@@ -72,13 +82,13 @@ def _sums(bits, kind, moments, histogram, floats):
 
 @compiled
 def _extremes(bits, low, high):
-    """Least and greatest value of each column as `_ordered` integers: sign and magnitude made a number that compares alike."""
+    """Least and greatest value of each column as `_ordered` integers, which compare as the values do."""
     rows, width = bits.shape
     signed = bits.view(low.dtype)
     for j in range(width):
         low[j] = np.iinfo(low.dtype).max
         high[j] = np.iinfo(high.dtype).min
-    # numba computes in 64 bits; the casts tell the compiler that 16 or 32 will do, and so how many go into a register
+    # numba computes in 64 bits; the casts tell the compiler that 16 or 32 are enough, so that more fit into a register
     for r in range(0, rows - GROUP + 1, GROUP):
         if bits.itemsize == 2:
             for j in range(width):
@@ -105,13 +115,13 @@ def _extremes(bits, low, high):
 
 @compiled
 def _ordered(signed, itemsize):
-    """A signed integer in the order of the values: negative ones have the bits of their magnitude turned over."""
+    """A signed integer in the order of the values: the magnitude bits of negative values are inverted."""
     return signed ^ ((signed >> 15) & 0x7FFF) if itemsize == 2 else signed ^ ((signed >> 31) & 0x7FFFFFFF)
 
 
 @compiled
-def _reach(low, high, top):
-    """top[j]: bits of the largest magnitude in column j, 0 where low > high: nothing finite; returns the largest of all."""
+def _largest_magnitudes(low, high, top):
+    """Set top[j] to the bits of the largest magnitude of column j, 0 where low > high: nothing is finite. Returns the largest."""
     mask = 0x7FFF if low.itemsize == 2 else 0x7FFFFFFF
     largest = 0
     for j in range(low.size):
@@ -123,8 +133,8 @@ def _reach(low, high, top):
 
 
 @compiled
-def _scrub(bits, infinity, top, low, high, wild):
-    """Set what is not finite to 0, count it a column, and mend the extremes of its columns; returns how many there were."""
+def _zero_nonfinite(bits, infinity, top, low, high, nonfinite):
+    """Set values that are not finite to 0, count them by column, correct the extremes of their columns; returns their number."""
     mask = 0x7FFF if bits.itemsize == 2 else 0x7FFFFFFF
     signed = bits.view(low.dtype)
     removed = 0
@@ -136,7 +146,7 @@ def _scrub(bits, infinity, top, low, high, wild):
         for r in range(bits.shape[0]):
             if (bits[r, j] & mask) >= infinity:
                 bits[r, j] = 0
-                wild[j] += 1
+                nonfinite[j] += 1
                 removed += 1
             else:
                 value = _ordered(signed[r, j], bits.itemsize)
@@ -146,7 +156,7 @@ def _scrub(bits, infinity, top, low, high, wild):
 
 
 @compiled
-def _fold(tile, extremes):
+def _widen(tile, extremes):
     for j in range(tile.shape[1]):
         extremes[0, j] = min(extremes[0, j], tile[0, j])
         extremes[1, j] = max(extremes[1, j], tile[1, j])
@@ -166,13 +176,13 @@ def _convert(row, kind, out):
         for j in range(row.size):
             whole[j] = ((np.uint32(row[j]) & 0x8000) << 16) | ((np.uint32(row[j]) & 0x7FFF) << 13)
         for j in range(row.size):
-            # exponents of float16 are 112 below those of float32; a product with a power of two is exact, subnormals too
+            # exponents of float16 are 112 below those of float32; the product with a power of two is exact, also of subnormals
             out[j] = out[j] * np.float32(2.0**112)
 
 
 @compiled
 def _add_bfloat16(a, b, c, d, moments):
-    """Four rows of bfloat16 into the sums: `_convert` and `_add` in one, without a way through memory."""
+    """Four rows of bfloat16 into the sums: `_convert` and `_add` in one, without intermediate memory."""
     for j in range(a.size):
         w = np.float64(np.uint32(np.uint32(a[j]) << 16).view(np.float32))
         x = np.float64(np.uint32(np.uint32(b[j]) << 16).view(np.float32))
@@ -213,7 +223,7 @@ def _tally(row, kind, histogram):
         for j in range(row.size):
             u = np.uint32(row[j])
             rounded = np.uint32((np.uint64(u) + 0x7FFF + ((u >> 16) & 1)) >> 16)
-            # the largest float32 would round to infinity: it is finite, and counted as the largest finite
+            # the largest float32 would round to infinity; it is counted as the largest finite bfloat16
             if (rounded & 0x7FFF) == 0x7F80 and (u & 0x7FFFFFFF) < 0x7F800000:
                 rounded = np.uint32(rounded - 1)
             histogram[rounded & 0xFFFF] += np.uint32(1)

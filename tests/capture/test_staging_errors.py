@@ -1,4 +1,4 @@
-"""The ring when something fails: a writer, the model, the device, the memory; what is told, who is woken, what is left.
+"""The staging buffer when a writer, the model, the device or an allocation fails: the error, the hook that waits, what is left.
 
 The CUDA path runs on a device that is made of threads (`fake_cuda`).
 """
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from outliers.capture.copies import CudaCopies, HostCopies
-from outliers.capture.ring import Ring
+from outliers.capture.staging import StagingBuffer
 from outliers.errors import DiskFull, PlanRefused, SiteError
 from tests.support.fake_cuda import PATIENCE
 from tests.support.ring_parts import SLOT, Written, aside, cuda, no_thread_is_left, run_model, values_of, wait_until
@@ -34,7 +34,7 @@ def test_an_error_of_a_writer_comes_out_of_the_next_submit(cuda, on_device):
     copies = CudaCopies(cuda=cuda, pinned=False) if on_device else HostCopies()
 
     def study():
-        with Ring(SLOT, 2, write, copies=copies) as ring:
+        with StagingBuffer(SLOT, 2, write, copies=copies) as ring:
             run_model(cuda, ring, 500) if on_device else [ring.submit(n, values_of(n)) for n in range(500)]
 
     with aside(study) as (_, errors):
@@ -45,32 +45,45 @@ def test_an_error_of_a_writer_comes_out_of_the_next_submit(cuda, on_device):
 
 
 def test_an_error_of_a_writer_wakes_a_hook_that_waits():
-    held = threading.Event()
+    held, made = threading.Event(), []
 
     def write(key, values):
         assert held.wait(PATIENCE)
         raise DiskFull("no space left")
 
     def study():
-        with Ring(64, 2, write) as ring:
+        with StagingBuffer(64, 2, write) as ring:
+            made.append(ring)
             for number in range(3):
                 ring.submit(number, torch.zeros(4))
 
     with aside(study) as (thread, errors):
-        time.sleep(0.05)
+        wait_until(lambda: made and made[0].waits == 1)
         assert thread.is_alive()
         held.set()
     assert [type(error) for error in errors] == [DiskFull]
 
 
 def test_an_error_of_the_last_writer_comes_out_of_the_block():
+    submitted = threading.Event()
+
     def write(key, values):
-        time.sleep(0.05)
+        assert submitted.wait(PATIENCE)
         raise SystemExit(3)
 
-    with pytest.raises(SystemExit) as caught, Ring(64, 4, write) as ring:
+    with pytest.raises(SystemExit) as caught, StagingBuffer(64, 4, write) as ring:
         ring.submit("only", torch.zeros(4))
+        submitted.set()
     assert caught.value.code == 3
+
+
+def refused(ring):
+    """Whether a submit raises the error of a writer."""
+    try:
+        ring.submit("first", torch.zeros(4))
+    except DiskFull:
+        return True
+    return False
 
 
 def test_every_submit_after_an_error_tells_it_and_none_waits():
@@ -78,9 +91,9 @@ def test_every_submit_after_an_error_tells_it_and_none_waits():
         raise DiskFull("no space left")
 
     def study():
-        with pytest.raises(DiskFull), Ring(64, 2, write) as ring:
+        with pytest.raises(DiskFull), StagingBuffer(64, 2, write) as ring:
             ring.submit("first", torch.zeros(4))
-            wait_until(lambda: ring._error is not None)
+            wait_until(lambda: refused(ring))
             for _ in range(10):
                 with pytest.raises(DiskFull):
                     ring.submit("later", torch.zeros(4))
@@ -95,7 +108,7 @@ def test_an_error_of_the_model_leaves_no_thread_and_writes_what_was_submitted(cu
     written = Written()
     cuda.copies.clear()
     threading.Timer(0.1, cuda.copies.set).start()
-    with pytest.raises(kind), Ring(SLOT, 8, written, copies=CudaCopies(cuda=cuda, pinned=False)) as ring:
+    with pytest.raises(kind), StagingBuffer(SLOT, 8, written, copies=CudaCopies(cuda=cuda, pinned=False)) as ring:
         run_model(cuda, ring, 5)
         raise kind
     assert sorted(written.seen) == [(0, number) for number in range(5)]
@@ -106,7 +119,7 @@ def test_both_errors_are_told():
     def write(key, values):
         raise DiskFull("no space left")
 
-    with pytest.raises(ZeroDivisionError) as caught, Ring(64, 4, write) as ring:
+    with pytest.raises(ZeroDivisionError) as caught, StagingBuffer(64, 4, write) as ring:
         ring.submit("only", torch.zeros(4))
         raise ZeroDivisionError
     assert caught.value.__notes__ == ["a writer failed too: DiskFull('no space left')"]
@@ -120,7 +133,7 @@ def test_an_interrupt_reaches_a_hook_that_waits():
     threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
     threading.Timer(0.4, written.go.set).start()
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), Ring(64, 2, written) as ring:
+    with pytest.raises(KeyboardInterrupt), StagingBuffer(64, 2, written) as ring:
         for number in range(10):
             ring.submit(number, torch.zeros(4))
     assert time.monotonic() - began < PATIENCE
@@ -143,7 +156,7 @@ def test_leaving_the_block_waits_for_every_copy(cuda):
     threading.Timer(0.2, cuda.copies.set).start()
     with (
         pytest.raises(DiskFull),
-        Ring(SLOT, 8, write, copies=Freed(cuda=cuda, pinned=False)) as ring,
+        StagingBuffer(SLOT, 8, write, copies=Freed(cuda=cuda, pinned=False)) as ring,
     ):
         run_model(cuda, ring, 6)
     assert left == [(6, 6)]
@@ -161,7 +174,7 @@ def test_a_copy_that_was_queued_and_then_failed_is_waited_for_too(cuda):
     threading.Timer(0.2, cuda.copies.set).start()
     with (
         pytest.raises(KeyboardInterrupt),
-        Ring(SLOT, 1, Written(), copies=Interrupted(cuda=cuda, pinned=False)) as ring,
+        StagingBuffer(SLOT, 1, Written(), copies=Interrupted(cuda=cuda, pinned=False)) as ring,
     ):
         with pytest.raises(KeyboardInterrupt):
             run_model(cuda, ring, 1)
@@ -175,7 +188,7 @@ def test_a_broken_device_is_told_and_nothing_hangs(cuda):
     written = Written()
 
     def study():
-        with Ring(SLOT, 2, written, copies=CudaCopies(cuda=cuda, pinned=False)) as ring:
+        with StagingBuffer(SLOT, 2, written, copies=CudaCopies(cuda=cuda, pinned=False)) as ring:
             run_model(cuda, ring, 20)
 
     with aside(study) as (_, errors):
@@ -186,7 +199,7 @@ def test_a_broken_device_is_told_and_nothing_hangs(cuda):
 
 def test_what_does_not_fit_is_refused_and_takes_no_slot():
     written = Written()
-    with Ring(64, 1, written) as ring:
+    with StagingBuffer(64, 1, written) as ring:
         for _ in range(3):
             with pytest.raises(SiteError, match=r"68 bytes \(17,\) does not fit a slot of 64"):
                 ring.submit("large", torch.zeros(17))
@@ -195,21 +208,21 @@ def test_what_does_not_fit_is_refused_and_takes_no_slot():
 
 
 def test_a_ring_is_used_inside_of_its_block():
-    ring = Ring(64, 1, Written())
-    with pytest.raises(RuntimeError, match="inside"):
+    ring = StagingBuffer(64, 1, Written())
+    with pytest.raises(RuntimeError, match="outside of the `with` block"):
         ring.submit("before", torch.zeros(4))
     with ring:
         pass
-    with pytest.raises(RuntimeError, match="inside"):
+    with pytest.raises(RuntimeError, match="outside of the `with` block"):
         ring.submit("after", torch.zeros(4))
 
 
 def test_memory_that_is_not_there_is_refused_with_its_size():
     with pytest.raises(PlanRefused, match=rf"need {2**60} bytes of memory.*--batch-sequences"):
-        Ring(2**58, 4, Written())
+        StagingBuffer(2**58, 4, Written())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory can be had here")
 def test_pinned_memory_without_a_driver_is_refused():
     with pytest.raises(PlanRefused, match=r"256 bytes of pinned .*memory"):
-        Ring(64, 3, Written(), pinned=True)
+        StagingBuffer(64, 3, Written(), pinned=True)
