@@ -18,7 +18,7 @@ from flows.cli.console import line
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from outliers.atlas.row import Row
+    from outliers.atlas.row import AtlasRow
     from outliers.atlas.table import Atlas, Filter
     from outliers.publish.shelf import Skipped
 
@@ -155,7 +155,7 @@ def _filter(arguments: argparse.Namespace) -> Filter:
     )
 
 
-def _grouped(atlas: Atlas) -> list[tuple[Row, ...]]:
+def _grouped(atlas: Atlas) -> list[tuple[AtlasRow, ...]]:
     from outliers.atlas.table import groups
 
     return groups(atlas.rows)

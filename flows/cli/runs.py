@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.console import line
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outliers.atlas.compare import Comparison
+    from outliers.atlas.row import AtlasFeature
     from outliers.publish.shelf import Published
     from outliers.workspace import Workspace
 
@@ -279,7 +281,7 @@ def _answers(found: Comparison) -> dict[str, list[str]]:
     }
 
 
-def _cells(own: list[dict[str, Any] | None]) -> list[str]:
+def _cells(own: Sequence[AtlasFeature | None]) -> list[str]:
     """One feature in each study: its magnitude and shares, – where it is not systematic."""
     found = []
     for row in own:

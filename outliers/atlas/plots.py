@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from outliers.atlas.reference import PAPER, PAPER_RULE, PaperModel
-from outliers.atlas.row import Conditions, Row
+from outliers.atlas.row import AtlasRow, Conditions
 from outliers.report.figures import percent
-from outliers.report.report import clip, visible
+from outliers.report.page import printable
 from outliers.spec import BLOCK, BLOCK_SITES
+from outliers.units import clip, plural
 
 WIDTH, HEIGHT = 360, 252
 LEFT, RIGHT, TOP, BOTTOM = 38.0, 350.0, 12.0, 214.0
@@ -69,7 +70,7 @@ class _Quantity:
 
     name: str
     label: str
-    of: Callable[[Row], float | None]
+    of: Callable[[AtlasRow], float | None]
     of_paper: Callable[[PaperModel], float]
     missing: str = ""
 
@@ -101,18 +102,20 @@ _COUNT = _Quantity("Features", "", lambda row: row.num_features, lambda model: m
 _LAYERS = _Quantity("Share of layers", "", lambda row: row.layer_fraction, lambda model: model.layer_fraction)
 
 
-def usual_conditions(rows: Iterable[Row]) -> Conditions:
+def usual_conditions(rows: Iterable[AtlasRow]) -> Conditions:
     """Corpus and arithmetic of most rows; of the first in order where there is a tie."""
     found = Counter(row.conditions for row in rows)
     return min(found, key=lambda own: (-found[own], str(own)))
 
 
-def comparable_with_paper(row: Row) -> bool:
+def comparable_with_paper(row: AtlasRow) -> bool:
     """Whether LLM.int8()'s table was made under this row's criteria: its magnitude and shares, at a linear layer's input."""
     return row.criteria[2:] == PAPER_RULE and row.site in (BLOCK, *BLOCK_SITES)
 
 
-def charts(rows: Sequence[Row], first_number: int, mark: Callable[[Row], str] = lambda row: "") -> list[Chart]:
+def charts(
+    rows: Sequence[AtlasRow], first_number: int, mark: Callable[[AtlasRow], str] = lambda row: ""
+) -> list[Chart]:
     """The six charts of one group of identical criteria; its rows are numbered from `first_number` on.
 
     mark: a class of the page's style that all that is drawn of a row has; empty: none.
@@ -121,11 +124,11 @@ def charts(rows: Sequence[Row], first_number: int, mark: Callable[[Row], str] = 
 
 
 def _chart(
-    rows: Sequence[Row],
+    rows: Sequence[AtlasRow],
     first_number: int,
     size: _Quantity,
     what: _Quantity,
-    mark: Callable[[Row], str],
+    mark: Callable[[AtlasRow], str],
 ) -> Chart:
     usual, paper = usual_conditions(rows), comparable_with_paper(rows[0])
     heading = f"{what.name} by {size.name}"
@@ -165,11 +168,11 @@ def _drawn(size: float) -> bool:
     return SMALLEST < size < LARGEST
 
 
-def _title(row: Row, number: int) -> str:
+def _title(row: AtlasRow, number: int) -> str:
     share = "" if row.layer_fraction is None else f", {percent(row.layer_fraction)} of layers"
-    count = f"{row.num_features:,} feature{'s'[: row.num_features != 1]}"
+    count = f"{row.num_features:,} feature{plural(row.num_features)}"
     corpus = f"{row.corpus}, {row.num_sequences:,} × {row.sequence_length:,} tokens, {row.dtype}"
-    return visible(f"{number}: {clip(row.model, 120)}: {count}{share} ({clip(corpus, 160)})")
+    return printable(f"{number}: {clip(row.model, 120)}: {count}{share} ({clip(corpus, 160)})")
 
 
 def _frame(x_axis: _Axis, y_axis: _Axis, label: str) -> Markup:

@@ -23,8 +23,7 @@ from outliers.files.atomic import write_atomic
 from outliers.files.beneath import read_beneath
 from outliers.files.parquet import read_parquet
 from outliers.publish.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, SUMMARY, TOKENS
-from outliers.publish.contents import first_error
-from outliers.results.schema import FEATURES_SCHEMA, MOMENT_COLUMNS, NULLABLE_COLUMNS
+from outliers.results.schema import FEATURES_SCHEMA, MOMENT_COLUMNS, NULLABLE_COLUMNS, first_error
 from outliers.spec import digest
 from outliers.untrusted.strict_json import strict_json
 

@@ -66,7 +66,7 @@ class Published:
 
     @property
     def summary(self) -> bytes | None:
-        """The bytes of summary.json, None where it was not asked for."""
+        """The bytes of summary.json, which were read by `strict_json`; None where it was not asked for."""
         return self.files.get(SUMMARY)
 
 
@@ -245,7 +245,7 @@ def _read(
             return None
         files = {name: _file(store, place, manifest, name) for name in names}
         if SUMMARY in files:
-            _check_headline(url, manifest, files[SUMMARY])
+            _check_summary(url, manifest, files[SUMMARY])
         return Published(url, visible_values(manifest), files)
     except (AccessDenied, PublishRefused, TargetError) as error:
         return Skipped(url, str(error))
@@ -253,16 +253,20 @@ def _read(
         return Skipped(url, f"{url} can't be read ({said(error)}); remove it and publish again")
 
 
-def _check_headline(url: str, manifest: Mapping[str, Any], summary: bytes) -> None:
-    """PublishRefused where a manifest tells another headline than the summary.json that it names."""
+def _check_summary(url: str, manifest: Mapping[str, Any], summary: bytes) -> None:
+    """PublishRefused where summary.json is not plain JSON, or its manifest has another headline."""
     try:
-        told = headline_of(strict_json(summary))
+        found = strict_json(summary)
+    except ValueError as error:
+        raise PublishRefused(f"summary.json of {url} is malformed: {error}") from error
+    try:
+        headline = headline_of(found)
     except (ValueError, KeyError, TypeError):
-        return  # of a newer format: whoever reads it says so
+        return  # of a newer format: the reader of its numbers says so
     own = manifest["headline"]
-    for name in (name for name in told if own[name] != told[name]):
+    for name in (name for name in headline if own[name] != headline[name]):
         raise PublishRefused(
-            f"the manifest of {url} says {name} {own[name]}, its summary.json says {told[name]}: one of them was changed; "
+            f"the manifest of {url} says {name} {own[name]}, its summary.json says {headline[name]}: one of them was changed; "
             "remove it and publish again"
         )
 

@@ -16,7 +16,8 @@ import numpy as np
 from outliers.report.figures import Json, number, percent
 from outliers.report.plots import Cells, captured_layers, captured_sites
 from outliers.results.answer import disagreement, perplexity_words, range_words, reading_counts, resampled
-from outliers.spec import BLOCK, READINGS
+from outliers.spec import BLOCK, BLOCK_SITES, READINGS
+from outliers.units import clip, format_ranges
 
 # The page without its plots stays below 300 KB, whatever was found; each cut is said on the page.
 MAX_FEATURE_ROWS = 100
@@ -26,25 +27,6 @@ MAX_MASSIVE_ROWS = 24
 MAX_PROVENANCE_ROWS = 200
 MAX_TEXT_CHARACTERS = 400
 MAX_CONTEXT_CHARACTERS = 90
-
-
-def clip(text: object, max_characters: int, *, keep_end: bool = False) -> str:
-    """`text` cut to `max_characters`, with … where it was cut."""
-    whole = str(text)
-    if len(whole) <= max_characters:
-        return whole
-    return "…" + whole[1 - max_characters :] if keep_end else whole[: max_characters - 1] + "…"
-
-
-def ranges(layers: Iterable[int]) -> str:
-    """Sorted layers as compact ranges: 0-3, 7."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def nearest(summary: Json, cells: Cells, most: int = 3) -> list[dict[str, Any]]:
@@ -95,7 +77,7 @@ def facts(summary: Json) -> list[tuple[str, str]]:
     layers = captured_layers(summary)
     shape = f"{model['num_layers']} layer{'s'[: model['num_layers'] > 1]} × {model['hidden_size']:,} features"
     if len(layers) != model["num_layers"]:
-        shape += f" (read: layers {ranges(layers)})"
+        shape += f" (read: layers {format_ranges(layers)})"
     pairs = [
         ("Architecture", model["architecture"]),
         ("Parameters", size),
@@ -180,7 +162,7 @@ def feature_rows(summary: Json) -> list[dict[str, Any]]:
             {
                 **feature,
                 "extreme": _extreme(feature["min"], feature["max"]),
-                "ranges": ranges(feature["layers"]),
+                "ranges": format_ranges(feature["layers"]),
                 "strip": "".join(f"M{place[layer]} 0h1v1h-1z" for layer in feature["layers"]),
                 "first_share": feature["first_token_hits"] / feature["hits"] if feature["hits"] else None,
                 "tokens_span": _span(interval.get("position_fraction"), feature["position_fraction"]),
@@ -244,7 +226,7 @@ def _count_cell(summary: Json, site: str, reading: str, count: int) -> dict[str,
 def peak(summary: Json) -> Json | None:
     """The row of `layers` with the largest magnitude among the deciding site's own sites."""
     site = summary["criteria"]["site"]
-    sites = ("attn_in", "mlp_in") if site == BLOCK else (site,)
+    sites = BLOCK_SITES if site == BLOCK else (site,)
     rows = [row for row in summary["layers"] if row["site"] in sites and row["max_magnitude"] is not None]
     return max(rows, key=lambda row: (row["max_magnitude"], -row["layer"]), default=None)
 
@@ -287,7 +269,7 @@ def massive_rows(summary: Json, tokens: Json) -> dict[str, Any] | None:
         layers.setdefault(where, []).append(row["layer"])
         largest.setdefault(where, row)
     rows = [
-        _shown({**empty, **around.get(_place(row), {}), **row, "ranges": ranges(sorted(layers[where]))})
+        _shown({**empty, **around.get(_place(row), {}), **row, "ranges": format_ranges(sorted(layers[where]))})
         for where, row in list(largest.items())[:MAX_MASSIVE_ROWS]
     ]
     features = tokens.get("massive_features", [])

@@ -6,8 +6,7 @@ the range of how many pass in the middle LEVEL of the draws, which is no confide
 less than corpora do (docs/results.md has what it covers). Only features that could pass in some draw are looked at: the share of
 a draw is a mean of its sequences' shares, so one of them must reach the rule alone, and a draw touches no layer that the corpus
 does not. A share of layers has no interval: a hit anywhere affects a layer, so that the share only grows with the corpus.
-Knows counts, nothing of files. Before it: `votes`, `intervals`. After it: `results`.
-"""
+Knows counts, nothing of files."""
 
 from __future__ import annotations
 
@@ -61,7 +60,7 @@ def bootstrap(
 ) -> Intervals | None:
     """Intervals of every reading at every site; None for fewer than two sequences, of which nothing can be drawn.
 
-    candidates: site -> features that could pass in some draw (`votes.Votes.candidates`). sequences: the counts of all.
+    candidates: site -> features that could pass in some draw, see `PerSequence`. sequences: the counts of all.
     """
     gathered = sorted(
         ((one.sequence, one.tokens, _own(one, candidates)) for one in sequences), key=lambda item: item[0]

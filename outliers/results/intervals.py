@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 ShareSpan = Literal["95% interval", "range over sequences"]
-"""What the two ends beside a share of tokens are; studies of before have ends of percentiles of resamples."""
+"""What the two ends of a share of tokens are; studies of before have ends of percentiles of resamples."""
+SHARE_SPANS: tuple[ShareSpan, ...] = get_args(ShareSpan)
 BEFORE = "range over resamples"
 """What the ends are in summaries that do not say it: percentiles, which cover less (docs/results.md)."""
 FEWEST_SEQUENCES = 16
