@@ -2,7 +2,6 @@
 
 Like is compared with like: numbers of features only under one set of criteria, and where the studies decided by different
 readings, sites or magnitudes, the counts that each of their summaries has under common ones. It counts nothing again.
-Before it: `atlas_row` made rows. After it: `outliers runs compare`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ CRITERIA = ("reading", "site", "magnitude", "min_layer_fraction", "min_position_
 CONDITIONS = Conditions._fields
 IDENTITY = ("model", "revision", "architecture", "total_parameters", "active_parameters", "num_experts")
 SHAPE = ("num_layers", "layers_read", "hidden_size", "sites", "label")
-"""What tells studies apart and no number depends on: those of one site are the same whatever else was captured."""
+"""Facts on which no number depends: the numbers of one site are the same whatever else was captured."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Comparison:
     def unlike(self) -> str:
         """What differs of criteria and conditions, with the values; empty where they are alike."""
         return "; ".join(
-            f"{name} ({', '.join(said(value) for value in self.differs[name])})"
+            f"{name} ({', '.join(format_fact(value) for value in self.differs[name])})"
             for name in (*self.criteria, *self.conditions)
         )
 
@@ -148,7 +147,7 @@ def _features(rows: Sequence[AtlasRow]) -> dict[int, list[AtlasFeature | None]]:
     return dict(sorted(found.items(), key=order))
 
 
-def said(value: Any) -> str:
+def format_fact(value: Any) -> str:
     """A fact in few words."""
     if value is None:
         return "none"

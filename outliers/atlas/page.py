@@ -1,7 +1,7 @@
 """The atlas as one self-contained page: a section for each set of identical criteria, with its charts and its table.
 
-It words and orders, counts nothing and has no clock: equal stores give equal bytes. Every name is escaped, and the page
-loads nothing. Before it: `atlas`, `atlas_choose`, `atlas_plots`. After it: whoever opens the page.
+It counts nothing and has no clock: equal stores give equal bytes. Every name is escaped, and the page
+loads nothing.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def render(atlas: Atlas) -> str:
 
 
 def _choices(rows: Sequence[AtlasRow]) -> tuple[Choice, ...]:
-    """What a reader may choose: the criteria in which the groups differ, and the arithmetic."""
+    """Filters of the page: the criteria in which the groups differ, and the arithmetic."""
     ordered = [row for own in groups(rows) for row in own]
     cells = [_cells(row) for row in ordered]
     facts = {name: [own[place] for own in cells] for place, name in enumerate(CRITERIA)}
@@ -224,7 +224,7 @@ def _feature(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_span(low: int | None, high: int | None, value: int) -> str:
-    """A range of counts, 5–7; nothing where there is none or it is the number itself."""
+    """A range of counts, 5–7; empty without one, or where it is the number itself."""
     return "" if low is None or high is None or low == high == value else f"{low:,}–{high:,}"
 
 

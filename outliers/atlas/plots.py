@@ -2,7 +2,6 @@
 
 Each chart is one inline SVG that scales with the page and takes its colours from the page's style; a point is named when
 the mouse rests on it, and bears the number of its row in the table. It judges nothing and knows no HTML page.
-Before it: `atlas` put rows of identical criteria together. After it: `atlas_page`.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ MAX_NUMBERED = 40
 LINEAR_UP_TO = 40
 """Features up to which the axis is linear, as in the report's sweep."""
 DIGIT, LINE = 5.6, 9.0
-"""Width and height of a number beside its point, in the chart's units, measured at 9 units in Arial."""
+"""Width and height of a number next to its point, in the chart's units, measured at 9 units in Arial."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: a heading, the picture (None: there is nothing to draw), and what is said of studies that are not in it."""
+    """One chart: a heading, the picture (None: there is nothing to draw), and a note about studies that are not in it."""
 
     heading: str
     svg: Markup | None
@@ -239,7 +238,7 @@ def _marked(point: _Point, drawn: Markup) -> Markup:
 def _numbers(
     points: Sequence[_Point], others: Sequence[tuple[float, float]], x_axis: _Axis, y_axis: _Axis
 ) -> list[Markup]:
-    """The numbers of the rows beside their points, each in the first place of eight that is free; none where all are taken."""
+    """The numbers of the rows next to their points, each in the first free place of eight; left out where all are taken."""
     places = [(x_axis.place(point.x), y_axis.place(point.y)) for point in points]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places] + [(x - 3, y - 3, x + 3, y + 3) for x, y in others]
     parts = []

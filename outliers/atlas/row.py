@@ -31,7 +31,7 @@ CORPUS_OPTIONS = ("subset", "split", "corpus_revision", "seed", "bos", "packing"
 
 
 class Conditions(NamedTuple):
-    """What a number depends on beside the criteria: four of the corpus, two of the arithmetic, two of the reading places."""
+    """What a number depends on in addition to the criteria: corpus (4 fields), arithmetic (2), where it was read (2)."""
 
     corpus: str
     num_sequences: int
@@ -226,12 +226,12 @@ def _options(asked: Any) -> str | None:
     """Which part of a source was read, and how it was cut, where that is not the default: two of one source are not alike."""
     if not isinstance(asked, Mapping):
         return None
-    said = [
+    options = [
         f"{name} {asked[name]}"
         for name in CORPUS_OPTIONS
         if isinstance(asked.get(name), str | int) and asked[name] != CorpusSpec.model_fields[name].default
     ]
-    return ", ".join(said) or None
+    return ", ".join(options) or None
 
 
 def _part_of_layers(read: Sequence[int], num_layers: int) -> str | None:
@@ -269,7 +269,7 @@ def _feature(item: FeatureRow) -> AtlasFeature:
 
 
 def _mean_spans(features: Sequence[AtlasFeature]) -> dict[str, Any]:
-    """Means over the features of both fractions and of the ends beside them."""
+    """Means over the features of both fractions and of the of their ends."""
     names = [f"{side}{end}" for side in ("layer_fraction", "position_fraction") for end in ("", "_low", "_high")]
     plain: list[Mapping[str, Any]] = [dict(item) for item in features]
     return {name: _mean([item[name] for item in plain]) for name in names}
@@ -286,7 +286,7 @@ def _legacy(found: StudySummary) -> dict[str, Any]:
         names = ("legacy_pairs", "legacy_features", "legacy_layer_fraction", "legacy_position_fraction")
         return dict.fromkeys(names)
     pairs, listed = block.legacy.feature_sequence_pairs, block.legacy.features
-    # the list may be cut: a mean over a part is no mean over the pairs
+    # the list may be cut: a mean over a part of it is not the mean over the pairs
     whole = pairs > 0 and sum(item.sequences for item in listed) == pairs
     tokens = [item.position_fraction for item in listed if item.position_fraction is not None]
     return {

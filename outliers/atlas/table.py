@@ -18,7 +18,7 @@ import pyarrow as pa
 from outliers.atlas.row import AtlasRow, row_of
 from outliers.errors import BadInput, PublishRefused
 from outliers.files.parquet import write_parquet
-from outliers.publish.shelf import ENTRY_ERRORS, Shelf, Skipped, read_store, said
+from outliers.publish.shelf import ENTRY_ERRORS, Skipped, StoreListing, format_error, read_store
 from outliers.results.schema.arrow import arrow_schema
 
 MAX_SAID = 6
@@ -91,13 +91,13 @@ class Atlas:
 def read_atlas(target: str, chosen: Filter | None = None) -> Atlas:
     """Every study published at `target` that passes the filter.
 
-    Raises BadInput where there is no study, or none passes, and the errors of `published.read_store`.
+    Raises BadInput where there is no study, or none passes, and the errors of `shelf.read_store`.
     """
     chosen = chosen or Filter()
     return make_atlas(read_store(target, summaries=True, wanted=chosen.wanted), chosen)
 
 
-def make_atlas(shelf: Shelf, chosen: Filter) -> Atlas:
+def make_atlas(shelf: StoreListing, chosen: Filter) -> Atlas:
     """The atlas of what was read of a store."""
     rows: list[AtlasRow] = []
     skipped = list(shelf.skipped)
@@ -108,7 +108,7 @@ def make_atlas(shelf: Shelf, chosen: Filter) -> Atlas:
             skipped.append(Skipped(study.url, str(error)))
         except ENTRY_ERRORS as error:
             skipped.append(
-                Skipped(study.url, f"{study.url} can't be read ({said(error)}); remove it and publish again")
+                Skipped(study.url, f"{study.url} can't be read ({format_error(error)}); remove it and publish again")
             )
     kept = [row for row in rows if chosen.keeps(row)]
     if not kept and not rows and not shelf.unwanted:

@@ -2,7 +2,6 @@
 
 Each `check_` takes the bytes of one file and raises NotAllowedError with what is wrong and the limit. They trust
 nothing: lengths before contents, contents before meaning. They know no paths and no targets.
-Before it: `allowlist` read the bytes. After it: `allowlist` names the file.
 """
 
 from __future__ import annotations
@@ -143,15 +142,15 @@ def _check_rows(table: Any, summary: StudySummary) -> None:
     strange = set(pc.unique(table["layer"]).to_pylist()) - {row.layer for row in summary.layers}
     if strange:
         raise NotAllowedError(f"has rows of layer {min(strange)}, which the summary does not have")
-    # counted, not compared: one row for each place is what bounds the table
-    places = (
+    # counted, not compared: one row for each cell is what bounds the table
+    cells = (
         table.select(["site", "layer", "feature"])
         .group_by(["site", "layer", "feature"], use_threads=False)
         .aggregate([])
     )
-    if places.num_rows != table.num_rows:
+    if cells.num_rows != table.num_rows:
         raise NotAllowedError(
-            f"has {table.num_rows:,} rows for {places.num_rows:,} (site, layer, feature); one each is allowed"
+            f"has {table.num_rows:,} rows for {cells.num_rows:,} (site, layer, feature); one each is allowed"
         )
     lengths = pc.unique(pc.list_value_length(table["ladder_hits"])).to_pylist()
     if len(lengths) != 1 or lengths[0] > MAX_MAGNITUDES:

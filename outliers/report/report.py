@@ -1,9 +1,8 @@
 """The report: a study's numbers as pictures and one self-contained page.
 
-It has the pictures drawn (`plots`) and the tables worded (`report_rows`), and makes the page. It knows
-nothing of captures, machines or publishing, and has no clock: equal inputs give equal bytes. Every text of a model or
-corpus is escaped, and the page loads nothing.
-Before it: `results` wrote the three files. After it: `publishable`.
+`plots` draws the pictures, `rows` fills the tables, and `page` renders the template. It knows nothing of captures, machines
+or publishing, and has no clock: equal inputs give equal bytes. Every text of a model or corpus is escaped, and the page loads
+nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from outliers.report.rows import (
     MAX_CONTEXTS,
     MAX_FEATURE_ROWS,
     MAX_TEXT_CHARACTERS,
-    beside_answer,
+    answer_sentences,
     contexts,
     deviation_rows,
     facts,
@@ -86,7 +85,7 @@ READING_MEANINGS = {
 
 
 def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path, ...]:
-    """Writes `plots/*.png` and `report.html` into the folder `results`; gives their paths, the page last.
+    """Write `plots/*.png` and `report.html` into the folder `results`; returns their paths, the page last.
 
     Reads summary.json, features.parquet and tokens.json there. `provenance` (nested mappings and lists are flattened)
     is printed at the end of the page. Plots of an earlier report that have no data now are removed.
@@ -128,7 +127,7 @@ def render(summary: Json, tokens: Json, cells: Cells, plots: Sequence[Plot], pro
         "layers": captured_layers(summary),
         "meanings": READING_MEANINGS,
         "facts": facts(summary),
-        "beside": beside_answer(summary),
+        "beside": answer_sentences(summary),
         "crowded": crowded(summary),
         "share_ends": share_words(summary),
         "deviations": deviation_rows(summary),

@@ -1,7 +1,7 @@
 """The rows of the report's tables: a results folder's numbers cut, ordered and worded for one page.
 
-It counts nothing again; only where no feature is systematic it looks for those that came closest. It knows nothing of
-files, HTML or plots. Before it: `report` read the folder. After it: `report` puts the rows into the page.
+It counts nothing again; where no feature is systematic, it looks for those that came closest. It knows nothing of files, HTML
+or plots.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from outliers.results.answer import disagreement, perplexity_words, range_words,
 from outliers.spec import BLOCK, BLOCK_SITES, READINGS
 from outliers.units import clip, format_ranges
 
-# The page without its plots stays below 300 KB, whatever was found; each cut is said on the page.
+# The page without its plots stays below 300 KB, whatever was found; the page says what is cut.
 MAX_FEATURE_ROWS = 100
 MAX_CONTEXT_FEATURES = 12
 MAX_CONTEXTS = 8
@@ -33,7 +33,7 @@ def nearest(summary: Json, cells: Cells, most: int = 3) -> list[dict[str, Any]]:
     """The features with a hit that came closest to the deciding reading, best first.
 
     `layers` and `tokens` are the two sides of its rule as shares; for `union` the cells hold no more than a lower bound
-    of the second (`at_least`), for `per_layer` there is none (None). Closest: the side that is further from its
+    of the second (`at_least`); for `per_layer` it is None. Closest: the side that is further from its
     threshold is the nearest to it.
     """
     rule, n_tokens = summary["criteria"], summary["corpus"]["num_tokens"]
@@ -95,12 +95,12 @@ def facts(summary: Json) -> list[tuple[str, str]]:
     return [(name, clip(text, MAX_TEXT_CHARACTERS)) for name, text in pairs if text]
 
 
-def beside_answer(summary: Json) -> list[str]:
-    """Sentences beside the number of systematic features: the other readings, and the range over resamples."""
+def answer_sentences(summary: Json) -> list[str]:
+    """Sentences about the number of systematic features: the other readings, and the range over resamples."""
     others, ends = disagreement(reading_counts(summary)), resampled(summary)
-    said = [others] if others else []
-    said += [] if ends is None else [range_words(*ends)]
-    return [f"{text[0].upper()}{text[1:]}." for text in said]
+    texts = [others] if others else []
+    texts += [] if ends is None else [range_words(*ends)]
+    return [f"{text[0].upper()}{text[1:]}." for text in texts]
 
 
 def deviation_rows(summary: Json) -> dict[str, Any] | None:
@@ -149,7 +149,7 @@ def _extreme(low: float, high: float) -> float:
 def feature_rows(summary: Json) -> list[dict[str, Any]]:
     """The systematic features as rows; `strip` is the path of a bar in which each affected layer is filled.
 
-    `tokens_span` are the ends beside a share of tokens as text, empty where there are none or they are the number itself;
+    `tokens_span` are the ends of the share of tokens as text, empty without ends or where they are the number itself;
     `passes` is the share of draws in which the feature passes, `without` whether it passes without first tokens (both None
     where it isn't known).
     """
@@ -186,7 +186,7 @@ def reading_rows(summary: Json) -> list[dict[str, Any]]:
     """Number of features by site and reading; `legacy` is None but at `block`.
 
     A count is what summary.json counted; lists may be cut, and only older studies have nothing but them. `span` is its
-    range over resamples and `without` the number without first tokens, each empty where it tells nothing else than the count.
+    range over resamples and `without` the number without first tokens, each empty where it equals the count.
     `all`: the one number of all four readings, where most features of the site pass each; else empty.
     """
     rows = []

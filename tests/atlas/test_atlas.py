@@ -246,7 +246,7 @@ def test_the_command_makes_page_and_table(own, tmp_path):
     said = " ".join(done.stderr.split())
     assert "2 of 1 model in file://" in said
     assert "2 different sets" in said
-    assert "notes.txt is no published study's" in said
+    assert "notes.txt does not belong to a published study" in said
     check_harmless((tmp_path / "page.html").read_text())
     assert pq.read_table(tmp_path / "table.parquet").num_rows == 2
     done = outliers("atlas", f"file://{own}", "--reading", "union", "--magnitude", "6,3", "--json", cwd=tmp_path)

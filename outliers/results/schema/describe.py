@@ -17,7 +17,7 @@ _PLAIN = {str: "text", int: "integer", float: "number", bool: "true or false"}
 
 
 def markdown_table(model: type, *, arrow: bool = False) -> str:
-    """One line a field: key, type, description. arrow: the types of columns in the place of those of JSON."""
+    """One line a field: key, type, description. arrow: the types of Arrow columns instead of those of JSON."""
     hints = typing.get_type_hints(model, include_extras=True)
     lines = ["| column | type | what it holds |" if arrow else "| key | type | what it holds |", "|---|---|---|"]
     for name in field_names(model):
