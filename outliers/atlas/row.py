@@ -25,7 +25,7 @@ from outliers.untrusted.visible import visible_values
 
 INTERVAL_LEVEL = 0.95
 MAX_LABEL = 300
-"""Characters of a label that are taken from a manifest, which says of it what it likes."""
+"""Characters of a label that are taken from a manifest, which is untrusted."""
 CORPUS_OPTIONS = ("subset", "split", "corpus_revision", "seed", "bos", "packing")
 """Fields of a CorpusSpec that make another corpus of the same source and size."""
 

@@ -29,7 +29,7 @@ ATLAS_SCHEMA: Any = arrow_schema(AtlasRow)
 
 @dataclass(frozen=True)
 class Filter:
-    """Which studies are wanted: of each tuple one value must be the study's; an empty one asks nothing."""
+    """Which studies are wanted: one value of each tuple must be the study's. An empty tuple filters nothing."""
 
     readings: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Filter:
         return row.num_tokens >= self.min_tokens and all(_in(value, values) for value, values in asked)
 
     def words(self) -> str:
-        """The options that ask for this filter; empty where it asks nothing."""
+        """The options that give this filter; empty where it filters nothing."""
         names = ("reading", "site", "magnitude", "layer-fraction", "position-fraction", "dtype", "corpus")
         values = (getattr(self, field.name) for field in dataclasses.fields(self)[: len(names)])
         said = [

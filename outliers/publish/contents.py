@@ -49,6 +49,10 @@ class NotAllowedError(Exception):
 def check_summary(data: bytes) -> StudySummary:
     """summary.json, parsed."""
     summary = _checked_json(data, StudySummary)
+    try:
+        summary.check_consistent()
+    except ValueError as error:
+        raise NotAllowedError(f"is not the JSON that is published: {error}") from error
     shares = None if summary.intervals is None else summary.intervals.shares
     if shares is not None and shares not in SHARE_SPANS:
         raise NotAllowedError(

@@ -56,8 +56,8 @@ class Findings:
 def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = None) -> Path:
     """Write the three files of a study into its results folder, or into another, from its summary; returns that folder.
 
-    Raises CaptureError where the summary is not of the whole corpus, ForbiddenFile for numbers or texts that the schema of
-    results does not allow.
+    Raises CaptureError where the summary is not of the whole corpus, ForbiddenFile for numbers or texts that the schema does
+    not allow.
     """
     private = workspace.summary(prepared.capture_id, prepared.study_id)
     found, corpus = load_findings(prepared, private), load_corpus(prepared.corpus, workspace)

@@ -214,8 +214,7 @@ def quick_store(root: Path, summaries: list[dict[str, Any]], *, size_bytes: int 
         lacking = size_bytes - len(json.dumps(summary))
         row = summary["readings"]["mlp_in"]["pooled"][:1] or [results_folder.feature(1, 9.0)]
         if lacking > 0:  # as in a real one, most of it is lists of features
-            count = lacking // len(json.dumps(row)) + 1
-            summary["readings"]["mlp_in"]["union"] = [row[0] | {"feature": number} for number in range(count)]
+            summary["readings"]["mlp_in"]["union"] = row * (lacking // len(json.dumps(row)) + 1)
         place, put = objects(summary, others)
         for path, data in put.items():
             target = root / place / path

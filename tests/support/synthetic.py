@@ -56,8 +56,7 @@ def store(values, dtype):
 
 def prepared_for(acts, dtype, criteria=None, layers=None, lengths=None, **spec):
     """A Prepared whose capture would hold `acts`: {site: (layer, sequence, position, feature)}, padded after `lengths`."""
-    captured, num_sequences, positions, _ = next(iter(acts.values())).shape
-    num_layers = captured if layers is None else max(layers) + 1
+    num_layers, num_sequences, positions, _ = next(iter(acts.values())).shape
     sites = tuple(acts)
     full = StudySpec.model_validate(
         {
@@ -114,7 +113,7 @@ def prepared_for(acts, dtype, criteria=None, layers=None, lengths=None, **spec):
         spec=full,
         model=model,
         corpus=corpus,
-        layers=tuple(range(captured)) if layers is None else layers,
+        layers=tuple(range(num_layers)) if layers is None else layers,
         site=deciding_site(sites, full.criteria.site),
         text=True,
         capture_id=digest([dtype, num_sequences, positions, list(widths.items())])[:ID_LENGTH],

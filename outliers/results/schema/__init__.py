@@ -1,9 +1,9 @@
 """The exact form of what a study gives: summary.json, tokens.json and features.parquet, each described once.
 
-The writer builds these models, the boundary of publishing validates by them as strictly as they are written, and readers
-validate by the same models with `extra="ignore"`. Arrow schemas and the tables of docs/results.md are made from them.
-Strict on purpose: unknown keys, wrong types, lists longer than their meaning allows and repeated rows are errors, so that
-nothing but a study's numbers fits in. A newcomer adds a key here, with its description, and then writes it.
+The writer builds these models. The boundary of publishing validates by them, and checks that the parts of a summary agree
+(`StudySummary.check_consistent`). Readers validate by the same models with `extra="ignore"`. Arrow schemas and the tables of
+docs/results.md are made from them. They are strict: unknown keys, wrong types and lists longer than their meaning allows are
+errors, so that nothing but a study's numbers fits in. A newcomer adds a key here, with its description, and then writes it.
 """
 
 from outliers.results.schema.blocks import (

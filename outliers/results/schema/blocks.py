@@ -21,7 +21,6 @@ from outliers.results.schema.fields import (
     Size,
     Strict,
     check_ascending,
-    check_unique,
 )
 from outliers.spec import AnySiteName, ReadingName
 
@@ -152,9 +151,3 @@ class Readings(Strict):
             "per_layer": self.per_layer,
             "affected": self.affected,
         }
-
-    @model_validator(mode="after")
-    def _once(self) -> Readings:
-        for rows in self.lists.values():
-            check_unique((row.feature for row in rows), "feature")
-        return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from outliers.results.schema.blocks import CorpusBlock, CriteriaBlock, FeatureList, ModelBlock, Readings
 from outliers.results.schema.fields import (
@@ -90,8 +90,8 @@ class StudySummary(Strict):
         [], description="levels of `layers[].quantiles`"
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> StudySummary:
+    def check_consistent(self) -> None:
+        """Raise ValueError where parts contradict each other. The boundary of publishing calls this; a reader need not."""
         check_unique((row.feature for row in self.systematic), "systematic feature")
         check_unique(((row.site, row.layer) for row in self.layers), "layer")
         beyond = [row.layer for row in self.layers if row.layer >= self.model.num_layers]
@@ -99,9 +99,10 @@ class StudySummary(Strict):
             raise ValueError(f"layer {beyond[0]} of a model with {self.model.num_layers} layers")
         self._check_features()
         for site, readings in self.readings.items():
+            for rows in readings.lists.values():
+                check_unique((row.feature for row in rows), f"at {site}, feature")
             if site != BLOCK and readings.legacy is not None:
                 raise ValueError(f"the reading legacy stands at block only, not at {site}")
-        return self
 
     def _check_features(self) -> None:
         """Raise ValueError for a listed feature or layer that the model does not have or that was not read."""
