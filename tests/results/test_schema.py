@@ -11,11 +11,15 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from outliers.atlas.row import AtlasFeature, AtlasRow
+from outliers.counting.analyze import analyze
+from outliers.publish.allowlist import read_numbers
+from outliers.publish.manifest import digest_of
 from outliers.results.schema import EARLIER_FEATURES_SCHEMA, FEATURES_SCHEMA, NULLABLE_COLUMNS, StudySummary, Tokens
 from outliers.results.schema.arrow import Float32, Int32, arrow_schema
 from outliers.results.schema.fields import Strict
-from outliers.results.write import json_bytes
-from tests.support import results_folder
+from outliers.results.write import json_bytes, write_results
+from tests.counting.test_counting import random_acts
+from tests.support import results_folder, synthetic
 from tests.support.result_tables import DOCUMENT, models, with_tables
 
 
@@ -132,3 +136,20 @@ def test_a_newer_study_is_read_by_those_who_ask_for_it_and_not_published():
         StudySummary.model_validate_json(data)
     found = StudySummary.model_validate_json(data, extra="ignore")
     assert json_bytes(found) == json_bytes(results_folder.summary())
+
+
+DIGESTS = {
+    "bfloat16": "6b93e753c46bad4db1b3648c431a204e8c41faf40e869131b3d6854dcdf423bd",
+    "float16": "6494fd79d203826581bf4d7e3e69e1bf3af2ad5e0f28fc33460a6a4ac32b4abe",
+    "float32": "d7b8a7d04547e30535b5ec1376433dd48cb60b97fb167b8be1c88eedf00f44e7",
+}
+"""results_digest by dtype of the study below, from the code that wrote dicts by hand."""
+
+
+@pytest.mark.parametrize(("seed", "dtype"), enumerate(DIGESTS, 1))
+def test_a_study_has_the_digest_that_it_had(workspace, seed, dtype):
+    acts, _ = random_acts(seed, dtype, shape=(4, 5, 25))
+    prepared = synthetic.prepared_for(acts, dtype)
+    synthetic.write_capture(prepared, workspace, acts)
+    analyze(prepared, workspace, synthetic.Silent())
+    assert digest_of(read_numbers(write_results(prepared, workspace)).files) == DIGESTS[dtype]
