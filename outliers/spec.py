@@ -12,17 +12,19 @@ import json
 import os
 import re
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 SiteName = Literal["attn_in", "mlp_in", "o_in", "resid"]
+AnySiteName = Literal["block", SiteName]
+"""A site, or `block`: attn_in and mlp_in together."""
 ReadingName = Literal["pooled", "union", "per_layer", "affected"]
 
 SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in", "o_in", "resid")
 READINGS: tuple[ReadingName, ...] = ("pooled", "union", "per_layer", "affected")
-BLOCK = "block"
+BLOCK: Final = "block"
 BLOCK_SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in")
 
 PROVIDER_VARIABLE = "OUTLIERS_PROVIDER"
@@ -177,7 +179,7 @@ class CriteriaSpec(Part):
     layer_fraction: float = Field(0.25, gt=0, le=1, description="of the layers, at least this share is affected")
     position_fraction: float = Field(0.06, gt=0, le=1, description="of the tokens, at least this share is affected")
     reading: ReadingName = Field("pooled", description="which reading of the paper's rule decides")
-    site: Literal["block", "attn_in", "mlp_in", "o_in", "resid"] | None = Field(
+    site: AnySiteName | None = Field(
         None, description="which site decides (default: block where attn_in and mlp_in are read, else the only one)"
     )
     ladder: tuple[float, ...] = Field(

@@ -1,6 +1,6 @@
 """`outliers atlas`: every study that is published in one place, as one page and one table.
 
-Before it: `cli`, which parses. It asks `outliers.atlas.table` and shows what was made, and what was left out and why.
+It calls `outliers.atlas.table`, and shows what was made, and what was left out and why.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flows.cli.console import line
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from outliers.atlas.row import Row
+    from outliers.atlas.row import AtlasRow
     from outliers.atlas.table import Atlas, Filter
     from outliers.publish.shelf import Skipped
 
@@ -26,7 +26,7 @@ SHOWN = 20
 """Skipped things that are named at the terminal; `--json` has all."""
 
 LEGACY = "legacy"
-"""A reading of every study with a block, and of none the one that decides."""
+"""A reading that every study with a block has, and that never decides."""
 
 _EXAMPLES = """examples:
   outliers atlas s3://atlas/runs
@@ -109,7 +109,7 @@ def store_url(given: str) -> str:
 
 
 def warn(console: Console, skipped: tuple[Skipped, ...]) -> None:
-    """Name what in a store is no study that can be read."""
+    """Print what in a store can't be read as a study."""
     for item in skipped[:SHOWN]:
         line(console, "skipped", item.why, style="yellow")
     if len(skipped) > SHOWN:
@@ -155,7 +155,7 @@ def _filter(arguments: argparse.Namespace) -> Filter:
     )
 
 
-def _grouped(atlas: Atlas) -> list[tuple[Row, ...]]:
+def _grouped(atlas: Atlas) -> list[tuple[AtlasRow, ...]]:
     from outliers.atlas.table import groups
 
     return groups(atlas.rows)

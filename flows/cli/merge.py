@@ -45,15 +45,20 @@ def merge_command(
     workspace: Workspace, arguments: argparse.Namespace, console: Console
 ) -> tuple[Outcome, Prepared] | None:
     """`outliers merge`; the outcome of the study where it is whole. Raises BadInput, SummaryMismatch, CorruptCapture."""
-    from outliers.counting.merge import merge_summaries, spans
+    from outliers.counting.merge import merge_summaries
     from outliers.publish.outcome import make_outcome
     from outliers.steps import run_report
+    from outliers.units import format_ranges
 
     merged = merge_summaries(arguments.summary, workspace)
     of, have = merged.prepared.corpus.num_sequences, len(merged.sequences)
-    line(console, "merged", f"{have} of {of} sequences of {merged.prepared.title}: {spans(merged.sequences)}")
+    line(
+        console,
+        "merged",
+        f"{have} of {of} sequences of {merged.prepared.title}: {format_ranges(merged.sequences, half_open=True)}",
+    )
     if merged.missing:
-        line(console, "missing", f"{spans(merged.missing)}; merge again with those")
+        line(console, "missing", f"{format_ranges(merged.missing, half_open=True)}; merge again with those")
         line(console, "summary", str(merged.folder))
         if arguments.json:
             print(
@@ -62,7 +67,7 @@ def merge_command(
                         "study_id": merged.prepared.study_id,
                         "summary": str(merged.folder),
                         "sequences": have,
-                        "missing": spans(merged.missing),
+                        "missing": format_ranges(merged.missing, half_open=True),
                     }
                 )
             )

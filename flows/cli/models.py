@@ -77,8 +77,8 @@ def show_model(console: Console, info: ModelInfo) -> None:
     """Print an inspection as lines of name and value, then a table of the sites."""
     from rich.table import Table
 
-    from outliers.report.report import ranges
     from outliers.spec import SITES
+    from outliers.units import format_ranges
 
     anatomy = info.anatomy
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -102,8 +102,8 @@ def show_model(console: Console, info: ModelInfo) -> None:
         dense = [layer for layer in range(info.num_layers) if layer not in anatomy.moe_layers]
         routed = f"{info.num_experts} experts, {info.experts_per_token} a token"
         rows += [
-            ("MoE layers", f"{len(anatomy.moe_layers)} ({ranges(anatomy.moe_layers)}), {routed}"),
-            ("dense layers", f"{len(dense)} ({ranges(dense)})" if dense else "none"),
+            ("MoE layers", f"{len(anatomy.moe_layers)} ({format_ranges(anatomy.moe_layers)}), {routed}"),
+            ("dense layers", f"{len(dense)} ({format_ranges(dense)})" if dense else "none"),
             ("router", anatomy.router or ""),
             ("experts", anatomy.experts or ""),
         ]

@@ -1,6 +1,6 @@
 """`outliers runs show`: one finished study at the terminal, and where it is read from.
 
-Before it: `runs`, which has the parsers. It reads summary.json and features.parquet, and counts nothing.
+It reads summary.json and features.parquet, and counts nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROWS = 40
 """Rows of features.parquet that are shown; `--json` has them all."""
 MAX_SAID = 300
-"""Characters of a label or a dtype that are shown of a manifest, which says of them what it likes."""
+"""Most characters of a label or a dtype that are shown: a manifest is untrusted."""
 WIDE = 150
 """Columns of a terminal that has room for the ladder."""
 
@@ -105,7 +105,7 @@ def _is_results(folder: Path) -> bool:
 
 
 def label_of(manifest: Mapping[str, Any]) -> str | None:
-    """The label of a study, as its manifest tells it."""
+    """The label of a study from its manifest."""
     found = manifest.get("spec", {}).get("label")
     return found[:MAX_SAID] if isinstance(found, str) else None
 
@@ -164,7 +164,7 @@ def chosen_rows(table: Any, summary: dict[str, Any], arguments: argparse.Namespa
         raise BadInput(f"--site {arguments.site} was not captured; there is: {', '.join(sites)}")
     _check_number("layer", arguments.layer, sorted({row["layer"] for row in summary["layers"]}))
     hidden = summary["model"]["hidden_size"]
-    # o_in has a width of its own, which summary.json does not tell
+    # o_in has a width of its own, which is not in summary.json
     wide = "o_in" in sites and arguments.site in (None, "o_in")
     _check_number("feature", arguments.feature, range(max(hidden, arguments.feature or 0) + 1 if wide else hidden))
     site = arguments.site or (None if arguments.feature is not None else summary["criteria"]["site"])

@@ -1,12 +1,13 @@
 """`outliers runs list|show|compare`: finished studies at the terminal, from their results folders or where they are published.
 
-Before it: `cli`, which parses. It reads manifests and summary.json, and counts nothing. `show` is in `run_show`.
+It reads manifests and summary.json, and counts nothing. `show` is in `run_show`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.console import line
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outliers.atlas.compare import Comparison
+    from outliers.atlas.row import AtlasFeature
     from outliers.publish.shelf import Published
     from outliers.workspace import Workspace
 
@@ -155,12 +157,12 @@ def _list_table(studies: tuple[Published, ...]) -> Any:
 
 
 def _nameless(item: Published) -> bool:
-    """Whether a study is of somebody's own files and has no label: nothing that is published names its model."""
+    """Whether a study is of somebody's own files and has no label, so that nothing published names its model."""
     return item.manifest["headline"]["model"].startswith("local:") and not label_of(item.manifest)
 
 
 def _dtype(item: Published) -> str | None:
-    """The arithmetic of a study, as its manifest tells it; None where that does not."""
+    """The arithmetic of a study from its manifest; None where it has none."""
     model = item.manifest["spec"].get("model")
     found = model.get("dtype") if isinstance(model, dict) else None
     return found[:MAX_SAID] if isinstance(found, str) else None
@@ -197,7 +199,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from outliers.atlas.compare import said
+    from outliers.atlas.compare import format_fact
 
     def table(title: str, first: str, rows: list[tuple[str, list[str], str]]) -> None:
         # not the table's own title, which is broken where the table is narrow
@@ -214,8 +216,10 @@ def show_comparison(console: Console, found: Comparison) -> None:
     for index, row in enumerate(found.rows, 1):
         line(console, str(index), row.url)
     console.print()
-    facts = [(name, [said(value)] * len(found.rows), "") for name, value in found.same.items() if value is not None]
-    facts += [(f"{name} ≠", [said(value) for value in own], "bold") for name, own in found.differs.items()]
+    facts = [
+        (name, [format_fact(value)] * len(found.rows), "") for name, value in found.same.items() if value is not None
+    ]
+    facts += [(f"{name} ≠", [format_fact(value) for value in own], "bold") for name, own in found.differs.items()]
     table("facts", "", facts)
     table("answers", "", [(name, cells, "") for name, cells in _answers(found).items()])
     if found.counts is not None:
@@ -279,7 +283,7 @@ def _answers(found: Comparison) -> dict[str, list[str]]:
     }
 
 
-def _cells(own: list[dict[str, Any] | None]) -> list[str]:
+def _cells(own: Sequence[AtlasFeature | None]) -> list[str]:
     """One feature in each study: its magnitude and shares, – where it is not systematic."""
     found = []
     for row in own:

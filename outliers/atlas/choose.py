@@ -1,8 +1,7 @@
-"""What a reader of the atlas may choose to see: values of criteria and arithmetic, each a box that can be unticked.
+"""Filters of the atlas page: values of criteria and arithmetic, each with a box that can be unticked.
 
-The page runs nothing, so its style alone hides what is unticked; a browser that knows no `:has` shows all, and no boxes.
-What is hidden is named by numbers, never by a value, which may be anybody's text. Before it: `atlas_page` words the values.
-After it: the template.
+The page runs no script: its style hides what is unticked. A browser without `:has` shows everything and no boxes. Classes of the
+style hold numbers, never a value, because a value may be any text.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ MAX_VALUES = 12
 
 @dataclass(frozen=True)
 class Value:
-    """One box: `key` names it in the page, `text` is what is read beside it, `count` how many studies have it."""
+    """One box: `key` names it in the page, `text` is its label, `count` how many studies have it."""
 
     key: str
     text: str

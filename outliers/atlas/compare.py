@@ -2,7 +2,6 @@
 
 Like is compared with like: numbers of features only under one set of criteria, and where the studies decided by different
 readings, sites or magnitudes, the counts that each of their summaries has under common ones. It counts nothing again.
-Before it: `atlas_row` made rows. After it: `outliers runs compare`.
 """
 
 from __future__ import annotations
@@ -12,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outliers.atlas.read import FoundSummary, read_found
-from outliers.atlas.row import Conditions, Row, row_of
+from outliers.atlas.read import read_summary
+from outliers.atlas.row import AtlasFeature, AtlasRow, Conditions, row_of
 from outliers.errors import BadInput
 from outliers.publish.shelf import Published
+from outliers.results.schema import StudySummary
 from outliers.spec import BLOCK, READINGS, SITES
 
 CRITERIA = ("reading", "site", "magnitude", "min_layer_fraction", "min_position_fraction")
 CONDITIONS = Conditions._fields
 IDENTITY = ("model", "revision", "architecture", "total_parameters", "active_parameters", "num_experts")
 SHAPE = ("num_layers", "layers_read", "hidden_size", "sites", "label")
-"""What tells studies apart and no number depends on: those of one site are the same whatever else was captured."""
+"""Facts on which no number depends: the numbers of one site are the same whatever else was captured."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Comparison:
     systematic there.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[AtlasRow, ...]
     same: dict[str, Any]
     differs: dict[str, list[Any]]
     criteria: tuple[str, ...]
     conditions: tuple[str, ...]
     counts: CommonCounts | None
-    features: dict[int, list[dict[str, Any] | None]] | None
+    features: dict[int, list[AtlasFeature | None]] | None
 
     @property
     def alike(self) -> bool:
@@ -58,14 +58,14 @@ class Comparison:
     def unlike(self) -> str:
         """What differs of criteria and conditions, with the values; empty where they are alike."""
         return "; ".join(
-            f"{name} ({', '.join(said(value) for value in self.differs[name])})"
+            f"{name} ({', '.join(format_fact(value) for value in self.differs[name])})"
             for name in (*self.criteria, *self.conditions)
         )
 
     def as_json(self) -> dict[str, Any]:
         """The comparison as plain JSON."""
         return {
-            "studies": [asdict(row) for row in self.rows],
+            "studies": [row.model_dump() for row in self.rows],
             "alike": self.alike,
             "same": self.same,
             "differs": self.differs,
@@ -103,12 +103,12 @@ def compare(studies: Sequence[Published]) -> Comparison:
         differs=differs,
         criteria=criteria,
         conditions=tuple(name for name in compared if name in differs),
-        counts=common_counts([read_found(study) for study in studies]),
+        counts=common_counts([read_summary(study) for study in studies]),
         features=_features(rows) if one_model and not criteria else None,
     )
 
 
-def common_counts(summaries: Sequence[FoundSummary]) -> CommonCounts | None:
+def common_counts(summaries: Sequence[StudySummary]) -> CommonCounts | None:
     """Numbers of features by every reading and site that all summaries have, at a magnitude that all have counted.
 
     The magnitude is the first study's where all have it, else the common one nearest to it. None where the shares of layers
@@ -129,25 +129,25 @@ def common_counts(summaries: Sequence[FoundSummary]) -> CommonCounts | None:
     return CommonCounts(magnitude, counts) if counts else None
 
 
-def _count(found: FoundSummary, site: str, reading: str, magnitude: float) -> int | None:
+def _count(found: StudySummary, site: str, reading: str, magnitude: float) -> int | None:
     lines: Mapping[Any, Mapping[Any, list[int]]] = found.sweep.counts
     line = lines.get(site, {}).get(reading)
     return None if line is None else line[found.sweep.magnitudes.index(magnitude)]
 
 
-def _features(rows: Sequence[Row]) -> dict[int, list[dict[str, Any] | None]]:
+def _features(rows: Sequence[AtlasRow]) -> dict[int, list[AtlasFeature | None]]:
     """Every feature that is systematic in one of the studies, those of most studies first, then by magnitude."""
     own = [{item["feature"]: item for item in row.features} for row in rows]
     found = {number: [table.get(number) for table in own] for number in {n for table in own for n in table}}
 
-    def order(item: tuple[int, list[dict[str, Any] | None]]) -> tuple[int, float, int]:
+    def order(item: tuple[int, list[AtlasFeature | None]]) -> tuple[int, float, int]:
         there = [row for row in item[1] if row is not None]
         return -len(there), -max(row["max_magnitude"] for row in there), item[0]
 
     return dict(sorted(found.items(), key=order))
 
 
-def said(value: Any) -> str:
+def format_fact(value: Any) -> str:
     """A fact in few words."""
     if value is None:
         return "none"

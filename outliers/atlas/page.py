@@ -1,12 +1,12 @@
 """The atlas as one self-contained page: a section for each set of identical criteria, with its charts and its table.
 
-It words and orders, counts nothing and has no clock: equal stores give equal bytes. Every name is escaped, and the page
-loads nothing. Before it: `atlas`, `atlas_choose`, `atlas_plots`. After it: whoever opens the page.
+It counts nothing and has no clock: equal stores give equal bytes. Every name is escaped, and the page
+loads nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from outliers.atlas.reference import (
     PAPER_RULE,
     earlier,
 )
-from outliers.atlas.row import Conditions, Row
+from outliers.atlas.row import AtlasRow, Conditions
 from outliers.atlas.table import Atlas, groups
 from outliers.files.atomic import write_atomic
 from outliers.report.figures import number, percent
-from outliers.report.report import aligned, clip, plural, visible
+from outliers.report.page import render_template
 from outliers.spec import BLOCK_SITES
+from outliers.units import clip
 
 MAX_SKIPPED = 50
 MAX_FEATURES = 24
@@ -64,51 +65,46 @@ def write_atlas_page(path: Path, atlas: Atlas) -> None:
 
 def render(atlas: Atlas) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = FileSystemLoader(Path(__file__).parent.parent / "report" / "templates")
-    house = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    house.filters |= {"percent": percent, "number": number, "value": aligned, "visible": visible, "clip": clip}
-    house.filters |= {"count": "{:,}".format, "s": plural, "short": short}
     made = _choices(atlas.rows)
     sections = _sections(atlas.rows, made)
     sizes = [row.total_parameters for row in atlas.rows if row.total_parameters is not None]
-    return house.get_template("atlas.html").render(
-        atlas=atlas,
-        num_studies=len(atlas.rows),
-        num_models=len({row.model for row in atlas.rows}),
-        sizes=(min(sizes), max(sizes)) if sizes else None,
-        groups=sections,
-        choices=made,
-        criteria=CRITERIA,
-        differing=_differing(sections),
-        earlier=earlier_rows(atlas.rows),
-        earlier_run=f"{EARLIER_SEQUENCES} × {EARLIER_LENGTH:,} tokens of {EARLIER_CORPUS}",
-        paper=PAPER,
-        paper_shown=any(section.paper for section in sections),
-        skipped=atlas.skipped[:MAX_SKIPPED],
-        num_skipped=len(atlas.skipped),
-        filter=atlas.filter.words(),
-        max_features=MAX_FEATURES,
-        max_numbered=MAX_NUMBERED,
-    )
+    values = {
+        "atlas": atlas,
+        "num_studies": len(atlas.rows),
+        "num_models": len({row.model for row in atlas.rows}),
+        "sizes": (min(sizes), max(sizes)) if sizes else None,
+        "groups": sections,
+        "choices": made,
+        "criteria": CRITERIA,
+        "differing": _differing(sections),
+        "earlier": earlier_rows(atlas.rows),
+        "earlier_run": f"{EARLIER_SEQUENCES} × {EARLIER_LENGTH:,} tokens of {EARLIER_CORPUS}",
+        "paper": PAPER,
+        "paper_shown": any(section.paper for section in sections),
+        "skipped": atlas.skipped[:MAX_SKIPPED],
+        "num_skipped": len(atlas.skipped),
+        "filter": atlas.filter.words(),
+        "max_features": MAX_FEATURES,
+        "max_numbered": MAX_NUMBERED,
+    }
+    return render_template("atlas.html", values, {"short": short})
 
 
-def _choices(rows: Sequence[Row]) -> tuple[Choice, ...]:
-    """What a reader may choose: the criteria in which the groups differ, and the arithmetic."""
+def _choices(rows: Sequence[AtlasRow]) -> tuple[Choice, ...]:
+    """Filters of the page: the criteria in which the groups differ, and the arithmetic."""
     ordered = [row for own in groups(rows) for row in own]
     cells = [_cells(row) for row in ordered]
     facts = {name: [own[place] for own in cells] for place, name in enumerate(CRITERIA)}
     return choices(facts | {ARITHMETIC: [arithmetic(row.conditions) for row in ordered]})
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: AtlasRow) -> tuple[str, ...]:
     """The criteria of a row in words, in the order of CRITERIA."""
     shares = (percent(row.min_layer_fraction), percent(row.min_position_fraction))
     return row.reading, row.site, number(row.magnitude), *shares
 
 
-def _sections(rows: Sequence[Row], made: Sequence[Choice]) -> list[Group]:
+def _sections(rows: Sequence[AtlasRow], made: Sequence[Choice]) -> list[Group]:
     found: list[Group] = []
     first = 1
     for own in groups(rows):
@@ -117,7 +113,7 @@ def _sections(rows: Sequence[Row], made: Sequence[Choice]) -> list[Group]:
     return found
 
 
-def _section(rows: tuple[Row, ...], first: int, index: int, made: Sequence[Choice]) -> Group:
+def _section(rows: tuple[AtlasRow, ...], first: int, index: int, made: Sequence[Choice]) -> Group:
     paper, usual, cells = comparable_with_paper(rows[0]), usual_conditions(rows), _cells(rows[0])
     kinds = [keys(made, {ARITHMETIC: arithmetic(row.conditions)}) for row in rows]
     marks = {row.url: classes(own) for row, own in zip(rows, kinds, strict=True)}
@@ -137,7 +133,7 @@ def _section(rows: tuple[Row, ...], first: int, index: int, made: Sequence[Choic
     )
 
 
-def _mixed(rows: Sequence[Row]) -> list[str]:
+def _mixed(rows: Sequence[AtlasRow]) -> list[str]:
     """In what studies of the same criteria still are not alike; nothing where they are."""
     usual = usual_conditions(rows)
     counted = [
@@ -184,7 +180,7 @@ def arithmetic(conditions: Conditions) -> str:
     return clip(" ".join(part for part in (conditions.dtype, conditions.quantization) if part), 60)
 
 
-def table_row(row: Row, place: int, *, other: bool) -> dict[str, Any]:
+def table_row(row: AtlasRow, place: int, *, other: bool) -> dict[str, Any]:
     """A study worded for the table; `other`: its conditions are not those of most studies of its group."""
     active = row.active_parameters
     layers = f"{row.num_layers:,}" if row.layers is None else f"{row.layers_read:,} of {row.num_layers:,}"
@@ -219,7 +215,7 @@ def table_row(row: Row, place: int, *, other: bool) -> dict[str, Any]:
     }
 
 
-def _feature(item: dict[str, Any]) -> dict[str, Any]:
+def _feature(item: Mapping[str, Any]) -> dict[str, Any]:
     sides = {}
     for side in ("layer_fraction", "position_fraction"):
         sides[side] = item[side]
@@ -228,7 +224,7 @@ def _feature(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_span(low: int | None, high: int | None, value: int) -> str:
-    """A range of counts, 5–7; nothing where there is none or it is the number itself."""
+    """A range of counts, 5–7; empty without one, or where it is the number itself."""
     return "" if low is None or high is None or low == high == value else f"{low:,}–{high:,}"
 
 
@@ -246,7 +242,7 @@ def _differing(sections: Sequence[Group]) -> list[str]:
     return [name for name, column in zip(CRITERIA, columns, strict=True) if len(set(column)) > 1]
 
 
-def earlier_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def earlier_rows(rows: Sequence[AtlasRow]) -> list[dict[str, Any]]:
     """The earlier pipeline's models, each with the studies here that counted it by the reading `legacy`.
 
     Only studies under its criteria, with both sites of the block; one a capture, for the deciding reading changes nothing in
@@ -273,7 +269,7 @@ def earlier_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{"known": known, "studies": list(own.get(known.model, {}).values())} for known in EARLIER]
 
 
-def _unlike_earlier(row: Row) -> list[str]:
+def _unlike_earlier(row: AtlasRow) -> list[str]:
     """In what a study is not as the earlier pipeline is known to have been."""
     size = (row.num_sequences, row.sequence_length) == (EARLIER_SEQUENCES, EARLIER_LENGTH)
     corpus = row.corpus.lower().rpartition("/")[2] == EARLIER_CORPUS.lower()
@@ -282,7 +278,7 @@ def _unlike_earlier(row: Row) -> list[str]:
     return said + ["modules named by hand"] * (row.site_modules is not None)
 
 
-def _unsure_of_earlier(row: Row) -> list[str]:
+def _unsure_of_earlier(row: AtlasRow) -> list[str]:
     """What a study has that nobody wrote down of the earlier pipeline: which part of the corpus, which arithmetic."""
     said = [row.corpus_options, row.dtype if row.dtype != EARLIER_DTYPE else None, row.quantization]
     return [clip(part, 120) for part in said if part]

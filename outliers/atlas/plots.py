@@ -2,7 +2,6 @@
 
 Each chart is one inline SVG that scales with the page and takes its colours from the page's style; a point is named when
 the mouse rests on it, and bears the number of its row in the table. It judges nothing and knows no HTML page.
-Before it: `atlas` put rows of identical criteria together. After it: `atlas_page`.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from outliers.atlas.reference import PAPER, PAPER_RULE, PaperModel
-from outliers.atlas.row import Conditions, Row
+from outliers.atlas.row import AtlasRow, Conditions
 from outliers.report.figures import percent
-from outliers.report.report import clip, visible
+from outliers.report.page import printable
 from outliers.spec import BLOCK, BLOCK_SITES
+from outliers.units import clip, plural
 
 WIDTH, HEIGHT = 360, 252
 LEFT, RIGHT, TOP, BOTTOM = 38.0, 350.0, 12.0, 214.0
@@ -27,12 +27,12 @@ MAX_NUMBERED = 40
 LINEAR_UP_TO = 40
 """Features up to which the axis is linear, as in the report's sweep."""
 DIGIT, LINE = 5.6, 9.0
-"""Width and height of a number beside its point, in the chart's units, measured at 9 units in Arial."""
+"""Width and height of a number next to its point, in the chart's units, measured at 9 units in Arial."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: a heading, the picture (None: there is nothing to draw), and what is said of studies that are not in it."""
+    """One chart: a heading, the picture (None: there is nothing to draw), and a note about studies that are not in it."""
 
     heading: str
     svg: Markup | None
@@ -69,7 +69,7 @@ class _Quantity:
 
     name: str
     label: str
-    of: Callable[[Row], float | None]
+    of: Callable[[AtlasRow], float | None]
     of_paper: Callable[[PaperModel], float]
     missing: str = ""
 
@@ -101,18 +101,20 @@ _COUNT = _Quantity("Features", "", lambda row: row.num_features, lambda model: m
 _LAYERS = _Quantity("Share of layers", "", lambda row: row.layer_fraction, lambda model: model.layer_fraction)
 
 
-def usual_conditions(rows: Iterable[Row]) -> Conditions:
+def usual_conditions(rows: Iterable[AtlasRow]) -> Conditions:
     """Corpus and arithmetic of most rows; of the first in order where there is a tie."""
     found = Counter(row.conditions for row in rows)
     return min(found, key=lambda own: (-found[own], str(own)))
 
 
-def comparable_with_paper(row: Row) -> bool:
+def comparable_with_paper(row: AtlasRow) -> bool:
     """Whether LLM.int8()'s table was made under this row's criteria: its magnitude and shares, at a linear layer's input."""
     return row.criteria[2:] == PAPER_RULE and row.site in (BLOCK, *BLOCK_SITES)
 
 
-def charts(rows: Sequence[Row], first_number: int, mark: Callable[[Row], str] = lambda row: "") -> list[Chart]:
+def charts(
+    rows: Sequence[AtlasRow], first_number: int, mark: Callable[[AtlasRow], str] = lambda row: ""
+) -> list[Chart]:
     """The six charts of one group of identical criteria; its rows are numbered from `first_number` on.
 
     mark: a class of the page's style that all that is drawn of a row has; empty: none.
@@ -121,11 +123,11 @@ def charts(rows: Sequence[Row], first_number: int, mark: Callable[[Row], str] = 
 
 
 def _chart(
-    rows: Sequence[Row],
+    rows: Sequence[AtlasRow],
     first_number: int,
     size: _Quantity,
     what: _Quantity,
-    mark: Callable[[Row], str],
+    mark: Callable[[AtlasRow], str],
 ) -> Chart:
     usual, paper = usual_conditions(rows), comparable_with_paper(rows[0])
     heading = f"{what.name} by {size.name}"
@@ -165,11 +167,11 @@ def _drawn(size: float) -> bool:
     return SMALLEST < size < LARGEST
 
 
-def _title(row: Row, number: int) -> str:
+def _title(row: AtlasRow, number: int) -> str:
     share = "" if row.layer_fraction is None else f", {percent(row.layer_fraction)} of layers"
-    count = f"{row.num_features:,} feature{'s'[: row.num_features != 1]}"
+    count = f"{row.num_features:,} feature{plural(row.num_features)}"
     corpus = f"{row.corpus}, {row.num_sequences:,} × {row.sequence_length:,} tokens, {row.dtype}"
-    return visible(f"{number}: {clip(row.model, 120)}: {count}{share} ({clip(corpus, 160)})")
+    return printable(f"{number}: {clip(row.model, 120)}: {count}{share} ({clip(corpus, 160)})")
 
 
 def _frame(x_axis: _Axis, y_axis: _Axis, label: str) -> Markup:
@@ -236,7 +238,7 @@ def _marked(point: _Point, drawn: Markup) -> Markup:
 def _numbers(
     points: Sequence[_Point], others: Sequence[tuple[float, float]], x_axis: _Axis, y_axis: _Axis
 ) -> list[Markup]:
-    """The numbers of the rows beside their points, each in the first place of eight that is free; none where all are taken."""
+    """The numbers of the rows next to their points, each in the first free place of eight; left out where all are taken."""
     places = [(x_axis.place(point.x), y_axis.place(point.y)) for point in points]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places] + [(x - 3, y - 3, x + 3, y + 3) for x, y in others]
     parts = []

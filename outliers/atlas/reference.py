@@ -1,7 +1,6 @@
 """Numbers that others published, against which an atlas is read: LLM.int8()'s table and the earlier pipeline's counts.
 
-They are copied, never computed, each with its source, and hold under their own conditions alone. Before it: the papers.
-After it: `atlas_page`, `atlas_plots`.
+They are copied, never computed, each with its source, and hold under their own conditions alone.
 """
 
 from __future__ import annotations

@@ -1,64 +1,37 @@
-"""One published study as a row of the atlas.
+"""One published study as a row of the atlas, described once: `AtlasRow`.
 
-`row_of` takes what its manifest and its summary.json say, and counts nothing again. It knows no other study. Before it:
-`published_summary`. After it: `atlas`, `compare`.
-
-A field of Row is a column of atlas.parquet:
-
-    url, study_id, capture_id, results_digest   where it is published, and what it is; strings
-    label                                       of the study, null without
-    model, revision, architecture, dtype, quantization
-    total_parameters, active_parameters, num_experts     int64, null where unknown
-    num_layers, layers_read, hidden_size        int32; layer fractions are of layers_read
-    layers                                      which were read, such as "0-4,9 of 28" (null: all)
-    site_modules                                where the deciding site was named by hand, such as
-                                                "mlp_in=layers.*.mlp:input" (null: nowhere, or an older study)
-    corpus, corpus_options, token_sha256        source; what of its options is not the default, such as "subset sample-10BT"
-                                                (null: all are, or an older study); sha256 of the token ids
-    num_sequences, sequence_length, num_tokens  int64
-    reading, site, sites                        what decides, and the list of what was captured
-    magnitude, min_layer_fraction, min_position_fraction  the criteria; float64
-    num_features                                systematic features: int64, with num_features_low and _high, the ends of the
-                                                range over resamples of its sequences (null: one sequence, or an older study)
-    layer_fraction, position_fraction           mean over the systematic features (null: none, or the reading has none), with
-                                                position_fraction_low and _high: the means of the features' own ends.
-                                                layer_fraction_low and _high are null: a share of layers has no interval
-    share_ends                                  what the ends of shares of tokens are: "95% interval", "range over sequences"
-                                                (few sequences), or "range over resamples" (an older study); null without
-    interval_level                              0.95 where they are a 95% interval, else null
-    max_magnitude                               the largest of a systematic feature
-    massive_count                               values at resid that are massive; null where resid was not captured
-    perplexity, perplexity_tokens               null where not measured
-    legacy_pairs, legacy_features               the earlier pipeline's way of counting; null where block was not captured
-    legacy_layer_fraction, legacy_position_fraction      means over the pairs; null where summary.json lists not all
-    features                                    list of structs, largest first: feature, layer_fraction, _low, _high (null),
-                                                position_fraction, _low, _high, passes, hits, max_magnitude
-
-Every fraction is a share of 1.
+`row_of` takes what its manifest and its summary.json say, and counts nothing again. It knows no other study. Every fraction is
+a share of 1. The Arrow schema of atlas.parquet and its table in docs/results.md are made from the model.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from outliers.atlas.read import FoundFeature, FoundSummary, read_found
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from typing_extensions import TypedDict
+
+from outliers.atlas.read import read_summary
 from outliers.publish.shelf import Published
 from outliers.results.intervals import BEFORE
+from outliers.results.schema import FeatureRow, StudySummary
+from outliers.results.schema.arrow import Int32
 from outliers.spec import BLOCK, BLOCK_SITES, CorpusSpec
+from outliers.units import format_ranges
 from outliers.untrusted.visible import visible_values
 
 INTERVAL_LEVEL = 0.95
 MAX_LABEL = 300
-"""Characters of a label that are taken from a manifest, which says of it what it likes."""
+"""Characters of a label that are taken from a manifest, which is untrusted."""
 CORPUS_OPTIONS = ("subset", "split", "corpus_revision", "seed", "bos", "packing")
 """Fields of a CorpusSpec that make another corpus of the same source and size."""
 
 
 class Conditions(NamedTuple):
-    """What a number depends on beside the criteria: four of the corpus, two of the arithmetic, two of the reading places."""
+    """What a number depends on in addition to the criteria: corpus (4 fields), arithmetic (2), where it was read (2)."""
 
     corpus: str
     num_sequences: int
@@ -85,68 +58,101 @@ class Conditions(NamedTuple):
         return self[6:]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One study; a field is a column of atlas.parquet, which the module's docstring describes.
+class AtlasFeature(TypedDict):
+    """One systematic feature of a study; a field of the structs in the column `features`."""
+
+    feature: Annotated[int, pa.int32(), Field(description="its number, 0-based")]
+    layer_fraction: Annotated[float, Field(description="share of the layers")]
+    layer_fraction_low: Annotated[float | None, Field(description="null: a share of layers has no interval")]
+    layer_fraction_high: Annotated[float | None, Field(description="null")]
+    position_fraction: Annotated[float | None, Field(description="share of the tokens; null for `per_layer`")]
+    position_fraction_low: Annotated[float | None, Field(description="the low end of it, see `share_ends`")]
+    position_fraction_high: Annotated[float | None, Field(description="the high end")]
+    passes: Annotated[float | None, Field(description="share of the resamples in which it passes")]
+    hits: Annotated[int, Field(description="values with abs(x) >= magnitude")]
+    max_magnitude: Annotated[float, Field(description="largest abs(x)")]
+
+
+class AtlasRow(BaseModel):
+    """One study: a row of atlas.parquet, and each field a column of it.
 
     In its strings every character that acts on a terminal is an escape.
     """
 
-    url: str
-    study_id: str
-    capture_id: str
-    results_digest: str
-    label: str | None
-    model: str
-    revision: str | None
-    architecture: str
-    dtype: str
-    quantization: str | None
-    total_parameters: int | None
-    active_parameters: int | None
-    num_experts: int | None
-    num_layers: int
-    layers_read: int
-    layers: str | None
-    site_modules: str | None
-    hidden_size: int
-    corpus: str
-    corpus_options: str | None
-    token_sha256: str
-    num_sequences: int
-    sequence_length: int
-    num_tokens: int
-    reading: str
-    site: str
-    sites: tuple[str, ...]
-    magnitude: float
-    min_layer_fraction: float
-    min_position_fraction: float
-    num_features: int
-    num_features_low: int | None
-    num_features_high: int | None
-    layer_fraction: float | None
-    layer_fraction_low: float | None
-    layer_fraction_high: float | None
-    position_fraction: float | None
-    position_fraction_low: float | None
-    position_fraction_high: float | None
-    share_ends: str | None
-    interval_level: float | None
-    max_magnitude: float | None
-    massive_count: int | None
-    perplexity: float | None
-    perplexity_tokens: int | None
-    legacy_pairs: int | None
-    legacy_features: int | None
-    legacy_layer_fraction: float | None
-    legacy_position_fraction: float | None
-    features: tuple[dict[str, Any], ...]
+    model_config = ConfigDict(frozen=True)
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, str):
-                object.__setattr__(self, name, visible_values(value))
+    url: str = Field(description="where it is published")
+    study_id: str = Field(description="as in summary.json")
+    capture_id: str = Field(description="as in summary.json")
+    results_digest: str = Field(description="as in manifest.json")
+    label: str | None = Field(description="of the study; null without one")
+    model: str = Field(description="summary.json's `model.id`")
+    revision: str | None = Field(description="of the model")
+    architecture: str = Field(description="of the model")
+    dtype: str = Field(description="of the model")
+    quantization: str | None = Field(description="of the model")
+    total_parameters: int | None = Field(description="null where unknown")
+    active_parameters: int | None = Field(description="null where unknown")
+    num_experts: int | None = Field(description="null: dense")
+    num_layers: Int32 = Field(description="layers of the model")
+    layers_read: Int32 = Field(description="layers that were read; shares of layers are of these")
+    layers: str | None = Field(description="which were read, such as `0-4,9 of 28`; null: all")
+    site_modules: str | None = Field(
+        description="where the deciding site was named by hand, such as `mlp_in=layers.*.mlp:input`; null: nowhere, or an "
+        "older study"
+    )
+    hidden_size: Int32 = Field(description="of the model")
+    corpus: str = Field(description="summary.json's `corpus.source`")
+    corpus_options: str | None = Field(
+        description="options of the corpus that are not the default, such as `subset sample-10BT`; null: none, or an older "
+        "study"
+    )
+    token_sha256: str = Field(description="of the corpus")
+    num_sequences: int = Field(description="of the corpus")
+    sequence_length: int = Field(description="of the corpus")
+    num_tokens: int = Field(description="of the corpus")
+    reading: str = Field(description="the reading that decides")
+    site: str = Field(description="the site that decides")
+    sites: tuple[str, ...] = Field(description="captured sites")
+    magnitude: float = Field(description="a hit is abs(x) >= this")
+    min_layer_fraction: float = Field(description="least share of layers")
+    min_position_fraction: float = Field(description="least share of tokens")
+    num_features: int = Field(description="systematic features")
+    num_features_low: int | None = Field(
+        description="the low end of their range over resamples of the sequences; null: one sequence, or an older study"
+    )
+    num_features_high: int | None = Field(description="the high end")
+    layer_fraction: float | None = Field(description="mean over the systematic features; null without any")
+    layer_fraction_low: float | None = Field(description="null: a share of layers has no interval")
+    layer_fraction_high: float | None = Field(description="null")
+    position_fraction: float | None = Field(
+        description="mean over the systematic features; null without any, and for `per_layer`"
+    )
+    position_fraction_low: float | None = Field(description="mean of the features' own low ends")
+    position_fraction_high: float | None = Field(description="mean of the high ends")
+    share_ends: str | None = Field(
+        description="what the ends of shares of tokens are: `95% interval`, `range over sequences` (few sequences), or "
+        "`range over resamples` (an older study); null without"
+    )
+    interval_level: float | None = Field(description="0.95 where they are a 95% interval, else null")
+    max_magnitude: float | None = Field(description="largest of a systematic feature")
+    massive_count: int | None = Field(description="massive activations; null where `resid` was not captured")
+    perplexity: float | None = Field(description="null where not measured")
+    perplexity_tokens: int | None = Field(description="tokens that were predicted; null where not measured")
+    legacy_pairs: int | None = Field(
+        description="feature-sequence pairs of the earlier pipeline's way of counting; null where `block` was not captured"
+    )
+    legacy_features: int | None = Field(description="features of these pairs")
+    legacy_layer_fraction: float | None = Field(
+        description="mean over the pairs; null where summary.json lists not all of them"
+    )
+    legacy_position_fraction: float | None = Field(description="the same")
+    features: tuple[AtlasFeature, ...] = Field(description="the systematic features, largest first (below)")
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _escaped(cls, value: Any) -> Any:
+        return visible_values(value) if isinstance(value, str) else value
 
     @property
     def criteria(self) -> tuple[str, str, float, float, float]:
@@ -160,9 +166,9 @@ class Row:
         return Conditions(*read, self.dtype, self.quantization, self.layers, self.site_modules)
 
 
-def row_of(study: Published) -> Row:
+def row_of(study: Published) -> AtlasRow:
     """The row of a study that was read with its summary.json. Raises PublishRefused."""
-    found = read_found(study)
+    found = read_summary(study)
     model, corpus, rule = found.model, found.corpus, found.criteria
     drawn = found.intervals
     low, high = (None, None) if drawn is None else drawn.counts.get(rule.site, {}).get(rule.reading, (None, None))
@@ -170,7 +176,7 @@ def row_of(study: Published) -> Row:
     features = tuple(_feature(item) for item in found.systematic)
     label = study.manifest["spec"].get("label")
     read = sorted({item.layer for item in found.layers})
-    return Row(
+    return AtlasRow(
         url=study.url,
         study_id=found.study_id,
         capture_id=found.capture_id,
@@ -220,25 +226,19 @@ def _options(asked: Any) -> str | None:
     """Which part of a source was read, and how it was cut, where that is not the default: two of one source are not alike."""
     if not isinstance(asked, Mapping):
         return None
-    said = [
+    options = [
         f"{name} {asked[name]}"
         for name in CORPUS_OPTIONS
         if isinstance(asked.get(name), str | int) and asked[name] != CorpusSpec.model_fields[name].default
     ]
-    return ", ".join(said) or None
+    return ", ".join(options) or None
 
 
 def _part_of_layers(read: Sequence[int], num_layers: int) -> str | None:
     """Which layers were read, where not all were: `0-4,9 of 28`."""
     if not read or len(read) == num_layers:
         return None
-    runs: list[list[int]] = []
-    for layer in read:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], layer]
-        else:
-            runs.append([layer])
-    return f"{','.join('-'.join(map(str, run)) for run in runs)} of {num_layers}"
+    return f"{format_ranges(read, ',')} of {num_layers}"
 
 
 def _named_modules(asked: Any, site: str) -> str | None:
@@ -250,7 +250,7 @@ def _named_modules(asked: Any, site: str) -> str | None:
     return ", ".join(sorted(str(item) for item in named if str(item).partition("=")[0] in own)) or None
 
 
-def _feature(item: FoundFeature) -> dict[str, Any]:
+def _feature(item: FeatureRow) -> AtlasFeature:
     interval = item.interval
     tokens = (None, None) if interval is None or interval.position_fraction is None else interval.position_fraction
     return {
@@ -268,10 +268,11 @@ def _feature(item: FoundFeature) -> dict[str, Any]:
     }
 
 
-def _mean_spans(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the features of both fractions and of the ends beside them."""
+def _mean_spans(features: Sequence[AtlasFeature]) -> dict[str, Any]:
+    """Means over the features of both fractions and of the of their ends."""
     names = [f"{side}{end}" for side in ("layer_fraction", "position_fraction") for end in ("", "_low", "_high")]
-    return {name: _mean([item[name] for item in features]) for name in names}
+    plain: list[Mapping[str, Any]] = [dict(item) for item in features]
+    return {name: _mean([item[name] for item in plain]) for name in names}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -279,13 +280,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _legacy(found: FoundSummary) -> dict[str, Any]:
+def _legacy(found: StudySummary) -> dict[str, Any]:
     block = found.readings.get(BLOCK)
     if block is None or block.legacy is None:
         names = ("legacy_pairs", "legacy_features", "legacy_layer_fraction", "legacy_position_fraction")
         return dict.fromkeys(names)
     pairs, listed = block.legacy.feature_sequence_pairs, block.legacy.features
-    # the list may be cut: a mean over a part is no mean over the pairs
+    # the list may be cut: a mean over a part of it is not the mean over the pairs
     whole = pairs > 0 and sum(item.sequences for item in listed) == pairs
     tokens = [item.position_fraction for item in listed if item.position_fraction is not None]
     return {
@@ -296,7 +297,7 @@ def _legacy(found: FoundSummary) -> dict[str, Any]:
     }
 
 
-def _over_pairs(listed: Sequence[FoundFeature], shares: Sequence[float]) -> float:
+def _over_pairs(listed: Sequence[FeatureRow], shares: Sequence[float]) -> float:
     """The mean of a share over the feature-sequence pairs; each feature's is a mean over its own sequences already."""
     weighed = (share * item.sequences for item, share in zip(listed, shares, strict=True))
     return math.fsum(weighed) / sum(item.sequences for item in listed)

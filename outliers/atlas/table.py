@@ -1,11 +1,8 @@
 """The atlas: published studies as rows of one table, and which of them may be compared.
 
 `read_atlas` reads a store and keeps what a filter wants, `groups` puts together the rows of identical criteria,
-`write_atlas_table` writes them as Parquet. Nothing is counted again. Before it: `published`, and `atlas_row`, which makes a
-row of a study. After it: `atlas_page`.
-
-atlas.parquet has a row a study, ordered by total parameters (unknown last), model, corpus, dtype, study_id. The docstring of
-`atlas_row` says what each column holds.
+`write_atlas_table` writes them as Parquet. Nothing is counted again. atlas.parquet has a row a study, ordered by total
+parameters (unknown last), model, corpus, dtype, study_id.
 """
 
 from __future__ import annotations
@@ -18,62 +15,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from outliers.atlas.row import Row, row_of
+from outliers.atlas.row import AtlasRow, row_of
 from outliers.errors import BadInput, PublishRefused
 from outliers.files.parquet import write_parquet
-from outliers.publish.shelf import ENTRY_ERRORS, Shelf, Skipped, read_store, said
+from outliers.publish.shelf import ENTRY_ERRORS, Skipped, StoreListing, format_error, read_store
+from outliers.results.schema.arrow import arrow_schema
 
 MAX_SAID = 6
 """Values of one option that a refusal names."""
-_SHARE, _COUNT, _NUMBER = pa.float64(), pa.int64(), pa.float64()
-_FEATURE = pa.struct(
-    [
-        ("feature", pa.int32()),
-        *(
-            (f"{side}{end}", _SHARE)
-            for side in ("layer_fraction", "position_fraction")
-            for end in ("", "_low", "_high")
-        ),
-        ("passes", _SHARE),
-        ("hits", _COUNT),
-        ("max_magnitude", _NUMBER),
-    ]
-)
-ATLAS_SCHEMA: Any = pa.schema(
-    [
-        *((name, pa.string()) for name in ("url", "study_id", "capture_id", "results_digest", "label")),
-        *((name, pa.string()) for name in ("model", "revision", "architecture", "dtype", "quantization")),
-        *((name, _COUNT) for name in ("total_parameters", "active_parameters", "num_experts")),
-        *((name, pa.int32()) for name in ("num_layers", "layers_read")),
-        *((name, pa.string()) for name in ("layers", "site_modules")),
-        ("hidden_size", pa.int32()),
-        *((name, pa.string()) for name in ("corpus", "corpus_options", "token_sha256")),
-        *((name, _COUNT) for name in ("num_sequences", "sequence_length", "num_tokens")),
-        *((name, pa.string()) for name in ("reading", "site")),
-        ("sites", pa.list_(pa.string())),
-        *((name, _NUMBER) for name in ("magnitude", "min_layer_fraction", "min_position_fraction")),
-        *((name, _COUNT) for name in ("num_features", "num_features_low", "num_features_high")),
-        *(
-            (f"{side}{end}", _SHARE)
-            for side in ("layer_fraction", "position_fraction")
-            for end in ("", "_low", "_high")
-        ),
-        ("share_ends", pa.string()),
-        ("interval_level", _SHARE),
-        ("max_magnitude", _NUMBER),
-        ("massive_count", _COUNT),
-        ("perplexity", _NUMBER),
-        *((name, _COUNT) for name in ("perplexity_tokens", "legacy_pairs", "legacy_features")),
-        *((name, _SHARE) for name in ("legacy_layer_fraction", "legacy_position_fraction")),
-        ("features", pa.list_(_FEATURE)),
-    ]
-)
-"""The columns of atlas.parquet; the docstring of `atlas_row` says what each holds."""
+ATLAS_SCHEMA: Any = arrow_schema(AtlasRow)
+"""The columns of atlas.parquet, made from `AtlasRow`."""
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which studies are wanted: of each tuple one value must be the study's; an empty one asks nothing."""
+    """Which studies are wanted: one value of each tuple must be the study's. An empty tuple filters nothing."""
 
     readings: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
@@ -92,7 +48,7 @@ class Filter:
             and headline["num_tokens"] >= self.min_tokens
         )
 
-    def keeps(self, row: Row) -> bool:
+    def keeps(self, row: AtlasRow) -> bool:
         """Whether a study is wanted."""
         asked: list[tuple[Any, tuple[Any, ...]]] = [
             (row.reading, self.readings),
@@ -106,7 +62,7 @@ class Filter:
         return row.num_tokens >= self.min_tokens and all(_in(value, values) for value, values in asked)
 
     def words(self) -> str:
-        """The options that ask for this filter; empty where it asks nothing."""
+        """The options that give this filter; empty where it filters nothing."""
         names = ("reading", "site", "magnitude", "layer-fraction", "position-fraction", "dtype", "corpus")
         values = (getattr(self, field.name) for field in dataclasses.fields(self)[: len(names)])
         said = [
@@ -126,7 +82,7 @@ class Atlas:
     """The studies of a store that pass a filter, by size; what could not be read; how many the filter left out."""
 
     url: str
-    rows: tuple[Row, ...]
+    rows: tuple[AtlasRow, ...]
     skipped: tuple[Skipped, ...]
     left_out: int
     filter: Filter
@@ -135,15 +91,15 @@ class Atlas:
 def read_atlas(target: str, chosen: Filter | None = None) -> Atlas:
     """Every study published at `target` that passes the filter.
 
-    Raises BadInput where there is no study, or none passes, and the errors of `published.read_store`.
+    Raises BadInput where there is no study, or none passes, and the errors of `shelf.read_store`.
     """
     chosen = chosen or Filter()
     return make_atlas(read_store(target, summaries=True, wanted=chosen.wanted), chosen)
 
 
-def make_atlas(shelf: Shelf, chosen: Filter) -> Atlas:
+def make_atlas(shelf: StoreListing, chosen: Filter) -> Atlas:
     """The atlas of what was read of a store."""
-    rows: list[Row] = []
+    rows: list[AtlasRow] = []
     skipped = list(shelf.skipped)
     for study in shelf.studies:
         try:
@@ -152,7 +108,7 @@ def make_atlas(shelf: Shelf, chosen: Filter) -> Atlas:
             skipped.append(Skipped(study.url, str(error)))
         except ENTRY_ERRORS as error:
             skipped.append(
-                Skipped(study.url, f"{study.url} can't be read ({said(error)}); remove it and publish again")
+                Skipped(study.url, f"{study.url} can't be read ({format_error(error)}); remove it and publish again")
             )
     kept = [row for row in rows if chosen.keeps(row)]
     if not kept and not rows and not shelf.unwanted:
@@ -166,11 +122,11 @@ def make_atlas(shelf: Shelf, chosen: Filter) -> Atlas:
     return Atlas(shelf.url, tuple(kept), tuple(skipped), len(rows) - len(kept) + shelf.unwanted, chosen)
 
 
-def _named(row: Row) -> tuple[str, ...]:
+def _named(row: AtlasRow) -> tuple[str, ...]:
     return row.model, row.corpus, row.dtype, row.study_id, row.url
 
 
-def _there(rows: Sequence[Row]) -> str:
+def _there(rows: Sequence[AtlasRow]) -> str:
     """What a filter could have asked of the studies that were read: the values of each option."""
     columns = {
         "magnitude": {f"{row.magnitude:g}" for row in rows},
@@ -186,20 +142,20 @@ def _there(rows: Sequence[Row]) -> str:
     return f"; of that reading, site and size there is: {'; '.join(said)}" if rows else ""
 
 
-def groups(rows: Iterable[Row]) -> list[tuple[Row, ...]]:
+def groups(rows: Iterable[AtlasRow]) -> list[tuple[AtlasRow, ...]]:
     """The rows by identical criteria, the largest group first; the order within is kept."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    found: dict[tuple[Any, ...], list[AtlasRow]] = {}
     for row in rows:
         found.setdefault(row.criteria, []).append(row)
     return [tuple(own) for _, own in sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))]
 
 
-def atlas_table(rows: Iterable[Row]) -> Any:
+def atlas_table(rows: Iterable[AtlasRow]) -> Any:
     """The rows as a table of ATLAS_SCHEMA."""
-    names = [column.name for column in dataclasses.fields(Row)]
-    return pa.Table.from_pylist([{name: getattr(row, name) for name in names} for row in rows], schema=ATLAS_SCHEMA)
+    plain = [{name: getattr(row, name) for name in ATLAS_SCHEMA.names} for row in rows]
+    return pa.Table.from_pylist(plain, schema=ATLAS_SCHEMA)
 
 
-def write_atlas_table(path: Path, rows: Iterable[Row]) -> None:
+def write_atlas_table(path: Path, rows: Iterable[AtlasRow]) -> None:
     """Write atlas.parquet whole. Raises OSError."""
     write_parquet(path, atlas_table(rows))

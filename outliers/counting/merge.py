@@ -27,6 +27,7 @@ from outliers.files.sealed import check_folder
 from outliers.locks import locked
 from outliers.study.parts import LOCKS
 from outliers.study.prepare import Prepared
+from outliers.units import format_ranges
 from outliers.untrusted.npz import open_npz
 from outliers.workspace import Workspace
 
@@ -119,9 +120,10 @@ def _copy_counts(folder: Path, into: Path, sequences: tuple[int, ...]) -> None:
         except UNREADABLE as error:
             raise CorruptCapture(f"{path} can't be read: {error}; analyze those sequences again") from error
     if sorted(counted) != sorted(sequences):
+        own, there = (format_ranges(numbers, half_open=True) for numbers in (sequences, sorted(counted)))
         raise CorruptCapture(
-            f"the totals in {folder} are of the sequences {spans(sequences)}, the counts in its folder {COUNTS} of "
-            f"{spans(tuple(sorted(counted))) or 'none'}: it is not whole; remove it and analyze those sequences again"
+            f"the totals in {folder} are of the sequences {own}, the counts in its folder {COUNTS} of {there or 'none'}: it is "
+            "not whole; remove it and analyze those sequences again"
         )
 
 
@@ -147,17 +149,6 @@ def _facts(prepared: Prepared) -> Iterator[tuple[str, Any]]:
     yield "batch_sequences", spec.capture.batch_sequences
     yield "perplexity", spec.capture.perplexity
     yield "label", spec.label
-
-
-def spans(sequences: tuple[int, ...]) -> str:
-    """Sorted numbers as half-open ranges, as --sequences takes them: 0:4, 6:8."""
-    runs: list[list[int]] = []
-    for number in sequences:
-        if runs and number == runs[-1][1]:
-            runs[-1][1] = number + 1
-        else:
-            runs.append([number, number + 1])
-    return ", ".join(f"{first}:{stop}" for first, stop in runs)
 
 
 def parse_sequences(text: str | None, num_sequences: int, batch: int) -> range | None:

@@ -2,7 +2,7 @@
 
 Numbers leave as they were checked (`contents`), a log where it is asked for; pages and pictures that lie in a folder never
 do: they are rendered anew from the numbers (`publishable`). So a file of a results folder is read only where its bytes are
-judged. It knows nothing of targets. Before it: `results` wrote the numbers. After it: `publishable`.
+judged. It knows nothing of targets.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def read_log(folder: Path) -> bytes | None:
 def check_listing(folder: Path) -> None:
     """ForbiddenFile for the first thing in a results folder that no study has: another name, a link, a folder.
 
-    Nothing of it would leave; it is refused because whoever put it there may think so. Leftovers of an interrupted write
-    are passed over. Raises PublishRefused where the folder can't be read.
+    Nothing of it would leave; it is refused because the person who put it there may expect that it does. Leftovers of an
+    interrupted write are passed over. Raises PublishRefused where the folder can't be read.
     """
     for prefix in ("", "plots/") if (folder / "plots").exists() else ("",):
         try:

@@ -2,7 +2,6 @@
 
 Each `check_` takes the bytes of one file and raises NotAllowedError with what is wrong and the limit. They trust
 nothing: lengths before contents, contents before meaning. They know no paths and no targets.
-Before it: `allowlist` read the bytes. After it: `allowlist` names the file.
 """
 
 from __future__ import annotations
@@ -16,14 +15,16 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from outliers.files.parquet import open_parquet
+from outliers.results.intervals import SHARE_SPANS
 from outliers.results.schema import (
     EARLIER_FEATURES_SCHEMA,
     FEATURES_SCHEMA,
     MAX_MAGNITUDES,
     MOMENT_COLUMNS,
     NULLABLE_COLUMNS,
-    Summary,
+    StudySummary,
     Tokens,
+    first_error,
 )
 from outliers.spec import BLOCK
 
@@ -45,19 +46,22 @@ class NotAllowedError(Exception):
     """Why the bytes may not be published, as a phrase that follows the file's name."""
 
 
-def first_error(error: ValidationError) -> str:
-    """The place and the first thing that is wrong there. A place may be a key of anybody's: only what is printable of it."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(step) for step in first["loc"])[:200] or "the file"
-    return "".join(char if char.isprintable() else "\ufffd" for char in f"{place}: {first['msg']}")
-
-
-def check_summary(data: bytes) -> Summary:
+def check_summary(data: bytes) -> StudySummary:
     """summary.json, parsed."""
-    return _checked_json(data, Summary)
+    summary = _checked_json(data, StudySummary)
+    try:
+        summary.check_consistent()
+    except ValueError as error:
+        raise NotAllowedError(f"is not the JSON that is published: {error}") from error
+    shares = None if summary.intervals is None else summary.intervals.shares
+    if shares is not None and shares not in SHARE_SPANS:
+        raise NotAllowedError(
+            f"is not the JSON that is published: intervals.shares is {shares[:40]!r}, not one of {', '.join(SHARE_SPANS)}"
+        )
+    return summary
 
 
-def check_tokens(data: bytes, summary: Summary) -> None:
+def check_tokens(data: bytes, summary: StudySummary) -> None:
     """tokens.json, of the same study as `summary`."""
     study_id = _checked_json(data, Tokens).study_id
     if study_id != summary.study_id:
@@ -82,7 +86,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_features(data: bytes, summary: Summary) -> None:
+def check_features(data: bytes, summary: StudySummary) -> None:
     """features.parquet: exactly FEATURES_SCHEMA, at most one row a (site, layer, feature) of `summary`'s model."""
     try:
         file = open_parquet(data)
@@ -125,7 +129,7 @@ def _check_extras(metadata: Any, size: int) -> None:
         raise NotAllowedError(f"holds {extra:,} bytes outside of its columns, at most {MAX_PARQUET_EXTRA_BYTES:,}")
 
 
-def _check_rows(table: Any, summary: Summary) -> None:
+def _check_rows(table: Any, summary: StudySummary) -> None:
     for name in table.column_names:
         if name not in NULLABLE_COLUMNS and table[name].null_count:
             raise NotAllowedError(f"has {table[name].null_count:,} nulls in the column {name}; none are allowed")
@@ -142,15 +146,15 @@ def _check_rows(table: Any, summary: Summary) -> None:
     strange = set(pc.unique(table["layer"]).to_pylist()) - {row.layer for row in summary.layers}
     if strange:
         raise NotAllowedError(f"has rows of layer {min(strange)}, which the summary does not have")
-    # counted, not compared: one row for each place is what bounds the table
-    places = (
+    # counted, not compared: one row for each cell is what bounds the table
+    cells = (
         table.select(["site", "layer", "feature"])
         .group_by(["site", "layer", "feature"], use_threads=False)
         .aggregate([])
     )
-    if places.num_rows != table.num_rows:
+    if cells.num_rows != table.num_rows:
         raise NotAllowedError(
-            f"has {table.num_rows:,} rows for {places.num_rows:,} (site, layer, feature); one each is allowed"
+            f"has {table.num_rows:,} rows for {cells.num_rows:,} (site, layer, feature); one each is allowed"
         )
     lengths = pc.unique(pc.list_value_length(table["ladder_hits"])).to_pylist()
     if len(lengths) != 1 or lengths[0] > MAX_MAGNITUDES:

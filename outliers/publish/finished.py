@@ -1,8 +1,7 @@
 """Is a results folder what was written? Each file against the manifest, and the manifest against the files.
 
 A manifest alone proves nothing: it may be edited, or be another run's. So its digest, file list and headline are computed
-again from the bytes that it names, which are read once and handed on. Before it: `manifest`. After it: whoever answers from
-a folder (`outcome`, `published`, `runs`).
+again from the bytes that it names, which are read once and handed on.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from outliers.publish.manifest import MAX_MANIFEST_BYTES, digest_of, folder_of, 
 from outliers.untrusted.strict_json import strict_json
 
 REMEDY = "run the same study again, which makes them anew"
-"""For the end of a message to a person who asked for nothing but to see them."""
+"""The end of a message to a person who asked only to see them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def read_finished(folder: Path, study_id: str | None = None) -> Finished | None:
     """The finished study in a folder; None where there is no manifest. `study_id`: the study that it must be of.
 
     Every file of the manifest is compared with its sha256, and what the manifest says of them is computed anew. run.log
-    grows after the manifest and is none of the results. Raises DamagedResults, which names the first thing that differs.
+    grows after the manifest and is not one of the results. Raises DamagedResults, which names the first thing that differs.
     """
     try:
         manifest = parse_manifest(read_beneath(folder, MANIFEST, MAX_MANIFEST_BYTES), str(folder / MANIFEST))

@@ -2,7 +2,7 @@
 
 It is written last, into the results folder and at the target: a study without a manifest is not finished. The
 `results_digest` in it is over the numbers, not the bytes, so that two runs of one study can be compared.
-It knows nothing of targets. Before it: `publishable`, which has the files. After it: `publish`, `compare`.
+It knows nothing of targets.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from outliers.files.atomic import write_atomic
 from outliers.files.beneath import read_beneath
 from outliers.files.parquet import read_parquet
 from outliers.publish.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, SUMMARY, TOKENS
-from outliers.publish.contents import first_error
-from outliers.results.schema import FEATURES_SCHEMA, MOMENT_COLUMNS, NULLABLE_COLUMNS
+from outliers.results.schema import FEATURES_SCHEMA, MOMENT_COLUMNS, NULLABLE_COLUMNS, first_error
 from outliers.spec import digest
 from outliers.untrusted.strict_json import strict_json
 
@@ -227,12 +226,12 @@ def parse_manifest(data: bytes, origin: str) -> dict[str, Any]:
             f"the manifest of {origin} is malformed: {first_error(error)}; remove it and run again"
         ) from error
     except ValueError as error:
-        raise PublishRefused(f"the manifest of {origin} is no JSON: {error}; remove it and run again") from error
+        raise PublishRefused(f"the manifest of {origin} is not JSON: {error}; remove it and run again") from error
     return dict(found)
 
 
 def write_manifest(results: Path, manifest: dict[str, Any]) -> Path:
-    """Writes manifest.json into `results`, last and whole; returns its path. PublishRefused for a malformed one."""
+    """Write manifest.json into `results`, last and whole; returns its path. PublishRefused for a malformed one."""
     data = dump_manifest(manifest)
     parse_manifest(data, str(results))
     write_atomic(results / MANIFEST, data)

@@ -3,8 +3,7 @@
 `find_outcome` looks at the artifact store first (or at the workspace, where nothing is published) and answers before
 a machine is asked for; `find_finished` says whether nothing but publishing is left. Both answer only from files that were
 checked (`finished`): damaged pages and pictures are rendered again, damaged numbers are fetched, or written from the private
-summary. A capture that was repaired is computed before anything answers. It decides nothing about machines. Before it:
-`prepare`. After it: the command and the flow.
+summary. A capture that was repaired is computed before anything answers. It decides nothing about machines.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Outcome(BaseModel):
     cached: bool
     """The study was there already: nothing ran."""
     nonfinite: int = 0
-    """Activations that are no finite number, over all sites and layers."""
+    """Activations that are not finite, over all sites and layers."""
     perplexity: dict[str, Any] | None = None
     """As in summary.json, where it was asked for."""
     interval: tuple[int, int] | None = None
@@ -56,7 +55,7 @@ class Outcome(BaseModel):
     readings: dict[str, int] = {}
     """How many features pass each of the four readings at the deciding site."""
     crowded: str | None = None
-    """Where most features of a site are systematic: what that says of the magnitude."""
+    """A warning where most features of a site are systematic."""
 
     @property
     def disagreement(self) -> str:
@@ -64,7 +63,7 @@ class Outcome(BaseModel):
         return disagreement(self.readings)
 
     def remarks(self) -> list[str]:
-        """What belongs beside the answer: how sure it is, perplexity, and values that are no numbers."""
+        """Sentences that go with the answer: how stable it is, perplexity, and values that are not finite."""
         found = [] if self.crowded is None else [self.crowded]
         if self.interval is not None:
             found.append(range_words(*self.interval))

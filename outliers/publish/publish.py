@@ -5,7 +5,7 @@
 
 The manifest makes a study visible. It is created only where there is none, so of several publishers one is first, and
 what it names is there already. Folders that no manifest names are invisible, and removed by a later publisher.
-It runs on the control side and knows nothing of models or activations. Before it: `publishable`. After it: readers.
+It runs on the control side and knows nothing of models or activations.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def published_manifest(target: str, model_slug: str, study_id: str) -> dict[str,
 
 
 def publish(results: Path, target: str, model_slug: str) -> str:
-    """Publishes the folder `results`, which has its manifest, and returns the URL of the published manifest.
+    """Publish the folder `results`, which has its manifest, and return the URL of the published manifest.
 
     Its page and pictures are rendered anew; where they, or the manifest that names them, are others than the folder has, they
     replace those. Raises ForbiddenFile or PublishRefused where the numbers are not what the manifest says or may not leave the
@@ -82,7 +82,7 @@ def publish(results: Path, target: str, model_slug: str) -> str:
 
 
 def publish_study(study: Publishable, target: str, model_slug: str) -> str:
-    """Publishes a study and returns the URL of its manifest.
+    """Publish a study and return the URL of its manifest.
 
     Published already with the same results_digest: nothing is changed. Raises DigestConflict where it is published with
     another one, AccessDenied or TargetError where the target refuses, StoreUnavailable where it does not answer.
@@ -97,18 +97,18 @@ def publish_study(study: Publishable, target: str, model_slug: str) -> str:
             there = manifest if created else _manifest_at(store, place)
         url = f"{store.url}/{place}/{MANIFEST}"
         if there is None:
-            raise StoreUnavailable(f"{url} was there and is gone: somebody removes it; run the same again")
+            raise StoreUnavailable(f"{url} was there and is gone: it was removed meanwhile; run the same again")
         if there["results_digest"] != manifest["results_digest"]:
             raise DigestConflict(
                 f"{url} is published with other numbers: its results_digest is {there['results_digest']}, this one's "
                 f"{manifest['results_digest']}. Nothing was changed; give --label NAME to publish this one beside it"
             )
-        _sweep(store, place, there["folder"])
+        _collect_orphans(store, place, there["folder"])
     return url
 
 
 def fetch(target: str, model_slug: str, study_id: str, into: Path) -> dict[str, Any]:
-    """Brings a published study into the folder `into`, its manifest last; returns the published manifest.
+    """Fetch a published study into the folder `into`, its manifest last; returns the published manifest.
 
     Only the numbers are fetched: others can write to a store, so they are checked as a machine's are, and the page and the
     pictures are rendered here. Raises PublishRefused where the study is not there, or not what its manifest says; then
@@ -146,7 +146,7 @@ def fetch(target: str, model_slug: str, study_id: str, into: Path) -> dict[str, 
 def _place(slug: str, study_id: str) -> str:
     for name in (slug, study_id):
         if not slug_safe(name):
-            raise BadInput(f"'{name}' is no name for a published folder: letters, digits, '.', '_' and '-' only")
+            raise BadInput(f"'{name}' is not a name for a published folder: use letters, digits, '.', '_' and '-' only")
     return f"{slug}/{study_id}"
 
 
@@ -176,7 +176,7 @@ def _object(store: Store, folder: str, file: dict[str, Any]) -> bytes:
 
 
 def _upload(store: Store, folder: str, files: Mapping[str, bytes]) -> None:
-    """Puts the files, and sees that they are there: the manifest must not name what a store has lost."""
+    """Put the files, and check that they are there: the manifest must not name what a store has lost."""
     for path in sorted(files):
         store.put(f"{folder}/{path}", files[path])
     stored = store.list(f"{folder}/")
@@ -189,8 +189,8 @@ def _upload(store: Store, folder: str, files: Mapping[str, bytes]) -> None:
             )
 
 
-def _sweep(store: Store, place: str, folder: str) -> None:
-    """Removes the folders of a published study that its manifest does not name, once nothing in them is recent.
+def _collect_orphans(store: Store, place: str, folder: str) -> None:
+    """Remove the folders of a published study that its manifest does not name, once nothing in them is recent.
 
     Only after the manifest is there, which is never replaced: so no publisher can be about to name one of them.
     """

@@ -1,8 +1,7 @@
 """A study as it may leave: numbers that were checked, the page and pictures that are rendered of them here, a manifest.
 
 Whatever page or picture lies in a folder, a store or on a machine is never read: equal numbers and provenance give equal
-bytes under the same versions of matplotlib and Pillow, so that what is published is what this side renders. Before it:
-`allowlist`, which checks numbers. After it: `reporting`, which places them, and `publish`.
+bytes under the same versions of matplotlib and Pillow, so that what is published is what this side renders.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each of the few known files is asked for by its name and read as a regular file of limited size. It must pass its schema; the
 study, model, corpus and criteria in it must be those that were asked for, and every text of the corpus the one that this
 side's own corpus has there. Then the three files are written anew from their values, so that no byte of the machine's own
-is kept. Before it: the step `report` on a machine. After it: `reporting`, which renders them here.
+is kept.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _check_study(numbers: Numbers, prepared: Prepared) -> None:
         found = numbers.summary[name]
         kept = {key: found.get(key) for key in value} if isinstance(value, dict) else found
         if kept != value or (name in ("model", "corpus") and found.keys() != value.keys()):
-            raise ValueError(f"{SUMMARY} says {name} {str(found)[:200]}, asked was {str(value)[:200]}")
+            raise ValueError(f"{SUMMARY} says {name} {str(found)[:200]}, the study asks for {str(value)[:200]}")
     if (numbers.tokens["text"], numbers.tokens["site"]) != (prepared.text, prepared.site):
         raise ValueError(f"{TOKENS} says text {numbers.tokens['text']} at {numbers.tokens['site']}")
 
@@ -114,17 +114,17 @@ def _check_texts(numbers: Numbers, prepared: Prepared, workspace: Workspace) -> 
     from outliers.results.top_tokens import context
 
     listed = [row for name in ("massive", "massive_by_token") for row in numbers.summary.get(name) or ()]
-    places = [row for feature in numbers.tokens["features"] for row in feature["top"]]
-    places += numbers.tokens["massive"] or []
+    tokens = [row for feature in numbers.tokens["features"] for row in feature["top"]]
+    tokens += numbers.tokens["massive"] or []
     shape = (prepared.corpus.num_sequences, prepared.corpus.sequence_length)
-    if any(row["sequence"] >= shape[0] or row["position"] >= shape[1] for row in (*listed, *places)):
+    if any(row["sequence"] >= shape[0] or row["position"] >= shape[1] for row in (*listed, *tokens)):
         raise ValueError(f"there is a token outside of the corpus's {shape[0]} sequences of {shape[1]}")
     if not prepared.text:
-        if any(row.get(key) is not None for row in (*listed, *places) for key in ("token", "before", "after")):
+        if any(row.get(key) is not None for row in (*listed, *tokens) for key in ("token", "before", "after")):
             raise ValueError("there is text, and the text of this corpus is not to be published")
         return
     corpus = load_corpus(prepared.corpus, workspace)
-    for row in (*listed, *places):
+    for row in (*listed, *tokens):
         own = context(prepared, corpus, row["sequence"], row["position"])
         if any(row[key] != own[key] for key in own.keys() & row.keys()):
             raise ValueError(

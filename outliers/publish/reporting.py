@@ -4,9 +4,9 @@
     <capture>/summaries/<study_id>.json        results_digest of the study as it was first reported
 
 A machine writes numbers and renders nothing. The page, the pictures and the manifest are made of checked numbers on the side
-that places the results folder; whoever runs `python -m outliers report` is both. A study that was reported before (its results
+that places the results folder; `python -m outliers report` does both. A study that was reported before (its results
 were damaged since, or its capture was repaired) must come to the digest that it had: other numbers are refused and
-overwrite nothing. Before it: `analyze`, `merge`, `received`. After it: `outcome`, `publish`.
+overwrite nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def write_study(prepared: Prepared, workspace: Workspace, reporter: Reporter) ->
     """Write the results folder of a study from its private summary; its digest and the number of its files.
 
     Raises DigestConflict where the study had other numbers, CorruptCapture where the summary is not what was written,
-    CaptureError where it is not of the whole corpus. Whoever else writes this study's results here is waited for.
+    CaptureError where it is not of the whole corpus. Another process that writes this study's results here is waited for.
     """
     with alone(prepared, workspace):
         reporter.progress("report", 0, 3, "parts")
@@ -62,11 +62,11 @@ def write_study(prepared: Prepared, workspace: Workspace, reporter: Reporter) ->
         write_publishable(workspace.study(prepared.study_id), found)
         shutil.rmtree(made)
         reporter.progress("report", 3, 3, "parts")
-        return _told(found)
+        return _outline(found)
 
 
 def write_numbers(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    """Write the numbers of a study from its private summary, for whoever places them; their digest. Raises as `write_study`."""
+    """Write the numbers of a study from its private summary, to be placed elsewhere; their digest. Raises as `write_study`."""
     with alone(prepared, workspace):
         reporter.progress("report", 0, 1, "parts")
         digest = _write_numbers(prepared, workspace, reporter)
@@ -86,7 +86,7 @@ def place_study(
         _compare(prepared, workspace, digest_of(numbers.files), reporter)
         found = make_publishable(numbers, spec=prepared.public_spec(), provenance=known)
         write_publishable(workspace.study(prepared.study_id), found)
-        return _told(found)
+        return _outline(found)
 
 
 def render_again(prepared: Prepared, workspace: Workspace) -> bool:
@@ -134,7 +134,7 @@ def _record(prepared: Prepared, workspace: Workspace) -> Path:
 
 
 def alone(prepared: Prepared, workspace: Workspace) -> contextlib.AbstractContextManager[None]:
-    """In the block nobody else reads or writes the study's results folder. It can't be nested."""
+    """In the block no other process reads or writes the study's results folder. It can't be nested."""
     return locked(workspace.root / LOCKS / f"{prepared.study_id}-report", lambda: time.sleep(POLL_SECONDS))
 
 
@@ -154,12 +154,12 @@ def _explained(workspace: Workspace) -> Iterator[None]:
         ) from error
 
 
-def _told(found: Publishable) -> dict[str, Any]:
+def _outline(found: Publishable) -> dict[str, Any]:
     return {"results_digest": found.manifest["results_digest"], "files": len(found.manifest["files"])}
 
 
 def _write_numbers(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> str:
-    """The numbers from the summary, compared with those of before; their digest."""
+    """The numbers from the summary, compared with earlier ones; their digest."""
     from outliers.results.write import write_results
 
     made = numbers_folder(prepared, workspace)

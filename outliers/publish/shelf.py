@@ -1,11 +1,10 @@
-"""Reading an artifact store as a whole: every study that is published there, and what lies there that is none.
+"""Reading an artifact store as a whole: every study that is published there, and whatever else lies there.
 
     <target>/<model slug>/<study_id>/manifest.json      read for each study
     <target>/<model slug>/<study_id>/<folder>/summary.json      read only where it is asked for
 
 Slugs and study ids are listed by delimiter, the files below a study never are: a store of S models costs 1 + S listings
-and one or two small reads a study. It writes nothing and judges no number. Before it: `publish` put the studies there.
-After it: `atlas`, `compare`, and `runs list`.
+and one or two small reads a study. It writes nothing and judges no number.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ WORKERS = 10
 """Reads under way at once: as many connections as botocore keeps open; one more would wait for one of them."""
 
 LOOKED_INTO = 3
-"""Folders of each kind that are looked into to tell a store from a study."""
+"""Most folders of each kind that are read to distinguish a store from a study."""
 MAX_PLACES = 50_000
 """Folders of studies that are read of one store."""
 MAX_WHY = 600
@@ -49,7 +48,7 @@ ENTRY_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What one study may raise without being in the way of the others. The checks refuse with the first three; the rest are what a
+"""What one study may raise without being in the way of the others. The checks refuse with the first three; the rest are what
 content that they let through by mistake would raise."""
 
 
@@ -66,13 +65,13 @@ class Published:
 
     @property
     def summary(self) -> bytes | None:
-        """The bytes of summary.json, None where it was not asked for."""
+        """The bytes of summary.json, which were read by `strict_json`; None where it was not asked for."""
         return self.files.get(SUMMARY)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something in a store that is no study which can be read here, and why; both are one line of visible characters."""
+    """Something in a store that can't be read as a study, and why; both are one line of visible characters."""
 
     url: str
     why: str
@@ -83,7 +82,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class StoreListing:
     """What a store holds: its studies by URL, what was skipped, and how many studies were not wanted."""
 
     url: str
@@ -94,7 +93,7 @@ class Shelf:
 
 def read_store(
     target: str, *, summaries: bool, wanted: Callable[[Mapping[str, Any]], bool] = lambda headline: True
-) -> Shelf:
+) -> StoreListing:
     """Every study published at `target` whose manifest's headline is `wanted`; with `summaries`, their summary.json too.
 
     Torn, foreign, newer and half-published things are skipped and named, and so is what must not be read as it is: a link, a
@@ -124,11 +123,11 @@ def read_store(
         studies = [item for item in found if isinstance(item, Published)]
         if not studies and None not in found:
             raise BadInput(_nothing(store, skipped))
-        return Shelf(store.url, tuple(studies), tuple(skipped), sum(item is None for item in found))
+        return StoreListing(store.url, tuple(studies), tuple(skipped), sum(item is None for item in found))
 
 
 def _nothing(store: Store, skipped: Sequence[Skipped]) -> str:
-    """That a store holds no study, and what to do: it may be a folder of one, or there is none yet."""
+    """A message for a store without studies, and what to do: it may be the folder of one, or still empty."""
     above = store.url.rpartition("/")[0]
     for item in skipped:
         if item.url == f"{store.url}/{MANIFEST}":
@@ -141,7 +140,7 @@ def _nothing(store: Store, skipped: Sequence[Skipped]) -> str:
     return f"{store.url} holds no published study yet; publish one: outliers study --publish-to {store.url}"
 
 
-def read_folders(results: Path) -> Shelf:
+def read_folders(results: Path) -> StoreListing:
     """The finished studies of a workspace's folder `results`, by model and id, without their summaries.
 
     Every file of them is checked; what is damaged is skipped and named. Raises BadInput where there is none.
@@ -156,14 +155,14 @@ def read_folders(results: Path) -> Shelf:
             skipped.append(Skipped(str(folder), f"{error}; {REMEDY}"))
             continue
         except ENTRY_ERRORS as error:
-            skipped.append(Skipped(str(folder), f"{folder} can't be read ({said(error)}); {REMEDY}"))
+            skipped.append(Skipped(str(folder), f"{folder} can't be read ({format_error(error)}); {REMEDY}"))
             continue
         if found is not None:
             studies.append(Published(str(folder), visible_values(found.manifest)))
     if not studies and not skipped:
         raise BadInput(f"there is no finished study in {results}: run one with `outliers study`")
     studies.sort(key=lambda study: (study.manifest["headline"]["model"], study.manifest["study_id"]))
-    return Shelf(str(results), tuple(studies), tuple(skipped), 0)
+    return StoreListing(str(results), tuple(studies), tuple(skipped), 0)
 
 
 def _results_folders(results: Path) -> tuple[list[Path], list[Path]]:
@@ -183,8 +182,8 @@ def _results_folders(results: Path) -> tuple[list[Path], list[Path]]:
     return sorted(folders), sorted(links)
 
 
-def said(error: BaseException) -> str:
-    """An error that is none of ours, in few words."""
+def format_error(error: BaseException) -> str:
+    """An error of another library, in few words."""
     return f"{type(error).__name__}: {error}"[:200]
 
 
@@ -198,9 +197,9 @@ def read_study(url: str, names: Sequence[str] = (SUMMARY,)) -> Published:
         found = _read(store, place, names=names, wanted=lambda headline: True)
         if isinstance(found, Published):
             return found
-        why = found.why if found is not None else f"{url} is no study"
+        why = found.why if found is not None else f"{url} is not a study"
         kind, shelf = _folder_of_studies(store, place) or (None, target)
-        why = why if kind is None else f"{store.url}/{place} is no study, it is {kind}"
+        why = why if kind is None else f"{store.url}/{place} is not a study, it is {kind}"
         raise BadInput(f"{why}; `outliers runs list {shelf}` lists what is there")
 
 
@@ -245,24 +244,28 @@ def _read(
             return None
         files = {name: _file(store, place, manifest, name) for name in names}
         if SUMMARY in files:
-            _check_headline(url, manifest, files[SUMMARY])
+            _check_summary(url, manifest, files[SUMMARY])
         return Published(url, visible_values(manifest), files)
     except (AccessDenied, PublishRefused, TargetError) as error:
         return Skipped(url, str(error))
     except ENTRY_ERRORS as error:
-        return Skipped(url, f"{url} can't be read ({said(error)}); remove it and publish again")
+        return Skipped(url, f"{url} can't be read ({format_error(error)}); remove it and publish again")
 
 
-def _check_headline(url: str, manifest: Mapping[str, Any], summary: bytes) -> None:
-    """PublishRefused where a manifest tells another headline than the summary.json that it names."""
+def _check_summary(url: str, manifest: Mapping[str, Any], summary: bytes) -> None:
+    """PublishRefused where summary.json is not plain JSON, or its manifest has another headline."""
     try:
-        told = headline_of(strict_json(summary))
+        found = strict_json(summary)
+    except ValueError as error:
+        raise PublishRefused(f"summary.json of {url} is malformed: {error}") from error
+    try:
+        headline = headline_of(found)
     except (ValueError, KeyError, TypeError):
-        return  # of a newer format: whoever reads it says so
+        return  # of a newer format: the reader of its numbers says so
     own = manifest["headline"]
-    for name in (name for name in told if own[name] != told[name]):
+    for name in (name for name in headline if own[name] != headline[name]):
         raise PublishRefused(
-            f"the manifest of {url} says {name} {own[name]}, its summary.json says {told[name]}: one of them was changed; "
+            f"the manifest of {url} says {name} {own[name]}, its summary.json says {headline[name]}: one of them was changed; "
             "remove it and publish again"
         )
 
@@ -293,7 +296,7 @@ def _folders(store: Store, prefix: str) -> tuple[list[str], list[Skipped]]:
     found = store.children(prefix)
     strange = [f"{name}/" for name in found.folders if not slug_safe(name)]
     strange += [name for name in found.files if unfinished_name(name) is None]
-    why = dict.fromkeys(strange, "is no published study's")
+    why = dict.fromkeys(strange, "does not belong to a published study")
     why |= dict.fromkeys(found.links, "is a symbolic link, which is not followed; remove it")
     skipped = [
         Skipped(f"{store.url}/{prefix}{name}", f"{store.url}/{prefix}{name} {why[name]}") for name in sorted(why)

@@ -1,8 +1,7 @@
 """Figures: the one look of all plots, from an empty figure to PNG bytes.
 
 Title, axes, colours, legend, and numbers as people read them. Equal figures give equal bytes: no clock, no program name,
-no state of pyplot. It knows nothing of what is drawn. Before it: nothing. After it: `plots` draws with it, `report` and
-`report_rows` write numbers like it.
+no state of pyplot. It knows nothing of what is drawn.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def mark_magnitude(axes: Axes, summary: Json, *, vertical: bool = True) -> None:
 
 
 def legend(axes: Axes) -> None:
-    """The legend, beside the axes, where it can hide no line."""
+    """The legend, next to the axes, where it hides no line."""
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5, frameon=False)
 
 

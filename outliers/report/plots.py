@@ -1,8 +1,7 @@
 """Plots: the numbers of one study as PNG bytes, each with an alternative text.
 
-`draw` gives up to six plots, only those that have data. It knows nothing of files, HTML, how a number was counted, or
+`draw` returns up to six plots, only those that have data. It knows nothing of files, HTML, how a number was counted, or
 how a figure becomes bytes (`figures`).
-Before it: `report` read summary.json, tokens.json and features.parquet. After it: `report` writes and embeds the plots.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 SMALLEST = 2.0**-10
-"""Magnitudes below share the first bin of the histogram: bfloat16 goes on for forty decades that tell nothing."""
+"""Magnitudes below share the first bin of the histogram: bfloat16 has forty decades below it, which show nothing."""
 MAX_HEAT_ROWS = 24
 MAX_POSITION_ROWS = 10
 MASSIVE_RULE = "abs(x) > 100 and at least 1,000 times the median magnitude"
@@ -77,7 +76,7 @@ def captured_layers(summary: Json) -> tuple[int, ...]:
 
 
 def captured_sites(summary: Json) -> tuple[str, ...]:
-    """The sites that were read, in the order of the model; `block` is none of them."""
+    """The sites that were read, in the order of the model; `block` is not one of them."""
     return tuple(site for site in SITES if any(row["site"] == site for row in summary["layers"]))
 
 
@@ -323,7 +322,7 @@ def sweep_lines(summary: Json) -> tuple[dict[str, Sequence[int]], dict[str, Sequ
 
 
 def positions(summary: Json, tokens: Json) -> Plot | None:
-    """Where in a sequence the systematic features are hit, a row a feature; None where there is none."""
+    """Where in a sequence the systematic features are hit, a row a feature; None without one."""
     drawn = _position_rows(summary, tokens["features"], "where the hits sit")
     if drawn is None:
         return None
@@ -332,7 +331,7 @@ def positions(summary: Json, tokens: Json) -> Plot | None:
 
 
 def massive_positions(summary: Json, tokens: Json) -> Plot | None:
-    """Where in a sequence massive activations sit, a row a feature; None where there is none."""
+    """Where in a sequence massive activations sit, a row a feature; None without one."""
     rows, below = tokens.get("massive_features", ()), f"at resid: {MASSIVE_RULE} of the layer"
     drawn = _position_rows(summary, rows, "where massive activations sit", below)
     if drawn is None:
@@ -368,8 +367,8 @@ def _position_row(axes: Axes, row: Json, sequence_length: int) -> None:
     dress(axes, "", "")
     axes.stairs(counts, edges, fill=True, color=SITE_COLOURS["attn_in"])
     axes.set(xlim=(0, min(edges[-1], sequence_length)), ylim=(0, max(counts) * 1.08))
-    beside: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 10}
-    axes.set_ylabel(str(row["feature"]), fontsize=9.5, fontweight="bold", color=INK, **beside)
+    label: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 10}
+    axes.set_ylabel(str(row["feature"]), fontsize=9.5, fontweight="bold", color=INK, **label)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=2, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.tick_right()

@@ -1,16 +1,14 @@
 """The report: a study's numbers as pictures and one self-contained page.
 
-It has the pictures drawn (`plots`) and the tables worded (`report_rows`), and makes the page. It knows
-nothing of captures, machines or publishing, and has no clock: equal inputs give equal bytes. Every text of a model or
-corpus is escaped, and the page loads nothing.
-Before it: `results` wrote the three files. After it: `publishable`.
+`plots` draws the pictures, `rows` fills the tables, and `page` renders the template. It knows nothing of captures, machines
+or publishing, and has no clock: equal inputs give equal bytes. Every text of a model or corpus is escaped, and the page loads
+nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,14 @@ import numpy as np
 
 from outliers.errors import BadInput, WorkspaceError
 from outliers.files.atomic import write_atomic
-from outliers.report.figures import Json, number, percent
+from outliers.report.figures import Json
+from outliers.report.page import render_template
 from outliers.report.plots import MASSIVE_RULE, MAX_POSITION_ROWS, Cells, Plot, captured_layers, draw
 from outliers.report.rows import (
     MAX_CONTEXTS,
     MAX_FEATURE_ROWS,
     MAX_TEXT_CHARACTERS,
-    beside_answer,
-    clip,
+    answer_sentences,
     contexts,
     deviation_rows,
     facts,
@@ -35,12 +33,10 @@ from outliers.report.rows import (
     nearest,
     peak,
     provenance_rows,
-    ranges,
     reading_rows,
 )
 from outliers.results.answer import crowded, share_words
-
-__all__ = ["PLOT_TEXTS", "clip", "make_page", "make_plots", "ranges", "render", "visible", "write_report"]
+from outliers.units import clip
 
 SCHEMA_VERSION = 1
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
@@ -89,7 +85,7 @@ READING_MEANINGS = {
 
 
 def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path, ...]:
-    """Writes `plots/*.png` and `report.html` into the folder `results`; gives their paths, the page last.
+    """Write `plots/*.png` and `report.html` into the folder `results`; returns their paths, the page last.
 
     Reads summary.json, features.parquet and tokens.json there. `provenance` (nested mappings and lists are flattened)
     is printed at the end of the page. Plots of an earlier report that have no data now are removed.
@@ -123,59 +119,38 @@ def make_page(files: Mapping[str, bytes], plots: Sequence[Plot], provenance: Map
 
 def render(summary: Json, tokens: Json, cells: Cells, plots: Sequence[Plot], provenance: Mapping[str, object]) -> str:
     """The page as text; the plots are in it as base64."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = FileSystemLoader(Path(__file__).parent / "templates")
-    house = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    house.filters |= {"percent": percent, "number": number, "value": aligned, "visible": visible, "clip": clip}
-    house.filters |= {"count": "{:,}".format, "s": plural}
     shown = [(plot.name, *PLOT_TEXTS[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
-    return house.get_template("report.html").render(
-        summary=summary,
-        text_published=tokens["text"],
-        rule=summary["criteria"],
-        layers=captured_layers(summary),
-        meanings=READING_MEANINGS,
-        facts=facts(summary),
-        beside=beside_answer(summary),
-        crowded=crowded(summary),
-        share_ends=share_words(summary),
-        deviations=deviation_rows(summary),
-        intervals=summary.get("intervals"),
-        without=bool(summary.get("without_first_tokens")),
-        features=feature_rows(summary),
-        near=[] if summary["systematic"] else nearest(summary, cells),
-        peak=peak(summary),
-        readings=reading_rows(summary),
-        has_legacy=any(found.get("legacy") for found in summary["readings"].values()),
-        nonfinite=[row for row in summary["layers"] if row["nonfinite"]][:MAX_FEATURE_ROWS],
-        nonfinite_total=sum(row["nonfinite"] for row in summary["layers"]),
-        plots=[plot[1:] for plot in shown if plot[0] not in MASSIVE_PLOTS],
-        massive_plots=[plot[1:] for plot in shown if plot[0] in MASSIVE_PLOTS],
-        contexts=contexts(tokens),
-        max_tokens=MAX_CONTEXTS,
-        num_features=len(summary["systematic"]),
-        massive=massive_rows(summary, tokens),
-        massive_rule=MASSIVE_RULE,
-        notes=[clip(str(note), MAX_TEXT_CHARACTERS) for note in summary["notes"]],
-        provenance=provenance_rows(provenance),
-    )
-
-
-def plural(count: int) -> str:
-    """The s of many: `layer{{ 2 | s }}`."""
-    return "" if count == 1 else "s"
-
-
-def aligned(value: float) -> str:
-    """A value for a column of a table: two decimals, none from 1,000 on."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
-
-
-def visible(text: object) -> str:
-    """`text` with newlines as ⏎, tabs as ⇥ and other control or direction-changing characters as U+FFFD."""
-    shown = str(text).replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "⏎").replace("\t", "⇥")
-    return "".join("\ufffd" if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in shown)
+    values = {
+        "summary": summary,
+        "text_published": tokens["text"],
+        "rule": summary["criteria"],
+        "layers": captured_layers(summary),
+        "meanings": READING_MEANINGS,
+        "facts": facts(summary),
+        "beside": answer_sentences(summary),
+        "crowded": crowded(summary),
+        "share_ends": share_words(summary),
+        "deviations": deviation_rows(summary),
+        "intervals": summary.get("intervals"),
+        "without": bool(summary.get("without_first_tokens")),
+        "features": feature_rows(summary),
+        "near": [] if summary["systematic"] else nearest(summary, cells),
+        "peak": peak(summary),
+        "readings": reading_rows(summary),
+        "has_legacy": any(found.get("legacy") for found in summary["readings"].values()),
+        "nonfinite": [row for row in summary["layers"] if row["nonfinite"]][:MAX_FEATURE_ROWS],
+        "nonfinite_total": sum(row["nonfinite"] for row in summary["layers"]),
+        "plots": [plot[1:] for plot in shown if plot[0] not in MASSIVE_PLOTS],
+        "massive_plots": [plot[1:] for plot in shown if plot[0] in MASSIVE_PLOTS],
+        "contexts": contexts(tokens),
+        "max_tokens": MAX_CONTEXTS,
+        "num_features": len(summary["systematic"]),
+        "massive": massive_rows(summary, tokens),
+        "massive_rule": MASSIVE_RULE,
+        "notes": [clip(str(note), MAX_TEXT_CHARACTERS) for note in summary["notes"]],
+        "provenance": provenance_rows(provenance),
+    }
+    return render_template("report.html", values)
 
 
 def _read(path: Path) -> bytes:

@@ -1,7 +1,7 @@
 """The rows of the report's tables: a results folder's numbers cut, ordered and worded for one page.
 
-It counts nothing again; only where no feature is systematic it looks for those that came closest. It knows nothing of
-files, HTML or plots. Before it: `report` read the folder. After it: `report` puts the rows into the page.
+It counts nothing again; where no feature is systematic, it looks for those that came closest. It knows nothing of files, HTML
+or plots.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import numpy as np
 from outliers.report.figures import Json, number, percent
 from outliers.report.plots import Cells, captured_layers, captured_sites
 from outliers.results.answer import disagreement, perplexity_words, range_words, reading_counts, resampled
-from outliers.spec import BLOCK, READINGS
+from outliers.spec import BLOCK, BLOCK_SITES, READINGS
+from outliers.units import clip, format_ranges
 
-# The page without its plots stays below 300 KB, whatever was found; each cut is said on the page.
+# The page without its plots stays below 300 KB, whatever was found; the page says what is cut.
 MAX_FEATURE_ROWS = 100
 MAX_CONTEXT_FEATURES = 12
 MAX_CONTEXTS = 8
@@ -28,30 +29,11 @@ MAX_TEXT_CHARACTERS = 400
 MAX_CONTEXT_CHARACTERS = 90
 
 
-def clip(text: object, max_characters: int, *, keep_end: bool = False) -> str:
-    """`text` cut to `max_characters`, with … where it was cut."""
-    whole = str(text)
-    if len(whole) <= max_characters:
-        return whole
-    return "…" + whole[1 - max_characters :] if keep_end else whole[: max_characters - 1] + "…"
-
-
-def ranges(layers: Iterable[int]) -> str:
-    """Sorted layers as compact ranges: 0-3, 7."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
 def nearest(summary: Json, cells: Cells, most: int = 3) -> list[dict[str, Any]]:
     """The features with a hit that came closest to the deciding reading, best first.
 
     `layers` and `tokens` are the two sides of its rule as shares; for `union` the cells hold no more than a lower bound
-    of the second (`at_least`), for `per_layer` there is none (None). Closest: the side that is further from its
+    of the second (`at_least`); for `per_layer` it is None. Closest: the side that is further from its
     threshold is the nearest to it.
     """
     rule, n_tokens = summary["criteria"], summary["corpus"]["num_tokens"]
@@ -95,7 +77,7 @@ def facts(summary: Json) -> list[tuple[str, str]]:
     layers = captured_layers(summary)
     shape = f"{model['num_layers']} layer{'s'[: model['num_layers'] > 1]} × {model['hidden_size']:,} features"
     if len(layers) != model["num_layers"]:
-        shape += f" (read: layers {ranges(layers)})"
+        shape += f" (read: layers {format_ranges(layers)})"
     pairs = [
         ("Architecture", model["architecture"]),
         ("Parameters", size),
@@ -113,12 +95,12 @@ def facts(summary: Json) -> list[tuple[str, str]]:
     return [(name, clip(text, MAX_TEXT_CHARACTERS)) for name, text in pairs if text]
 
 
-def beside_answer(summary: Json) -> list[str]:
-    """Sentences beside the number of systematic features: the other readings, and the range over resamples."""
+def answer_sentences(summary: Json) -> list[str]:
+    """Sentences about the number of systematic features: the other readings, and the range over resamples."""
     others, ends = disagreement(reading_counts(summary)), resampled(summary)
-    said = [others] if others else []
-    said += [] if ends is None else [range_words(*ends)]
-    return [f"{text[0].upper()}{text[1:]}." for text in said]
+    texts = [others] if others else []
+    texts += [] if ends is None else [range_words(*ends)]
+    return [f"{text[0].upper()}{text[1:]}." for text in texts]
 
 
 def deviation_rows(summary: Json) -> dict[str, Any] | None:
@@ -167,7 +149,7 @@ def _extreme(low: float, high: float) -> float:
 def feature_rows(summary: Json) -> list[dict[str, Any]]:
     """The systematic features as rows; `strip` is the path of a bar in which each affected layer is filled.
 
-    `tokens_span` are the ends beside a share of tokens as text, empty where there are none or they are the number itself;
+    `tokens_span` are the ends of the share of tokens as text, empty without ends or where they are the number itself;
     `passes` is the share of draws in which the feature passes, `without` whether it passes without first tokens (both None
     where it isn't known).
     """
@@ -180,7 +162,7 @@ def feature_rows(summary: Json) -> list[dict[str, Any]]:
             {
                 **feature,
                 "extreme": _extreme(feature["min"], feature["max"]),
-                "ranges": ranges(feature["layers"]),
+                "ranges": format_ranges(feature["layers"]),
                 "strip": "".join(f"M{place[layer]} 0h1v1h-1z" for layer in feature["layers"]),
                 "first_share": feature["first_token_hits"] / feature["hits"] if feature["hits"] else None,
                 "tokens_span": _span(interval.get("position_fraction"), feature["position_fraction"]),
@@ -204,7 +186,7 @@ def reading_rows(summary: Json) -> list[dict[str, Any]]:
     """Number of features by site and reading; `legacy` is None but at `block`.
 
     A count is what summary.json counted; lists may be cut, and only older studies have nothing but them. `span` is its
-    range over resamples and `without` the number without first tokens, each empty where it tells nothing else than the count.
+    range over resamples and `without` the number without first tokens, each empty where it equals the count.
     `all`: the one number of all four readings, where most features of the site pass each; else empty.
     """
     rows = []
@@ -244,7 +226,7 @@ def _count_cell(summary: Json, site: str, reading: str, count: int) -> dict[str,
 def peak(summary: Json) -> Json | None:
     """The row of `layers` with the largest magnitude among the deciding site's own sites."""
     site = summary["criteria"]["site"]
-    sites = ("attn_in", "mlp_in") if site == BLOCK else (site,)
+    sites = BLOCK_SITES if site == BLOCK else (site,)
     rows = [row for row in summary["layers"] if row["site"] in sites and row["max_magnitude"] is not None]
     return max(rows, key=lambda row: (row["max_magnitude"], -row["layer"]), default=None)
 
@@ -287,7 +269,7 @@ def massive_rows(summary: Json, tokens: Json) -> dict[str, Any] | None:
         layers.setdefault(where, []).append(row["layer"])
         largest.setdefault(where, row)
     rows = [
-        _shown({**empty, **around.get(_place(row), {}), **row, "ranges": ranges(sorted(layers[where]))})
+        _shown({**empty, **around.get(_place(row), {}), **row, "ranges": format_ranges(sorted(layers[where]))})
         for where, row in list(largest.items())[:MAX_MASSIVE_ROWS]
     ]
     features = tokens.get("massive_features", [])

@@ -1,13 +1,12 @@
-"""How sure a list is: bootstrap over sequences, with a fixed seed, and intervals of the features' shares of tokens.
+"""How stable a list is: bootstrap over sequences with a fixed seed, and intervals of the features' shares of tokens.
 
-The corpus is drawn again many times, whole sequences with replacement (tokens of one sequence are no independent draws), and
-every reading is judged on each draw as on the corpus, in integers. That gives the share of draws in which a feature passes, and
-the range of how many pass in the middle LEVEL of the draws, which is no confidence interval: resamples of few sequences differ
-less than corpora do (docs/results.md has what it covers). Only features that could pass in some draw are looked at: the share of
-a draw is a mean of its sequences' shares, so one of them must reach the rule alone, and a draw touches no layer that the corpus
-does not. A share of layers has no interval: a hit anywhere affects a layer, so that the share only grows with the corpus.
-Knows counts, nothing of files. Before it: `votes`, `intervals`. After it: `results`.
-"""
+A resample draws whole sequences with replacement, because the tokens of one sequence are not independent. Every reading is
+judged on each resample as on the corpus, in integers. That gives the share of resamples in which a feature passes, and the range
+of how many pass in the middle LEVEL of the resamples. This range is not a confidence interval: resamples of few sequences differ
+less than corpora do (docs/results.md says what it covers). Only features that could pass in some resample are judged: the share
+of a resample is a mean of its sequences' shares, so one of them must reach the rule alone, and a resample touches no layer that
+the corpus does not. A share of layers has no interval: a hit anywhere affects a layer, so the share only grows with the corpus.
+It works on counts and knows nothing of files."""
 
 from __future__ import annotations
 
@@ -28,16 +27,16 @@ RESAMPLES = 1_000
 FEWEST_RESAMPLES = 200
 SEED = 0
 LEVEL = 0.95
-"""The share of the draws that lies between the two ends of a number of features."""
+"""Share of the resamples between the two ends of a number of features."""
 WORK = 2e10
-"""Products of a count and a weight: with more than this the resamples are fewer, 200 at least."""
+"""Most products of a count and a weight; above it there are fewer resamples, at least FEWEST_RESAMPLES."""
 BLOCK_CELLS = 4_000_000
 """(resample, layer, feature) computed at once: 32 MB."""
 
 
 @dataclass
 class Interval:
-    """Of one feature by one reading: the ends beside its share of tokens, and the share of draws in which it passes."""
+    """One feature by one reading: the ends of its share of tokens, and the share of resamples in which it passes."""
 
     position_fraction: tuple[float, float] | None
     passes: float
@@ -59,9 +58,9 @@ class Intervals:
 def bootstrap(
     frame: Frame, rules: Rules, candidates: dict[str, NDArray[np.int64]], sequences: Iterable[SequenceCounts]
 ) -> Intervals | None:
-    """Intervals of every reading at every site; None for fewer than two sequences, of which nothing can be drawn.
+    """Intervals of every reading at every site; None for fewer than two sequences.
 
-    candidates: site -> features that could pass in some draw (`votes.Votes.candidates`). sequences: the counts of all.
+    candidates: site -> features that could pass in some draw, see `PerSequence`. sequences: the counts of all.
     """
     gathered = sorted(
         ((one.sequence, one.tokens, _own(one, candidates)) for one in sequences), key=lambda item: item[0]

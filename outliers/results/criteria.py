@@ -3,7 +3,7 @@
 "the magnitude of the feature is at least 6.0, affects at least 25% of layers, and affects at least 6% of the sequence
 dimensions" (Dettmers et al. 2022, arXiv 2208.07339, section 4.1) leaves open what is counted; each reading is one
 exact answer. All comparisons are of integers with exact fractions: a float mean misses an exact 6% now and then.
-Knows counts, nothing of where they come from. Before it: `summary`. After it: `results`.
+It works on counts and does not know where they come from.
 """
 
 from __future__ import annotations

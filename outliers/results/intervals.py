@@ -4,25 +4,26 @@ The share of a corpus is a ratio of two sums over its sequences, which are the i
 a ratio (Cochran 1977, Sampling Techniques, section 6.4), the interval is Student's on the logit scale, on which shares are
 less skewed, and it lies inside of 0 to 1. Shares of tokens have long tails: a 95% quantile of Student's covers 88 to 96% of the
 truths that tests/support/coverage.py draws, so the quantile is that of 99%, and what it covers is in docs/results.md. Below
-FEWEST_SEQUENCES no interval covers, and the least and the largest share of a sequence are given under their own name.
-Knows counts, nothing of features or files. Before it: `summary_files`. After it: `bootstrap`, `results`.
+FEWEST_SEQUENCES no interval covers: the ends are the least and the largest share of a sequence, under their own name.
+It works on counts and knows nothing of features or files.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 ShareSpan = Literal["95% interval", "range over sequences"]
-"""What the two ends beside a share of tokens are; studies of before have ends of percentiles of resamples."""
+"""What the two ends of a share of tokens are; earlier studies have percentiles of resamples."""
+SHARE_SPANS: tuple[ShareSpan, ...] = get_args(ShareSpan)
 BEFORE = "range over resamples"
-"""What the ends are in summaries that do not say it: percentiles, which cover less (docs/results.md)."""
+"""What the ends are in summaries without `shares`: percentiles, which cover less (docs/results.md)."""
 FEWEST_SEQUENCES = 16
-"""With so many and more the interval covers 93% or more of the truths that tests/support/coverage.py draws."""
+"""With at least this many the interval covers 93% or more of the truths that tests/support/coverage.py draws."""
 QUANTILE_LEVEL = 0.99
 """Two-sided, of Student's distribution: wider than the 95% that are claimed, see above."""
 DIGITS = 9
@@ -32,14 +33,14 @@ MANY = 200
 
 
 def share_span(sequences: int) -> ShareSpan:
-    """What `ends` gives for so many sequences."""
+    """What `ends` returns for this number of sequences."""
     return "95% interval" if sequences >= FEWEST_SEQUENCES else "range over sequences"
 
 
 def ends(counts: NDArray[np.int64], wholes: NDArray[np.int64]) -> tuple[float, float]:
-    """The two ends beside sum(counts) / sum(wholes); what they are is `share_span`'s.
+    """The two ends of sum(counts) / sum(wholes); `share_span` says what they are.
 
-    counts, wholes: (sequence,), what is counted in each and out of how much; two sequences or more, and no whole is 0.
+    counts, wholes: (sequence,) int64, hits and tokens of each sequence. There are at least two, and every whole is above 0.
     """
     count, whole = int(counts.sum()), int(wholes.sum())
     size, share = counts.size, count / whole

@@ -1,17 +1,12 @@
-"""The notes of summary.json: what a reader must know of its numbers, in sentences.
-
-It words what others counted, and counts nothing. Before it: `results`, which has the numbers. After it: `report`.
-"""
+"""The notes of summary.json: what a reader must know of its numbers, in sentences. It counts nothing."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from outliers.counting.massive import Massive
 from outliers.counting.summary import Summary
 from outliers.model.families import INPUT
 from outliers.results.intervals import FEWEST_SEQUENCES
+from outliers.results.schema import Perplexity
 from outliers.spec import BLOCK_SITES
 from outliers.study.prepare import Prepared
 
@@ -101,16 +96,16 @@ def _of_text(prepared: Prepared) -> list[str]:
     return found
 
 
-def perplexity_notes(prepared: Prepared, found: Mapping[str, Any]) -> list[str]:
-    """How perplexity was measured, and why there is none. found: as in summary.json."""
+def perplexity_notes(prepared: Prepared, measured: Perplexity) -> list[str]:
+    """How perplexity was measured, and why it is not a number where it is not."""
     corpus = prepared.spec.corpus
     windows = "documents cut at" if corpus.packing == "documents" else "windows of packed documents, each of"
-    said = [
+    texts = [
         f"perplexity is of {windows} {corpus.sequence_length:,} tokens, without a sliding context: the first tokens of each are "
         "predicted from few, and it is higher than a sliding evaluation's"
     ]
-    if found["loss"] is None:
-        said.append("perplexity is not a number: the model's logits are not finite on this corpus")
-    elif found["value"] is None:
-        said.append(f"perplexity is beyond float64: exp of a loss of {found['loss']:.6f} nats a token")
-    return said
+    if measured.loss is None:
+        texts.append("perplexity is not a number: the model's logits are not finite on this corpus")
+    elif measured.value is None:
+        texts.append(f"perplexity is beyond float64: exp of a loss of {measured.loss:.6f} nats a token")
+    return texts

@@ -1,7 +1,6 @@
-"""One pass over the sequences' own counts: in how many each feature passes alone, and what a corpus' totals can't tell.
+"""One pass over the counts of each sequence: in how many a feature passes alone, and what the totals of a corpus can't show.
 
 Nothing here depends on the order of the sequences: integers, maxima, and sums by math.fsum, which are rounded once.
-Before it: `summary_files`. After it: `bootstrap`, `results`.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from outliers.spec import BLOCK, READINGS
 
 
 @dataclass
-class Votes:
-    """How many sequences each feature passes in on its own: passes[site][reading] is (feature,) int64.
+class PerSequence:
+    """In how many sequences each feature passes on that sequence alone: passes[site][reading] is (feature,) int64.
 
     legacy, legacy_hooks: (feature,) int64, sequences passed in and the sum over those of hooks; legacy_shares: feature -> the
     share of tokens in each of them. inf_norms: site -> (layer,), means over the sequences of the largest magnitude in each
@@ -39,10 +38,10 @@ class Votes:
     candidates: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
-def count_votes(folder: Path, summary: Summary, rules: Rules) -> Votes:
+def count_per_sequence(folder: Path, summary: Summary, rules: Rules) -> PerSequence:
     """Judge every sequence of a summary alone, one after the other from disk. Raises CorruptCapture."""
     frame = summary.frame
-    votes = Votes(
+    found = PerSequence(
         passes={site: {r: np.zeros(frame.width(site), np.int64) for r in READINGS} for site in frame.sites},
         legacy=np.zeros(frame.block_width, np.int64),
         legacy_hooks=np.zeros(frame.block_width, np.int64),
@@ -53,27 +52,27 @@ def count_votes(folder: Path, summary: Summary, rules: Rules) -> Votes:
     for counts in read_counts(folder, frame):
         for site in frame.sites:
             for reading, verdict in judge(counts.hits[site], counts.union[site], counts.tokens, rules).items():
-                votes.passes[site][reading] += verdict.passes
+                found.passes[site][reading] += verdict.passes
             reached.add(site, counts.union[site], counts.tokens)
         if BLOCK in frame.sites:
             passed = legacy_passes(counts.hooks, counts.legacy_union, frame.num_layers, counts.tokens, rules)
-            votes.legacy += passed
-            votes.legacy_hooks += np.where(passed, counts.hooks, 0)
+            found.legacy += passed
+            found.legacy_hooks += np.where(passed, counts.hooks, 0)
             for feature in np.flatnonzero(passed):
                 share = int(counts.legacy_union[feature]) / counts.tokens
-                votes.legacy_shares.setdefault(int(feature), []).append(share)
+                found.legacy_shares.setdefault(int(feature), []).append(share)
         for site, reach in counts.reach.items():
             norms[site].append(reach)
         losses.append(counts.nll)
-        votes.nll_tokens += counts.nll_tokens
-    votes.nll = math.fsum(losses)
-    votes.inf_norms = {
+        found.nll_tokens += counts.nll_tokens
+    found.nll = math.fsum(losses)
+    found.inf_norms = {
         site: [math.fsum(layer) / len(layer) for layer in np.array(rows, np.float64).T.tolist()]
         for site, rows in norms.items()
     }
     step = frame.deciding_step
-    votes.candidates = {site: reached.features(site, summary.sites[site].hits[step]) for site in frame.sites}
-    return votes
+    found.candidates = {site: reached.features(site, summary.sites[site].hits[step]) for site in frame.sites}
+    return found
 
 
 class _Reached:

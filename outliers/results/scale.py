@@ -1,9 +1,9 @@
 """Magnitudes in units of their site: abs(x) over the standard deviation of all finite values of that site and layer.
 
-6.0 is no scale of a model: within one it can be 15 deviations of one layer and 119 of another. The deviation is about the mean,
-sqrt(E[x^2] - E[x]^2); the value is not centred, since a hit is asked of abs(x) and zero is what zeroing a feature sets.
-bfloat16 and float16: from the exact histogram. float32: the deviation from float64 sums, cut to float32; the ladder from the
-histogram, whose values are rounded to bfloat16. Knows a Summary. Before it: `summary`. After it: `results`, `tables`.
+The number 6.0 is not a scale of a model: within one model it can be 15 deviations of one layer and 119 of another. The deviation
+is about the mean, sqrt(E[x^2] - E[x]^2). The value is not centred, because a hit is defined by abs(x) and zeroing a feature sets
+it to zero. For bfloat16 and float16 both come from the exact histogram. For float32 the deviation comes from float64 sums, cut to
+float32, and the ladder from the histogram, whose values are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CANCELLED = 1e-9
 
 
 def deviation(totals: SiteTotals, layer: int, dtype: str) -> float | None:
-    """The standard deviation of the finite values of one layer; None where there is none, or all are equal."""
+    """The standard deviation of the finite values of one layer; None without finite values, or where all are equal."""
     if dtype == "float32":
         return _from_sums(totals, layer)
     values, _ = pattern_values(dtype)
@@ -56,7 +56,7 @@ def deviations(summary: Summary, site: str) -> list[float | None]:
 
 
 def magnitudes(summary: Summary, site: str) -> NDArray[np.float64]:
-    """(layer, feature): the largest magnitude in deviations of its layer, NaN where there is none.
+    """(layer, feature): the largest magnitude in deviations of its layer; NaN without finite values, and where all are equal.
 
     At block each of its two sites is measured by its own deviation, and the larger counts.
     """
@@ -100,7 +100,7 @@ def ladder(summary: Summary, layer_share: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"multiples": list(MULTIPLES), "features": {}, "features_in_layers": {}}
     for site in summary.frame.sites:
         own = magnitudes(summary, site)
-        layers = [(own >= step).sum(axis=0) for step in MULTIPLES]  # NaN reaches nothing
+        layers = [(own >= step).sum(axis=0) for step in MULTIPLES]  # NaN compares as False
         found["features"][site] = [int((count > 0).sum()) for count in layers]
         found["features_in_layers"][site] = [int((count >= least).sum()) for count in layers]
     return found

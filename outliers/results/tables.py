@@ -1,7 +1,4 @@
-"""A Summary -> features.parquet: a row for each site, layer and feature.
-
-Columns are described in docs/results.md and held by `schema.FEATURES_SCHEMA`. Before it: `summary`. After it: `results`.
-"""
+"""A Summary -> features.parquet: a row for each site, layer and feature, with the columns of `schema.FeatureRecord`."""
 
 from __future__ import annotations
 
@@ -16,31 +13,31 @@ from outliers.results.scale import magnitudes
 from outliers.results.schema import FEATURES_SCHEMA
 
 PUBLISHED_ROWS = 30_000
-"""Rows of features.parquet that leave the machine, about a megabyte: with `resid` captured every feature of every layer has
-hits."""
+"""Most rows of features.parquet that leave the machine, about a megabyte. Where `resid` is captured, every feature of every
+layer has hits."""
 
 
-def published_rows(table: pa.Table, systematic: list[dict[str, Any]], site: str) -> tuple[pa.Table, int]:
-    """The rows with a hit, and how many of them were left out.
+def published_rows(table: pa.Table, systematic: list[int], site: str) -> tuple[pa.Table, int]:
+    """The rows with a hit, and how many of them are left out.
 
-    Where there are more than PUBLISHED_ROWS: those of the systematic features at the deciding site first, then by
-    max_magnitude; in the table's own order.
+    Of more than PUBLISHED_ROWS, those of the `systematic` features (numbers) at the deciding site are kept first, then the
+    largest by max_magnitude. The order of the table is kept.
     """
     hit = table.filter(pc.greater(table["hits"], 0))
     if hit.num_rows <= PUBLISHED_ROWS:
         return hit, 0
     feature, largest = hit["feature"].to_numpy(), hit["max_magnitude"].to_numpy()
-    numbers = np.array([item["feature"] for item in systematic], np.int32)
-    first = np.isin(feature, numbers) & (np.asarray(hit["site"].to_pylist(), dtype=object) == site)
+    first = np.isin(feature, np.array(systematic, np.int32)) & (
+        np.asarray(hit["site"].to_pylist(), dtype=object) == site
+    )
     order = np.lexsort((np.arange(feature.size), -largest, ~first))
     kept = np.sort(order[:PUBLISHED_ROWS])
     return hit.take(pa.array(kept)), hit.num_rows - kept.size
 
 
 def feature_table(summary: Summary, layers: tuple[int, ...]) -> pa.Table:
-    """A row for each site, layer and feature, in that order; see `schema.FEATURES_SCHEMA`."""
-    parts = [_site_rows(summary, site, layers) for site in summary.frame.sites]
-    return pa.concat_tables(parts)
+    """A row for each site, layer and feature, in that order, as `schema.FEATURES_SCHEMA`. layers: their own numbers."""
+    return pa.concat_tables([_site_rows(summary, site, layers) for site in summary.frame.sites])
 
 
 def _site_rows(summary: Summary, site: str, numbers: tuple[int, ...]) -> pa.Table:
@@ -72,7 +69,7 @@ def _site_rows(summary: Summary, site: str, numbers: tuple[int, ...]) -> pa.Tabl
 
 
 def _column(values: Any, kind: Any) -> pa.Array:
-    """NaN is null."""
+    """A column of one type; NaN becomes null."""
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
         return pa.array(values, type=kind, mask=np.isnan(values))
     return values if isinstance(values, pa.Array) else pa.array(values, type=kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 
 from outliers.atlas.compare import compare
 from outliers.atlas.page import render
-from outliers.atlas.row import Row
+from outliers.atlas.row import AtlasRow
 from outliers.atlas.table import ATLAS_SCHEMA, Filter, atlas_table, groups, read_atlas, write_atlas_table
 from outliers.errors import BadInput
 from outliers.publish.shelf import read_study
@@ -106,7 +105,7 @@ def test_others_read_the_table(store, tmp_path):
     assert pl.read_parquet(path)["features"].list.len().sum() == sum(first["num_features"])
     empty = atlas_table([])
     assert empty.schema.equals(ATLAS_SCHEMA)
-    assert {field.name for field in dataclasses.fields(Row)} == set(ATLAS_SCHEMA.names)
+    assert list(AtlasRow.model_fields) == ATLAS_SCHEMA.names
 
 
 def test_another_part_of_one_source_is_another_corpus(tmp_path):
@@ -247,7 +246,7 @@ def test_the_command_makes_page_and_table(own, tmp_path):
     said = " ".join(done.stderr.split())
     assert "2 of 1 model in file://" in said
     assert "2 different sets" in said
-    assert "notes.txt is no published study's" in said
+    assert "notes.txt does not belong to a published study" in said
     check_harmless((tmp_path / "page.html").read_text())
     assert pq.read_table(tmp_path / "table.parquet").num_rows == 2
     done = outliers("atlas", f"file://{own}", "--reading", "union", "--magnitude", "6,3", "--json", cwd=tmp_path)

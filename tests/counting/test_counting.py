@@ -260,7 +260,8 @@ def test_merge_refuses_a_shared_sequence_and_another_study(parts):
 def test_where_the_largest_values_sit(workspace):
     """tokens.json points at the planted cells, and counts first tokens and delimiters by the union of the block."""
     from outliers.corpus.tokens import load_corpus
-    from outliers.results.write import describe_tokens
+    from outliers.results.schema import StudySummary
+    from outliers.results.top_tokens import describe_tokens
 
     values = {site: np.full((4, 2, 40, 3), 0.5, np.float32) for site in BLOCK}
     values["attn_in"][:, :, 0:12, 1] = 9.0  # positions 0..11 of both sequences; 0, 5, 10 are delimiters
@@ -269,7 +270,8 @@ def test_where_the_largest_values_sit(workspace):
     prepared = synthetic.prepared_for(acts, "bfloat16")
     synthetic.write_capture(prepared, workspace, acts, chunk_bytes=90)
     summary, content = synthetic.study(prepared, workspace)
-    tokens = describe_tokens(prepared, summary, content, load_corpus(prepared.corpus, workspace))
+    corpus = load_corpus(prepared.corpus, workspace)
+    tokens = synthetic.plain(describe_tokens(prepared, summary, StudySummary.model_validate(content), corpus))
     (feature,) = tokens["features"]
     assert (feature["feature"], feature["tokens"]) == (1, 24)
     assert feature["first_token_share"] == 2 / 24

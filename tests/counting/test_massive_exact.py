@@ -15,7 +15,7 @@ from outliers.corpus.tokens import load_corpus
 from outliers.counting.analyze import analyze
 from outliers.counting.merge import merge_summaries
 from outliers.counting.second_look import bin_ends, bin_of
-from outliers.results.write import find, summarize_study, write_results
+from outliers.results.write import load_findings, summarize_study, write_results
 from outliers.workspace import open_workspace
 from tests.support import oracle, synthetic
 
@@ -112,8 +112,8 @@ def test_parts_make_the_whole(tmp_path, crowd):
         folders.append(analyze(prepared, workspace, synthetic.Silent(), sequences=chosen))
     home = open_workspace(tmp_path / "home")
     synthetic.write_capture(prepared, home, {"resid": stored})
-    found = find(prepared, merge_summaries(folders, home).folder)
-    assert summarize_study(prepared, found, load_corpus(prepared.corpus, home)) == content
+    found = load_findings(prepared, merge_summaries(folders, home).folder)
+    assert synthetic.plain(summarize_study(prepared, found, load_corpus(prepared.corpus, home))) == content
 
 
 def test_what_merged_parts_cannot_tell_is_said(tmp_path):
@@ -134,8 +134,8 @@ def test_what_merged_parts_cannot_tell_is_said(tmp_path):
     home = open_workspace(tmp_path / "home")
     synthetic.write_capture(prepared, home, {"resid": stored})
     folder = merge_summaries(folders, home).folder
-    found, corpus = find(prepared, folder), load_corpus(prepared.corpus, home)
-    content = summarize_study(prepared, found, corpus)
+    found, corpus = load_findings(prepared, folder), load_corpus(prepared.corpus, home)
+    content = synthetic.plain(summarize_study(prepared, found, corpus))
     truth, medians = brute(resid)
     sure = {(m["layer"], m["sequence"], m["position"], m["feature"]) for m in content["massive"]}
     assert sure < truth or sure == truth

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from outliers.counting.analyze import analyze
-from outliers.counting.merge import merge_summaries, parse_sequences, spans
+from outliers.counting.merge import merge_summaries, parse_sequences
 from outliers.counting.summary_files import read_counts, read_summary
 from outliers.errors import BadInput, CaptureError, CorruptCapture, SummaryMismatch
 from outliers.files.sealed import seal_folder
-from outliers.results.write import find
+from outliers.results.write import load_findings
 from outliers.spec import StudySpec
 from outliers.steps import run_analyze, run_extract, run_report
 from outliers.study.prepare import prepare
+from outliers.units import format_ranges
 from outliers.workspace import open_workspace
 from tests.counting.test_counting import BLOCK, random_acts, same_bits
 from tests.counting.test_properties import assert_same_counts
@@ -55,7 +56,8 @@ def test_parts_make_the_whole_in_any_order(parts, tmp_path):
         read_counts(folders["whole"], whole.frame), read_counts(merged.folder, found.frame), strict=True
     ):
         assert_same_counts(one, other)
-    assert find(prepared, merged.folder).votes.legacy_shares == find(prepared, folders["whole"]).votes.legacy_shares
+    merged_shares = load_findings(prepared, merged.folder).per_sequence.legacy_shares
+    assert merged_shares == load_findings(prepared, folders["whole"]).per_sequence.legacy_shares
 
 
 def test_what_is_missing_is_told_and_can_come_later(parts, tmp_path):
@@ -64,7 +66,7 @@ def test_what_is_missing_is_told_and_can_come_later(parts, tmp_path):
     first = merge_summaries([folders["c"], folders["a"]], workspace)
     assert first.missing == (3,)
     with pytest.raises(CaptureError, match="6 of 7 sequences"):
-        find(prepared, first.folder)
+        load_findings(prepared, first.folder)
     # the workspace's own summary is one of those that are merged
     assert merge_summaries([first.folder, folders["b"]], workspace).missing == ()
     same_bits(read_summary(folders["whole"]), read_summary(first.folder))
@@ -172,7 +174,7 @@ def test_ranges_that_are_none(asked, batch, words):
 def test_ranges():
     assert parse_sequences("2:7", 7, 2) == range(2, 7)
     assert parse_sequences(None, 7, 2) is None
-    assert spans((0, 1, 2, 5, 7, 8)) == "0:3, 5:6, 7:9"
+    assert format_ranges((0, 1, 2, 5, 7, 8), half_open=True) == "0:3, 5:6, 7:9"
 
 
 class Told(synthetic.Silent):

@@ -213,7 +213,7 @@ def test_studies_are_listed_from_the_workspace_and_from_where_they_are_published
     said = " ".join(done.stderr.split())
     assert "Qwen/Qwen3-0.6B 5 union block 32,768 0000000000000002" in said
     assert "by the hash of its content" not in said
-    assert "notes.txt is no published study's" in said
+    assert "notes.txt does not belong to a published study" in said
     said = runs(workspace, "list").stderr
     assert prepared.model.dtype in said
     assert "4 x 6" in said
@@ -272,10 +272,10 @@ def test_studies_stand_side_by_side(finished, two):
         (["compare", "0", "0"], "is given twice"),
         (["compare", "0", "nothing"], "there is no study nothing"),
         (["compare", "0", "file:///nowhere/model/0123456789abcdef"], "has no manifest.json"),
-        (["compare", "0", "STORE"], "store is no study, it is an artifact store; `outliers runs list file:///"),
-        (["compare", "0", "MODEL"], "is no study, it is the folder of one model; `outliers runs list file:///"),
-        (["show", "STORE"], "is no study, it is an artifact store; `outliers runs list file:///"),
-        (["show", "FOLDER"], "is no study, it is an artifact store; `outliers runs list file:///"),
+        (["compare", "0", "STORE"], "store is not a study, it is an artifact store; `outliers runs list file:///"),
+        (["compare", "0", "MODEL"], "is not a study, it is the folder of one model; `outliers runs list file:///"),
+        (["show", "STORE"], "is not a study, it is an artifact store; `outliers runs list file:///"),
+        (["show", "FOLDER"], "is not a study, it is an artifact store; `outliers runs list file:///"),
         (["show", "file:///store"], "`outliers runs list TARGET` lists all"),
         (["compare", "--strict", "0", "1"], "the studies are not alike: reading (pooled, union)"),
     ],

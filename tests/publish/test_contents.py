@@ -126,6 +126,7 @@ class TestJson:
             (("massive",), [[0.5] * 64]),
             (("study_id",), "../elsewhere"),
             (("schema_version",), 2),
+            (("intervals", "shares"), "of another program"),
         ],
     )
     def test_summary(self, results: Path, place: tuple[str | int, ...], value: object) -> None:

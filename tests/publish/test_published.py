@@ -187,8 +187,11 @@ def folder_for_manifest(root):
 
 
 DAMAGES = {
-    "torn manifest": (torn, "is no JSON|malformed"),
-    "not text": (lambda root: (place_of(root, 2) / "manifest.json").write_bytes(b"\xff\xfe\0"), "is no JSON|malformed"),
+    "torn manifest": (torn, "is not JSON|malformed"),
+    "not text": (
+        lambda root: (place_of(root, 2) / "manifest.json").write_bytes(b"\xff\xfe\0"),
+        "is not JSON|malformed",
+    ),
     "a folder for a manifest": (folder_for_manifest, "could not read"),
     "newer manifest": (lambda root: edited(root, 2, schema_version=2), "schema_version 2, this program reads up to 1"),
     "foreign manifest": (lambda root: (place_of(root, 2) / "manifest.json").write_text("[1]"), "malformed"),
@@ -264,7 +267,7 @@ def test_a_store_given_as_a_study_is_known_for_what_it_is(own):
     """The store to list is that itself; of a model's folder the one it is in."""
     model = place_of(own, 1).parent
     for place, kind in ((own, "an artifact store"), (model, "the folder of one model")):
-        said = f"file://{place} is no study, it is {kind}; `outliers runs list file://{own}` lists what is there"
+        said = f"file://{place} is not a study, it is {kind}; `outliers runs list file://{own}` lists what is there"
         with pytest.raises(BadInput) as refused:
             read_study(f"file://{place}")
         assert str(refused.value) == said

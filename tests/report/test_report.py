@@ -17,8 +17,10 @@ import pytest
 from PIL import Image
 
 from outliers.errors import BadInput, WorkspaceError
+from outliers.report.page import printable
 from outliers.report.plots import log_bins, sweep_lines
-from outliers.report.report import PLOT_TEXTS, clip, ranges, visible, write_report
+from outliers.report.report import PLOT_TEXTS, write_report
+from outliers.units import clip, format_ranges
 from tests.support.html_page import Page
 from tests.support.planted import DRAWS, Acts, example, planted, rewrite, write_results
 
@@ -381,7 +383,7 @@ def test_bins_of_the_histogram(lower: list[float], counts: list[int], shown: lis
 
 
 def test_small_words() -> None:
-    assert ranges([0, 1, 2, 3, 7, 9, 10]) == "0-3, 7, 9-10"
-    assert ranges([]) == ""
-    assert visible("a\r\nb\tc\x00\u202e") == "a⏎b⇥c\ufffd\ufffd"
+    assert format_ranges([0, 1, 2, 3, 7, 9, 10]) == "0-3, 7, 9-10"
+    assert format_ranges([]) == ""
+    assert printable("a\r\nb\tc\x00\u202e") == "a⏎b⇥c\ufffd\ufffd"
     assert (clip("abcdef", 4), clip("abcdef", 4, keep_end=True), clip("abc", 3)) == ("abc…", "…def", "abc")

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outliers.counting.kernels.massive import above
-from outliers.results import bootstrap
-from outliers.results import write as results
+from outliers.results import bootstrap, ladders, lists
 from outliers.results.criteria import quantile_magnitudes
 from outliers.workspace import open_workspace
 from tests.counting.test_counting import BLOCK, DTYPES, random_acts
@@ -71,7 +70,7 @@ def test_an_interval_by_hand(tmp_path, monkeypatch):
         "level": 0.95,
         "resamples": 400,
         "seed": 0,
-        "counts": {"mlp_in": dict.fromkeys(("pooled", "union", "per_layer", "affected"), (0, 1))},
+        "counts": {"mlp_in": {reading: [0, 1] for reading in ("pooled", "union", "per_layer", "affected")}},
         "shares": "range over sequences",
     }
 
@@ -168,7 +167,7 @@ def test_quantiles_and_inf_norms_equal_the_oracle(tmp_path):
     for row in content["layers"]:
         values = exact[row["site"]][row["layer"]]
         sizes = np.abs(values[np.isfinite(values)])
-        assert row["quantiles"] == [oracle.quantile(sizes.tolist(), level) for level in results.QUANTILES]
+        assert row["quantiles"] == [oracle.quantile(sizes.tolist(), level) for level in ladders.QUANTILES]
         norms = [np.abs(one[np.isfinite(one)]).max() for one in values]
         assert row["mean_inf_norm"] == pytest.approx(np.mean(norms), rel=1e-15)
 
@@ -236,7 +235,7 @@ def test_more_massive_cells_than_are_kept_are_still_counted(tmp_path, monkeypatc
 
 
 def test_long_lists_are_cut_and_their_length_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "LISTED", 5)
+    monkeypatch.setattr(lists, "LISTED", 5)
     values = {site: np.full((2, 2, 10, 12), 7.0, np.float32) for site in (*BLOCK, "resid")}
     acts = {site: synthetic.store(value, "bfloat16")[0] for site, value in values.items()}
     _, content = findings(tmp_path, acts)

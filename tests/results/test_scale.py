@@ -155,7 +155,7 @@ def test_results_of_before_are_still_allowed(tmp_path):
     ],
 )
 def test_a_loss_is_kept_where_it_is_a_number(nll, tokens, value, loss):
-    assert perplexity(nll, tokens) == {"value": value, "loss": loss, "tokens": tokens}
+    assert perplexity(nll, tokens).model_dump() == {"value": value, "loss": loss, "tokens": tokens}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ from outliers.model.anatomy import Anatomy
 from outliers.model.describe import ModelInfo
 from outliers.model.source import ModelSource
 from outliers.model.weights import Weights
-from outliers.results.write import find, summarize_study
+from outliers.results.write import json_bytes, load_findings, summarize_study
 from outliers.spec import StudySpec, deciding_site, digest
 from outliers.store.chunks import ChunkFiles, Journal, create_arrays
 from outliers.store.durable import Unsynced
@@ -176,5 +178,10 @@ def study(prepared, workspace, **options):
     from outliers.corpus.tokens import load_corpus
 
     folder = analyze(prepared, workspace, Silent(), **options)
-    found = find(prepared, folder)
-    return found.summary, summarize_study(prepared, found, load_corpus(prepared.corpus, workspace))
+    found = load_findings(prepared, folder)
+    return found.summary, plain(summarize_study(prepared, found, load_corpus(prepared.corpus, workspace)))
+
+
+def plain(content):
+    """A model of the schema as the JSON that is written of it."""
+    return json.loads(json_bytes(content))

@@ -1,0 +1,40 @@
+"""Templates to pages: the one Jinja environment of the report and the atlas.
+
+Every value is escaped, an undefined name is an error, and the filters are the page's formatters. It knows nothing of what
+is on a page.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from outliers.report.figures import number, percent
+from outliers.units import clip, format_aligned, plural
+
+
+def render_template(
+    name: str, values: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]] | None = None
+) -> str:
+    """A page as text, from a template of this folder. filters: those that this page has in addition."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    house = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    house.filters |= {
+        "percent": percent,
+        "number": number,
+        "value": format_aligned,
+        "printable": printable,
+        "clip": clip,
+    }
+    house.filters |= {"count": "{:,}".format, "s": plural} | dict(filters or {})
+    return house.get_template(name).render(**values)
+
+
+def printable(text: object) -> str:
+    """`text` on one line: newlines as ⏎, tabs as ⇥, and other control or direction-changing characters as U+FFFD."""
+    shown = str(text).replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "⏎").replace("\t", "⇥")
+    return "".join("\ufffd" if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in shown)
