@@ -22,7 +22,6 @@ After it: `machines`, and through them the tasks.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -43,7 +42,7 @@ from outliers.events.event import Event
 from outliers.files.records import read_json, write_json
 from outliers.hardware import total_ram_bytes
 from outliers.jobs.leftovers import DRAFT, RESERVE, tidy, tidy_all
-from outliers.locks import is_locked
+from outliers.locks import acquire, held, is_locked
 from outliers.untrusted.bounds import LARGEST
 
 Status = Literal["running", "done", "failed", "cancelled", "lost"]
@@ -93,8 +92,7 @@ def start(workspace: Path, job: JobSpec) -> JobHandle:
     home = (workspace / "jobs" / job.name).absolute()
     home.mkdir(parents=True, exist_ok=True)
     tidy_all(workspace)
-    with (home / "lock").open("ab") as starters:
-        fcntl.flock(starters, fcntl.LOCK_EX)
+    with held(home / "lock"):
         last = newest(workspace, job.name)
         if last and status(last.folder) == "running":
             if not (last.folder / "cancel.json").exists():
@@ -142,8 +140,7 @@ def _new_attempt(home: Path, job: JobSpec, attempt: int) -> tuple[Path, int]:
     write_json(draft / "job.json", record)
     # no zeros: some disks keep no room for them
     (draft / RESERVE).write_bytes(os.urandom(_RESERVE_BYTES))
-    lock = os.open(draft / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = acquire(draft / "lock")
     draft.rename(folder)
     return folder, lock
 

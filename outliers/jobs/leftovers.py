@@ -7,13 +7,12 @@ dead tidies its folder, and whoever starts one tidies them all. Before it: `jobs
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import time
 from pathlib import Path
 
 from outliers.files.atomic import unfinished_name
-from outliers.locks import is_locked
+from outliers.locks import held_if_free, is_locked
 
 RESERVE = "reserve"
 """Room on the disk that a job's supervisor keeps for how the job ended."""
@@ -51,9 +50,6 @@ def tidy_all(workspace: Path) -> None:
 
 
 def _remove_draft(home: Path) -> None:
-    with (home / "lock").open("ab") as starters:
-        try:
-            fcntl.flock(starters, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return  # its starter is at work
-        shutil.rmtree(home / DRAFT, ignore_errors=True)
+    with held_if_free(home / "lock") as free:
+        if free:  # else its starter is at work
+            shutil.rmtree(home / DRAFT, ignore_errors=True)
