@@ -23,6 +23,7 @@ from typing import Any, Literal
 import httpx
 
 from outliers.errors import BadInput, HubUnavailable
+from outliers.hub.files import INDEX, SHARD, SMALL_SUFFIXES, WEIGHTS_SUFFIX, WHOLE, adapter_files
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,10 @@ LONGEST_WAIT_SECONDS = 300
 """Of one wait that the hub asks for: its rate limits count windows of five minutes."""
 LONGEST_GUESS_SECONDS = 60
 """Of one wait where it doesn't tell."""
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that the next try may not get."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _tries: ContextVar[int] = ContextVar("tries", default=TRIES)
 _silent: ContextVar[list[str] | None] = ContextVar("silent", default=None)
 """Within `waited_for_once`: the names for which there was no connection at all."""
@@ -117,7 +116,7 @@ def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolv
     if kind == "dataset" or found.siblings is None:
         return Resolved(str(found.sha), public)
     _refuse_adapter(name, asked, [file.rfilename for file in found.siblings], refuse)
-    weights = [file for file in needed_files(_files(found)) if file.name.endswith(".safetensors")]
+    weights = [file for file in needed_files(_files(found)) if file.name.endswith(WEIGHTS_SUFFIX)]
     if not weights:
         raise refuse(_no_weights(name, asked, [file.rfilename for file in found.siblings]))
     return Resolved(str(found.sha), public, sum(file.size for file in weights) or None)
@@ -146,7 +145,7 @@ def _cached_commit(kind: str, name: str, revision: str) -> str | None:
 
 def _refuse_adapter(name: str, asked: str, files: list[str], refuse: type[BadInput]) -> None:
     """Where peft is installed, transformers would apply an adapter that lies beside a checkpoint."""
-    adapters = sorted(file for file in files if file == "adapter_config.json" or file.startswith("adapter_model."))
+    adapters = adapter_files(files)
     if adapters:
         beside = "beside a checkpoint" if "config.json" in files else "and no model"
         raise refuse(
@@ -197,10 +196,11 @@ def needed_files(files: tuple[HubFile, ...]) -> tuple[HubFile, ...]:
     if WHOLE in top:
         weights = [top[WHOLE]]
     elif INDEX in top:
-        found = [file for name, file in top.items() if name.endswith(".safetensors") and "consolidated" not in name]
-        weights = [file for file in found if _SHARD.fullmatch(file.name)] or found
-    parts = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-    small = [file for name, file in top.items() if name.endswith(parts) and not name.endswith(".bin.index.json")]
+        found = [file for name, file in top.items() if name.endswith(WEIGHTS_SUFFIX) and "consolidated" not in name]
+        weights = [file for file in found if SHARD.fullmatch(file.name)] or found
+    small = [
+        file for name, file in top.items() if name.endswith(SMALL_SUFFIXES) and not name.endswith(".bin.index.json")
+    ]
     return (*small, *weights)
 
 

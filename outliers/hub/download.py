@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextvars
 import logging
-import os
 import queue
 import shutil
 import threading
@@ -24,11 +23,10 @@ from pathlib import Path
 import httpx
 
 from outliers.errors import DiskFull, UnknownModel
-from outliers.files.atomic import sha256_file, size_of
+from outliers.files.atomic import sha256_file
+from outliers.hub.cache import CachedModel, cache_for
 from outliers.hub.client import (
-    INDEX,
     MAY_PASS,
-    WHOLE,
     HubFile,
     Patience,
     list_files,
@@ -38,12 +36,10 @@ from outliers.hub.client import (
     told_seconds,
     wait_as_told,
 )
-from outliers.hub.headers import read_json
+from outliers.hub.files import WEIGHTS_SUFFIX
 
 log = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "OUTLIERS_HUB_FOLDER"
-"""Set for jobs on other machines: a cache beside our files, whose disk is the one that was asked for and looked at."""
 WORKERS = 4
 """Files at a time: one connection alone seldom fills the line of a rented machine."""
 PROGRESS_SECONDS = 0.5
@@ -59,109 +55,34 @@ def download_model(repo_id: str, commit: str, *, progress: Callable[[int, int], 
     from huggingface_hub import constants
 
     place = cache_for(repo_id, commit)
-    lacking = place.lacking()
-    if lacking is None:
+    missing = place.missing_file()
+    if missing is None:
         _report_all(place, progress)
         return place.snapshot
     if constants.is_offline_mode():
         raise UnknownModel(
-            f"{lacking} of {repo_id} at {commit[:12]} is not in the cache here ({place.folder}), and the hub is switched off "
+            f"{missing} of {repo_id} at {commit[:12]} is not in the cache here ({place.folder}), and the hub is switched off "
             "(HF_HUB_OFFLINE): unset it, or download the model first"
         )
     wait_as_told()
     files = needed_files(list_files(repo_id, commit, UnknownModel))
-    if not any(file.name.endswith(".safetensors") for file in files):
+    if not any(file.name.endswith(WEIGHTS_SUFFIX) for file in files):
         raise UnknownModel(f"{repo_id} has no safetensors weights at {commit[:12]}")
     _check_disk(place, files)
     _Download(place, files, progress).run()
-    lacking = place.lacking()
-    if lacking is not None:
-        raise UnknownModel(f"{repo_id} has no {lacking} at {commit[:12]}: transformers can't load it")
+    missing = place.missing_file()
+    if missing is not None:
+        raise UnknownModel(f"{repo_id} has no {missing} at {commit[:12]}: transformers can't load it")
     return place.snapshot
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the hub's cache keeps one model."""
-
-    repo_id: str
-    commit: str
-    folder: Path
-
-    @property
-    def snapshot(self) -> Path:
-        return self.folder / "snapshots" / self.commit
-
-    def have(self, file: HubFile) -> int:
-        """Bytes of a file that are here, finished or not.
-
-        Looked at the way that the bytes go: a file that is moved on by another thread meanwhile is found where it went.
-        """
-        return max(map(size_of, reversed(self._paths(file))))
-
-    def discard(self, file: HubFile) -> None:
-        """Take away what is here of one file, because it is not what the hub has."""
-        for path in self._paths(file):
-            path.unlink(missing_ok=True)
-
-    def _paths(self, file: HubFile) -> tuple[Path, Path, Path]:
-        """The name in the snapshot, the bytes it points at, and where they grow."""
-        blob = self.folder / "blobs" / (file.blob or file.name)
-        return self.snapshot / file.name, blob, blob.with_name(f"{blob.name}.incomplete")
-
-    @property
-    def cache(self) -> Path:
-        """The folder of all models."""
-        return self.folder.parent
-
-    def lacking(self) -> str | None:
-        """A file without which the model can't be loaded; None where all are here. A commit's files never change."""
-        if not (self.snapshot / "config.json").exists():
-            return "config.json"
-        if (self.snapshot / WHOLE).exists():
-            return None
-        index = self.snapshot / INDEX
-        if not index.exists():
-            return WHOLE
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise UnknownModel(f"{index} has no weight_map of names to files: delete it, and it is fetched again")
-        shards = set(places.values())
-        return next((shard for shard in sorted(shards) if not (self.snapshot / shard).exists()), None)
-
-
-def cached_model(repo_id: str, commit: str) -> Path | None:
-    """The folder of a model whose files are all on this machine, None where one is lacking."""
-    place = cache_for(repo_id, commit)
-    return place.snapshot if place.lacking() is None else None
-
-
-def cache_for(repo_id: str, commit: str) -> _Place:
-    """Where a model is, or goes: the hub's cache of this machine; or $OUTLIERS_HUB_FOLDER, where that is on another disk, the
-    model is not in the cache as it is, and nobody has put the cache anywhere (HF_HOME, HF_HUB_CACHE)."""
-    from huggingface_hub import constants
-
-    name = f"models--{repo_id.replace('/', '--')}"
-    own, ours = _Place(repo_id, commit, Path(constants.HF_HUB_CACHE) / name), os.environ.get(FOLDER_VARIABLE)
-    chosen = any(os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
-    if not ours or chosen or own.lacking() is None or _disk(own.cache) == _disk(Path(ours)):
-        return own
-    os.environ.setdefault("HF_XET_CACHE", f"{ours}/xet")
-    return _Place(repo_id, commit, Path(ours) / name)
-
-
-def _disk(place: Path) -> int:
-    """The number of the disk on which a folder is, or would be."""
-    return next(path.stat().st_dev for path in (place, *place.parents) if path.exists())
-
-
-def _report_all(place: _Place, progress: Callable[[int, int], None] | None) -> None:
+def _report_all(place: CachedModel, progress: Callable[[int, int], None] | None) -> None:
     if progress is not None:
         size = sum(path.stat().st_size for path in place.snapshot.iterdir() if path.is_file())
         progress(size, size)
 
 
-def _check_disk(place: _Place, files: tuple[HubFile, ...]) -> None:
+def _check_disk(place: CachedModel, files: tuple[HubFile, ...]) -> None:
     """Raises DiskFull where what is still to come doesn't fit."""
     place.folder.mkdir(parents=True, exist_ok=True)
     rest = sum(max(0, file.size - place.have(file)) for file in files)
@@ -177,7 +98,7 @@ def _check_disk(place: _Place, files: tuple[HubFile, ...]) -> None:
 class _Download:
     """The fetching of one model's files by a few threads, while the caller's thread reports."""
 
-    place: _Place
+    place: CachedModel
     files: tuple[HubFile, ...]
     progress: Callable[[int, int], None] | None
     failures: list[Exception] = field(default_factory=list)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from outliers.errors import UnknownModel
-from outliers.hub.client import INDEX, WHOLE
+from outliers.hub.files import INDEX, WEIGHTS_SUFFIX, WHOLE
 
 MAX_HEADER_BYTES = 100_000_000
 """safetensors itself reads no longer header."""
@@ -49,7 +49,7 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     elif (folder / INDEX).is_file():
         found = _read_shards(folder)
     else:
-        there = sorted(path.name for path in folder.glob("*.safetensors"))
+        there = sorted(path.name for path in folder.glob(f"*{WEIGHTS_SUFFIX}"))
         holds = f", only {named(there)}" if there else ""
         raise UnknownModel(f"{folder} has neither {WHOLE} nor {INDEX}{holds}: transformers reads no other name")
     if not found:

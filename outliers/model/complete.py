@@ -22,11 +22,12 @@ from outliers.files.sealed import read_sealed, write_sealed
 from outliers.hub.headers import Tensor, named, read_checkpoint
 from outliers.model.configs import MOST
 from outliers.model.describe import ModelInfo, build_empty, method_of, quantization_of
+from outliers.model.folder import refuse_adapter
 from outliers.model.foreign import foreign
 from outliers.model.fp8 import FLOAT8, plain_shapes
 from outliers.model.loading import Report, Shape, read_report
 from outliers.model.pretrained import load_config
-from outliers.model.source import ModelSource, refuse_adapter
+from outliers.model.source import ModelSource
 from outliers.spec import digest
 from outliers.workspace import Workspace
 
@@ -102,7 +103,7 @@ def checkpoint_folder(source: ModelSource) -> Path | None:
         return Path(source.path)
     if source.kind == "gguf":
         return None
-    from outliers.hub.download import cached_model
+    from outliers.hub.cache import cached_model
 
     return cached_model(source.path, source.revision)
 

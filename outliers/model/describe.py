@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from outliers.errors import BadInput, HubUnavailable, PlanRefused, UnknownModel
 from outliers.files.sealed import read_sealed, write_sealed
+from outliers.hub.files import WEIGHTS_SUFFIX
 from outliers.hub.headers import read_header, read_json
 from outliers.model.anatomy import Anatomy
 from outliers.model.configs import SECTIONS, check_config
@@ -237,7 +238,7 @@ def stored_dtype(source: ModelSource) -> str:
     if source.kind == "hub":
         return _hub_dtype(source)
     sizes: dict[str, int] = {}
-    for file in sorted(Path(source.path).glob("*.safetensors")):
+    for file in sorted(Path(source.path).glob(f"*{WEIGHTS_SUFFIX}")):
         for tensor in read_header(file).values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return _most(sizes, source)
