@@ -40,7 +40,7 @@ def held(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_if_free(path: Path) -> Iterator[bool]:
-    """Hold a lock while the block runs if nobody has it; yields whether it is held. The file stays."""
+    """Hold a lock while the block runs if it is free; yields whether it is held. The file stays."""
     handle = _open(path)
     try:
         yield _lock_if_free(handle)

@@ -48,10 +48,10 @@ def model_bytes(source: ModelSource) -> int:
 
 def model_files(source: ModelSource) -> tuple[Path, ...]:
     """The files of a model that is here: of a folder only what its revision is the hash of."""
-    from outliers.model.folder import parts
+    from outliers.model.folder import model_files
 
     place = Path(source.path)
-    return (place,) if place.is_file() else parts(place)
+    return (place,) if place.is_file() else model_files(place)
 
 
 def send_study(machine: Machine, prepared: Prepared, workspace: Workspace) -> str:

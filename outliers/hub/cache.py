@@ -46,14 +46,14 @@ class CachedModel:
         The places are read in the direction in which the bytes move: a file that another thread moves meanwhile is found
         at its next place.
         """
-        return max(map(size_of, reversed(self._paths(file))))
+        return max(map(size_of, reversed(self.paths(file))))
 
     def discard(self, file: HubFile) -> None:
         """Remove what is here of one file, because it differs from what the hub has."""
-        for path in self._paths(file):
+        for path in self.paths(file):
             path.unlink(missing_ok=True)
 
-    def _paths(self, file: HubFile) -> tuple[Path, Path, Path]:
+    def paths(self, file: HubFile) -> tuple[Path, Path, Path]:
         """The name in the snapshot, the blob that it links to, and the unfinished download of the blob."""
         blob = self.folder / "blobs" / (file.blob or file.name)
         return self.snapshot / file.name, blob, blob.with_name(f"{blob.name}.incomplete")

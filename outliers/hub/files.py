@@ -1,6 +1,6 @@
 """Names of files: those of a model's repository, and the hub's cache on a disk.
 
-It opens nothing and asks nobody. `client`, `headers` and `cache` use these names, and so does `outliers.model`.
+It opens no file and makes no request.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from outliers.hub.headers import read_checkpoint, read_json, refuse_pointer
 from outliers.model.configs import check_config
 
 
-def parts(path: Path) -> tuple[Path, ...]:
+def model_files(path: Path) -> tuple[Path, ...]:
     """The model's files in a folder, sorted by name: the revision is the hash of these."""
     suffixes = (WEIGHTS_SUFFIX, *SMALL_SUFFIXES)
     return tuple(sorted(file for file in path.iterdir() if file.is_file() and file.suffix in suffixes))
@@ -22,7 +22,7 @@ def parts(path: Path) -> tuple[Path, ...]:
 def check_folder(path: Path, *, weights: bool) -> None:
     """Raises UnknownModel unless the folder holds one whole model; `weights`: whether its weights are needed too."""
     refuse_outsiders(path)
-    files = parts(path)
+    files = model_files(path)
     refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise UnknownModel(f"{path} has no config.json: not a model's folder")
@@ -48,9 +48,9 @@ def refuse_adapter(folder: Path) -> None:
     """Raises UnknownModel for a folder with a LoRA adapter: transformers would apply it where peft is installed."""
     adapters = adapter_files(file.name for file in folder.iterdir())
     if adapters:
-        beside = "beside a checkpoint" if (folder / "config.json").exists() else "and no model"
+        place = "next to a checkpoint" if (folder / "config.json").exists() else "and no model"
         raise UnknownModel(
-            f"{folder} holds a LoRA adapter ({', '.join(adapters)}) {beside}: which of the two models is meant? Merge it into "
+            f"{folder} holds a LoRA adapter ({', '.join(adapters)}) {place}: which of the two models is meant? Merge it into "
             "the checkpoint (peft's merge_and_unload) and name the merged one, or move the adapter's files out of the folder"
         )
 

@@ -1,7 +1,7 @@
-"""A model's name -> where it is and which one exactly, with its config and tokenizer.
+"""Finds the model that a name means: where it is, and exactly which one.
 
-`find_model` turns what a person typed into a ModelSource with a revision that can't move: a commit, or the hash of
-the files. No weight is read here, and no remote code or pickle is ever loaded. After it: `model_info`, `load`.
+`find_model` turns a hub id, a path or a built-in name into a ModelSource with a revision that can't move: a commit, or the
+hash of the files. No weight is read, and no remote code or pickle is ever loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from outliers.errors import UnknownModel
 from outliers.files.atomic import sha256_file
 from outliers.files.sealed import read_sealed, write_sealed
 from outliers.hub.client import resolve
-from outliers.model.folder import check_folder, parts
+from outliers.model.folder import check_folder, model_files
 from outliers.model.foreign import reason
 from outliers.spec import ModelSpec
 from outliers.workspace import Workspace
@@ -52,7 +52,7 @@ class ModelSource(BaseModel):
 
 
 def find_model(spec: ModelSpec, workspace: Workspace, *, weights: bool = True) -> ModelSource:
-    """Which model `spec` names, exactly; a folder with a config alone is one where `weights` are not needed.
+    """The exact model that `spec` names. A folder without weights is accepted if `weights` is False.
 
     Raises UnknownModel, HubUnavailable.
     """
@@ -78,11 +78,11 @@ def _find(spec: ModelSpec, workspace: Workspace, weights: bool) -> ModelSource:
 
 
 def local_path(name: str) -> Path:
-    """The path that a model's name would be. Raises UnknownModel for what no path can be."""
+    """A model's name as a path, which need not exist. Raises UnknownModel for a name that can't be a path."""
     try:
         path = Path(name).expanduser()
         path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long; ~somebody who is not known here
+    except (OSError, RuntimeError) as error:  # too long a name; ~user for an unknown user
         raise UnknownModel(f"there is no model at {name[:100]}: {reason(error)[:100]}") from error
     return path
 
@@ -116,7 +116,7 @@ def _gguf_file(path: Path, workspace: Workspace) -> ModelSource:
 
 def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
     check_folder(path, weights=weights)
-    listing = [[file.name, _sha256_cached(file, workspace)] for file in parts(path)]
+    listing = [[file.name, _sha256_cached(file, workspace)] for file in model_files(path)]
     revision = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     return ModelSource(
         kind="folder", id=f"local:{revision[:12]}", name=path.name, revision=revision, path=str(path.absolute())
@@ -129,7 +129,7 @@ def _hub(spec: ModelSpec) -> ModelSource:
 
 
 def _sha256_cached(path: Path, workspace: Workspace) -> str:
-    """sha256 of a file, remembered by its size and times so that tens of gigabytes are read once. The memory is sealed."""
+    """sha256 of a file; kept under its path, size and time, so that tens of gigabytes are read once. The record is sealed."""
     stat = path.stat()
     mark = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
     memo = workspace.models / "hashes" / f"{hashlib.sha256(mark.encode()).hexdigest()[:24]}.json"
