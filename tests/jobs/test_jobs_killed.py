@@ -1,4 +1,4 @@
-"""Detached jobs that are killed or cancelled, with real processes: what is recorded, and that nobody of the family is left."""
+"""Detached jobs that are killed or cancelled, with real processes: what is recorded, and that none of their processes is left."""
 
 import json
 import os
