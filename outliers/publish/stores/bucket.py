@@ -83,10 +83,14 @@ def report_unless_a_request_does(loop: asyncio.AbstractEventLoop, context: dict[
 
 
 class BucketStore:
-    """Objects of `bucket` below `prefix`, for one use (`open.opened` closes it). Threads may share it."""
+    """Objects of `bucket` below `prefix`, for one use (`open.opened` closes it). Threads may share it.
 
-    def __init__(self, url: str, bucket: str, prefix: str) -> None:
+    No call takes longer than `call_seconds`, except a put, which also gets the time of its bytes.
+    """
+
+    def __init__(self, url: str, bucket: str, prefix: str, call_seconds: float = CALL_SECONDS) -> None:
         self.url = url
+        self._call_seconds = call_seconds
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._open = contextlib.AsyncExitStack()
@@ -179,7 +183,7 @@ class BucketStore:
         return self._call("list", prefix, lambda s3: s3.list_objects_v2(**where))
 
     def _write(self, key: str, data: bytes, **condition: str) -> None:
-        seconds = CALL_SECONDS + len(data) / SLOWEST_BYTES_PER_SECOND
+        seconds = self._call_seconds + len(data) / SLOWEST_BYTES_PER_SECOND
         self._call("write", key, lambda s3: s3.put_object(**self._where(key), Body=data, **condition), seconds)
 
     async def _connected(self) -> Any:
@@ -193,15 +197,15 @@ class BucketStore:
                 )
         return self._client
 
-    def _call(self, doing: str, key: str, ask: Callable[[Any], Awaitable[Any]], seconds: float = CALL_SECONDS) -> Any:
-        """What `ask`, given the client, answers within `seconds`; its errors become errors of `outliers.errors`."""
+    def _call(self, doing: str, key: str, ask: Callable[[Any], Awaitable[Any]], seconds: float = 0) -> Any:
+        """What `ask`, given the client, answers within `seconds` (0: `call_seconds`); its errors become those of the tree."""
 
         async def answered() -> Any:
             return await ask(await self._connected())
 
         async def limited() -> Any:
             # wait_for cancels the call; a timeout of `sync` alone would leave it running.
-            return await asyncio.wait_for(answered(), seconds)
+            return await asyncio.wait_for(answered(), seconds or self._call_seconds)
 
         try:
             return sync(self._loop, limited)
