@@ -22,19 +22,19 @@
     │   ├── SummaryMismatch       two summaries that are not of disjoint parts of one study
     │   ├── DiskFull              the workspace's disk took no more; what is journaled stays
     │   ├── MemoryFull            the memory of the machine or of a GPU took no more; what is journaled stays
-    │   ├── Busy                  another process is writing this very capture
+    │   ├── Busy                  another process is writing this capture
     │   ├── BudgetSpent           the study would cost more than max_total_price
     │   ├── DeployFailed          the program could not be installed on a machine
     │   └── JobFailed             a step ended with an error that is not one of these
     └── TransientError            the same call may succeed later
         ├── StoreUnavailable      the artifact store did not answer
         ├── HubUnavailable        the model or data set hub did not answer
-        ├── JobCancelled          somebody else ended the job, and this run still wants it
+        ├── JobCancelled          another run ended the job, and this run still needs it
         └── MachineLost           the machine or its job vanished
-            └── MachineGone           it was waited for already, for as long as is worth while
+            └── MachineGone           it did not come back within the longest wait
 
-The retry policy is one isinstance: `TransientError` is tried again, nothing else is; but not MachineGone within the same
-run, which has just waited for it: *Retry*, or the same command, looks for the machine anew.
+The retry policy is one isinstance: only `TransientError` is tried again, except MachineGone within the same run, which has
+just waited for the machine. *Retry*, or the same command, looks for the machine again.
 A message gives the actual value, the limit, and what to do.
 """
 
@@ -57,7 +57,7 @@ class TransientError(OutliersError):
 
 
 class BadInput(PermanentError):
-    """What was asked for can't be done; nothing was run or spent."""
+    """The request can't be carried out; nothing was run or spent."""
 
 
 class UnknownModel(BadInput):
@@ -77,7 +77,7 @@ class PlanRefused(BadInput):
 
 
 class HostRefused(BadInput):
-    """A host can't be trusted, or does not trust us: its key is not the known one, or it refuses ours."""
+    """A host's key is not the known one, or the host refuses ours."""
 
 
 class WorkspaceError(BadInput):
@@ -105,7 +105,7 @@ class SiteError(PermanentError):
 
 
 class PublishRefused(PermanentError):
-    """The results can't be published as they are, or not there."""
+    """The results can't be published in this form, or not at this target."""
 
 
 class ForbiddenFile(PublishRefused):
@@ -113,7 +113,7 @@ class ForbiddenFile(PublishRefused):
 
 
 class DamagedResults(PublishRefused):
-    """A results folder is not what was written there."""
+    """A results folder differs from what was written."""
 
 
 class AccessDenied(PublishRefused):
@@ -161,7 +161,7 @@ class HubUnavailable(TransientError):
 
 
 class JobCancelled(TransientError):
-    """The job was ended by another run that shared it, or by hand: who still wants it starts it again, and it goes on."""
+    """The job was ended by another run that shared it, or by hand; started again, it continues."""
 
 
 class MachineLost(TransientError):
@@ -169,7 +169,7 @@ class MachineLost(TransientError):
 
 
 class MachineGone(MachineLost):
-    """The machine has not answered for as long as it was waited for."""
+    """The machine did not answer within the longest wait."""
 
 
 def _family(root: type[OutliersError]) -> dict[str, type[OutliersError]]:

@@ -1,6 +1,7 @@
-"""Locks between processes: an flock, which ends with its holder, however that ends.
+"""Locks between processes. Each is an flock, which the kernel releases when its holder ends, however that ends.
 
-It knows nothing of what is held. Before it: whoever must be alone at something.
+It knows nothing of what a lock protects. `locked` removes its file; `held` and `held_if_free` keep theirs, for a file that
+processes of other versions lock too. docs/design.md says why this is not the package filelock.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock while the block runs. `wait` is called again and again while another thread or process has it, and ends
-    that by raising. It is an flock, so it ends with its holder, and its file goes with it."""
+    """Hold a lock while the block runs, then remove its file.
+
+    While another thread or process holds the lock, `wait` is called repeatedly; it sleeps, or raises to give up.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = _take(path, wait)
+    handle = _acquire_current(path, wait)
     try:
         yield
     finally:
@@ -25,34 +28,41 @@ def locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
         os.close(handle)
 
 
-def _take(path: Path, wait: Callable[[], None]) -> int:
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            while not _has_taken(handle):
-                wait()
-            # who had it has removed the file: what was waited for is nobody's lock any more
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), path.stat()):
-                    return handle
-        except BaseException:
-            os.close(handle)
-            raise
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a lock while the block runs; waits for it without a limit. The file stays."""
+    handle = acquire(path)
+    try:
+        yield
+    finally:
         os.close(handle)
 
 
-def _has_taken(handle: int) -> bool:
+@contextlib.contextmanager
+def held_if_free(path: Path) -> Iterator[bool]:
+    """Hold a lock while the block runs if it is free; yields whether it is held. The file stays."""
+    handle = _open(path)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        yield _lock_if_free(handle)
+    finally:
+        os.close(handle)
+
+
+def acquire(path: Path) -> int:
+    """The descriptor of a lock, which is held until the last process that inherits the descriptor has closed it."""
+    handle = _open(path)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds an flock on a file, which ends with it; False where there is no file.
+    """Whether a process holds the lock on a file; False if there is no such file.
 
-    Asked with a shared lock: those who ask don't see one another.
+    The question takes a shared lock for a moment, so that two who ask don't take each other for a holder.
     """
     try:
         with path.open("rb") as file:
@@ -62,3 +72,32 @@ def is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return False
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+
+def _lock_if_free(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _acquire_current(path: Path, wait: Callable[[], None]) -> int:
+    """The descriptor of the lock on the file that has this name now."""
+    while True:
+        handle = _open(path)
+        try:
+            while not _lock_if_free(handle):
+                wait()
+            # The previous holder has removed its file: this lock counts only if the name still leads to it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)

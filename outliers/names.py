@@ -1,4 +1,4 @@
-"""A name that is not known, and the known one that was probably meant. Knows no kind of name."""
+"""Suggests the known name that an unknown one was probably meant to be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """` (did you mean ...?)`, where one of the known names is close or goes on where `name` ends; else nothing."""
+    """` (did you mean ...?)`, if a known name is close to `name` or begins with it; else an empty text."""
     begun = [other for other in known if name and other.startswith(name)]
     close = begun[:1] if len(begun) == 1 else difflib.get_close_matches(name, known, 1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -3,12 +3,11 @@
     captures/<capture_id>/   activations, journal, private summaries (gigabytes)
     results/<study_id>/      what may be published (kilobytes)
     jobs/<name>/<attempt>/   detached steps: events, exit
-    models/<key>/            what is known of a model; converted GGUF weights
+    models/<key>/            descriptions of a model; converted GGUF weights
     corpora/<key>/           token ids, made once
 
-Nothing here knows a model or a study; it only names places. `open_workspace` refuses a folder that can't be written
-or that a newer version of this program made, and sees to it that no other user of the machine reads what is in it
-(`private`).
+It only names places. `open_workspace` refuses a folder that can't be written or that a newer version of this program made,
+and makes sure that no other user of the machine can read it (`private`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from outliers.errors import WorkspaceError
 from outliers.files.atomic import write_atomic
-from outliers.files.private import settle_private
+from outliers.files.private import ensure_private
 
 WORKSPACE_FORMAT = 1
 PRIVATE = (
@@ -40,17 +39,17 @@ PRIVATE = (
     "studies",
     "sweeps",
 )
-"""Folders of a workspace. They are made private by themselves where the workspace's own folder is open to others."""
+"""Folders of a workspace. Each is made private if the workspace's own folder is open to others."""
 FILES = ("hosts.json", "instance", "lease.json", "lease.lock", "watchdog.lock")
-"""Files that stand in a workspace, beside its mark."""
+"""Files of a workspace, besides its marker."""
 HOST = ("deploy", "hub", "machines", "uploads")
-"""What is in the folder that the workspaces of a host have in common."""
+"""Names in the folder that the workspaces of a host share."""
 _MARK = "workspace.json"
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Names of places below `root` (absolute); it creates nothing but what is asked for."""
+    """Names of places below `root` (absolute); it creates nothing by itself."""
 
     root: Path
 
@@ -83,7 +82,7 @@ class Workspace:
         return self.results / study_id
 
     def summary(self, capture_id: str, study_id: str) -> Path:
-        """The private summary of one study, beside its capture: never published."""
+        """The private summary of one study, next to its capture; never published."""
         return self.capture(capture_id) / "summaries" / study_id
 
 
@@ -95,13 +94,13 @@ def default_root() -> Path:
 def open_workspace(path: str | Path | None = None) -> Workspace:
     """The workspace at `path` (default: `default_root()`), made if absent.
 
-    It is for this user alone (`private.settle_private`). Raises WorkspaceError where the folder can't be made or written,
+    It is for this user alone (`private.ensure_private`). Raises WorkspaceError where the folder can't be made or written,
     belongs to another user, or is of a newer format.
     """
     root = Path(path).expanduser().absolute() if path else default_root().expanduser().absolute()
     remedy = "give another folder with --workspace"
     try:
-        settle_private(root, marks=(_MARK,), folders=PRIVATE, files=(*FILES, *HOST))
+        ensure_private(root, marks=(_MARK,), folders=PRIVATE, files=(*FILES, *HOST))
         with tempfile.NamedTemporaryFile(dir=root, prefix=".writable-") as probe:
             probe.write(b"x" * 4096)
             probe.flush()
@@ -124,5 +123,5 @@ def open_workspace(path: str | Path | None = None) -> Workspace:
 
 
 def settle_host_folder(root: Path) -> None:
-    """Make the folder of a host that its workspaces share private, as `open_workspace` does its own. Raises as that does."""
-    settle_private(root, marks=("deploy", _MARK), folders=HOST, files=(*FILES, *PRIVATE))
+    """Make the folder of a host that its workspaces share private, as `open_workspace` does its own. Raises the same errors."""
+    ensure_private(root, marks=("deploy", _MARK), folders=HOST, files=(*FILES, *PRIVATE))

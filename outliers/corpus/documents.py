@@ -1,8 +1,8 @@
-"""Where the text of a corpus comes from: CPython's own documentation, a file, a folder, a data set of the hub.
+"""The text of a corpus: CPython's own documentation, a file, a folder, or a data set of the hub.
 
-Each source has a public name, an identity (what would change its text), and its documents in an order that the seed
-fixes. The order is made here and not by `datasets`: between its versions 4 and 5 the same seed came to mean another
-one. Nothing here knows tokens. Before it: `hub`, `text_files`, `text_rows`. After it: `corpus`.
+Each source has a public name, an identity (which changes when its text would), and its documents in an order that the seed
+fixes. The order is made here and not by `datasets`: the same seed means different orders in its versions 4 and 5. Nothing
+here knows tokens.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 from outliers.corpus.text_files import LONG_BYTES, LongText, TextFile, classify, find_files
 from outliers.corpus.text_rows import check_table, texts_of
 from outliers.errors import CorpusError
-from outliers.hub.client import Patience, Resolved, plain, refusals, resolve, wait_as_told
+from outliers.hub.client import Patience, Resolved, plain, refusals, resolve, use_patient_client
 from outliers.spec import CorpusSpec
 
 log = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER = 1_000
-"""Rows of a data set among which the seed chooses: larger mixes better and starts later."""
+"""Rows of a data set in the shuffle buffer: a larger one mixes better and starts later."""
 SHUFFLE_VERSION = 2
-"""Raised when the same rows, seed and buffer would come in another order."""
+"""Increased whenever the same rows, seed and buffer give another order."""
 
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """One source: `texts(spec)` yields documents, `identity` changes when they would."""
+    """One source: `texts(spec)` yields documents; `identity` changes whenever these would."""
 
     name: str
     identity: tuple[str, ...]
@@ -43,18 +43,18 @@ class DocumentSource:
 
 
 def find_documents(spec: CorpusSpec) -> DocumentSource:
-    """The source that `spec` names, looked into. Raises CorpusError where it can't be read, HubUnavailable."""
+    """The source that `spec` names, checked. Raises CorpusError if it can't be read, HubUnavailable."""
     return find_local(spec) or _hub(spec)
 
 
 def find_local(spec: CorpusSpec) -> DocumentSource | None:
-    """The source where it is on this machine; None for the name of a data set of the hub, which is asked nothing."""
+    """The source if it is on this machine; None for a data set of the hub, which gets no request."""
     if spec.source.startswith("builtin:"):
         return _builtin(spec.source)
     try:
         path = Path(spec.source).expanduser()
         exists = path.exists()
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~somebody who is not known here
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~user for an unknown user
         raise CorpusError(f"there is no text at {spec.source}: {error}") from error
     if exists:
         kind, files = find_files(path)
@@ -87,7 +87,7 @@ def _builtin(source: str) -> DocumentSource:
 
 
 def _content(files: Sequence[TextFile]) -> str:
-    """What changes when a file is renamed, or another byte is in it."""
+    """Changes if a file is renamed or any byte of it changes."""
     hasher = hashlib.sha256()
     for file in files:
         hasher.update(os.fsencode(file.name) + b"\0" + bytes.fromhex(file.sha256))
@@ -130,9 +130,9 @@ def shuffled(rows: Iterable[str], seed: int, buffer: int) -> Iterator[str]:
 
 
 def _tables(path: Path, files: Sequence[TextFile]) -> DocumentSource:
-    """Files with a text column, their rows in an order as of a data set of the hub."""
+    """Files with a text column, with their rows ordered like those of a data set of the hub."""
     content = _content(files)
-    looks = [check_table(file) for file in files]  # into every one, also after one that has text
+    looks = [check_table(file) for file in files]  # check every file, also after one that has text
     if not any(looks):
         raise CorpusError(f"{path} holds no text: every row of its column 'text' is empty")
 
@@ -151,7 +151,7 @@ def _hub(spec: CorpusSpec) -> DocumentSource:
     found = resolve("dataset", spec.source, spec.corpus_revision, CorpusError)
 
     def texts(spec: CorpusSpec) -> Iterator[str]:
-        wait_as_told()
+        use_patient_client()
         data_set = _open_hub(spec, found)
         return shuffled(_rows(data_set, spec, spec.source), spec.seed, SHUFFLE_BUFFER)
 
@@ -163,12 +163,12 @@ _ORDER = ("shuffled", str(SHUFFLE_VERSION), str(SHUFFLE_BUFFER))
 
 
 def _open(path: str, **options: Any) -> Any:
-    """A data set that streams; nothing of it is read yet but its schema."""
+    """A data set that is streamed; only its schema is read at first."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise CorpusError("a data set needs: pip install 'outlier-features[flows]'") from error
-    # what it can't reach it looks for among what it has prepared before, of any revision: an empty folder has none
+    # Offline it would use what it has prepared before, of any revision: give it an empty folder.
     with tempfile.TemporaryDirectory() as empty:
         return load_dataset(path, streaming=True, cache_dir=empty, **options)
 
@@ -188,7 +188,7 @@ def _open_hub(spec: CorpusSpec, found: Resolved) -> Any:
 
 
 def _rows(data_set: Any, spec: CorpusSpec, place: str) -> Iterator[str]:
-    """The text column, one shard after the other in the order that the seed fixes; a shard that is cut goes on."""
+    """The text column, shard by shard in the order that the seed fixes; a shard whose connection breaks is continued."""
     shards = int(data_set.num_shards)
     for index in in_order([str(number) for number in range(shards)], spec.seed):
         taken, patience = 0, Patience(f"part {index + 1} of {shards} of {place}")
@@ -217,7 +217,7 @@ def _text(row: dict[str, Any], place: str) -> str:
 
 
 def _cuts() -> tuple[type[Exception], ...]:
-    """What a connection that broke while reading raises; what the hub answered is dealt with in `hub`."""
+    """Errors of a connection that breaks while reading; `outliers.hub` handles the hub's answers."""
     import httpx
 
     return (httpx.TransportError, ConnectionError, TimeoutError)
@@ -225,7 +225,7 @@ def _cuts() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _reading(place: str) -> Iterator[None]:
-    """What `datasets` raises within, as CorpusError with its own words: it lists the subsets and splits there are."""
+    """Turn what `datasets` raises inside the block into CorpusError with its message, which lists subsets and splits."""
     try:
         with refusals("dataset", place, "this revision", CorpusError):
             yield
@@ -234,5 +234,5 @@ def _reading(place: str) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
         hint = "; code of a data set is never run, but --corpus-revision refs/convert/parquet may have its rows"
         script = "scripts are no longer supported" in str(error)
-        # a long limit: the subsets of a large data set are listed here
+        # a high limit: the message may list the subsets of a large data set
         raise CorpusError(f"the data set {place} can't be read: {plain(error, 4000)}{hint * script}") from error

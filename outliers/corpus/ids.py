@@ -1,11 +1,11 @@
-"""The token ids of a corpus and the text of each, and their folder in the workspace, which is not believed.
+"""The token ids of a corpus and the text of each, and their folder in the workspace.
 
     corpora/<key>/token_ids.npy, lengths.npy, starts.npy   see `Corpus`
     corpora/<key>/sequence_texts.json, token_names.json
     corpora/<key>/corpus.json                              the CorpusInfo, and the sha256 of the other files; sealed
 
-What is not what was written is never used: on the control side it is made again, on a machine it is refused. Knows no
-tokenizer. Before it: `corpus`, which makes it. After it: `capture`, `analyze`, `places`.
+A corpus that differs from what was written is never used: the control side makes it again, a machine refuses it. Nothing
+here knows a tokenizer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FILES = (*(f"{name}.npy" for name in ARRAYS), TEXTS, NAMES)
 
 
 class CorpusInfo(BaseModel):
-    """What names a corpus; the ids themselves are files in the workspace, see `load_corpus`."""
+    """The identity of a corpus; the ids are files in the workspace, see `load_corpus`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,12 +54,12 @@ class CorpusInfo(BaseModel):
     num_documents: int
     token_sha256: str
     lengths_sha256: str | None = None
-    """Of the sequences' lengths as little-endian int32; None where all have sequence_length."""
+    """Hash of the sequences' lengths as little-endian int32; None if all have sequence_length."""
 
 
 @dataclass(frozen=True)
 class TokenNames:
-    """How tokens are called that a text does not show, by id.
+    """Names of the tokens that a text does not show, by id.
 
     special: those with a role of their own, by their name. fragments: those that hold a part of a character, by their bytes.
     unseen: the texts of others that share their characters with the token after them.
@@ -87,7 +87,7 @@ class Corpus:
     names: TokenNames = field(default_factory=TokenNames)
 
     def piece(self, sequence: int, position: int) -> str:
-        """The characters of the sequence's text that one token covers: none where it shares them with the next token."""
+        """The characters of the sequence's text that one token covers; empty if it shares them with the next token."""
         text, first = self.sequence_texts[sequence], int(self.starts[sequence, position])
         last = position + 1 >= int(self.lengths[sequence])
         return text[first:] if last else text[first : int(self.starts[sequence, position + 1])]
@@ -106,7 +106,7 @@ class Corpus:
         return int(self.token_ids[sequence, position]) in self.names.special
 
     def is_delimiter(self, sequence: int, position: int) -> bool:
-        """Whether a token's text is blank or punctuation alone; a special token, or a part of a character, is none."""
+        """Whether a token's text is blank or punctuation alone; not so for special tokens and parts of characters."""
         number = int(self.token_ids[sequence, position])
         if number in self.names.special or number in self.names.fragments:
             return False
@@ -114,7 +114,7 @@ class Corpus:
         return bool(text) and all(unicodedata.category(character).startswith("P") for character in text.strip())
 
     def delimiters(self) -> NDArray[np.bool_]:
-        """(sequence, position) bool, see `is_delimiter`; padding is none."""
+        """(sequence, position) bool, see `is_delimiter`; False for padding."""
         marks = np.zeros(self.token_ids.shape, np.bool_)
         for sequence, length in enumerate(self.lengths):
             marks[sequence, :length] = [self.is_delimiter(sequence, position) for position in range(int(length))]
@@ -125,7 +125,7 @@ class Corpus:
         return np.stack([self.delimiters(), self.specials()], axis=1)
 
     def specials(self) -> NDArray[np.bool_]:
-        """(sequence, position) bool, see `is_special`; padding is none."""
+        """(sequence, position) bool, see `is_special`; False for padding."""
         ids = np.array(sorted(self.names.special), np.int64)
         padding = np.arange(self.token_ids.shape[1])[None] >= self.lengths[:, None]
         return np.asarray(np.isin(self.token_ids, ids) & ~padding)
@@ -147,7 +147,7 @@ def lengths_hash(lengths: NDArray[np.int32], positions: int) -> str | None:
 
 
 def find_corpus(key: str, workspace: Workspace) -> tuple[CorpusInfo, int] | None:
-    """A corpus of the workspace, and its largest id; None where there is none, or it is not what was written."""
+    """A corpus of the workspace, and its largest id; None if there is none or it is damaged."""
     folder = workspace.corpora / key
     found = _sealed(folder)
     if found is None:
@@ -172,7 +172,7 @@ def _sealed(folder: Path) -> tuple[CorpusInfo, int, dict[str, str]] | None:
 
 
 def load_corpus(info: CorpusInfo, workspace: Workspace) -> Corpus:
-    """The ids and texts that `info` names; CorpusError where they are gone, changed, or not these ids."""
+    """The ids and texts that `info` names; raises CorpusError if they are missing, changed, or other ids."""
     folder = workspace.corpora / info.key
     found = _sealed(folder)
     if found is None:
@@ -200,7 +200,7 @@ def load_corpus(info: CorpusInfo, workspace: Workspace) -> Corpus:
 
 
 def write_corpus(corpus: Corpus, workspace: Workspace) -> None:
-    """The folder of a corpus appears whole, in the place of a damaged one; another process may be first with the same ids."""
+    """Put the finished folder of a corpus in place, also of a damaged one; another process may have put the same ids there."""
     folder = workspace.corpora / corpus.info.key
     workspace.corpora.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=workspace.corpora, prefix=".corpus-"))
@@ -221,7 +221,7 @@ def write_corpus(corpus: Corpus, workspace: Workspace) -> None:
 
 
 def _put(made: Path, folder: Path) -> None:
-    """Rename `made` to `folder`; what is there already is kept where it is whole, else taken away."""
+    """Rename `made` to `folder`; an existing folder is kept if it is whole, else removed."""
     for _ in range(2):
         try:
             made.rename(folder)

@@ -1,8 +1,7 @@
-"""Which files of a path hold text, and how each is opened: one classifier by name, and a look into every file at once.
+"""Which files of a path hold text, and how each is opened: sorted by name, and each file looked into at once.
 
-A file is a text, a table with a column of texts, or something else. Hidden names are left out, links are followed, and what
-is left out is logged. gz and zst are unpacked while they are read. Knows nothing of columns or tokens. After it:
-`text_rows`, `documents`.
+A file is a text, a table with a column of texts, or something else. Hidden names are left out, links are followed, and the
+log names what is left out. gz and zst are unpacked while they are read. Nothing here knows columns or tokens.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ ABOUT = (
     *("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "authors"),
     *("code_of_conduct", "security", "dataset_card", "dataset-card", "datacard", "data_card", "requirements"),
 )
-"""Names, up to what is no letter, of texts that speak of a data set."""
+"""First words of the names of texts that describe a data set."""
 _ABOUT = re.compile(rf"(?:{'|'.join(ABOUT)})(?![a-z])")
 ABOUT_TABLES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
 LONG_BYTES = 1 << 20
-"""A larger text is read as far as its tokens are needed; as much of a packed file is looked at before it is read."""
+"""Bytes. A larger text is read only as far as its tokens are needed; of a packed file this much is checked first."""
 _READ_BYTES = 1 << 20
 _SHOWN = 5
 _MARKS = {
@@ -58,7 +57,7 @@ _MARKS = {
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a name says of a file. suffix: lower case, without that of the packing; packed: gz, zst, or nothing."""
+    """What a file's name tells. suffix: lower case, without that of the packing; packed: gz, zst, or empty."""
 
     kind: Literal["text", "table", "other"]
     suffix: str
@@ -76,13 +75,13 @@ class TextFile:
     stamp: tuple[int, int]
 
     def check_unchanged(self) -> None:
-        """Raises CorpusError where the file is another one than was hashed."""
+        """Raises CorpusError if the file has changed since it was hashed."""
         if _stamp(self.path) != self.stamp:
-            raise CorpusError(f"{self.path} was changed while it was read: run again when nobody writes to it")
+            raise CorpusError(f"{self.path} was changed while it was read: run again once no program writes to it")
 
 
 def classify(name: str) -> FileKind:
-    """What the name of a file says it holds, case-blind."""
+    """The kind of a file by its name, in any case."""
     path = Path(name.lower())
     packed = PACKED.get(path.suffix, "")
     suffix = Path(path.stem).suffix if packed else path.suffix
@@ -94,11 +93,11 @@ def classify(name: str) -> FileKind:
 
 
 def find_files(path: Path) -> tuple[Literal["text", "table"], tuple[TextFile, ...]]:
-    """The files of a corpus, all texts or all tables of one kind, looked into; CorpusError where they are neither."""
+    """The files of a corpus, all texts or all tables of one kind, checked. Raises CorpusError for anything else."""
     if path.is_file():
         kind = classify(path.name)
         if kind.kind == "other":
-            kind = FileKind("text", kind.suffix, kind.packed)  # the user says so: what is in it is looked at
+            kind = FileKind("text", kind.suffix, kind.packed)  # named by the user: its content is checked
         chosen = {path: kind}
     elif path.is_dir():
         chosen = _choose(path)
@@ -113,7 +112,7 @@ def find_files(path: Path) -> tuple[Literal["text", "table"], tuple[TextFile, ..
 
 
 def _choose(root: Path) -> dict[Path, FileKind]:
-    """The files of a folder that are read: tables before the texts that speak of them; the log names what is left out."""
+    """The files of a folder to read: tables, without texts that describe them, or texts; the log names what is left out."""
     found = {file: classify(file.name) for file in _walk(root)}
     about = {file for file in found if _is_about(file.name)}
     texts = [file for file, kind in found.items() if kind.kind == "text" and file not in about]
@@ -133,10 +132,10 @@ def _choose(root: Path) -> dict[Path, FileKind]:
         chosen = [file for file, kind in found.items() if kind.kind == "text"]
         others = [file for file in found if file not in about]
         if not chosen or (not texts and others):
-            beside = f"; beside {_named(sorted(about), root)}" if about else ""
+            besides = f"; besides {_named(sorted(about), root)}" if about else ""
             names = f" has {_named(others, root)}" if others else ""
             looked = ", ".join((*TEXT_SUFFIXES, *TABLES))
-            raise CorpusError(f"{root} holds no text: looked for {looked}, also .gz and .zst{beside}{names}")
+            raise CorpusError(f"{root} holds no text: looked for {looked}, also .gz and .zst{besides}{names}")
     left = sorted(set(found) - set(chosen))
     if left:
         what = "tables" if tables else "texts"
@@ -182,7 +181,7 @@ def _walk(root: Path) -> Iterator[Path]:
                 yield entry
             elif entry.is_symlink():
                 log.warning("%s is a link to nothing: left out", entry)
-        waiting.extend(linked)  # after the real folders, which so keep their own names
+        waiting.extend(linked)  # after the real folders, so that these keep their own names
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -191,7 +190,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _examine(path: Path, root: Path, kind: FileKind) -> TextFile:
-    """Hash one file and look into it; the sha256 of a text that is blank is empty here, for a corpus needs one that isn't."""
+    """Hash one file and check it; the sha256 of a blank text is empty here: a corpus needs one that is not blank."""
     name = str(path.relative_to(root)) if path != root else path.name
     hasher = hashlib.sha256()
     with reading(path):
@@ -240,13 +239,13 @@ def _decoded(decoder: codecs.IncrementalDecoder, piece: bytes, at: int, path: Pa
 
 
 def check_text(text: str, path: Path) -> None:
-    """Raises CorpusError for NUL characters, which no text holds."""
+    """Raises CorpusError for NUL characters."""
     if "\0" in text:
         raise CorpusError(f"{path} is not UTF-8 text: it holds NUL bytes, as binary files do")
 
 
 def not_text(path: Path, error: UnicodeDecodeError) -> CorpusError:
-    """What is said of bytes that are not UTF-8."""
+    """The error for bytes that are not UTF-8."""
     found = " ".join(f"0x{byte:02X}" for byte in error.object[error.start : error.start + 2])
     return CorpusError(
         f"{path} is not UTF-8 text ({error.reason}: {found}); where it is text in another encoding, "
@@ -255,7 +254,7 @@ def not_text(path: Path, error: UnicodeDecodeError) -> CorpusError:
 
 
 def _suspect_lines(path: Path, kind: FileKind) -> None:
-    """A text file whose first line is a JSON object is read as it is; the log says so."""
+    """Log that a text file whose first line is a JSON object is read as plain text."""
     with open_text(path, kind.packed) as stream:
         line = stream.readline(_READ_BYTES).strip()
     if line.startswith("{") and line.endswith("}") and '"' in line:
@@ -267,7 +266,7 @@ def _suspect_lines(path: Path, kind: FileKind) -> None:
 @contextmanager
 def open_text(path: Path, packed: str, newline: str | None = None) -> Iterator[TextIO]:
     """A file as UTF-8 text without its byte order mark, unpacked while it is read."""
-    binary: Any  # three classes of binary files with one face
+    binary: Any  # one of three classes of binary files
     if packed == "gz":
         binary = gzip.open(path, "rb")  # noqa: SIM115 - closed with the text below
     elif packed == "zst":
@@ -282,7 +281,7 @@ def open_text(path: Path, packed: str, newline: str | None = None) -> Iterator[T
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the readers of files raise within, as CorpusError that names the file."""
+    """Turn what readers of files raise inside the block into CorpusError that names the file."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -294,7 +293,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 class LongText:
-    """A text file that is read as far as it is asked for."""
+    """A text file that is read as far as needed."""
 
     def __init__(self, file: TextFile) -> None:
         self.file = file
@@ -302,7 +301,7 @@ class LongText:
         self._pieces = self._read()
 
     def first(self, characters: int) -> str:
-        """The first characters; fewer only where the text ends. Raises CorpusError."""
+        """The first characters; fewer only if the text ends. Raises CorpusError."""
         missing = characters - len(self._text)
         pieces = [self._text]
         while missing > 0 and (piece := next(self._pieces, "")):

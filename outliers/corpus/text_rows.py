@@ -1,8 +1,7 @@
-"""The column `text` of a table in a file, one row after the other, as it is written there.
+"""The column `text` of a table in a file, one row after the other, exactly as written.
 
-JSON lines, JSON, CSV, TSV, Parquet and Arrow are read here and not by `datasets`, which guesses a type for each column: a
-text "2020-01-01" came back as a time, "007" as a number. A row without text is a document without tokens. Knows files,
-nothing of order. Before it: `text_files`. After it: `documents`.
+JSON lines, JSON, CSV, TSV, Parquet and Arrow are read here and not by `datasets`, which guesses a type for each column: it
+turned the text "2020-01-01" into a time and "007" into a number. A row without text is a document without tokens.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ COLUMN = "text"
 LONGEST_ROW = 1 << 28
 """Characters: a longer row is refused before it fills the memory."""
 ROWS_WITHOUT = 1_000
-"""So many rows without the column, and none with it, are a table without it."""
+"""A table whose first rows, up to this many, lack the column is refused."""
 _READ_CHARACTERS = 1 << 16
 _BATCH_ROWS = 1_000
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 Row = tuple[str, object]
-"""Where a row is, for a message, and the row."""
+"""The place of a row, for a message, and the row."""
 
 
 class _Written(str):
-    """A number of a JSON file, as it is written."""
+    """A number of a JSON file, as written."""
 
 
 def texts_of(file: TextFile) -> Iterator[str]:
-    """The texts of a table. Raises CorpusError where it can't be read, has no such column, or another kind of values."""
+    """The texts of a table. Raises CorpusError if it can't be read, lacks the column, or has values of another kind in it."""
     path, seen, number = file.path, False, 0
     columns: list[str] = []
     with reading(path):
@@ -60,7 +59,7 @@ def texts_of(file: TextFile) -> Iterator[str]:
 
 
 def check_table(file: TextFile) -> bool:
-    """Read the first rows: whether there is a text among them. Raises CorpusError as `texts_of`."""
+    """Whether the first rows hold a text. Raises CorpusError as `texts_of`."""
     first = [bool(text.strip()) for text in islice(texts_of(file), ROWS_WITHOUT)]
     return any(first) or len(first) == ROWS_WITHOUT
 
@@ -141,7 +140,7 @@ class _JsonText:
         return f"line {self.line + self.text.count(chr(10), 0, self.at)}"
 
     def peek(self) -> str:
-        """The next character that is no blank; nothing at the end."""
+        """The next character that is not blank; an empty text at the end."""
         while True:
             match = _BLANK.match(self.text, self.at)
             self.at = match.end() if match else self.at

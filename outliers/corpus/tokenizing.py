@@ -1,7 +1,6 @@
-"""What a tokenizer does with a text: what it puts before it, the first ids of it, and what its tokens are called.
+"""What a tokenizer does with a text: what it puts before it, its first ids, and the names of its tokens.
 
-A long text is encoded as far as its tokens are needed, with the ids that encoding it whole would give. Knows one tokenizer
-and nothing of corpora. Before it: `models`, `text_files`. After it: `corpus`.
+A long text is encoded as far as its tokens are needed, with the same ids as if it were encoded whole.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from outliers.model.source import ModelSource
 from outliers.workspace import Workspace
 
 WHOLE_CHARACTERS = 1 << 16
-"""A text of no more is encoded whole, and of a longer one so many at first."""
+"""Characters. A shorter text is encoded whole; a longer one is first encoded up to here."""
 CHARACTERS_PER_TOKEN = 8
-"""More than any language needs: where too few tokens come, more is read."""
+"""Characters a token; more than any language needs. If they give too few tokens, more is read."""
 LEAST_AHEAD = 4_096
-"""Characters behind a cut that a second encoding sees and the first doesn't: it must give the same tokens before the cut."""
+"""Characters behind a cut that only a second encoding sees: it must give the same tokens before the cut."""
 _RUNS_AHEAD = 3
-"""Changes between letters, digits, blanks and marks that lie behind a cut: no pattern of a pre-tokenizer looks over them."""
+"""Changes between letters, digits, blanks and marks that lie behind a cut: no pattern of a pre-tokenizer looks beyond them."""
 _MARGIN = 256
 _PROBES = ("a", "the end", "1. Go!")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -37,7 +36,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of one text. pieces: its characters, dealt to the tokens without gap or overlap. ids: int."""
+    """Tokens of one text. pieces: its characters, divided among the tokens without gap or overlap. ids: int."""
 
     ids: list[int]
     pieces: list[str]
@@ -45,7 +44,7 @@ class Encoded:
 
 @contextmanager
 def _library(name: str) -> Iterator[None]:
-    """What a tokenizer's library raises over a damaged file, as UnknownModel; a panic of its Rust code is no Exception."""
+    """Turn what a tokenizer's library raises for a damaged file into UnknownModel; a panic of Rust code is not an Exception."""
     import httpx
 
     try:
@@ -61,7 +60,7 @@ def _library(name: str) -> Iterator[None]:
 
 
 class Encoder:
-    """The tokenizer of a model. Raises UnknownModel where it can't be read, or can't say where its tokens are in a text."""
+    """The tokenizer of a model. Raises UnknownModel if it can't be read, or doesn't give the places of its tokens in a text."""
 
     def __init__(
         self,
@@ -77,7 +76,7 @@ class Encoder:
             if not getattr(tokenizer, "is_fast", False):
                 raise UnknownModel(
                     f"the tokenizer of {source.name} ({type(tokenizer).__name__}) has no fast version, and only such a one "
-                    "says where its tokens are in the text: put a tokenizer.json that does the same beside the model, or "
+                    "says where its tokens are in the text: put a tokenizer.json that does the same into the model's folder, or "
                     "study another model"
                 )
             self.name = source.name
@@ -107,7 +106,7 @@ class Encoder:
             self._vocabulary: str | None = None
             if not any(self._ids(probe) for probe in _PROBES):
                 raise UnknownModel(
-                    f"the tokenizer of {source.name} gives no tokens: is its tokenizer.json beside the model?"
+                    f"the tokenizer of {source.name} gives no tokens: is its tokenizer.json in the model's folder?"
                 )
 
     def prefix(self, policy: str) -> tuple[int, ...]:
@@ -123,7 +122,7 @@ class Encoder:
         return (int(self.tokenizer.bos_token_id),)
 
     def _before(self) -> tuple[int, ...]:
-        """The same ids before every probe; where a text could begin at several places, the first that all allow."""
+        """The ids that come before every probe; if a text could begin at several places, the first that all allow."""
         allowed: list[list[tuple[int, ...]]] = []
         for probe in _PROBES:
             body, whole = self._ids(probe), [int(n) for n in self.tokenizer(probe).input_ids]
@@ -134,7 +133,7 @@ class Encoder:
             if all(found in others for others in allowed[1:]):
                 return found
         raise CorpusError(
-            f"the tokenizer of {self.name} changes a text where it adds special tokens: what begins a sequence can't be told; "
+            f"the tokenizer of {self.name} changes a text where it adds special tokens: what begins a sequence is not known; "
             "say --bos always or --bos never"
         )
 
@@ -163,7 +162,7 @@ class Encoder:
         return self.tokenizer(text, return_attention_mask=False, **options).encodings[0]
 
     def _first(self, known: str, characters: int) -> Encoded | None:
-        """The tokens of `known` before a safe cut among its first characters; None where there is none."""
+        """The tokens of `known` before a safe cut among its first characters; None if there is none."""
         part = known[:characters]
         encoding = self._encoding(part)
         longer = None
@@ -175,7 +174,7 @@ class Encoder:
         return None
 
     def _cuts(self, encoding: Any, part: str) -> Iterator[int]:
-        """Numbers of tokens that begin where no token could reach over, the last first."""
+        """Counts of tokens before each place that no token can span, the last first."""
         limit = min(_quiet(part), len(part) - max(_MARGIN, *(len(text) for text in self._added.values()), 0))
         tokens, offsets, words = encoding.tokens, encoding.offsets, encoding.word_ids
         for number in range(len(tokens) - 1, 0, -1):
@@ -216,7 +215,7 @@ class Encoder:
         return TokenNames(special, fragments, unseen)
 
     def _held(self, number: int) -> str | bytes:
-        """The text of a token by itself; its bytes where they are no whole characters."""
+        """The text of a token by itself; its bytes if they are not whole characters."""
         token = str(self.tokenizer.convert_ids_to_tokens(number))
         raw: bytes | None = None
         if number in self._added and not _BYTE.fullmatch(token):
@@ -244,7 +243,7 @@ _ALPHABET = _alphabet()
 
 
 def _state(part: Any) -> str:
-    """A part of a tokenizer as the JSON that it is saved as; nothing where there is no such part."""
+    """A part of a tokenizer as its saved JSON; empty if there is no such part."""
     return "" if part is None else bytes(part.__getstate__()).decode()
 
 
@@ -259,7 +258,7 @@ def _cut(encoding: Any, text: str, number: int | None) -> Encoded:
 
 
 def _quiet(text: str) -> int:
-    """The last position behind which the text changes its class often enough; 0 where it doesn't."""
+    """The last position behind which the text changes its class often enough; 0 if it doesn't."""
     changes, last = 0, ""
     for place in range(len(text) - 1, -1, -1):
         kind = unicodedata.category(text[place])[0]

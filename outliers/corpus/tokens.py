@@ -1,9 +1,8 @@
-"""Text -> token ids, once, on the control side: ids and not text cross every boundary.
+"""Turns text into token ids, once, on the control side: ids, and not text, go to machines.
 
-Documents are taken in an order that the seed fixes, tokenized singly without special tokens, joined by EOS and cut
-into sequences of equal length that do not overlap; or, where asked, each has a sequence of its own and padding after it.
-What the tokenizer puts before a text (BOS, mostly) begins each sequence. The ids are named by their sha256. Knows
-tokenizers, nothing of models. Before it: `documents`, `tokenizing`. After it: `corpus_ids`, the form that is kept.
+Documents are taken in an order that the seed fixes, tokenized singly without special tokens, joined by EOS and cut into
+sequences of equal length that do not overlap. With `packing=documents` each has a sequence of its own, with padding after
+it. What the tokenizer puts before a text (mostly BOS) begins each sequence. The sha256 of the ids identifies them.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from outliers.workspace import Workspace
 __all__ = ["Corpus", "CorpusInfo", "TokenNames", "load_corpus", "prepare_corpus", "token_hash", "write_corpus"]
 
 CORPUS_VERSION = 2
-"""Raised when the same text would give other ids, or another form on disk."""
+"""Increased whenever the same text gives other ids, or another form on disk."""
 
 
 @dataclass
@@ -117,7 +116,7 @@ def _build(spec: CorpusSpec, documents: DocumentSource, encoder: Encoder, key: s
     make = _joined if spec.packing == "joined" else _single
     rows = make(spec, documents, encoder, spec.sequence_length - len(prefix))
     shape = (spec.num_sequences, spec.sequence_length)
-    # padding has the EOS id here; the mask, not an id, says what is padding
+    # padding has the EOS id here; the mask, and not an id, marks padding
     ids, starts = np.full(shape, encoder.eos or 0, np.int32), np.zeros(shape, np.int32)
     lengths = np.zeros(spec.num_sequences, np.int32)
     texts = []

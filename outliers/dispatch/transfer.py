@@ -11,7 +11,7 @@ from pathlib import Path
 
 from outliers.errors import PlanRefused
 from outliers.files.sealed import write_sealed
-from outliers.hub.download import FOLDER_VARIABLE
+from outliers.hub.cache import FOLDER_VARIABLE
 from outliers.machines.base import Machine
 from outliers.machines.lease import HUB, UPLOADS
 from outliers.model.source import ModelSource
@@ -48,10 +48,10 @@ def model_bytes(source: ModelSource) -> int:
 
 def model_files(source: ModelSource) -> tuple[Path, ...]:
     """The files of a model that is here: of a folder only what its revision is the hash of."""
-    from outliers.model.source import parts
+    from outliers.model.folder import model_files
 
     place = Path(source.path)
-    return (place,) if place.is_file() else parts(place)
+    return (place,) if place.is_file() else model_files(place)
 
 
 def send_study(machine: Machine, prepared: Prepared, workspace: Workspace) -> str:

@@ -1,4 +1,4 @@
-"""One event of a step, as a value."""
+"""One event of a step."""
 
 from __future__ import annotations
 

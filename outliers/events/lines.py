@@ -1,7 +1,7 @@
-"""One line of a stream of events, read as hostile input: a machine that was taken over may have written it.
+"""Parses one line of a stream of events as hostile input: a compromised machine may have written it.
 
-What a line may hold is the model `_Line`; what is not that becomes a warning that shows its beginning. Pydantic takes a tenth
-of a second to import, which the agent on a machine has no time for: `events` imports this module where a line is read.
+A line may hold what the model `_Line` allows; anything else becomes a warning that shows its beginning. Pydantic takes a tenth
+of a second to import, too long for the agent on a machine: `stream` imports this module only to read a line.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from outliers.untrusted.visible import cut, last_drawn, visible, visible_line
 
 _BEGIN = b'{"t": '
 _TORN = 16
-"""Events on one line that are looked for: a writer that was killed leaves half of one before the next."""
+"""Events searched for on one line: a killed writer leaves half an event before the next one."""
 _SHOWN_CHARS = 400
-"""Of a line that can't be read, so much is shown."""
+"""Characters shown of a line that can't be read."""
 
 _Name = Annotated[str, Field(max_length=NAME_CHARS)]
 _Count = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class _Line(BaseModel):
-    """As `Event`; what a newer version writes beside these is passed over."""
+    """As `Event`; further keys, of a newer version, are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -40,7 +40,7 @@ class _Line(BaseModel):
 
 
 def parse_line(line: bytes, end: int) -> list[Event]:
-    """The events of one whole line, which ends at byte `end` of its stream; what is none becomes a warning that shows it.
+    """The events of one whole line, which ends at byte `end` of its stream; anything else on it becomes a warning that shows it.
 
     Raises nothing. A line longer than LINE_BYTES is not read.
     """
@@ -63,7 +63,7 @@ def parse_line(line: bytes, end: int) -> list[Event]:
 def _read(line: bytes, end: int) -> Event | None:
     try:
         read = _Line.model_validate(parse_json(line))
-    except ValueError:  # pydantic's is one too
+    except ValueError:  # pydantic's is a ValueError
         return None
     kind, step, unit = (visible_line(text, NAME_CHARS) for text in (read.kind, read.step, read.unit))
     message = visible(cut(read.message, MESSAGE_CHARS))
@@ -71,6 +71,6 @@ def _read(line: bytes, end: int) -> Event | None:
 
 
 def _unreadable(line: bytes, end: int) -> Event:
-    # the rest is looked at by nobody, and need not be decoded
+    # the rest is not shown and need not be decoded
     text = visible_line(last_drawn(line[: 4 * _SHOWN_CHARS]), _SHOWN_CHARS)
     return Event(0.0, "log", level="warning", message=f"unreadable event: {text}", end=end)

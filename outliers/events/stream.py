@@ -1,9 +1,7 @@
-"""What a step says while it runs: log lines, progress, heartbeats, as a stream of events.
+"""What a step reports while it runs: log lines, progress and heartbeats, as a stream of events.
 
 A step talks to a `Reporter` and does not know who listens: a terminal (ConsoleReporter), or the file of a detached job
-(JsonReporter), one JSON object a line, that others follow from a byte offset with `read`. This module knows no job,
-process or machine. Before it: the steps, and the loggers below `outliers`. After it: `jobs`, which writes the
-same file for what a step prints, and the tasks, which show the events.
+(JsonReporter), with one JSON object a line, which `read` follows from a byte offset.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from outliers.untrusted.bounds import LINE_BYTES, MESSAGE_CHARS
 from outliers.untrusted.visible import cut
 
 EVENTS_VARIABLE = "OUTLIERS_EVENTS"
-"""Names the file that a detached step appends its events to."""
+"""Environment variable with the file that a detached step appends its events to."""
 
 _JSON_PROGRESS_SECONDS = 0.2
 _CONSOLE_PROGRESS_SECONDS = 1.0
@@ -33,7 +31,7 @@ _BAR_CELLS = 24
 
 
 class Reporter(Protocol):
-    """Where a step says what it does. Both calls are cheap, may come from any thread, and never fail the step."""
+    """Receives what a step reports. Both calls are cheap, may come from any thread, and never fail the step."""
 
     def log(self, level: Level, message: str) -> None:
         """One message for a person."""
@@ -43,7 +41,7 @@ class Reporter(Protocol):
 
 
 class Lines:
-    """A Reporter that says to a logger what is said, and no progress: for what takes seconds."""
+    """A Reporter that passes messages to a logger and drops progress, for work of a few seconds."""
 
     def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
         self._logger = logger
@@ -94,7 +92,7 @@ class JsonReporter:
             self.write("progress", step=step, done=done, total=total, unit=unit)
 
     def heartbeat(self) -> None:
-        """Says that the writer lives."""
+        """Report that the writer is alive."""
         self.write("heartbeat")
 
     def write(self, kind: str, **fields: Any) -> None:
@@ -119,7 +117,7 @@ class JsonReporter:
 
     def _append(self, event: dict[str, Any]) -> bool:
         line = json.dumps(event, default=str).encode() + b"\n"
-        # A write cut short by a full disk leaves half a line: the next begins on a line of its own.
+        # A full disk cuts a write short and leaves half a line: the next event begins a new line.
         data = b"\n" + line if self._torn else line
         try:
             written = os.write(self._descriptor, data)
@@ -130,7 +128,7 @@ class JsonReporter:
 
 
 class ConsoleReporter:
-    """Lines for a person on `stream` (standard error); on a terminal progress is one bar that is drawn over.
+    """Lines for a person on `stream` (standard error); on a terminal progress is one bar that is redrawn.
 
     Progress is shown at most once a second a step, with the rate and the time left since its first call in this
     process: what an earlier run had done does not count as speed.
@@ -175,7 +173,7 @@ def _amount(count: float, unit: str) -> str:
 
 
 def progress_line(step: str, done: int, total: int | None, unit: str, gained: int, seconds: float) -> str:
-    """One line: step, bar, done of total, and where `gained` in `seconds` tells it, the rate and the time left."""
+    """One line: step, bar, done of total, and the rate and time left, if `gained` in `seconds` gives them."""
     if not total:
         parts = [step, _amount(done, unit)]
     else:
@@ -229,11 +227,11 @@ def send_logs_to(reporter: Reporter, logger_name: str = "outliers") -> ReporterH
 
 
 def parse_line(line: bytes, end: int) -> list[Event]:
-    """The event of one whole line, which ends at byte `end`; one that is none becomes a warning that shows it: none is lost.
+    """The event of one whole line, which ends at byte `end`; any other line becomes a warning that shows it: none is lost.
 
     The line may come from a machine that was taken over. Raises nothing.
     """
-    from outliers.events import lines as event_lines  # pydantic, for which who only writes has no time
+    from outliers.events import lines as event_lines  # imports pydantic, too slow for a process that only writes
 
     return event_lines.parse_line(line, end)
 

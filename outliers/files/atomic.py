@@ -1,8 +1,4 @@
-"""Files as this project writes them: complete under their name, or not there.
-
-It knows nothing of what is in a file. Before it: whoever has bytes. After it: the workspace, the results, a folder
-that serves as artifact store.
-"""
+"""Writes files so that each is complete under its name, or absent."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from pathlib import Path
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.part")
 _READ_BYTES = 1 << 20
 _CAN_NOT = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
-"""What fsync answers for a folder of a file system that has no such thing."""
+"""Error numbers of fsync for a folder, on a file system that does not support it."""
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -29,7 +25,7 @@ if _SYNC_FILE_RANGE is not None:
 _SYNCFS = getattr(_LIBC, "syncfs", None)
 _KERNEL = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
 CAN_SYNC_ALL = _SYNCFS is not None and _KERNEL >= (5, 8)
-"""Whether `sync_all` waits and tells what went wrong: before Linux 5.8 syncfs(2) kept errors of the disk to itself."""
+"""Whether `sync_all` reports the errors of the disk: before Linux 5.8 syncfs(2) did not."""
 
 
 def temporary_name(name: str) -> str:
@@ -38,12 +34,12 @@ def temporary_name(name: str) -> str:
 
 
 def temporary_for(path: Path) -> Path:
-    """A path beside `path` that no other writer has, as `temporary_name`."""
+    """A path in the folder of `path` that no other writer has, as `temporary_name`."""
     return path.with_name(temporary_name(path.name))
 
 
 def unfinished_name(name: str) -> str | None:
-    """The name that a leftover of a killed `write_atomic` would have got; None for any other file name."""
+    """The final name of a leftover of a killed `write_atomic`; None for any other file name."""
     found = _TEMPORARY.fullmatch(name)
     return found["name"] if found else None
 
@@ -53,7 +49,7 @@ def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
 
     `mode`: of the file, less the umask.
     """
-    # Not tempfile: it makes files that only their owner reads, and an atlas in a shared folder is for others.
+    # Not tempfile: its files are readable by their owner only, and an atlas in a shared folder is for others.
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(data)
@@ -62,14 +58,14 @@ def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def write_all(descriptor: int, content: bytes | memoryview) -> None:
-    """Write all of `content`: one write may take a part alone, where the disk is nearly full."""
+    """Write all of `content`: a single write may take only a part, on a disk that is nearly full."""
     view = memoryview(content).cast("B")
     while view.nbytes:
         view = view[os.write(descriptor, view) :]
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in `folder` are on the disk; a file system that can't do that is left alone. Raises OSError."""
+    """Wait until the names in `folder` are on the disk, on file systems that support it. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         sync_handle(handle)
@@ -99,9 +95,9 @@ def sync_all(handle: int) -> None:
 
 
 def start_writing(handle: int) -> None:
-    """Lets the disk begin to take what was written to an open file, without waiting; only a hint, for speed.
+    """Start writing an open file's data to the disk, without waiting; only a hint, for speed.
 
-    Linux alone knows it (sync_file_range(2) with SYNC_FILE_RANGE_WRITE); elsewhere the fsync that follows does it all.
+    Only Linux has it (sync_file_range(2) with SYNC_FILE_RANGE_WRITE); elsewhere the fsync that follows does everything.
     """
     if _SYNC_FILE_RANGE is not None:
         _SYNC_FILE_RANGE(handle, 0, 0, 2)
@@ -111,7 +107,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Puts `data` at `path`, replacing what was there: a reader sees the old bytes or the new ones, also after a crash.
 
     The folder must exist; `mode` is the file's, less the umask. Raises OSError; the old file is then untouched and nothing is
-    left beside it.
+    left in the same folder.
     """
     temporary = temporary_for(path)
     try:
@@ -124,7 +120,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 (hex) of the bytes at `path`, read in pieces; OSError where it can't be read."""
+    """sha256 (hex) of the bytes at `path`, read in pieces; OSError if it can't be read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_READ_BYTES):
@@ -133,7 +129,7 @@ def sha256_file(path: Path) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file that another thread or process may take away at any moment; 0 where there is none."""
+    """Bytes of a file that another thread or process may remove at any moment; 0 if it is not there."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -141,5 +137,5 @@ def size_of(path: Path) -> int:
 
 
 def held_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, in which a job may be writing."""
+    """Bytes of all files below a folder, while a job may be writing in it."""
     return sum(size_of(Path(place) / name) for place, _, names in os.walk(folder) for name in names)

@@ -1,10 +1,8 @@
-"""Files below a folder that others write to as well: no link is followed, nothing but a regular file is read, and no more of
-it than a limit.
+"""Files below a folder that others write to as well: no link is followed, and only regular files of limited size are read.
 
-Somebody who may write there can put a link, a pipe, a device, or a file of any size where a small file is expected. A reader
-must neither wait for it nor leave the folder through it, and a writer must not write through it. The folder itself is the
-user's choice and may be a link. It knows no store and no study. Before it: a folder and a key such as "a/b/c". After it:
-`targets`, `finished`, `manifest`.
+Another writer can put a link, a pipe, a device, or a huge file where a small file is expected. A reader must neither wait for
+it nor leave the folder through it, and a writer must not write through it. The folder itself is the user's choice and may be
+a link. Keys are relative paths such as "a/b/c".
 """
 
 from __future__ import annotations
@@ -19,9 +17,9 @@ from pathlib import Path
 from outliers.files.atomic import sync_handle, temporary_name
 
 LISTED = 20_000
-"""Names of one folder that are looked at. A folder of a store has a name a model, or a name a study of one model."""
+"""Names read of one folder. A folder of a store has a name for each model, or for each study of one model."""
 REFUSED = (errno.ELOOP, errno.ENXIO, errno.EFBIG)
-"""Error numbers of what must not be used as it is: a link, no regular file, too large a file."""
+"""Error numbers of what must not be used: a link, not a regular file, too large a file."""
 
 _LINK = "it is a symbolic link, which is not followed"
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -32,7 +30,7 @@ def read_beneath(root: Path, key: str, max_bytes: int) -> bytes:
     """The bytes of the regular file `key` below `root`, at most `max_bytes`.
 
     Raises FileNotFoundError or NotADirectoryError where nothing has that name, and OSError with an errno of REFUSED for a link on
-    the way, for what is no regular file, and for a larger one.
+    the way, for what is not a regular file, and for a larger one.
     """
     with open_beneath(root, key) as handle:
         data, size = bytearray(), os.fstat(handle).st_size
@@ -51,15 +49,15 @@ def open_beneath(root: Path, key: str) -> Iterator[int]:
     path = str(root / key)
     with folder_beneath(root, folders) as folder:
         try:
-            # not waited for: a pipe without a writer opens at once
+            # non-blocking: a pipe without a writer opens at once
             handle = os.open(name, _READ, dir_fd=folder)
         except OSError as error:
-            words = {errno.ELOOP: _LINK, errno.ENXIO: "it is no regular file"}.get(error.errno or 0, error.strerror)
+            words = {errno.ELOOP: _LINK, errno.ENXIO: "it is not a regular file"}.get(error.errno or 0, error.strerror)
             raise OSError(error.errno, words, path) from error
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
-            raise OSError(errno.ENXIO, f"it is {_kind(mode)}, no regular file", path)
+            raise OSError(errno.ENXIO, f"it is {_kind(mode)}, not a regular file", path)
         yield handle
     finally:
         os.close(handle)
@@ -72,9 +70,9 @@ def _kind(mode: int) -> str:
 
 @contextlib.contextmanager
 def folder_beneath(root: Path, parts: Sequence[str], *, make: bool = False) -> Iterator[int]:
-    """The folder of these steps below `root`, open while the block runs; `make`: made where it is absent.
+    """The folder of these steps below `root`, open while the block runs; `make`: create it if absent.
 
-    Each step is opened from the one before it, so a link that somebody puts there meanwhile is not followed either. Raises
+    Each step is opened from the one before it, so a link that is put there meanwhile is not followed either. Raises
     OSError, with ELOOP for a link.
     """
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -95,7 +93,7 @@ def _open_step(name: str, handle: int) -> int:
     try:
         return os.open(name, _FOLDER, dir_fd=handle)
     except OSError as error:
-        # what the system says of a link depends on the other flags
+        # the error for a link depends on the other flags
         if _is_link(name, handle):
             raise OSError(errno.ELOOP, f"{_LINK} ({name})", name) from error
         raise
@@ -109,7 +107,7 @@ def _is_link(name: str, handle: int) -> bool:
 
 
 def write_beneath(root: Path, key: str, data: bytes, *, replace: bool) -> None:
-    """Puts `data` at `key` below `root`, whole or not at all, with folders made where they are absent.
+    """Put `data` at `key` below `root`, whole or not at all; missing folders are created.
 
     `replace`: what is there is replaced, a link itself and not what it names; else FileExistsError. The mode is that of the
     umask: an atlas in a shared folder is for others. Raises OSError as `folder_beneath`.
@@ -135,14 +133,14 @@ def write_beneath(root: Path, key: str, data: bytes, *, replace: bool) -> None:
 
 
 def remove_beneath(root: Path, key: str) -> None:
-    """Removes a file, if it is there, and the folders above it, below `root`, that are empty then. Raises OSError."""
+    """Remove a file, if it is there, and the folders above it, below `root`, that become empty. Raises OSError."""
     *folders, name = _parts(key)
     try:
         with folder_beneath(root, folders) as folder:
             os.unlink(name, dir_fd=folder)
     except FileNotFoundError:
         return
-    with contextlib.suppress(OSError):  # one that is not empty ends it
+    with contextlib.suppress(OSError):  # stops at one that is not empty
         while folders:
             *folders, name = folders
             with folder_beneath(root, folders) as folder:
@@ -150,8 +148,8 @@ def remove_beneath(root: Path, key: str) -> None:
 
 
 def _parts(key: str) -> list[str]:
-    """The steps of a key; OSError for one that leads elsewhere."""
+    """The steps of a key; raises OSError for one that leads out of the folder."""
     parts = key.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise OSError(errno.EINVAL, "it is no key of a store")
+        raise OSError(errno.EINVAL, "it is not a valid key")
     return parts

@@ -1,11 +1,11 @@
 """A table in a Parquet file, written whole and read by one thread.
 
-pyarrow's thread pools are started lazily, and a process that ends while one still starts is aborted by the C++ runtime
-("terminate called without an active exception", about 1 of 15 short processes on two busy cores with pyarrow 26): a
-finished step would end as a failed job. These tables have kilobytes, so no pool is ever started for them; callers that
-compute on a table pass use_threads=False where pyarrow asks.
-A file of kilobytes may unpack to terabytes, so its size is counted from the heads of its pages (`parquet_pages`) before
-any of it is unpacked. Before it: `tables`. After it: `contents`, `manifest`, `report`.
+pyarrow starts its thread pools lazily, and the C++ runtime aborts a process that ends while one still starts ("terminate
+called without an active exception", about 1 of 15 short processes on two busy cores with pyarrow 26): a finished step would
+end as a failed job. These tables have kilobytes, so no pool is started for them; callers that compute on a table pass
+use_threads=False to pyarrow.
+A file of kilobytes may unpack to terabytes: its unpacked size is counted from the headers of its pages (`parquet_pages`)
+before any of it is unpacked.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _FOOTER_ITEMS = 1 << 16
 
 
 def open_parquet(data: bytes) -> pq.ParquetFile:
-    """A Parquet file from its bytes; pa.ArrowException or OSError where it is none, or where reading it would take memory
-    out of proportion."""
+    """A Parquet file from its bytes; raises pa.ArrowException or OSError for other bytes, and for a file that would
+    unpack to too much memory."""
     file = pq.ParquetFile(
         pa.BufferReader(data),
         pre_buffer=False,
@@ -43,7 +43,7 @@ def open_parquet(data: bytes) -> pq.ParquetFile:
 
 
 def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """The table in a Parquet file's bytes; pa.ArrowException, OSError where there is none or a column is missing."""
+    """The table in a Parquet file's bytes; raises pa.ArrowException or OSError for other bytes or a missing column."""
     return open_parquet(data).read(columns=columns, use_threads=False)
 
 

@@ -1,10 +1,9 @@
-"""Folders for one user of a machine: nobody else reads what is in them, from their first moment.
+"""Folders that only one user of a machine, or one group, can read, from the moment they exist.
 
-A umask of 022 makes everything readable by every user. So a folder of ours is made with mode 0700; one that an earlier version
-made open is closed once. A folder that holds other things than ours (/tmp, a home, a project) is left as it is, and what is made
-in it is private by itself. A group that works in one folder says so with its mode: writable by the group and setgid, as by
-`mkdir -m 2770`; such a folder stays open to its group, and to nobody else. It knows no workspace: only names and modes. Before
-it: a path. After it: `workspace`, `agent`, `lease`.
+A umask of 022 makes everything readable by every user. So the folders made here have mode 0700, and one that an earlier version
+left open is closed once. A folder that also holds other things (/tmp, a home, a project) is not changed; what is made in it is
+private by itself. A group that works in one folder marks it by its mode: writable by the group and setgid, as by `mkdir -m
+2770`; such a folder stays open to its group, and to no other user.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _GROUP = stat.S_ISGID | stat.S_IWGRP
 
 _PASSING = re.compile(r"\.(writable-|nfs|.+\.[0-9a-f]{16}\.part$)")
-"""Names of files that are there for a moment."""
+"""Names of temporary files."""
 
 _log = logging.getLogger(__name__)
 
@@ -45,20 +44,20 @@ def make_private(folder: Path, names: Sequence[str] = ()) -> None:
 
 
 def is_for_a_group(mode: int) -> bool:
-    """Whether the mode of a folder says that a group works in it: setgid and writable by the group."""
+    """Whether a folder's mode marks it for a group: setgid and writable by the group."""
     return mode & _GROUP == _GROUP
 
 
 def file_mode(folder: Path) -> int:
-    """The mode of a file with names or secrets that is made in `folder`: its owner's alone, or its group's."""
+    """The mode of a file with names or secrets that is made in `folder`: for its owner, or for its group."""
     return 0o660 if is_for_a_group(folder.stat().st_mode) else 0o600
 
 
-def settle_private(folder: Path, *, marks: Sequence[str], folders: Sequence[str], files: Sequence[str]) -> None:
-    """Make `folder` private, or see that it is; one of an earlier version is closed once, with a line that says so.
+def ensure_private(folder: Path, *, marks: Sequence[str], folders: Sequence[str], files: Sequence[str]) -> None:
+    """Make `folder` private if it is not; one of an earlier version is closed once, with a line in the log.
 
     `marks`: files or folders of which one is in every folder that we made; `folders`, `files`: all other names that we make in
-    it. Raises WorkspaceError where it belongs to another user, who could read and replace all that is in it; OSError.
+    it. Raises WorkspaceError if it belongs to another user, who could read and replace all that is in it; OSError.
     """
     make_private(folder)
     found = folder.stat()
@@ -99,7 +98,7 @@ def settle_private(folder: Path, *, marks: Sequence[str], folders: Sequence[str]
 
 
 def _is_ours(folder: Path, mode: int, names: Sequence[str]) -> bool:
-    """Whether nothing but ours is in a folder: it is no home and nothing like /tmp, and has no name that we don't make."""
+    """Whether a folder holds only what this project makes: it is not a home, nor like /tmp, and has no other names in it."""
     if mode & stat.S_ISVTX or folder.resolve() in (Path.home().resolve(), Path("/")):
         return False
     ours = re.compile("|".join(map(re.escape, names)))

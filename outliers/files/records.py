@@ -1,7 +1,4 @@
-"""Records: one JSON object a file, written whole or not at all, read within bounds.
-
-It knows nothing of what a record says.
-"""
+"""Records: one JSON object a file, written whole or not at all, read within bounds."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file, or no object that can be read: neither NaN nor a number of
-    thousands of digits is JSON, and no record of ours has JSON_BYTES. OSError for a file that can't be opened."""
+    """The JSON object in a file; None if there is no file, or it holds no readable object: NaN and numbers of thousands of
+    digits are refused, and so is a file of more than JSON_BYTES. Raises OSError for a file that can't be opened."""
     try:
         with path.open("rb") as file:
             data = file.read(JSON_BYTES + 1)

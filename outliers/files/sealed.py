@@ -1,7 +1,7 @@
 """Small JSON files that carry their own checksum, and folders whose files are listed with theirs.
 
-A number or an id depends on what the workspace remembers, so a flipped bit there must not be believed. A sealed file that
-is not what was written counts as absent: whoever reads it makes it again. Knows no content. Uses `files`.
+Numbers and ids depend on what the workspace keeps, so a flipped bit there must not be believed. A sealed file that differs
+from what was written counts as absent: its reader makes it again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEAL = "seal"
 LISTING = "checksums.json"
 """The sealed list of a folder's files."""
 LARGE_BYTES = 1 << 26
-"""From this size on a file is listed by CRC-32 and length: that reads 2 GB a second, sha256 0.3 where the processor has no
+"""From this size on a file is listed by CRC-32 and length: CRC-32 reads 2 GB a second, sha256 0.3 on a processor without
 instructions for it, and weights are read before every extraction."""
 _READ_BYTES = 1 << 22
 
@@ -41,7 +41,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """The content of a sealed file, without its checksum; None where there is none.
+    """The content of a sealed file, without its checksum; None if there is none.
 
     A file that is damaged, edited, or was never sealed counts as absent; the log then says so.
     """
@@ -85,7 +85,7 @@ def seal_folder(folder: Path, names: Iterable[str] | None = None, listing: str =
 
 
 def check_folder(folder: Path, listing: str = LISTING) -> bool:
-    """Whether every file that `seal_folder` listed is what it was; False where there is no list. The log names what changed."""
+    """Whether every file that `seal_folder` listed is what it was; False if there is no list. The log names what changed."""
     found = read_sealed(folder / listing)
     if found is None or not found.get("files"):
         return False
@@ -101,7 +101,7 @@ def check_folder(folder: Path, listing: str = LISTING) -> bool:
 
 
 def drop_folder(folder: Path) -> None:
-    """Remove a folder that is not what was written, if there is one: first from under its name, for another may look for it."""
+    """Remove a damaged folder, if it is there; renamed first, because another process may look for its name."""
     aside = temporary_for(folder)
     try:
         folder.rename(aside)
@@ -117,7 +117,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _mark(path: Path, *, large: bool | None = None) -> str:
-    """How a file is listed; `large`: by its CRC-32 (default: where it has LARGE_BYTES)."""
+    """How a file is listed; `large`: by its CRC-32 (default: from LARGE_BYTES on)."""
     size = path.stat().st_size
     if not (size >= LARGE_BYTES if large is None else large):
         return f"sha256:{sha256_file(path)}"

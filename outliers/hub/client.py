@@ -1,9 +1,8 @@
-"""What the Hugging Face hub is asked: which commit a name is now, who may read it, and again when it says wait.
+"""Requests to the Hugging Face hub: which commit a name means, who may read it, and waiting when the hub asks for it.
 
-`resolve` turns a branch or tag into a commit, so that a study names what can't move, and refuses on the control side
-what could not be read later. `wait_as_told` makes the requests of huggingface_hub, and through it those of datasets and
-transformers, wait as the hub tells. Knows names, revisions and files' names, nothing of what is in them. Before it: a
-spec. After it: `models`, `documents`, `download`.
+`resolve` turns a branch or tag into a commit, so that a study names what can't move, and refuses on the control side what
+could not be read later. `use_patient_client` makes the requests of huggingface_hub, and through it those of datasets and
+transformers, wait as long as the hub asks. `files` has the names of files, `headers` and `download` their content.
 """
 
 from __future__ import annotations
@@ -23,28 +22,27 @@ from typing import Any, Literal
 import httpx
 
 from outliers.errors import BadInput, HubUnavailable
+from outliers.hub.files import INDEX, SHARD, SMALL_SUFFIXES, WEIGHTS_SUFFIX, WHOLE, adapter_files
 
 log = logging.getLogger(__name__)
 
 SECONDS = 20
-"""For an answer to begin."""
+"""Until an answer begins."""
 TRIES = 8
-"""In a row without progress; where the hub doesn't tell how long to wait, they take two minutes."""
+"""Failures in a row without progress; if the hub doesn't say how long to wait, they take two minutes."""
 NAME_TRIES = 3
-"""For a name alone: somebody sits there and waits."""
+"""For the name of a model or data set, which a person waits for."""
 LONGEST_WAIT_SECONDS = 300
-"""Of one wait that the hub asks for: its rate limits count windows of five minutes."""
+"""The longest wait that the hub may ask for: its rate limits count windows of five minutes."""
 LONGEST_GUESS_SECONDS = 60
-"""Of one wait where it doesn't tell."""
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The longest wait if the hub doesn't ask for one."""
 MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
-"""Statuses that the next try may not get."""
+"""Statuses that may change by the next try."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _tries: ContextVar[int] = ContextVar("tries", default=TRIES)
 _silent: ContextVar[list[str] | None] = ContextVar("silent", default=None)
-"""Within `waited_for_once`: the names for which there was no connection at all."""
+"""Inside `waited_for_once`: the names for which there was no connection."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,10 @@ class Resolved:
     commit: str
     public: bool
     weight_bytes: int | None = None
-    """Of the safetensors files that a download fetches; None for a data set, and where the hub is switched off."""
+    """Of the safetensors files that a download fetches; None for a data set, and offline."""
 
 
-_commits: dict[tuple[str, str, str], Resolved] = {}  # a commit doesn't move: it is asked for once a process
+_commits: dict[tuple[str, str, str], Resolved] = {}  # a commit doesn't move: one request a process
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,10 @@ class HubFile:
 
 
 def resolve(kind: Literal["model", "dataset"], name: str, revision: str | None, refuse: type[BadInput]) -> Resolved:
-    """The commit of `revision` (None: main) of a model or data set; what is cached here serves when the hub is off.
+    """The commit of `revision` (None: main) of a model or data set; offline, what the cache holds.
 
-    Raises `refuse` where there is no such thing, this account may not read it, or a model has no safetensors weights;
-    HubUnavailable when nothing answers.
+    Raises `refuse` if it does not exist, this account may not read it, or a model has no safetensors weights;
+    HubUnavailable if the hub does not answer.
     """
     from huggingface_hub import constants
 
@@ -98,7 +96,7 @@ def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolv
         raise HubUnavailable(
             f"'{name}' is no folder, file or built-in, and the hub, which did not answer for {silent[0]}, was not asked again"
         )
-    wait_as_told()
+    use_patient_client()
     api = HfApi()
     try:
         with tries_in_a_row(NAME_TRIES), _asking(kind, name, asked, refuse):
@@ -107,7 +105,7 @@ def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolv
             else:
                 found = api.model_info(name, revision=asked, timeout=SECONDS, files_metadata=True)
             if found.gated:
-                # anybody may see what a gated repository is; only its files are behind the gate
+                # The description of a gated repository is public; only its files are gated.
                 api.auth_check(name, repo_type=kind)
     except HubUnavailable as error:
         if silent is not None and isinstance(error.__context__, httpx.TransportError):
@@ -117,16 +115,16 @@ def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolv
     if kind == "dataset" or found.siblings is None:
         return Resolved(str(found.sha), public)
     _refuse_adapter(name, asked, [file.rfilename for file in found.siblings], refuse)
-    weights = [file for file in needed_files(_files(found)) if file.name.endswith(".safetensors")]
+    weights = [file for file in needed_files(_files(found)) if file.name.endswith(WEIGHTS_SUFFIX)]
     if not weights:
         raise refuse(_no_weights(name, asked, [file.rfilename for file in found.siblings]))
     return Resolved(str(found.sha), public, sum(file.size for file in weights) or None)
 
 
 def _offline(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolved:
-    # a streamed data set leaves nothing here, but under its commit the ids made of it may be found
+    # A streamed data set leaves nothing in the cache, but a corpus made of its commit may be in the workspace.
     pinned = kind == "dataset" and _COMMIT.fullmatch(asked)
-    with refusals(kind, name, asked, refuse):  # the cache too looks at the form of a name first
+    with refusals(kind, name, asked, refuse):  # the cache checks the form of a name first, too
         commit = asked if pinned else _cached_commit(kind, name, asked)
     if commit is None:
         raise refuse(
@@ -145,12 +143,12 @@ def _cached_commit(kind: str, name: str, revision: str) -> str | None:
 
 
 def _refuse_adapter(name: str, asked: str, files: list[str], refuse: type[BadInput]) -> None:
-    """Where peft is installed, transformers would apply an adapter that lies beside a checkpoint."""
-    adapters = sorted(file for file in files if file == "adapter_config.json" or file.startswith("adapter_model."))
+    """Refuse an adapter: transformers would apply it to the checkpoint next to it where peft is installed."""
+    adapters = adapter_files(files)
     if adapters:
-        beside = "beside a checkpoint" if "config.json" in files else "and no model"
+        place = "next to a checkpoint" if "config.json" in files else "and no model"
         raise refuse(
-            f"{name} holds a LoRA adapter at '{asked}' ({', '.join(adapters)}) {beside}: which of the two models is meant? Name "
+            f"{name} holds a LoRA adapter at '{asked}' ({', '.join(adapters)}) {place}: which of the two models is meant? Name "
             "the model that it was made for, or a merged one (peft's merge_and_unload)"
         )
 
@@ -169,7 +167,7 @@ def list_files(name: str, commit: str, refuse: type[BadInput]) -> tuple[HubFile,
     """The files of a model at a commit. Raises `refuse`, HubUnavailable."""
     from huggingface_hub import HfApi
 
-    wait_as_told()
+    use_patient_client()
     with _asking("model", name, commit, refuse):
         return _files(HfApi().model_info(name, revision=commit, timeout=SECONDS, files_metadata=True))
 
@@ -187,28 +185,29 @@ def _files(found: Any) -> tuple[HubFile, ...]:
 
 
 def needed_files(files: tuple[HubFile, ...]) -> tuple[HubFile, ...]:
-    """Those that are read to load a model: config, tokenizer, and one copy of the weights, which come last.
+    """The files that loading a model reads: config, tokenizer, and one copy of the weights, which come last.
 
-    That copy is what transformers looks for: `model.safetensors`, or shards and their index. Others lie in a subfolder
-    (`original/`) or beside it (`consolidated*.safetensors`, `model.fp16.safetensors`).
+    That copy is what transformers looks for: `model.safetensors`, or shards and their index. Other copies are in a subfolder
+    (`original/`) or have other names (`consolidated*.safetensors`, `model.fp16.safetensors`).
     """
     top = {file.name: file for file in files if "/" not in file.name}
     weights: list[HubFile] = []
     if WHOLE in top:
         weights = [top[WHOLE]]
     elif INDEX in top:
-        found = [file for name, file in top.items() if name.endswith(".safetensors") and "consolidated" not in name]
-        weights = [file for file in found if _SHARD.fullmatch(file.name)] or found
-    parts = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-    small = [file for name, file in top.items() if name.endswith(parts) and not name.endswith(".bin.index.json")]
+        found = [file for name, file in top.items() if name.endswith(WEIGHTS_SUFFIX) and "consolidated" not in name]
+        weights = [file for file in found if SHARD.fullmatch(file.name)] or found
+    small = [
+        file for name, file in top.items() if name.endswith(SMALL_SUFFIXES) and not name.endswith(".bin.index.json")
+    ]
     return (*small, *weights)
 
 
 @contextmanager
 def refusals(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Iterator[None]:
-    """What the hub answers within, as errors of this project: `refuse` for good, HubUnavailable for now.
+    """Turn the hub's answers inside the block into errors of this project: `refuse` for good, HubUnavailable for now.
 
-    A connection that is cut is left to the caller, who knows how to go on.
+    The caller handles a connection that is cut.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -234,7 +233,7 @@ def refusals(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Iterat
     except HFValidationError as error:
         raise refuse(f"'{name}' is no folder, file or built-in, and no name that the hub could have") from error
     except (httpx.LocalProtocolError, UnicodeEncodeError):
-        # what was raised shows the header with the token in it
+        # the original error shows the header with the token
         raise refuse("HF_TOKEN holds characters that no token has: set it again") from None
     except HfHubHTTPError as error:
         raise _refusal(name, error, refuse) from error
@@ -242,7 +241,7 @@ def refusals(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Iterat
 
 @contextmanager
 def _asking(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Iterator[None]:
-    """`refusals`, and HubUnavailable where there is no connection at all."""
+    """`refusals`, and HubUnavailable if there is no connection."""
     try:
         with refusals(kind, name, asked, refuse):
             yield
@@ -260,14 +259,14 @@ def _refusal(name: str, error: Any, refuse: type[BadInput]) -> Exception:
 
 
 def plain(error: BaseException, longest: int = 300) -> str:
-    """An error in one line, without the signatures that addresses of files carry."""
+    """An error in one line, without the signatures in the URLs of files."""
     words = re.sub(r"\?[\w%]+=[^\s'\")]+", "?...", " ".join(str(error).split()))
     return f"{type(error).__name__}: {words[:longest]}"
 
 
 @contextmanager
 def tries_in_a_row(tries: int) -> Iterator[None]:
-    """Within, so many failures in a row are the end."""
+    """Limit consecutive failures inside the block to `tries`."""
     token = _tries.set(min(tries, _tries.get()))
     try:
         yield
@@ -277,7 +276,7 @@ def tries_in_a_row(tries: int) -> Iterator[None]:
 
 @contextmanager
 def waited_for_once() -> Iterator[None]:
-    """Within, names are not asked of a hub any more that could not be reached for one of them."""
+    """Once the hub could not be reached for one name inside the block, ask for no other."""
     token = _silent.set([])
     try:
         yield
@@ -286,7 +285,7 @@ def waited_for_once() -> Iterator[None]:
 
 
 class Patience:
-    """The waits between tries of one thing, until too many in a row have failed."""
+    """Waits between tries of one request, until too many in a row have failed."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -295,11 +294,11 @@ class Patience:
         self._began = 0.0
 
     def progress(self) -> None:
-        """Something came: what failed before counts no more."""
+        """Bytes arrived: earlier failures no longer count."""
         self._failed = 0
 
-    def wait(self, reason: str, told_seconds: float | None = None) -> None:
-        """Sleep before the next try, as long as the hub told; HubUnavailable where that was the last one."""
+    def wait(self, reason: str, retry_after_seconds: float | None = None) -> None:
+        """Sleep before the next try, as long as the hub asks. Raises HubUnavailable after the last try."""
         self._began = time.monotonic() if self._failed == 0 else self._began
         self._failed += 1
         if self._failed >= self._tries:
@@ -308,8 +307,8 @@ class Patience:
                 f"the hub did not answer in {self._failed} tries over {seconds:.0f} s, the last time with {reason}, for "
                 f"{self._what}: try again later" + (", or with an HF_TOKEN, which is allowed more" * ("429" in reason))
             )
-        if told_seconds:
-            seconds = min(told_seconds, LONGEST_WAIT_SECONDS)
+        if retry_after_seconds:
+            seconds = min(retry_after_seconds, LONGEST_WAIT_SECONDS)
             log.warning("the hub asks to wait %.0f s (%s), for %s", seconds, reason, self._what)
         else:
             seconds = min(2.0 ** (self._failed - 1), LONGEST_GUESS_SECONDS)
@@ -317,30 +316,30 @@ class Patience:
         time.sleep(seconds)
 
 
-def told_seconds(headers: Mapping[str, str]) -> float | None:
-    """How long an answer says to wait: `Retry-After` in seconds or as a date, or `RateLimit`; None where it doesn't.
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """Seconds that an answer asks to wait: `Retry-After` in seconds or as a date, or `RateLimit`; None if it doesn't.
 
-    `headers`: names in lower case, or a mapping that doesn't mind.
+    `headers`: names in lower case, or a mapping that ignores case.
     """
     after = headers.get("retry-after", "").strip()
     if after.isdigit():
         return float(after)
     if after:
         try:
-            # against the hub's own clock: this machine's may be wrong
+            # by the hub's own clock: this machine's may be wrong
             now = headers.get("date")
             then = parsedate_to_datetime(after).timestamp()
             return max(0.0, then - (parsedate_to_datetime(now).timestamp() if now else time.time()))
         except ValueError:
-            pass  # not a date either: the other header may know
+            pass  # not a date either: try the other header
     reset = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
     return float(reset[1]) if reset else None
 
 
 class _PatientClient(httpx.Client):
-    """Repeats what the hub didn't answer. In here a wait is as told, and no caller takes a failure for an absence.
+    """Repeats requests that the hub didn't answer, and waits as it asks, so that no caller takes a failure for an absence.
 
-    Other hosts are none of this: services that datasets can do without, and where files lie (`download` sees to those).
+    It leaves other hosts alone: services that datasets can do without, and storage of files, which `download` handles.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -359,19 +358,19 @@ class _PatientClient(httpx.Client):
                     raise
                 patience.wait(type(error).__name__)
                 continue
-            # a request that changes something is repeated only where the hub says that it did nothing
+            # A request that changes something is repeated only if the hub says that it did nothing.
             if response.status_code not in (MAY_PASS if request.method in ("GET", "HEAD") else (429,)):
                 return response
             response.close()
-            patience.wait(str(response.status_code), told_seconds(response.headers))
+            patience.wait(str(response.status_code), retry_after_seconds(response.headers))
 
 
 @functools.cache
-def wait_as_told() -> None:
-    """From now on every request of huggingface_hub in this process waits as the hub tells, then HubUnavailable.
+def use_patient_client() -> None:
+    """Make every request of huggingface_hub in this process wait as the hub asks, and raise HubUnavailable in the end.
 
     Its own repetitions know `RateLimit` but not `Retry-After`, give up after 25 s, and are not made for names and
-    listings; datasets waits a minute whatever it is told.
+    listings. datasets always waits a minute.
     """
     from huggingface_hub import constants, set_client_factory
 

@@ -1,19 +1,15 @@
-"""A model of the hub -> its files on this machine, in the hub's own cache (HF_HOME), which nothing here ever empties, or
-in a folder of ours where that cache is on another disk (`cache_for`).
+"""Downloads a model of the hub into the cache of this machine (`cache`).
 
-Runs on the machine that computes, with the base dependencies alone. Knows files, nothing of what is in them beyond
-the list of shards. Before it: `hub`, which made a commit of a name. After it: `load`.
-
-A killed download goes on from the bytes that it has written, up to the last 10 MB, which huggingface_hub holds in
-memory. Run against a server on loopback that speaks the hub's plain HTTP. Not run: the real hub, and transfers through
-Xet (`hf_xet`, which the real hub serves large files with): it keeps chunks of its own below HF_HOME and resumes by these.
+It runs on the machine that computes, with the base dependencies alone, and needs a commit (`client.resolve`). A killed
+download continues from the bytes that it has written, except the last 10 MB, which huggingface_hub holds in memory.
+Tested against a server on loopback that speaks the hub's plain HTTP. Not tested: the real hub, and transfers through Xet
+(`hf_xet`, with which the real hub serves large files): it keeps its own chunks below HF_HOME and resumes from these.
 """
 
 from __future__ import annotations
 
 import contextvars
 import logging
-import os
 import queue
 import shutil
 import threading
@@ -24,145 +20,67 @@ from pathlib import Path
 import httpx
 
 from outliers.errors import DiskFull, UnknownModel
-from outliers.files.atomic import sha256_file, size_of
+from outliers.files.atomic import sha256_file
+from outliers.hub.cache import CachedModel, cache_for
 from outliers.hub.client import (
-    INDEX,
     MAY_PASS,
-    WHOLE,
     HubFile,
     Patience,
     list_files,
     needed_files,
     plain,
     refusals,
-    told_seconds,
-    wait_as_told,
+    retry_after_seconds,
+    use_patient_client,
 )
-from outliers.hub.headers import read_json
+from outliers.hub.files import WEIGHTS_SUFFIX
 
 log = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "OUTLIERS_HUB_FOLDER"
-"""Set for jobs on other machines: a cache beside our files, whose disk is the one that was asked for and looked at."""
 WORKERS = 4
-"""Files at a time: one connection alone seldom fills the line of a rented machine."""
+"""Files at a time: one connection seldom fills the line of a rented machine."""
 PROGRESS_SECONDS = 0.5
 
 
 def download_model(repo_id: str, commit: str, *, progress: Callable[[int, int], None] | None = None) -> Path:
     """The folder with the config, the tokenizer and the safetensors weights of `repo_id` at `commit`.
 
-    What is there is not asked for again; a complete model needs no request at all. `progress(done_bytes, total_bytes)`
-    is called in the caller's thread. Raises UnknownModel (gated, missing, no safetensors weights, or not here while the
-    hub is switched off), HubUnavailable, DiskFull before anything is written, and OSError where the disk fails.
+    Files that are there are not requested again; a complete model needs no request. `progress(done_bytes, total_bytes)`
+    is called in the caller's thread. Raises UnknownModel (gated, missing, no safetensors weights, or not here
+    and offline), HubUnavailable, DiskFull before anything is written, and OSError if the disk fails.
     """
     from huggingface_hub import constants
 
     place = cache_for(repo_id, commit)
-    lacking = place.lacking()
-    if lacking is None:
+    missing = place.missing_file()
+    if missing is None:
         _report_all(place, progress)
         return place.snapshot
     if constants.is_offline_mode():
         raise UnknownModel(
-            f"{lacking} of {repo_id} at {commit[:12]} is not in the cache here ({place.folder}), and the hub is switched off "
+            f"{missing} of {repo_id} at {commit[:12]} is not in the cache here ({place.folder}), and the hub is switched off "
             "(HF_HUB_OFFLINE): unset it, or download the model first"
         )
-    wait_as_told()
+    use_patient_client()
     files = needed_files(list_files(repo_id, commit, UnknownModel))
-    if not any(file.name.endswith(".safetensors") for file in files):
+    if not any(file.name.endswith(WEIGHTS_SUFFIX) for file in files):
         raise UnknownModel(f"{repo_id} has no safetensors weights at {commit[:12]}")
-    _check_disk(place, files)
+    check_disk(place, files)
     _Download(place, files, progress).run()
-    lacking = place.lacking()
-    if lacking is not None:
-        raise UnknownModel(f"{repo_id} has no {lacking} at {commit[:12]}: transformers can't load it")
+    missing = place.missing_file()
+    if missing is not None:
+        raise UnknownModel(f"{repo_id} has no {missing} at {commit[:12]}: transformers can't load it")
     return place.snapshot
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the hub's cache keeps one model."""
-
-    repo_id: str
-    commit: str
-    folder: Path
-
-    @property
-    def snapshot(self) -> Path:
-        return self.folder / "snapshots" / self.commit
-
-    def have(self, file: HubFile) -> int:
-        """Bytes of a file that are here, finished or not.
-
-        Looked at the way that the bytes go: a file that is moved on by another thread meanwhile is found where it went.
-        """
-        return max(map(size_of, reversed(self._paths(file))))
-
-    def discard(self, file: HubFile) -> None:
-        """Take away what is here of one file, because it is not what the hub has."""
-        for path in self._paths(file):
-            path.unlink(missing_ok=True)
-
-    def _paths(self, file: HubFile) -> tuple[Path, Path, Path]:
-        """The name in the snapshot, the bytes it points at, and where they grow."""
-        blob = self.folder / "blobs" / (file.blob or file.name)
-        return self.snapshot / file.name, blob, blob.with_name(f"{blob.name}.incomplete")
-
-    @property
-    def cache(self) -> Path:
-        """The folder of all models."""
-        return self.folder.parent
-
-    def lacking(self) -> str | None:
-        """A file without which the model can't be loaded; None where all are here. A commit's files never change."""
-        if not (self.snapshot / "config.json").exists():
-            return "config.json"
-        if (self.snapshot / WHOLE).exists():
-            return None
-        index = self.snapshot / INDEX
-        if not index.exists():
-            return WHOLE
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise UnknownModel(f"{index} has no weight_map of names to files: delete it, and it is fetched again")
-        shards = set(places.values())
-        return next((shard for shard in sorted(shards) if not (self.snapshot / shard).exists()), None)
-
-
-def cached_model(repo_id: str, commit: str) -> Path | None:
-    """The folder of a model whose files are all on this machine, None where one is lacking."""
-    place = cache_for(repo_id, commit)
-    return place.snapshot if place.lacking() is None else None
-
-
-def cache_for(repo_id: str, commit: str) -> _Place:
-    """Where a model is, or goes: the hub's cache of this machine; or $OUTLIERS_HUB_FOLDER, where that is on another disk, the
-    model is not in the cache as it is, and nobody has put the cache anywhere (HF_HOME, HF_HUB_CACHE)."""
-    from huggingface_hub import constants
-
-    name = f"models--{repo_id.replace('/', '--')}"
-    own, ours = _Place(repo_id, commit, Path(constants.HF_HUB_CACHE) / name), os.environ.get(FOLDER_VARIABLE)
-    chosen = any(os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
-    if not ours or chosen or own.lacking() is None or _disk(own.cache) == _disk(Path(ours)):
-        return own
-    os.environ.setdefault("HF_XET_CACHE", f"{ours}/xet")
-    return _Place(repo_id, commit, Path(ours) / name)
-
-
-def _disk(place: Path) -> int:
-    """The number of the disk on which a folder is, or would be."""
-    return next(path.stat().st_dev for path in (place, *place.parents) if path.exists())
-
-
-def _report_all(place: _Place, progress: Callable[[int, int], None] | None) -> None:
+def _report_all(place: CachedModel, progress: Callable[[int, int], None] | None) -> None:
     if progress is not None:
         size = sum(path.stat().st_size for path in place.snapshot.iterdir() if path.is_file())
         progress(size, size)
 
 
-def _check_disk(place: _Place, files: tuple[HubFile, ...]) -> None:
-    """Raises DiskFull where what is still to come doesn't fit."""
+def check_disk(place: CachedModel, files: tuple[HubFile, ...]) -> None:
+    """Raises DiskFull if the missing bytes don't fit."""
     place.folder.mkdir(parents=True, exist_ok=True)
     rest = sum(max(0, file.size - place.have(file)) for file in files)
     free = shutil.disk_usage(place.folder).free
@@ -175,9 +93,9 @@ def _check_disk(place: _Place, files: tuple[HubFile, ...]) -> None:
 
 @dataclass
 class _Download:
-    """The fetching of one model's files by a few threads, while the caller's thread reports."""
+    """Fetches one model's files in a few threads, while the caller's thread reports."""
 
-    place: _Place
+    place: CachedModel
     files: tuple[HubFile, ...]
     progress: Callable[[int, int], None] | None
     failures: list[Exception] = field(default_factory=list)
@@ -185,10 +103,10 @@ class _Download:
     waiting: queue.SimpleQueue[HubFile] = field(default_factory=queue.SimpleQueue)
 
     def run(self) -> None:
-        """Fetch all of them; the first failure is raised once no thread writes any more."""
+        """Fetch all files; raises the first failure once no thread writes any more."""
         for file in self.files:
             self.waiting.put(file)
-        # daemons: somebody who interrupts must not wait for the end of a file, it goes on from there next time
+        # Daemons: an interrupt does not wait for the end of a file, which continues from its bytes next time.
         threads = [
             threading.Thread(target=contextvars.copy_context().run, args=(self._work,), daemon=True)
             for _ in range(WORKERS)
@@ -221,7 +139,7 @@ class _Download:
                 self.failures.append(error)
 
     def _fetch(self, file: HubFile) -> None:
-        """One file, again and again while that brings bytes, or a few times where it doesn't."""
+        """Fetch one file: repeat while bytes arrive, and a few times when none do."""
         patience = Patience(f"{file.name} of {self.place.repo_id}")
         had, parts = self.place.have(file), 0
         while True:
@@ -234,19 +152,19 @@ class _Download:
                 return
             have = self.place.have(file)
             if have > file.size:
-                self.place.discard(file)  # no range of the hub's continues more than there can be
+                self.place.discard(file)  # longer than the file: no range can continue it
             if have > had:
                 patience.progress()
             had = self.place.have(file)
-            _check_disk(self.place, (file,))
-            patience.wait(reason.words, reason.told_seconds)
+            check_disk(self.place, (file,))
+            patience.wait(reason.words, reason.retry_after_seconds)
 
     def _is_whole(self, file: HubFile) -> bool:
-        """Whether a file made of parts has the hub's sha256; where the hub tells none, its size was checked."""
+        """Whether a file made of parts has the hub's sha256; if the hub gives none, its size was checked."""
         return file.sha256 is None or sha256_file(self.place.snapshot / file.name) == file.sha256
 
     def _try(self, file: HubFile) -> _Reason | None:
-        """Fetch once: None when the file is here, else why it isn't yet. Raises what no other try would mend."""
+        """Try once: None if the file is here, else why it isn't yet. Raises what another try would not mend."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, XetError
 
@@ -256,7 +174,7 @@ class _Download:
                 hf_hub_download(place.repo_id, file.name, revision=place.commit, cache_dir=place.cache)
                 return None
             except (httpx.TransportError, RuntimeError, XetError) as error:
-                # cut in the middle of a body; hf_xet raises RuntimeError for whatever happened to it
+                # cut in the middle of a body; hf_xet raises RuntimeError for every failure
                 return _Reason(plain(error))
             except (HfHubHTTPError, LocalEntryNotFoundError) as error:
                 cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
@@ -264,22 +182,22 @@ class _Download:
                     return _Reason(plain(cause))
                 if not _may_pass(cause.response):
                     raise cause from error
-                return _Reason(str(cause.response.status_code), told_seconds(cause.response.headers))
+                return _Reason(str(cause.response.status_code), retry_after_seconds(cause.response.headers))
             except OSError as error:
                 if error.errno is not None:
                     raise  # the disk's own
-                return _Reason(plain(error))  # huggingface_hub found another size than the hub told
+                return _Reason(plain(error))  # huggingface_hub found another size than the hub's
 
 
 @dataclass(frozen=True)
 class _Reason:
-    """Why a file is not here yet, and how long that place says to wait."""
+    """Why a file is not here yet, and the wait that its server asks for."""
 
     words: str
-    told_seconds: float | None = None
+    retry_after_seconds: float | None = None
 
 
 def _may_pass(answer: httpx.Response) -> bool:
-    """Whether the next try may get another answer: also where a part was too long, or a signed address is over."""
+    """Whether the next try may get another answer; also if a part was too long, or a signed URL has expired."""
     over = answer.status_code == 403 and "x-error-code" not in answer.headers
     return over or answer.status_code in (416, *MAY_PASS)

@@ -1,8 +1,7 @@
-"""The safetensors files of a checkpoint -> the name, dtype, shape and place of each tensor, from their headers alone.
+"""The safetensors files of a checkpoint: name, dtype, shape and place of each tensor, from the headers.
 
-Reads a few kilobytes a file and no weight, so that a file that is cut off, is a git-lfs pointer, or is named by an index and
-not there is refused in seconds. Format: safetensors' own description (8 bytes of length, JSON, data without gaps).
-Knows no model. Before it: `models`, which found the folder. After it: `complete`, `fp8`.
+It reads a few kilobytes a file and no weight, so that a file that is cut off, is a git-lfs pointer, or is named by an index
+and missing is refused in seconds. Format: safetensors' own description (8 bytes of length, JSON, data without gaps).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from outliers.errors import UnknownModel
-from outliers.hub.client import INDEX, WHOLE
+from outliers.hub.files import INDEX, WEIGHTS_SUFFIX, WHOLE
 
 MAX_HEADER_BYTES = 100_000_000
 """safetensors itself reads no longer header."""
@@ -49,7 +48,7 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     elif (folder / INDEX).is_file():
         found = _read_shards(folder)
     else:
-        there = sorted(path.name for path in folder.glob("*.safetensors"))
+        there = sorted(path.name for path in folder.glob(f"*{WEIGHTS_SUFFIX}"))
         holds = f", only {named(there)}" if there else ""
         raise UnknownModel(f"{folder} has neither {WHOLE} nor {INDEX}{holds}: transformers reads no other name")
     if not found:
@@ -89,7 +88,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     if not isinstance(content.get("metadata"), dict):
         raise UnknownModel(
-            f'{index} has no metadata, which transformers asks for where it loads: add "metadata": {{}} beside its weight_map'
+            f'{index} has no metadata, which transformers needs: add "metadata": {{}} next to its weight_map'
         )
     places = content.get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):

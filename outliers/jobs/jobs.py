@@ -1,28 +1,26 @@
-"""A detached job: a command that outlives who started it, and is found again, followed, cancelled, asked how it ended.
+"""A detached job: a command that outlives the process that started it, and can be found, followed and cancelled later.
 
-    <workspace>/jobs/<name>/lock             held while somebody starts an attempt
+    <workspace>/jobs/<name>/lock             held while an attempt is being started
     <workspace>/jobs/<name>/<attempt>/       0001, 0002, ...; the newest counts
         job.json       what was started: argv, and the names (never the values) of its extra environment
         lock           an flock that the supervisor and its child share: free exactly when both have ended
         started.json   pgid and child: the supervisor runs the command
         events.jsonl   the stream (see `events`): what the command printed, what it reported, heartbeats
-        error.json     the OutliersError that the command recorded before it ended, if it did
-        cancel.json    somebody asked for its end
-        reserve        room for its last words on a full disk; gone with its end, or, where the supervisor was killed, once
-                       somebody finds the job dead or starts another one
-        exit.json      how it ended; absent after a power cut or a SIGKILL of the supervisor
+        error.json     the OutliersError that the command recorded before it ended, if any
+        cancel.json    a request to end the job
+        reserve        room for the last records on a full disk; removed at the end of the job or, if its supervisor was
+                       killed, when the job is found dead or another one starts
+        exit.json      how it ended; missing after a power cut or a SIGKILL of the supervisor
 
-`python -m outliers.jobs.supervisor FOLDER LOCK_FD` is the supervisor: the leader of a session of its own, which runs the command
-as its child in the same process group. It knows nothing of studies, models or machines. Whether a job lives is asked
-of its lock and of no process id: ids are reused, and an flock ends with its holders, however they die. So the
-workspace must be on a disk of this machine; NFS gives an flock other rules. Before it: whoever has a command to run.
-After it: `machines`, and through them the tasks.
+`python -m outliers.jobs.supervisor FOLDER LOCK_FD` is the supervisor. It leads a session of its own and runs the command as
+its child in the same process group. Whether a job lives is read from its lock and not from a process id: ids are reused, and
+an flock ends with its holders, however they end. The workspace must therefore be on a disk of this machine; NFS has other
+rules for an flock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -43,16 +41,16 @@ from outliers.events.event import Event
 from outliers.files.records import read_json, write_json
 from outliers.hardware import total_ram_bytes
 from outliers.jobs.leftovers import DRAFT, RESERVE, tidy, tidy_all
-from outliers.locks import is_locked
+from outliers.locks import acquire, held, is_locked
 from outliers.untrusted.bounds import LARGEST
 
 Status = Literal["running", "done", "failed", "cancelled", "lost"]
 
 JOB_VARIABLE = "OUTLIERS_JOB"
-"""Names the folder of the job that a command runs in."""
+"""Environment variable with the folder of the job that a command runs in."""
 HEARTBEAT_VARIABLE = "OUTLIERS_HEARTBEAT_SECONDS"
 LEASE_ENDED = "lease"
-"""Why a job was cancelled: the machine is to be held no longer."""
+"""Reason of a cancel: the lease of the machine has ended."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ATTEMPT = re.compile(r"[0-9]{4,9}")
@@ -64,7 +62,7 @@ _RESERVE_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What to run. `env` is added to the environment and may hold secrets: it is written nowhere and not shown."""
+    """What to run. `env` is added to the environment and may hold secrets: it is neither written nor shown."""
 
     name: str
     argv: tuple[str, ...]
@@ -73,7 +71,7 @@ class JobSpec:
 
 @dataclass(frozen=True, slots=True)
 class JobHandle:
-    """One attempt at a job; only names, so it can be kept, sent and made again."""
+    """One attempt at a job. It holds only names, so it can be kept, sent and made again."""
 
     name: str
     attempt: int
@@ -81,25 +79,24 @@ class JobHandle:
 
 
 def start(workspace: Path, job: JobSpec) -> JobHandle:
-    """Starts `job` in `<workspace>/jobs`, detached, and returns once it runs; or the handle of the one that still runs.
+    """Start `job` in `<workspace>/jobs`, detached, and return once it runs; or return the handle of the one that still runs.
 
-    Any number of callers at once start one job. Raises BadInput for a name or command that can't be,
-    MachineLost where the supervisor did not come up.
+    Any number of callers at once start one job. Raises BadInput for an invalid name or command, MachineLost if the
+    supervisor did not start.
     """
     if not _NAME.fullmatch(job.name):
-        raise BadInput(f"'{job.name}' is no name for a job: letters, digits, . _ - and at most 128 of them")
+        raise BadInput(f"'{job.name}' is not a valid job name; give up to 128 letters, digits, . _ -")
     if not job.argv or any("\0" in part for part in job.argv):
-        raise BadInput(f"job '{job.name}' has no command that could be run: {list(job.argv)}")
+        raise BadInput(f"job '{job.name}' has no command that can be run: {list(job.argv)}")
     home = (workspace / "jobs" / job.name).absolute()
     home.mkdir(parents=True, exist_ok=True)
     tidy_all(workspace)
-    with (home / "lock").open("ab") as starters:
-        fcntl.flock(starters, fcntl.LOCK_EX)
+    with held(home / "lock"):
         last = newest(workspace, job.name)
         if last and status(last.folder) == "running":
             if not (last.folder / "cancel.json").exists():
                 return last
-            # Who cancels and starts again wants another attempt, not the one that is ending.
+            # A start after a cancel asks for another attempt, not for the one that is ending.
             cancel(last.folder)
         folder, lock = _new_attempt(home, job, last.attempt + 1 if last else 1)
         try:
@@ -111,21 +108,21 @@ def start(workspace: Path, job: JobSpec) -> JobHandle:
 
 
 def newest(workspace: Path, name: str) -> JobHandle | None:
-    """The latest attempt at the job of that name, whatever became of it; None if there was none."""
+    """The latest attempt at the job of that name, in any state; None if there was none."""
     home = (workspace / "jobs" / name).absolute()
     attempts = [int(path.name) for path in home.glob("[0-9]*") if _ATTEMPT.fullmatch(path.name)]
     return JobHandle(name, max(attempts), home / f"{max(attempts):04d}") if attempts else None
 
 
 def running(workspace: Path) -> tuple[JobHandle, ...]:
-    """Every job of a workspace that runs now."""
+    """Every job of a workspace that is running."""
     names = sorted(path.name for path in (workspace / "jobs").glob("*") if _NAME.fullmatch(path.name))
     latest = [handle for name in names if (handle := newest(workspace, name)) is not None]
     return tuple(handle for handle in latest if _runs(handle.folder))
 
 
 def _runs(folder: Path) -> bool:
-    """Whether a job runs, by its lock alone where nothing else of it can be read: it must not be left out when all end."""
+    """Whether a job runs. If its records can't be read, it counts as running: whatever ends all jobs must not leave it out."""
     try:
         return _held(folder) and read_json(folder / "exit.json") is None
     except OSError:
@@ -133,23 +130,22 @@ def _runs(folder: Path) -> bool:
 
 
 def _new_attempt(home: Path, job: JobSpec, attempt: int) -> tuple[Path, int]:
-    """The folder of a new attempt and its held lock; under its name the folder was never seen without either."""
+    """The folder of a new attempt and its held lock. Under its name the folder always has a job.json and a held lock."""
     draft, folder = home / DRAFT, home / f"{attempt:04d}"
-    # A starter that was killed here left it; the lock on the name says that no other is at work.
+    # Left by a starter that was killed; the lock on the name excludes another one.
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     record = {"name": job.name, "attempt": attempt, "argv": job.argv, "env": sorted(job.env), "created": time.time()}
     write_json(draft / "job.json", record)
-    # no zeros: some disks keep no room for them
+    # not zeros: some file systems allocate no space for them
     (draft / RESERVE).write_bytes(os.urandom(_RESERVE_BYTES))
-    lock = os.open(draft / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = acquire(draft / "lock")
     draft.rename(folder)
     return folder, lock
 
 
 def _spawn_supervisor(folder: Path, lock: int, job: JobSpec) -> subprocess.Popen[bytes]:
-    # -P: a file called json.py in the folder where the command was typed must not become a module of ours.
+    # -P: a json.py in the current directory must not be imported as a module.
     argv = [sys.executable, "-P", "-m", "outliers.jobs.supervisor", str(folder), str(lock)]
     null = subprocess.DEVNULL
     try:
@@ -159,10 +155,10 @@ def _spawn_supervisor(folder: Path, lock: int, job: JobSpec) -> subprocess.Popen
     except OSError as error:
         raise MachineLost(f"job '{job.name}' can't be started: {error}") from error
     if supervisor.stdin:
-        # A broken pipe is a supervisor that died at once; _await_start says so.
+        # A broken pipe means that the supervisor died at once; _await_start reports it.
         with contextlib.suppress(BrokenPipeError), supervisor.stdin as pipe:
             pipe.write(json.dumps(dict(job.env)).encode())
-    # Nobody waits for it, and a starter that lives on would keep it as a zombie.
+    # Reap it: a starter that lives on would keep it as a zombie.
     threading.Thread(target=supervisor.wait, name=f"reap-{job.name}", daemon=True).start()
     return supervisor
 
@@ -178,12 +174,12 @@ def _await_start(folder: Path, supervisor: subprocess.Popen[bytes]) -> None:
 
 
 def status(folder: Path) -> Status:
-    """How the job in `folder` stands; lost: it ended and nobody was left to say how. BadInput where there is no job."""
+    """State of the job in `folder`; lost: it ended without a record of how. Raises BadInput if there is no job."""
     exit_record = read_json(folder / "exit.json")
     if exit_record is None:
         if _held(folder):
             return "running"
-        # It may have ended between the two looks.
+        # It may have ended since the first read.
         exit_record = read_json(folder / "exit.json")
     if exit_record is None:
         if not (folder / "job.json").exists():
@@ -202,10 +198,10 @@ def read_events(folder: Path, offset: int = 0) -> tuple[list[Event], int]:
 def follow(folder: Path, offset: int = 0, poll_seconds: float = 0.2) -> Iterator[Event]:
     """Each event from byte `offset` on, once and in order, until the job has ended and all is read.
 
-    To go on after a break, call it again with the last event's `end`.
+    To continue after an interruption, call it with the last event's `end`.
     """
     while True:
-        # Asked first: what is written before the end is then on disk when the stream is read.
+        # Read the state first: everything written before the end is then in the stream.
         ended = status(folder) != "running"
         while True:
             found, offset = read_events(folder, offset)
@@ -218,17 +214,17 @@ def follow(folder: Path, offset: int = 0, poll_seconds: float = 0.2) -> Iterator
 
 
 def wait(folder: Path, timeout_seconds: float | None = None) -> Status:
-    """The status once the job has ended, or at the latest after `timeout_seconds` ("running" then)."""
+    """The status once the job has ended, or "running" after `timeout_seconds`."""
     seconds = float("inf") if timeout_seconds is None else timeout_seconds
     _until(lambda: status(folder) != "running", seconds, poll_seconds=0.1)
     return status(folder)
 
 
 def result(folder: Path) -> None:
-    """Waits for the end and returns if the job did what it should.
+    """Wait for the end of the job; return if it succeeded.
 
-    Raises the OutliersError that the command recorded; JobFailed, with the end of its log, for an end without one;
-    JobCancelled where somebody else ended it; MachineLost where it vanished.
+    Raises the OutliersError that the command recorded; JobFailed, with the end of its log, if it recorded none;
+    JobCancelled if another run ended it; MachineLost if it vanished.
     """
     how, name = wait(folder), f"job '{folder.parent.name}' (attempt {folder.name})"
     if how == "done":
@@ -238,7 +234,7 @@ def result(folder: Path) -> None:
         raise MachineLost(f"{name} vanished: its machine was stopped, or its supervisor killed; start it again")
     if how == "cancelled":
         if (read_json(folder / "cancel.json") or {}).get("reason") == LEASE_ENDED:
-            raise MachineLost(f"{name} was ended because nobody had renewed the lease of its machine; start it again")
+            raise MachineLost(f"{name} was ended because the lease of its machine was not renewed; start it again")
         raise JobCancelled(f"{name} was cancelled by another run that shared it, or by hand; started again, it goes on")
     record = read_json(folder / "exit.json") or {}
     if isinstance(error := record.get("error"), dict):
@@ -257,7 +253,7 @@ def _describe(record: Mapping[str, Any]) -> str:
 
 
 def _whole(value: object) -> int | None:
-    """A whole number as a record may hold it, not negative; None for anything else."""
+    """A whole number of a record, 0 or more; None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST else None
 
 
@@ -273,23 +269,23 @@ def recorded_error(folder: Path) -> OutliersError | None:
 
 
 def record_error(error: OutliersError) -> None:
-    """Called by a step before it exits: leaves its error for whoever asks for the result; outside a job, nothing."""
+    """Record the error with which a step exits, for `result`; does nothing outside a job."""
     if folder := os.environ.get(JOB_VARIABLE):
         _write_last(Path(folder), "error.json", {"kind": type(error).__name__, "message": str(error)})
 
 
 def cancel(folder: Path, grace_seconds: float = 10.0, reason: str = "") -> Status:
-    """Ends the job and all its processes: SIGTERM, after `grace_seconds` SIGKILL; returns when they are gone.
+    """End the job and all its processes: SIGTERM, after `grace_seconds` SIGKILL; return when they are gone.
 
-    `reason`: LEASE_ENDED makes its result an error that a retry may mend.
-    A job that has ended is left as it is, so calling it again changes nothing. Nothing is signalled once the lock is
-    free, since the process group's number may by then be somebody else's. Raises JobFailed if it can't be ended.
+    `reason`: LEASE_ENDED turns its result into a transient error. A job that has ended is not changed. No signal is sent
+    once the lock is free, because the number of the process group may then belong to other processes. Raises JobFailed
+    if the job can't be ended.
     """
     if _held(folder) and not (folder / "exit.json").exists():
-        # on a disk that takes nothing more the job ends all the same, and then looks killed
+        # On a full disk the job still ends, and then looks killed.
         with contextlib.suppress(OSError):
             _write_last(folder, "cancel.json", {"requested": time.time(), "reason": reason})
-    # The number is known a moment after the lock is held.
+    # The number of the group is written a moment after the lock is taken.
     _until(lambda: not _held(folder) or (folder / "started.json").exists(), _START_SECONDS)
     pgid = group_of(folder)
     for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, _KILL_SECONDS)):
@@ -309,9 +305,9 @@ def cancel(folder: Path, grace_seconds: float = 10.0, reason: str = "") -> Statu
 
 
 def group_of(folder: Path) -> int | None:
-    """The process group of a job that runs: as its supervisor wrote it, else as its processes are found. None for neither."""
+    """The process group of a running job, from its record, else from its processes; None if neither is found."""
     pgid = (read_json(folder / "started.json") or {}).get("pgid")
-    # a number that no group of ours has (0 and 1 mean other processes) was not written by a supervisor
+    # Other numbers (0 and 1 mean other processes) were not written by a supervisor.
     if isinstance(pgid, int) and not isinstance(pgid, bool) and 1 < pgid < 1 << 22:
         return pgid
     import psutil
@@ -332,7 +328,7 @@ def write_exit(folder: Path, code: int | None, number: int | None, error: Mappin
 
 
 def _write_last(folder: Path, name: str, value: Any) -> None:
-    """`write_json` of how a job ended; where the disk takes no more, in the room that was kept for it."""
+    """`write_json` of how a job ended; on a full disk, in the room that was kept for it."""
     try:
         write_json(folder / name, value)
     except OSError:
@@ -341,7 +337,7 @@ def _write_last(folder: Path, name: str, value: Any) -> None:
 
 
 def _until(condition: Callable[[], bool], seconds: float, poll_seconds: float = 0.02) -> bool:
-    """Waits for `condition`, at most `seconds`; whether it came true."""
+    """Wait for `condition`, at most `seconds`; return whether it became true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= deadline:
@@ -351,5 +347,5 @@ def _until(condition: Callable[[], bool], seconds: float, poll_seconds: float = 
 
 
 def _held(folder: Path) -> bool:
-    """Whether somebody holds the job's lock."""
+    """Whether a process holds the job's lock."""
     return is_locked(folder / "lock")

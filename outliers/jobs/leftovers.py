@@ -1,38 +1,37 @@
-"""What killed processes leave in the folders of jobs: room that was kept for last words, half-written files, drafts.
+"""Removes what killed processes leave in the folders of jobs: reserves, half-written files, drafts.
 
-A supervisor that is killed removes nothing, and its job may never be started again under that name. So whoever finds a job
-dead tidies its folder, and whoever starts one tidies them all. Before it: `jobs`, which says what is in such a folder.
+A killed supervisor removes nothing, and no other job may ever start under its name. So a job that is found dead is tidied,
+and every start tidies all jobs of the workspace.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import time
 from pathlib import Path
 
 from outliers.files.atomic import unfinished_name
-from outliers.locks import is_locked
+from outliers.locks import held_if_free, is_locked
 
 RESERVE = "reserve"
-"""Room on the disk that a job's supervisor keeps for how the job ended."""
+"""File that keeps room on the disk for the record of how the job ended."""
 DRAFT = ".new"
-"""The folder of an attempt that is being made."""
+"""Folder of an attempt that is being created."""
 PART_SECONDS = 60.0
-"""A half-written file is left alone for so long."""
+"""A half-written file younger than this is not removed."""
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a killed supervisor has left of one attempt: its reserve, and files it was about to write.
+    """Remove what a killed supervisor has left of one attempt: its reserve, and half-written files.
 
-    An attempt that runs is left alone. Raises nothing: what can't be removed stays.
+    An attempt that runs is not touched. Raises nothing: what can't be removed stays.
     """
     with contextlib.suppress(OSError):
         if is_locked(folder / "lock"):
             return
         for path in folder.iterdir():
-            # one that is young may be somebody's who writes how a dead job ended
+            # A young one may belong to a process that is writing how the dead job ended.
             old = unfinished_name(path.name) and path.lstat().st_mtime < time.time() - PART_SECONDS
             if path.name == RESERVE or old:
                 path.unlink(missing_ok=True)
@@ -51,9 +50,6 @@ def tidy_all(workspace: Path) -> None:
 
 
 def _remove_draft(home: Path) -> None:
-    with (home / "lock").open("ab") as starters:
-        try:
-            fcntl.flock(starters, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return  # its starter is at work
-        shutil.rmtree(home / DRAFT, ignore_errors=True)
+    with held_if_free(home / "lock") as free:
+        if free:  # else its starter is at work
+            shutil.rmtree(home / DRAFT, ignore_errors=True)

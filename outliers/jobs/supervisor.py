@@ -1,8 +1,8 @@
-"""The process that looks after one detached job: the leader of a session of its own, with the command as its child.
+"""The process that watches one detached job: the leader of a session of its own, with the command as its child.
 
-`python -m outliers.jobs.supervisor FOLDER LOCK_FD` is started by `jobs.start`. It writes what the command prints and a
-heartbeat to events.jsonl, and how it ended to exit.json. It imports nothing heavy, so that a job starts in a fraction of
-a second. Before it: `jobs`. After it: whoever follows the job's files.
+`jobs.start` runs it as `python -m outliers.jobs.supervisor FOLDER LOCK_FD`. It writes what the command prints and a heartbeat
+to events.jsonl, and how the command ended to exit.json. It imports nothing heavy, so that a job starts in a fraction of a
+second.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def supervise(folder: Path, lock: int) -> None:
-    """Runs the job's command to its end and writes how it ended.
+    """Run the job's command and write how it ended.
 
     `lock`: the inherited descriptor of the held lock. The extra environment comes over standard input.
     """
     if os.getpgrp() != os.getpid():
         os.setsid()
-    # A cancel signals the whole group; this process stays to write the end.
+    # A cancel signals the whole group; this process survives it to write the end.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     reporter = JsonReporter(folder / "events.jsonl")
     try:
@@ -43,7 +43,7 @@ def supervise(folder: Path, lock: int) -> None:
         if isinstance(error, json.JSONDecodeError):
             kind, message = (
                 "MachineLost",
-                "who started the job ended before handing its environment over; start it again",
+                "the process that started the job ended before it had sent the environment; start the job again",
             )
         reporter.log("error", message)
         write_exit(folder, 127, None, {"kind": kind, "message": message})
@@ -53,7 +53,7 @@ def supervise(folder: Path, lock: int) -> None:
     pump.start()
     threading.Thread(target=_beat, args=(reporter,), daemon=True).start()
     code = child.wait()
-    # A grandchild that lives on keeps the pipe open; its lines are not waited for.
+    # A grandchild that lives on keeps the pipe open: don't wait for its lines.
     pump.join(timeout=5.0)
     reporter.close()
     write_exit(folder, code if code >= 0 else None, -code if code < 0 else None, read_json(folder / "error.json"))
@@ -62,14 +62,14 @@ def supervise(folder: Path, lock: int) -> None:
 def _spawn_child(folder: Path, lock: int, extra: dict[str, str]) -> subprocess.Popen[bytes]:
     record = read_json(folder / "job.json") or {}
     own = {EVENTS_VARIABLE: str(folder / "events.jsonl"), JOB_VARIABLE: str(folder)}
-    # Without it Python keeps what a step prints until a block is full, or loses it in a crash.
+    # Otherwise Python holds back what a step prints until a block is full, and loses it in a crash.
     environment = {"PYTHONUNBUFFERED": "1", **os.environ, **extra, **own}
     return subprocess.Popen(
         record["argv"],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        # One pipe for both: a traceback then stands where it happened.
+        # One pipe for both, so that a traceback appears where it happened.
         stderr=subprocess.STDOUT,
         pass_fds=(lock,),
         preexec_fn=end_with_parent(),
@@ -77,9 +77,9 @@ def _spawn_child(folder: Path, lock: int, extra: dict[str, str]) -> subprocess.P
 
 
 def end_with_parent() -> Callable[[], None] | None:
-    """What a child runs before its command (preexec_fn) to get SIGTERM when its parent dies; None where no system call does that.
+    """What a child runs before its command (preexec_fn) to get SIGTERM when its parent dies; None on systems without prctl.
 
-    Nobody else would end it, or write its end.
+    Without it a command would outlive a killed supervisor, and no exit.json would be written.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -94,7 +94,7 @@ def end_with_parent() -> Callable[[], None] | None:
 
 
 def _pump(child: subprocess.Popen[bytes], reporter: JsonReporter) -> None:
-    """Each line that the command prints becomes a log event; of a bar drawn over with returns, its last state."""
+    """Write each line that the command prints as a log event; of a progress bar its last state."""
     pipe = child.stdout
     while pipe and (raw := pipe.readline(_LINE_BYTES)):
         reporter.log("info", raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
@@ -108,9 +108,9 @@ def _beat(reporter: JsonReporter) -> None:
 
 
 def main() -> None:
-    """Entry of `python -m outliers.jobs.supervisor FOLDER LOCK_FD`; what is left of its process group ends with it."""
+    """Entry of `python -m outliers.jobs.supervisor FOLDER LOCK_FD`; its process group ends with it."""
     supervise(Path(sys.argv[1]), int(sys.argv[2]))
-    # Workers that outlive their command would keep the lock, and the GPU.
+    # Workers that outlive their command would keep the lock and the GPU.
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

@@ -32,6 +32,7 @@ from typing import Any
 from outliers.errors import BadInput, JobFailed, MachineLost
 from outliers.files.private import make_private
 from outliers.files.records import read_json, write_json
+from outliers.hub.files import cache_folder_name
 from outliers.jobs import jobs
 
 MAX_SECONDS = 7 * 86_400.0
@@ -217,7 +218,7 @@ def _weights(workspace: Path) -> set[Path]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # none of ours; the watchdog has more to do
             source = (read_json(path) or {})["model"]["source"]
             if source["kind"] == "hub":
-                found.add(shared / HUB / f"models--{source['path'].replace('/', '--')}")
+                found.add(shared / HUB / cache_folder_name(source["path"]))
             elif source["path"].startswith(f"{shared / UPLOADS}/"):
                 found.add(shared / UPLOADS / Path(source["path"]).relative_to(shared / UPLOADS).parts[0])
     return found

@@ -1,9 +1,8 @@
-"""What one decoder layer takes beside its weights while tokens pass through it, from the shapes of its modules.
+"""The memory that one decoder layer takes besides its weights while tokens pass through it, from its modules' shapes.
 
-An upper bound, reasoned and then measured (`tests/model/test_work.py` measures five families on a processor). Nothing is
-kept from layer to layer but the hidden state, so the layer that takes most decides. Linear layers are found by type,
-experts by name, so no family is special but for what is said here. Before it: a model without values. After it:
-`plan`, which multiplies by tokens.
+An upper bound: reasoned, then measured (`tests/model/test_activations.py` measures five families on a processor). Only the hidden
+state is kept from layer to layer, so the layer that takes most decides. Linear layers are found by type and experts by
+name; no family is special except for what the constants say.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 HELD_WIDTHS = 4
 """Hidden states alive throughout: the residual, its sum, the norm's output, and what a hook is copying."""
 WIDEST_COPIES = 4
-"""The widest output of a block, besides each linear layer's own: an activation function written out in Python takes these
-(GPT-2's: half the input, its cube, a product and a sum), the product of gates, rotation and repeated heads less."""
+"""Copies of the widest output of a block, besides each linear layer's own. An activation function written in Python takes
+four (GPT-2's: half the input, its cube, a product and a sum); gates, rotation and repeated heads take fewer."""
 NORM_FLOATS = 3
 """A norm's input, its square and its product in float32, whatever the dtype."""
 RECURRENT_FLOATS = 6
@@ -34,7 +33,7 @@ MASK_BYTES = 4
 """A boolean mask, the one it was combined from, and one in the dtype, for each pair of positions of a sequence."""
 
 
-class Work(BaseModel):
+class ActivationMemory(BaseModel):
     """Elements a token in the layer that takes most: in the model's dtype, and in float32."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,13 +58,13 @@ class Work(BaseModel):
         return total
 
 
-def layer_work(model: Any, layers_path: str, experts: tuple[int, int] | None) -> Work:
-    """Work of the layers at `layers_path` of `model` (values not needed); experts: (of a layer, a token's own)."""
+def activation_memory(model: Any, layers_path: str, experts: tuple[int, int] | None) -> ActivationMemory:
+    """What the layers at `layers_path` of `model` (values not needed) take; experts: (of a layer, a token's own)."""
     config = model.config.get_text_config()
     layers = list(model.get_submodule(layers_path))
     hidden = int(config.hidden_size)
     chosen = experts[1] if experts else 0
-    return Work(
+    return ActivationMemory(
         elements=max(_elements(layer, hidden, chosen) for layer in layers),
         float_elements=max(NORM_FLOATS * hidden + RECURRENT_FLOATS * _channels(layer) for layer in layers),
         heads=int(config.num_attention_heads),
@@ -104,5 +103,5 @@ def _outputs(module: Any, shape: tuple[int, ...]) -> int:
 
 
 def _channels(layer: Any) -> int:
-    """Channels of the convolution before linear attention; 0 where there is none."""
+    """Channels of the convolution before linear attention; 0 if there is none."""
     return max((int(module.out_channels) for module in layer.modules() if hasattr(module, "out_channels")), default=0)

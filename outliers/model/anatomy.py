@@ -1,8 +1,7 @@
 """Where everything is in one model, as data: the sites of each layer, the backbone, the experts.
 
-Paths are relative to the backbone, the part of a model that runs without its head; `:input` at a path's end means that
-the module's input is read, not its output. Knows no live module and needs no torch: it is part of what travels.
-Before it: `sites`, which finds all this. After it: `prepare`, `forward`.
+Paths are relative to the backbone, the part of a model that runs without its head. `:input` at the end of a path means
+that the module's input is read, not its output. It holds no live module and needs no torch: a study carries it to machines.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Whether a checkpoint holds every weight that a model needs, in its shape: said before a machine, and once more when loaded.
+"""Checks that a checkpoint holds every weight of its model, in its shape: before any machine, and again when it is loaded.
 
-transformers makes up at random what a checkpoint lacks, and warns. Here that is a refusal. Before a machine, its own loader
-runs on the names and shapes of the safetensors headers, on the meta device, with all its renamings and conversions; no
-value is read. When the weights are loaded, what the loader reports is checked in the same way, with shapes and dtypes.
-A head that nothing asks for, and another modality, may be missing. Before it: `headers`, `fp8`. After it: `load`.
+transformers initialises at random what a checkpoint lacks, and warns; here that is a refusal. Before a machine is asked
+for, transformers' own loader runs on the names and shapes of the safetensors headers, on the meta device, with all its
+renamings and conversions; no value is read. When the weights are loaded, the loader's report is checked in the same way,
+with shapes and dtypes. A head that the study does not use, and other modalities, may be missing.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from outliers.files.sealed import read_sealed, write_sealed
 from outliers.hub.headers import Tensor, named, read_checkpoint
 from outliers.model.configs import MOST
 from outliers.model.describe import ModelInfo, build_empty, method_of, quantization_of
+from outliers.model.folder import refuse_adapter
 from outliers.model.foreign import foreign
 from outliers.model.fp8 import FLOAT8, plain_shapes
 from outliers.model.loading import Report, Shape, read_report
 from outliers.model.pretrained import load_config
-from outliers.model.source import ModelSource, refuse_adapter
+from outliers.model.source import ModelSource
 from outliers.spec import digest
 from outliers.workspace import Workspace
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECK_VERSION = 1
-"""Raised when a checkpoint that passed may be refused."""
+"""Increased whenever a checkpoint that passed before may be refused."""
 
 
 _MODALITY = re.compile(
@@ -45,23 +46,23 @@ _MODALITY = re.compile(
 )
 """A part of a multimodal checkpoint that reads or makes something else than text."""
 _FURTHER = re.compile(r"(^|\.)(mtp|nextn|eagle)\w*\.")
-"""Layers that predict further tokens: no part of the model that transformers builds."""
+"""Layers that predict further tokens; transformers does not build them."""
 _LEFTOVERS = re.compile(r"(rotary\w*\.(inv_freq|cos_cached|sin_cached)|masked_bias|position_ids)$")
 """Buffers of old checkpoints, which the model computes itself."""
 _MASK = re.compile(r"(attn|attention)\.bias$")
-"""A causal mask where it has four axes, as GPT-2 and GPT-J kept it."""
+"""A causal mask if it has four axes, as in checkpoints of GPT-2 and GPT-J."""
 _QUANTIZED = re.compile(
     r"(scale|scales|scale_inv|scaling_factor|zero_point|zeros|qweight|qzeros|g_idx|absmax|quant_map|qdata|blocks|packed|amax"
     r"|bitsandbytes__\w+|nested_\w+|SCB)(_\d+)?$"
 )
-"""Last part of a name that quantized weights, or what scales them, are kept under."""
+"""Last part of the name of a quantized weight, or of what scales it."""
 
 _VALUES = re.compile(r"(^|[._])(weight|bias|proj)$")
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 def check_checkpoint(info: ModelInfo, workspace: Workspace, *, head: bool) -> None:
-    """Refuse a checkpoint on this machine that lacks weights of the model. `head`: whether its head is asked for.
+    """Refuse a checkpoint on this machine that lacks weights of the model. `head`: whether the study uses its head.
 
     Nothing is known here of a model of the hub that is not downloaded yet, nor of a GGUF file's names: the loader says.
     Raises UnknownModel, naming the first weights and their number.
@@ -73,7 +74,7 @@ def check_checkpoint(info: ModelInfo, workspace: Workspace, *, head: bool) -> No
     asked = {"version": CHECK_VERSION, "head": head, "dtype": info.dtype, "kept": info.quantization}
     made = digest(asked | {"transformers": metadata.version("transformers")})[:12]
     memo = workspace.models / info.source.key / f"complete-{made}.json"
-    # the key names the files' own hash, or the hub's commit: what was whole once needs no torch to be asked again
+    # The key holds the files' hash, or the hub's commit: a checkpoint that passed is not checked again, and torch not loaded.
     if read_sealed(memo) == asked:
         return
     _check_files(info, workspace, folder, head=head)
@@ -86,7 +87,7 @@ def _check_files(info: ModelInfo, workspace: Workspace, folder: Path, *, head: b
     config = load_config(info.source, workspace)
     quantization = quantization_of(config)
     if method_of(quantization) not in (None, "fp8", "mxfp4"):
-        return  # the names of other methods are known to their own libraries alone
+        return  # only their own libraries know the names that other methods use
     name = info.source.name
     shapes = plain_shapes(tensors, quantization, name)
     if method_of(quantization) == "mxfp4":
@@ -97,12 +98,12 @@ def _check_files(info: ModelInfo, workspace: Workspace, folder: Path, *, head: b
 
 
 def checkpoint_folder(source: ModelSource) -> Path | None:
-    """Where the safetensors files of a model are on this machine, None where they are not here, or are none."""
+    """The folder with a model's safetensors files on this machine; None for a GGUF file, or if they are not here."""
     if source.kind == "folder":
         return Path(source.path)
     if source.kind == "gguf":
         return None
-    from outliers.hub.download import cached_model
+    from outliers.hub.cache import cached_model
 
     return cached_model(source.path, source.revision)
 
@@ -125,7 +126,7 @@ def _unpacked(tensors: Mapping[str, Tensor], name: str) -> dict[str, Shape]:
 
 
 def _check_plain(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], name: str) -> None:
-    """Refuse weights in whole numbers or packed ones, which would be cast as if they were values."""
+    """Refuse weights stored as whole numbers or packed, which would be cast as if they were values."""
     packed = [
         key
         for key in shapes
@@ -143,8 +144,8 @@ def _check_plain(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], nam
 
 
 def _check_experts(shapes: Mapping[str, Shape], name: str) -> None:
-    """Experts that a checkpoint keeps one by one are all there: transformers stacks those it finds, and the number of one
-    that is missing would go to the next."""
+    """Refuse a checkpoint that keeps experts one by one and lacks some: transformers stacks those that it finds, and the
+    next one would take the number of a missing one."""
     found: dict[str, dict[int, set[str]]] = {}
     for key in shapes:
         match = re.match(r"(.*\.experts)\.(\d{1,9})\.(.+)$", key)
@@ -159,7 +160,7 @@ def _check_experts(shapes: Mapping[str, Shape], name: str) -> None:
 
 
 def _dry_run(config: Any, shapes: Mapping[str, Shape], info: ModelInfo) -> Report:
-    """What transformers' loader says of these names and shapes, without one value."""
+    """The report of transformers' loader on these names and shapes, without any value."""
     import torch
 
     config = without_quantization(config)
@@ -174,13 +175,13 @@ def _dry_run(config: Any, shapes: Mapping[str, Shape], info: ModelInfo) -> Repor
             device_map={"": "meta"},
             dtype=getattr(torch, info.dtype),
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be told of them all; each is refused here
+            ignore_mismatched_sizes=True,  # so that the report has them all; each is refused here
         )
     return read_report(report)
 
 
 def without_quantization(config: Any) -> Any:
-    """A copy of a config as of a plain checkpoint."""
+    """A copy of a config that says nothing of quantization."""
     config = copy.deepcopy(config)
     for each in (config, config.get_text_config()):
         if getattr(each, "quantization_config", None) is not None:
@@ -190,7 +191,7 @@ def without_quantization(config: Any) -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Within: transformers prints no report and no bar; what is wrong is said by an error of ours."""
+    """Silence transformers' report and bars inside the block; errors of this project say what is wrong."""
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
@@ -207,7 +208,7 @@ def _silent() -> Iterator[None]:
 def check_report(
     report: Report, info: ModelInfo, config: Any, *, head: bool, shapes: Mapping[str, Shape] | None = None
 ) -> None:
-    """Refuse what a loader reports: what the study needs and no file gave, another shape, quantized data that nobody took.
+    """Refuse by the loader's report: a needed weight that no file gave, another shape, quantized data that no module took.
 
     `shapes`: of what the checkpoint holds, by its own names. Raises UnknownModel.
     """
@@ -225,20 +226,20 @@ def check_report(
 
 
 def _needed(key: str, info: ModelInfo, *, head: bool) -> bool:
-    """Whether the study computes with a weight: the backbone's, and where perplexity is asked all but other modalities."""
+    """Whether the study computes with a weight: those of the backbone; with perplexity, all except other modalities'."""
     return key.startswith(f"{info.anatomy.backbone}.") or (head and not _MODALITY.search(key))
 
 
 def _refuse_missing(missing: list[str], name: str, renamed: list[str] | None = None) -> None:
-    beside = f"; it holds {len(renamed)} that the model doesn't know, first {named(renamed, 1)}" if renamed else ""
+    unknown = f"; it holds {len(renamed)} that the model doesn't know, first {named(renamed, 1)}" if renamed else ""
     raise UnknownModel(
-        f"the checkpoint of {name} lacks {len(missing)} weights of its model, first {named(missing)}{beside}: transformers "
-        "would make them up at random. Fetch or copy the whole checkpoint, with the config.json that belongs to it"
+        f"the checkpoint of {name} lacks {len(missing)} weights of its model, first {named(missing)}{unknown}: transformers "
+        "would initialise them at random. Fetch or copy the whole checkpoint, with the config.json that belongs to it"
     )
 
 
 def _check_unexpected(unexpected: Collection[str], info: ModelInfo, config: Any, shapes: Mapping[str, Shape]) -> None:
-    """Refuse weights of the text model, and quantized data, that no module took; others are named in the log."""
+    """Refuse weights of the text model, and quantized data, that no module took; the log names the others."""
     name, further = info.source.name, int(getattr(config.get_text_config(), "num_nextn_predict_layers", None) or 0)
     layer = re.compile(rf"(^|\.){re.escape(info.anatomy.layers)}\.(\d{{1,9}})\.")
     left: list[str] = []
@@ -268,8 +269,8 @@ def _check_unexpected(unexpected: Collection[str], info: ModelInfo, config: Any,
 def check_promised(model: torch.nn.Module, info: ModelInfo, config: Any) -> None:
     """Refuse a loaded model whose weights have another shape or dtype than was described, or no values.
 
-    Families keep a few weights in float32 on purpose (`_keep_in_fp32_modules`): transformers computes so whatever it is
-    asked, and the described model has the same. Raises UnknownModel.
+    Families keep a few weights in float32 on purpose (`_keep_in_fp32_modules`): transformers does so under every requested
+    dtype, and so does the described model. Raises UnknownModel.
     """
     promised = build_empty(without_quantization(config), info.dtype, info.source.name).state_dict()
     kept: Any = model

@@ -1,7 +1,7 @@
-"""The values of a config.json, before a library builds anything of them: numbers that are no numbers, 0 or 10^9 layers.
+"""Checks the values of a config.json before a library builds anything from them: a text for a number, 0 or 10^9 layers.
 
-transformers takes most values as they come and builds a list of a billion layers without a word. What is refused here is
-what no model can have; what a family makes of its own names is left to it. Before it: the JSON. After it: `models`.
+transformers takes most values as they come; it starts to build a list of a billion layers without a warning. Refused is
+only what no model can have. Names that a family defines itself are left to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST = {
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 1_000_000_000),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), 100_000),
 }
-"""Whole number in a config -> the most it can be, far beyond any model; None is left to the family."""
+"""Whole number in a config -> the most it can be, far beyond any model; None is accepted."""
 
 _MAY_BE_ZERO = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "n_inner")
 _BY_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "num_experts")
@@ -74,13 +74,13 @@ def _check_section(section: Mapping[str, Any], name: str) -> None:
 
 
 def _check_implementation(key: str, value: object, name: str) -> None:
-    """A name with a slash is code of the hub, which transformers would fetch and run where the package kernels is installed."""
+    """Refuse a name with a slash: it is code of the hub, which transformers would run where the package kernels is installed."""
     values = value.values() if isinstance(value, Mapping) else (value,)
     for one in values:
         if one is not None and (not isinstance(one, str) or not one.replace("_", "").isalnum()):
             raise UnknownModel(
-                f"the config.json of {name} has {key} = {_shown(value)}, which is no implementation of transformers' own: code "
-                "from elsewhere is never run; remove that line"
+                f"the config.json of {name} has {key} = {_shown(value)}, which is not an implementation of transformers' own: "
+                "code from elsewhere is never run; remove that line"
             )
 
 
@@ -119,8 +119,8 @@ def _check_heads(section: Mapping[str, Any], name: str) -> None:
     )
     if heads and hidden and hidden % heads and not sized:
         raise UnknownModel(
-            f"the config.json of {name} has hidden_size {hidden}, which is no multiple of its {heads} num_attention_heads, and "
-            "no head_dim: fetch the model's own config.json"
+            f"the config.json of {name} has hidden_size {hidden}, which is not a multiple of its {heads} num_attention_heads, "
+            "and no head_dim: fetch the model's own config.json"
         )
 
 

@@ -1,7 +1,7 @@
 """What is known of a model before any weight is read: sites, experts, parameters, bytes, dtype, implementations.
 
-Everything comes from the config: the model is built on the meta device, where it takes no memory. What is found is
-remembered in the workspace. Before it: `models`, which says which model it is. After it: `plan`, `prepare`, `load`.
+Everything comes from the config: the model is built on the meta device, where it takes no memory. The workspace keeps the
+result.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from outliers.errors import BadInput, HubUnavailable, PlanRefused, UnknownModel
 from outliers.files.sealed import read_sealed, write_sealed
+from outliers.hub.files import WEIGHTS_SUFFIX
 from outliers.hub.headers import read_header, read_json
 from outliers.model.anatomy import Anatomy
 from outliers.model.configs import SECTIONS, check_config
@@ -30,7 +31,7 @@ from outliers.model.weights import ITEM_BYTES, Weights, weigh
 from outliers.workspace import Workspace
 
 INFO_VERSION = 3
-"""Of ModelInfo on disk: raised when what is counted changes."""
+"""Of ModelInfo on disk: increased whenever what is counted changes."""
 
 DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
     **dict.fromkeys(("float32", "F32"), "float32"),
@@ -40,11 +41,11 @@ DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
 """Name in a config, or in the header of a safetensors file -> ours."""
 
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
-"""Where a config says how weights are stored. transformers reads the first alone: what another one says would be dropped."""
+"""Where a config says how weights are stored. transformers reads the first only and would drop what the others say."""
 
 
 class ModelInfo(BaseModel):
-    """What is known of a model from its config alone. Counts are of parameters, `weight_bytes` of memory once loaded."""
+    """What the config tells of a model. Counts are of parameters, `weight_bytes` of memory once loaded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,9 +54,9 @@ class ModelInfo(BaseModel):
     architecture: str
     dtype: Literal["float32", "bfloat16", "float16"]
     quantization: str | None
-    """Method in which the weights stay quantized in memory, None where they are plain (or dequantized on loading)."""
+    """Method in which the weights stay quantized in memory, None for plain weights and for weights dequantized on loading."""
     stored_quantization: str | None = None
-    """Method in which the checkpoint stores them, None for plain ones, and where that was not asked yet."""
+    """Method in which the checkpoint stores them, None for plain weights, and in records that older versions wrote."""
     attention_implementation: str
     experts_implementation: str | None
     num_layers: int
@@ -86,9 +87,9 @@ def describe_model(
 ) -> ModelInfo:
     """ModelInfo of `source` in `dtype`, from its config; remembered in the workspace. `named`: SITE=PATTERN.
 
-    Raises UnknownModel where the config can't be read, UnknownArchitecture where the sites are not known, BadInput.
+    Raises UnknownModel if the config can't be read, UnknownArchitecture if the sites are not known, BadInput.
     """
-    # the library decides the attention and experts implementations, so another version is described anew
+    # The library chooses the attention and experts implementations: another version needs a new description.
     asked = hashlib.sha256(json.dumps([dtype, quantization, named]).encode()).hexdigest()[:12]
     memo = workspace.models / source.key / f"info-{asked}-{INFO_VERSION}-{metadata.version('transformers')}.json"
     if (known := _remembered(memo)) is not None and known.source.key == source.key:
@@ -100,7 +101,7 @@ def describe_model(
 
 
 def _remembered(memo: Path) -> ModelInfo | None:
-    """What was written of a model; None where there is nothing, or it is not what was written: it is described again."""
+    """The description that is kept; None if there is none or it is damaged."""
     stored = read_sealed(memo)
     try:
         return None if stored is None else ModelInfo.model_validate(stored)
@@ -150,7 +151,7 @@ def _describe(
 
 
 def check_place(info: ModelInfo, place: Place) -> None:
-    """PlanRefused, with what passes instead, where weights that stay quantized can't be computed with in a place."""
+    """Raises PlanRefused, with what works instead, if weights that stay quantized can't be computed with in a place."""
     found = refusal(info.quantization, place)
     if found is None or info.quantization is None:
         return
@@ -160,18 +161,20 @@ def check_place(info: ModelInfo, place: Place) -> None:
 
 
 def kept_method(folder: Path, choice: Choice) -> str | None:
-    """The method in which the weights of a model's folder would stay, None for plain ones: from its config alone, before
-    gigabytes of weights are hashed. Raises UnknownModel where that can't be read."""
+    """The method in which the weights of a model's folder stay quantized, None for plain weights.
+
+    Reads the config only, before gigabytes of weights are hashed. Raises UnknownModel if it can't be read.
+    """
     content = read_json(folder / "config.json")
     check_config(content, folder.name)
-    # as it stands there: transformers' own reader would load torch, also where a study is answered at once
+    # Not by transformers' reader, which loads torch even for a study that is answered at once.
     sections = (content, *(content[name] for name in SECTIONS if isinstance(content.get(name), Mapping)))
     stored = method_of(_quantization_in(tuple(SimpleNamespace(**section) for section in sections)))
     return stored if kept_as_stored(choice, stored) else None
 
 
 def check_method(name: str, method: str, place: Place) -> None:
-    """PlanRefused where a model's weights can't be computed with in a place, however they are loaded."""
+    """Raises PlanRefused if a model's weights can't be computed with in a place, however they are loaded."""
     found = refusal(method, place)
     if found is not None and found.remedy != "plain":
         raise PlanRefused(sentence(name, method, found, "", 0, 0))
@@ -187,12 +190,12 @@ def build_empty(config: Any, dtype: str, name: str) -> Any:
 
 
 def quantization_of(config: Any) -> Mapping[str, Any] | None:
-    """What a config says of how weights are stored, as a plain mapping; None for a plain checkpoint. Raises UnknownModel."""
+    """How the config says that weights are stored, as a plain mapping; None for plain weights. Raises UnknownModel."""
     return _quantization_in((config, config.get_text_config()))
 
 
 def _quantization_in(parts: tuple[Any, ...]) -> Mapping[str, Any] | None:
-    """The same of the parts of a config, whose values are attributes."""
+    """The same for the sections of a config, whose values are attributes."""
     for key in _CONFIG_KEYS:
         for part in parts:
             found = getattr(part, key, None)
@@ -217,7 +220,7 @@ def method_of(quantization: Mapping[str, Any] | None) -> str | None:
 def resolve_dtype(config: Any, dtype: str, source: ModelSource) -> Literal["float32", "bfloat16", "float16"]:
     """`auto` is the checkpoint's own: what its config says, or what its weights are stored in.
 
-    A GGUF file has no arithmetic of its own: bfloat16, as these models were trained.
+    A GGUF file names none: bfloat16, in which these models were trained.
     """
     name = dtype
     if dtype == "auto":
@@ -229,15 +232,15 @@ def resolve_dtype(config: Any, dtype: str, source: ModelSource) -> Literal["floa
 
 
 def stored_dtype(source: ModelSource) -> str:
-    """dtype of most of the weights that are stored plain, for a checkpoint whose config doesn't say.
+    """The dtype of most plain weights, for a checkpoint whose config doesn't name one.
 
-    Packed ones are bytes and no arithmetic: gpt-oss computes in the bfloat16 of its other weights. Raises HubUnavailable,
+    Packed weights are bytes and don't count: gpt-oss computes in the bfloat16 of its other weights. Raises HubUnavailable,
     UnknownModel.
     """
     if source.kind == "hub":
         return _hub_dtype(source)
     sizes: dict[str, int] = {}
-    for file in sorted(Path(source.path).glob("*.safetensors")):
+    for file in sorted(Path(source.path).glob(f"*{WEIGHTS_SUFFIX}")):
         for tensor in read_header(file).values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return _most(sizes, source)

@@ -1,8 +1,8 @@
-"""Where the sites are in each model family: a table by role, never a guess by a module's name.
+"""Where the sites are in each model family: a table by role; no name of a module is guessed.
 
-Only paths: which child of a decoder layer plays which role. Knows nothing of weights, tokens or live modules; `sites`
-turns a row into the modules of one model and checks that each is there. A family that is not in the table is refused
-with what was found in it, and can be read by naming its modules (`--site-module`).
+It holds paths only: which child of a decoder layer plays which role. `sites` turns a row into the modules of one model and
+checks that each is there. A family that is not in the table is refused with what was found in it, and can be read by naming
+its modules (`--site-module`).
 Source: the module trees of transformers 5, each checked in the tests against independent hooks on what attention
 and MLP receive.
 """
@@ -95,7 +95,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(architecture: str, config: Any) -> Family | None:
-    """The row of a transformers class, as its config has it; None where the table has none."""
+    """The row of a transformers class under its config; None if the table has no such class."""
     found = FAMILIES.get(architecture)
     if found is OPT and not getattr(config, "do_layer_norm_before", True):
         # OPT-350m: attention reads the residual stream, and the MLP what the norm after attention gives

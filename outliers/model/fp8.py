@@ -1,10 +1,9 @@
-"""FP8 weights of a checkpoint and their scales: which belongs to which, and the plain weight that both together are.
+"""FP8 weights of a checkpoint and their scales: which belong together, and the plain weight that they make.
 
-A weight is stored as float8 values, with one scale for each block of rows and columns (the last ones may be smaller:
-DeepSeek-V3's `kv_a_proj_with_mqa` has 576 rows in blocks of 128), or one for all: weight = values * scale. A scale that is
-not there, has another name, or does not fit is a refusal, never a weight without it. transformers' own code divides the
-rows by the rows of scales instead, which is another product where the last block is smaller.
-Before it: `headers`. After it: `complete`, `load`.
+A weight is stored as float8 values, with one scale for each block of rows and columns, or one for all: weight = values *
+scale. The last blocks may be smaller: DeepSeek-V3's `kv_a_proj_with_mqa` has 576 rows in blocks of 128. A scale that is
+missing, has another name, or does not fit is refused; no weight is used without its scale. transformers' own code divides
+the number of rows by the number of rows of scales instead, which is another product where the last block is smaller.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ DEFAULT_BLOCK = (128, 128)
 
 _SUFFIX = "_scale_inv"
 _ACTIVATIONS = re.compile(r"(^|[._])activation_scale(_inv)?$")
-"""Scales of what a layer receives, where it is quantized too: they are no part of a weight."""
+"""Scales of what a layer receives, where it is quantized too: they do not belong to a weight."""
 
 
 class Pair(NamedTuple):
@@ -53,13 +52,13 @@ def pairs(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] | None,
             f"quantization_config that says how they are scaled: {_REMEDY}"
         )
     scales = {key: scale for key in weights if (scale := _scale_of(key, tensors)) is not None}
-    alone = [key for key in weights if key not in scales]
-    if alone:
-        others = [key for key in tensors if key.startswith(alone[0].removesuffix("weight")) and "scale" in key]
-        beside = f" (there is {named(others)})" if others else ""
+    unscaled = [key for key in weights if key not in scales]
+    if unscaled:
+        others = [key for key in tensors if key.startswith(unscaled[0].removesuffix("weight")) and "scale" in key]
+        others_there = f" (there is {named(others)})" if others else ""
         raise UnknownModel(
-            f"{name} holds {len(alone)} weights in FP8 without their scale, first {named(alone)}: {alone[0]}{_SUFFIX} is not "
-            f"there{beside}, and without it the weight has another size: {_REMEDY}"
+            f"{name} holds {len(unscaled)} weights in FP8 without their scale, first {named(unscaled)}: "
+            f"{unscaled[0]}{_SUFFIX} is not there{others_there}, and without it the weight has another size: {_REMEDY}"
         )
     return [_fitting(key, scale, tensors, quantization or {}, name) for key, scale in scales.items()]
 

@@ -1,8 +1,8 @@
 """A GGUF file -> a model's folder in the workspace, once: config and tokenizer at first, the weights when a machine needs them.
 
 The tokenizer is made of the file's own metadata (`gguf_tokenizer`). transformers reads the weights of a GGUF file slowly
-(12 s and more) and refuses to save what it read, because the model is then marked as quantized. So the dequantized
-float32 weights are saved from a fresh model of the same config: they load again in under a second.
+(12 s and more) and refuses to save them, because it marks the model as quantized. The dequantized float32 weights are
+therefore saved from a fresh model of the same config; they load again in under a second.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def gguf_folder(source: ModelSource, workspace: Workspace) -> Path:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[tuple[str, str]]:
-    """A private folder that holds a link to this file alone, and the link's name.
+def isolated(path: Path) -> Iterator[tuple[str, str]]:
+    """A private folder that holds nothing but a link to this file, and the link's name.
 
-    A loader that is given it sees no config, adapter or code that happens to lie beside the file.
+    A loader of that folder sees no config, adapter or code that happens to lie next to the file.
     """
     with tempfile.TemporaryDirectory(prefix="outliers-gguf-") as place:
         (Path(place) / "model.gguf").symlink_to(path.absolute())
@@ -77,7 +77,7 @@ def _config(path: Path) -> Any:
     from transformers import AutoConfig
 
     _needs_package()
-    with foreign(f"the config of {path.name} can't be read"), alone(path) as (place, file):
+    with foreign(f"the config of {path.name} can't be read"), isolated(path) as (place, file):
         return AutoConfig.from_pretrained(place, gguf_file=file, trust_remote_code=False)
 
 
@@ -100,7 +100,7 @@ def gguf_weights(source: ModelSource, workspace: Workspace) -> Path:
 
     log.info("dequantizing %s to float32 (once)", source.name)
     _needs_package()
-    with foreign(f"the weights of {source.name} can't be read"), alone(Path(source.path)) as (place, file):
+    with foreign(f"the weights of {source.name} can't be read"), isolated(Path(source.path)) as (place, file):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             gguf_file=file,
@@ -134,7 +134,7 @@ def _refuse_made_up(report: Report, name: str) -> None:
     if wrong:
         raise UnknownModel(
             f"{name} lacks {len(wrong)} weights of its model, or has them in another shape, first {named(wrong)}: transformers "
-            "would make them up at random. Fetch or convert the file again"
+            "would initialise them at random. Fetch or convert the file again"
         )
 
 

@@ -1,6 +1,6 @@
-"""The table of a GGUF file: what it holds and whether all of it is there, before the file is hashed or read.
+"""Checks that a GGUF file is whole before it is hashed or read: what its table lists, and whether all of it is there.
 
-Reads the metadata and the list of tensors, no weight. Before it: `models`, which found the file. After it: `gguf`.
+It reads the metadata and the list of tensors, no weight.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 `tokenizer.ggml.model` says the kind: `gpt2` is byte-level BPE, whose words `tokenizer.ggml.pre` cuts (`pretokenizers`);
 `llama` is the BPE of SentencePiece, whose merges follow from the scores, with bytes for what has no token. Other kinds
-are refused by name. transformers' own reader knows the kind alone, and so gives ids that the model does not know.
+are refused by name. transformers' own reader looks at the kind only, and gives ids that the model was not trained with.
 Reference: src/llama-vocab.cpp of llama.cpp, build 11434; `make test-tokenizers` compares ids with that program.
-Reads no file: before it `gguf_header`, after it `gguf`, which saves what was made.
+It reads no file: `gguf_header` does, and `gguf` saves the tokenizer.
 """
 
 from __future__ import annotations

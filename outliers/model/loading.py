@@ -1,4 +1,4 @@
-"""What transformers says of a checkpoint that it loaded: weights that no file gave, and those that no module took."""
+"""transformers' report of a checkpoint that it loaded: weights that no file gave, and weights that no module took."""
 
 from __future__ import annotations
 

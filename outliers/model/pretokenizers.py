@@ -1,4 +1,4 @@
-"""How each family cuts a text into words before its byte-level merges: what `tokenizer.ggml.pre` of a GGUF file names.
+"""How each family cuts a text into words before its byte-level merges, by the name in `tokenizer.ggml.pre` of a GGUF file.
 
 The table is that of llama.cpp (src/llama-vocab.cpp, build 11434): names, patterns, `ignore_merges`, `add_bos`. Two things
 differ, because the tokens that count are those that the model was trained with:
@@ -6,10 +6,8 @@ differ, because the tokens that count are those that the model was trained with:
 - Where that source quotes a family's own pattern and adapts it to an engine without Unicode classes (`\\p{Lu}`, `(?i:`,
   possessive quantifiers), the family's own is taken. Ids differ from llama.cpp's for tekken, gpt-4o and tiny_aya on
   combining marks and on letters beyond ASCII that change case; for others on nothing that occurs in texts.
-- Where transformers' own class of the family normalizes to NFC, so is done here; llama.cpp does not. Ids differ for text
+- Where transformers' own class of the family normalizes to NFC, this table does too; llama.cpp does not. Ids differ for text
   that is not in NFC.
-
-Knows nothing of files and vocabularies. Used by `gguf_tokenizer`.
 """
 
 from __future__ import annotations

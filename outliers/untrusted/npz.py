@@ -1,8 +1,7 @@
-"""A .npz file of another machine's summary, opened without trust: its arrays take no more memory than the file has bytes.
+"""Reads a .npz file of another machine's summary without trust: its arrays take no more memory than the file has bytes.
 
-numpy allocates what an array's header says before it reads a value, and unpacks what is packed, whatever that comes to.
-`np.savez` packs nothing, so in a file that it wrote every array has a header that its own bytes bear out. Knows arrays alone.
-Before it: a file that came home. After it: `summary_files`, `merge`.
+numpy allocates what an array's header claims before it reads a value, and unpacks whatever is packed. `np.savez` packs
+nothing, so in a file that it wrote the bytes of every array confirm its header.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 
 MAX_ARRAYS = 256
-"""A summary has some dozens."""
+"""A summary has a few dozen."""
 
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[Any]:
-    """The arrays of a .npz file, by their names. ValueError for one that claims more than it holds, and what numpy and zipfile
-    raise for one that is none."""
+    """The arrays of a .npz file, by their names. Raises ValueError for a file that claims more than it holds, and what numpy and
+    zipfile raise for another kind of file."""
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -52,4 +51,4 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: int) 
             raise ValueError(f"{member.filename} is an array of version {version}")
     # a Python product: it does not wrap around
     if math.prod(int(n) for n in shape) * max(1, dtype.itemsize) > min(size, member.file_size):
-        raise ValueError(f"{member.filename} is said to have the shape {shape}, which its bytes do not hold")
+        raise ValueError(f"{member.filename} claims the shape {shape}, which its bytes do not hold")

@@ -1,9 +1,8 @@
-"""What a Parquet file unpacks to, counted from the heads of its pages before any page is unpacked.
+"""Counts what a Parquet file unpacks to from the headers of its pages, before any page is unpacked.
 
-The footer only claims sizes; a reader believes the head of each page. So every head is read here (Thrift's compact protocol,
-the part of it that PageHeader uses), and the bytes that its values take in memory are added up: a dictionary of one long
-string, of which every row is an index, counts as often as it is used. Source: parquet.thrift of the Parquet format 2.10.
-Before it: the bytes of a file and its footer. After it: `parquet`.
+The footer only claims sizes; a reader believes the header of each page. So every header is read here (Thrift's compact
+protocol, the part of it that PageHeader uses), and the bytes that its values take in memory are added up: a dictionary of one
+long string, of which every row is an index, counts as often as it is used. Source: parquet.thrift of the Parquet format 2.10.
 """
 
 from __future__ import annotations
@@ -13,19 +12,17 @@ from typing import Any
 MAX_UNPACKED_BYTES = 1 << 29
 """All pages, and all values as columns hold them. A table of a million rows has 250 MB."""
 _NUMBER_BYTES = 8
-"""Of a value that is no string: int64 and float64 are the widest."""
+"""Of a value that is not a string: int64 and float64 are the widest."""
 _DEPTH = 8
 _MAGIC = b"PAR1"
 _DATA, _DICTIONARY, _DATA_2 = 0, 2, 3
-"""PageType; an index page (1) is written by nobody."""
+"""PageType; no program writes an index page (1)."""
 
 
 def check_pages(data: bytes, metadata: Any) -> None:
-    """Nothing where the file unpacks to at most MAX_UNPACKED_BYTES; ValueError for more, and for pages that can't be read."""
+    """Raises ValueError if the file unpacks to more than MAX_UNPACKED_BYTES, or its pages can't be read."""
     total = 0
-    if "parquet-mr" in (
-        metadata.created_by or ""
-    ):  # of its first versions a reader takes bytes behind a column as well
+    if "parquet-mr" in (metadata.created_by or ""):  # for its first versions a reader also takes bytes behind a column
         raise ValueError("it was written by another program")
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -89,7 +86,7 @@ def _struct(data: bytes, at: int, end: int, depth: int) -> tuple[dict[int, Any],
             field += step
         else:
             field, at = _signed(data, at, end)
-        if kind in (1, 2):  # a truth value is in the kind itself
+        if kind in (1, 2):  # a boolean is in the kind itself
             continue
         value, at = _value(data, at, end, kind, depth)
         if value is not None:

@@ -1,8 +1,8 @@
-"""JSON from a place that others write to: read whole and plain, or refused.
+"""JSON from a place that others write to: plain, or refused.
 
-Python's own reader takes NaN, keys that are there twice, numbers of thousands of digits, and nesting until it gives up.
-Whoever computes with the result, shows it, or writes it again would meet these later. It knows no schema: that is checked
-next. The bytes are of limited size already. Before it: `beneath`, a bucket. After it: `manifest`, `published_summary`.
+Python's own reader accepts NaN, repeated keys, numbers of thousands of digits, and nesting up to its recursion limit; a
+program that computes with the result, shows it, or writes it again would fail later. The size of the bytes is limited
+before, and the schema is checked after.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import math
 from typing import Any
 
 MAX_DEPTH = 64
-"""Lists and objects within one another. summary.json has 6; `spec` and `provenance` of a manifest are a program's own."""
+"""Depth of lists and objects. summary.json has 6; `spec` and `provenance` of a manifest are a program's own."""
 MAX_DIGITS = 40
-"""Of a whole number: a seed has 20 at most."""
+"""Digits of a whole number: a seed has at most 20."""
 
 
 def strict_json(data: bytes) -> Any:
-    """The value in `data`. Raises ValueError, which says in what it is not plain JSON."""
+    """The value in `data`. Raises ValueError, which says why it is not plain JSON."""
     try:
         found = json.loads(
             data.decode("utf-8"),
@@ -41,7 +41,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _integer(text: str) -> int:

@@ -1,8 +1,7 @@
-"""Text that came from outside, with every character that could act on a terminal or reorder a line made visible.
+"""Makes visible every character of outside text that could act on a terminal or reorder a line.
 
-It imports nothing heavy. `visible` and `visible_line` leave text that is visible already as it is. Nothing of such text is
-markup either: who prints with rich prints `Text`; for Markdown there are `markdown` and `code`. Before it: a store, a host, a
-model's name. After it: a message, a log line, a table.
+`visible` and `visible_line` leave plain text unchanged. Such text is not markup either: printing with rich needs `Text`, and
+for Markdown there are `markdown` and `code`. It imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\
 """C0 but for newline and tab, DEL, C1, line and paragraph separators, bidirectional overrides and isolates, lone surrogates."""
 
 LINE_ACTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""The same, and newline and tab: what may not stand in one line."""
+"""The same, with newline and tab: characters that a single line must not have."""
 
 _SPACE = re.compile(r"\s+")
 _MARKS = re.compile(r"([\\`*_{}\[\]()#!|~$])")
 _LIST = re.compile(r"^(\d{0,9})([-+=.])")
-"""What begins a list or a heading at the beginning of a line."""
+"""Begins a list or a heading at the beginning of a line."""
 _LINK = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,20}|\bwww|\w)(:(?=//)|(?<=www)\.|@)")
-"""What some readers of Markdown make a link of without being asked."""
+"""Some renderers of Markdown make a link of it."""
 
 
 def visible(text: str) -> str:
@@ -54,12 +53,12 @@ def visible_values(value: Any) -> Any:
 
 
 def cut(text: str, max_chars: int) -> str:
-    """At most `max_chars` characters of `text`, and a note where more were there."""
+    """At most `max_chars` characters of `text`, and a note if more were there."""
     return text if len(text) <= max_chars else f"{text[:max_chars]}... (cut)"
 
 
 def last_drawn(line: bytes) -> str:
-    """A line that a program printed, as text; of a bar that it drew over with returns, the last state."""
+    """A line that a program printed, as text; of a progress bar its last state."""
     return line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
 
 

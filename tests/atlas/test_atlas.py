@@ -261,7 +261,7 @@ def test_the_command_makes_page_and_table(own, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "is not there, or is no folder"),
+        (["nowhere"], "is not there, or is not a folder"),
         (["http://example.org/a"], "is s3://bucket/prefix or file:///folder"),
         (["STORE", "--reading", "mean"], "--reading mean is not known"),
         (["STORE", "--reading", "pooled,legacy"], "--reading legacy never decides, so no study is of it"),

@@ -258,7 +258,7 @@ def test_a_readme_beside_data_that_is_not_read_is_refused(texts):
     (texts / "README.md").write_text("# a data set\n")
     assert read(texts) == ["# a data set\n"]
     (texts / "rows.jsonl.bz2").write_bytes(b"BZh9")
-    with pytest.raises(CorpusError, match=r"holds no text: .*; beside README\.md has rows\.jsonl\.bz2"):
+    with pytest.raises(CorpusError, match=r"holds no text: .*; besides README\.md has rows\.jsonl\.bz2"):
         identity(texts)
 
 

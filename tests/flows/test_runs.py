@@ -264,7 +264,7 @@ def test_studies_stand_side_by_side(finished, two):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["list", "file:///nowhere/at/all"], "is not there, or is no folder"),
+        (["list", "file:///nowhere/at/all"], "is not there, or is not a folder"),
         (["list", "ftp://a/b"], "an artifact store is s3://bucket/prefix or file:///folder"),
         (["list", "MODEL"], "is the folder of one model; give the store it is in, file:///"),
         (["list", "STUDY"], "is one study; give the store it is in, file:///"),

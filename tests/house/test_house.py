@@ -16,9 +16,9 @@ PACKAGES = ("flows", "outliers", "tasks")
 
 
 def test_steps_run_where_prefect_is_not_installed():
-    """Every module of outliers imports with Prefect, rich, s3fs and datasets made unimportable.
+    """Every module of outliers imports with Prefect, rich, s3fs, aiobotocore and datasets made unimportable.
 
-    `bucket` alone needs s3fs: the control side imports it for an s3:// target.
+    `bucket` alone needs aiobotocore: the control side imports it for an s3:// target.
     """
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -27,7 +27,7 @@ def test_steps_run_where_prefect_is_not_installed():
     ]
     script = (
         "import sys, importlib\n"
-        "for name in ('prefect', 'rich', 's3fs', 'datasets'): sys.modules[name] = None\n"
+        "for name in ('prefect', 'rich', 's3fs', 'aiobotocore', 'datasets'): sys.modules[name] = None\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
         "print('all')"
     )

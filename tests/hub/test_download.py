@@ -18,6 +18,7 @@ import pytest
 
 from outliers.errors import DiskFull
 from outliers.hub import download
+from outliers.hub.cache import CachedModel
 from outliers.hub.client import HubFile
 from tests.support import tiny
 from tests.support.hub_server import Fault, Repo, client_environment, commit_id, hub_server, sha256, wait_until
@@ -309,9 +310,9 @@ def test_offline_what_is_missing_is_named(hub, tmp_path):
 
 def test_a_file_that_is_moved_while_it_is_looked_for_is_found_where_it_went(tmp_path):
     """Four threads fetch while the caller's counts: bytes go from `.incomplete` to the blob, and then get their name."""
-    place = download._Place("org/moving", OLD, tmp_path / "models--org--moving")
+    place = CachedModel("org/moving", OLD, tmp_path / "models--org--moving")
     file = HubFile("model.safetensors", 100, "aa")
-    named, blob, growing = place._paths(file)
+    named, blob, growing = place.paths(file)
     named.parent.mkdir(parents=True)
     blob.parent.mkdir()
     order = [growing, blob, named]
@@ -331,8 +332,8 @@ def test_a_file_that_is_moved_while_it_is_looked_for_is_found_where_it_went(tmp_
     growing.write_bytes(b"x" * 100)
     paths = tuple(map(Moved, (named, blob, growing)))
 
-    class Moving(download._Place):
-        def _paths(self, file):
+    class Moving(CachedModel):
+        def paths(self, file):
             return paths
 
     watched = Moving(place.repo_id, place.commit, place.folder)
@@ -350,13 +351,13 @@ def test_a_storm_ends_as_unavailable(hub, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_comes(tmp_path):
-    place = download._Place("org/large", OLD, tmp_path / "models--org--large")
+    place = CachedModel("org/large", OLD, tmp_path / "models--org--large")
     with pytest.raises(DiskFull, match=r"needs 1,000,000,000,000,000,000 bytes more, .* has [\d,]+ free"):
-        download._check_disk(place, (HubFile("model.safetensors", 10**18),))
+        download.check_disk(place, (HubFile("model.safetensors", 10**18),))
     blob = tmp_path / "models--org--large" / "blobs" / "aa.incomplete"
     blob.parent.mkdir(parents=True)
     blob.write_bytes(b"x" * 100)
-    download._check_disk(place, (HubFile("model.safetensors", 100, "aa"),))
+    download.check_disk(place, (HubFile("model.safetensors", 100, "aa"),))
 
 
 def test_a_disk_that_is_full_says_so(hub, tmp_path):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from outliers.errors import HubUnavailable
-from outliers.hub.client import HubFile, Patience, needed_files, told_seconds, tries_in_a_row
+from outliers.hub.client import HubFile, Patience, needed_files, retry_after_seconds, tries_in_a_row
 from tests.support.hub_server import Fault, Repo, client_environment, commit_id, hub_server
 
 COMMIT = commit_id("first")
@@ -96,7 +96,7 @@ def ask(endpoint, tmp_path, kind, name, revision=None, token=None, times=1, **en
             *("model", "org/adapted", None, None),
             [
                 "UnknownModel",
-                "a LoRA adapter at 'main' (adapter_config.json, adapter_model.safetensors) beside a checkpoint",
+                "a LoRA adapter at 'main' (adapter_config.json, adapter_model.safetensors) next to a checkpoint",
             ],
         ),
         ("model", "org/lora", None, None, ["UnknownModel", "and no model: which of the two"]),
@@ -169,7 +169,7 @@ def test_a_branch_is_asked_for_each_time_and_a_commit_once(hub, tmp_path):
     ],
 )
 def test_how_long_an_answer_says_to_wait(headers, seconds):
-    assert told_seconds(headers) == seconds
+    assert retry_after_seconds(headers) == seconds
 
 
 def test_patience_ends_and_progress_renews_it(caplog):

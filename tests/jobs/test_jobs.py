@@ -130,7 +130,7 @@ def test_a_bar_drawn_over_is_one_line(workspace):
     assert printed[0] == "100%" and "".join(printed[1:-1]) == "x" * 70000 and printed[-1] == "café"
 
 
-# One job, whoever starts it
+# One job, however many start it
 
 
 def test_starting_again_finds_the_one_that_runs(workspace):

@@ -1,4 +1,4 @@
-"""Detached jobs that are killed or cancelled, with real processes: what is recorded, and that nobody of the family is left."""
+"""Detached jobs that are killed or cancelled, with real processes: what is recorded, and that none of their processes is left."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 
 from outliers import errors
 from outliers.jobs import jobs
+from outliers.locks import is_locked
 from tests.support.detached import alive, lines, python, started, until, workspace
 
 __all__ = ["workspace"]  # the fixture, found by name
@@ -84,8 +85,9 @@ def test_a_command_that_outlives_its_supervisor_still_runs(workspace):
     """No second one may start beside it, and it can be ended: the lock is the command's too."""
     handle = jobs.start(workspace, python(STUBBORN))
     until(lambda: "deaf" in (handle.folder / "events.jsonl").read_text())
-    os.kill(started(handle.folder)["pgid"], signal.SIGKILL)
-    time.sleep(0.2)
+    supervisor = started(handle.folder)["pgid"]
+    os.kill(supervisor, signal.SIGKILL)
+    until(lambda: not alive(supervisor), 10)
     assert jobs.status(handle.folder) == "running" and alive(started(handle.folder)["child"])
     assert jobs.start(workspace, python("pass")) == handle
     assert jobs.cancel(handle.folder, grace_seconds=0.1) == "cancelled"
@@ -157,4 +159,4 @@ def test_what_a_command_leaves_running_ends_with_it(workspace):
     assert jobs.wait(handle.folder, 10) == "done"
     pid = int(lines(handle.folder)[0])
     until(lambda: not alive(pid), 3)
-    until(lambda: not jobs._held(handle.folder), 3)
+    until(lambda: not is_locked(handle.folder / "lock"), 3)

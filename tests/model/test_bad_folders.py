@@ -218,7 +218,7 @@ def numbered(folder, index):
 
 
 def dropped(folder, index):
-    """A shard that nobody names any more: its weights are not read."""
+    """A shard that the index no longer names: its weights are not read."""
     index["weight_map"] = {key: file for key, file in index["weight_map"].items() if file != SECOND}
 
 

@@ -213,7 +213,7 @@ def test_an_adapter_beside_a_checkpoint_is_refused(tmp_path, workspace, files):
     for file in files:
         (tmp_path / file).write_text("{}")
     said = refusal(tmp_path, workspace)
-    assert str(tmp_path) in said and f"LoRA adapter ({', '.join(files)}) beside a checkpoint" in said
+    assert str(tmp_path) in said and f"LoRA adapter ({', '.join(files)}) next to a checkpoint" in said
     with pytest.raises(UnknownModel, match="LoRA adapter"):
         load_model(info, workspace, "cpu")
 

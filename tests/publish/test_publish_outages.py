@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,7 @@ import pytest
 from outliers.errors import StoreUnavailable, TransientError
 from outliers.publish.manifest import read_manifest
 from outliers.publish.publish import check_target, fetch, publish, published_manifest
+from outliers.publish.stores.bucket import BucketStore
 from outliers.publish.stores.open import opened
 from tests.support.publishing import Objects, results, start_publisher
 from tests.support.results_folder import SLUG, STUDY_ID, make_results
@@ -130,6 +134,40 @@ class TestServerGone:
             assert time.monotonic() < deadline, f"server {server} lives on"
             time.sleep(0.05)
         remove_sockets(ports)
+
+
+def trickle(listener: socket.socket, over: threading.Event) -> None:
+    """Answers one request with an answer that goes on arriving, a byte at a time, until the test is over."""
+    connection, _ = listener.accept()
+    with connection, contextlib.suppress(OSError):
+        connection.recv(65_536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        while not over.wait(0.2):
+            connection.sendall(b"x")
+
+
+def test_an_answer_that_never_ends_is_given_up(tmp_path: Path) -> None:
+    """Each byte comes in time, so that no timeout of a read ends it: the call as a whole has a limit."""
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        server = pool.submit(trickle, listener, over)
+        settings = {
+            "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{listener.getsockname()[1]}",
+            "AWS_ACCESS_KEY_ID": "writer",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        }
+        try:
+            with environment(settings):
+                store = BucketStore("s3://bucket/atlas", "bucket", "atlas", call_seconds=4)
+                began = time.monotonic()
+                with contextlib.closing(store), pytest.raises(StoreUnavailable, match="no answer"):
+                    store.read("a")
+            assert 3 < time.monotonic() - began < 60
+        finally:
+            over.set()
+        server.result(10)
 
 
 LEFT_ALONE = """

@@ -242,7 +242,7 @@ def test_foreign_things_are_skipped_and_named(own):
 
 
 def test_a_store_of_broken_things_says_what_is_wrong_and_one_remedy(own):
-    """Whoever has a broken manifest is not told to publish: the manifest's own words say what to do."""
+    """The refusal of a broken manifest keeps its own remedy; it does not ask to publish."""
     for number in (1, 2):
         (place_of(own, number) / "manifest.json").write_text("{")
     for read in (read_atlas, functools.partial(read_store, summaries=False)):

@@ -60,7 +60,7 @@ def _instead(make: Callable[[Path], None]) -> Callable[[Path], None]:
 
 # what stands where a small regular file is expected, and what is said of it
 FILES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a pipe": (_instead(os.mkfifo), "a pipe, no regular file"),
+    "a pipe": (_instead(os.mkfifo), "a pipe, not a regular file"),
     "a link to a device": (
         _instead(lambda path: path.symlink_to("/dev/zero")),
         "a symbolic link, which is not followed",
@@ -70,8 +70,8 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
         _instead(lambda path: path.symlink_to("/etc/passwd")),
         "a symbolic link, which is not followed",
     ),
-    "a socket": (_bind, "no regular file"),
-    "a folder": (_instead(Path.mkdir), "a folder, no regular file"),
+    "a socket": (_bind, "not a regular file"),
+    "a folder": (_instead(Path.mkdir), "a folder, not a regular file"),
     "six gigabytes": (_large, "6,000,000,000 bytes, at most"),
 }
 

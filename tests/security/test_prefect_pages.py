@@ -51,7 +51,7 @@ def ui(tmp_path_factory):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_person_logs_in_on_the_page(ui, tmp_path, host):
-    """By either name of this machine: the pages ask where they came from. What is wrong lets nobody in."""
+    """By either name of this machine: the pages ask the host that served them. A wrong password opens nothing."""
     other = chromium.Browser(tmp_path)
     try:
         page = Page(other, f"http://{host}:{ui.port}/work-pools")

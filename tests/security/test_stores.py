@@ -1,4 +1,4 @@
-"""A store that others write to: what one of them puts there is skipped with a reason, and hides nobody else's studies."""
+"""A store that others write to: what one of them puts there is skipped with a reason, and hides no other studies."""
 
 from __future__ import annotations
 

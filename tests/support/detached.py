@@ -1,6 +1,6 @@
 """Detached jobs in tests: a workspace that none outlives, a command of Python, and what a job's folder says.
 
-After it: `test_jobs`, `test_jobs_killed`, which import the fixture by name.
+`test_jobs` and `test_jobs_killed` import the fixture by name.
 """
 
 import json

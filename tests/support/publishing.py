@@ -1,7 +1,6 @@
 """Publishing in tests: targets that are a real S3 server and a real folder, finished studies, a publisher as a process.
 
-The server is that of `s3`. After it: `test_publish`, `test_publish_rights`, `test_publish_outages`, which import the fixtures
-by name.
+The server is that of `s3`. `test_publish`, `test_publish_rights` and `test_publish_outages` import the fixtures by name.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class S3Server:
         return self._process.pid
 
     def environment(self, keys: Keys | None = None) -> dict[str, str]:
-        """What a client needs in its environment to be `keys` (default: the writer) here, and nobody anywhere else."""
+        """What a client needs in its environment to be `keys` (default: the writer) here, and no identity anywhere else."""
         keys = keys or self.writer
         return {
             "AWS_ACCESS_KEY_ID": keys.access_key,

@@ -9,7 +9,7 @@ import torch
 
 from outliers.corpus.tokens import Corpus, CorpusInfo, TokenNames, token_hash, write_corpus
 from outliers.counting.analyze import analyze
-from outliers.model.activations import Work
+from outliers.model.activations import ActivationMemory
 from outliers.model.anatomy import Anatomy
 from outliers.model.describe import ModelInfo
 from outliers.model.source import ModelSource
@@ -31,7 +31,7 @@ NO_WEIGHTS = Weights(
     rest_bytes=500,
     embedding_modules=(),
     rest_modules=(),
-    work=Work(elements=1, float_elements=1, heads=1, windowed=False, unequal_heads=False),
+    work=ActivationMemory(elements=1, float_elements=1, heads=1, windowed=False, unequal_heads=False),
 )
 """Of a model that is nowhere: a capture that is there asks for none."""
 

@@ -1,8 +1,7 @@
-"""Artifact stores: the few things that publishing asks of one.
+"""What publishing needs from an artifact store, as a protocol.
 
-A store holds small objects under keys. What matters is `create`: of several that create one key at once, exactly one
-succeeds, and no reader ever sees a part of an object. Every failure is an error of `outliers.errors`; none carries a
-secret. It knows nothing of studies, manifests or what may be published.
+A store holds small objects under keys. What matters is `create`: of several writers that create one key at once exactly one
+succeeds, and no reader ever sees part of an object. Every failure is an error of `outliers.errors`; none carries a secret.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import NamedTuple, Protocol
 MAX_OBJECT_BYTES = 8_000_000
 """No published file is larger (`allowlist.MAX_FILE_BYTES`)."""
 LISTED_BELOW = 100_000
-"""Objects below one prefix that `list` names: a study has some dozens."""
+"""Objects below one prefix that `list` names; a study has a few dozen."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,9 @@ class Stored:
 
 
 class Children(NamedTuple):
-    """What is right below a prefix, by name and in no order: folders, objects, and links, which are not followed.
+    """The direct children of a prefix, by name and in no order: folders, objects, and links, which are not followed.
 
-    `whole` is False where there are more than LISTED, of which so many are named.
+    `whole` is False if there are more than LISTED, of which that many are named.
     """
 
     folders: list[str]
@@ -42,28 +41,28 @@ class Store(Protocol):
     url: str
 
     def check(self) -> None:
-        """Does nothing where an object could be read, listed and written; raises what is in the way otherwise."""
+        """Raises unless objects can be read, listed and written."""
 
     def read(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes | None:
-        """The object's bytes; None where there is none. PublishRefused where it is no plain object, or has more bytes."""
+        """The object's bytes; None if there is none. Raises PublishRefused for more bytes, or what is not a plain object."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Writes or replaces one object; it is seen whole or not at all."""
+        """Write or replace one object; readers see it whole or not at all."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Writes one object where there is none; False, and nothing changed, where there is one."""
+        """Write an object if its key is free; else return False and change nothing."""
 
     def list(self, prefix: str) -> dict[str, Stored]:
-        """Every object below `prefix` (a key that ends in a slash). PublishRefused for more than LISTED_BELOW."""
+        """Every object below `prefix` (a key that ends in a slash). Raises PublishRefused for more than LISTED_BELOW."""
 
     def children(self, prefix: str) -> Children:
-        """What is right below `prefix` (a key that ends in a slash, or nothing); nothing further down is listed."""
+        """The direct children of `prefix` (a key that ends in a slash, or nothing)."""
 
     def delete(self, key: str) -> None:
-        """Removes one object, if it is there."""
+        """Remove one object, if it is there."""
 
     def close(self) -> None:
-        """Gives back connections."""
+        """Close the connections."""
 
 
 def too_many(url: str) -> str:

@@ -1,9 +1,8 @@
-"""A bucket (s3://) as an artifact store, through s3fs.
+"""A bucket (s3://) as an artifact store, through aiobotocore.
 
-Keys, region and endpoint come from the environment as AWS's own tools read them. A server that is down is noticed
-within CALL_SECONDS, whichever way it is down, and nothing is remembered between two uses: a retry sees the world as it
-then is. It knows nothing of studies. It is imported only where a target is s3://, for s3fs is of the extra `flows`.
-Before it: `targets`. After it: `publish`.
+Keys, region and endpoint come from the environment, as AWS's own tools read them. Every call ends within CALL_SECONDS
+(plus the time that its bytes need), however the server fails. Nothing is remembered between two uses: a retry sees the
+current state of the bucket. Only a target s3:// imports this module, because aiobotocore belongs to the extra `flows`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-import errno
-import functools
 import http.client
 import os
 import secrets
@@ -21,10 +18,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-import s3fs
+from aiobotocore.config import AioConfig
+from aiobotocore.session import get_session
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
-from fsspec.asyn import sync
+from fsspec.asyn import get_loop, sync
 from fsspec.exceptions import FSTimeoutError
 
 from outliers.errors import AccessDenied, OutliersError, PublishRefused, StoreUnavailable, TargetError
@@ -34,11 +32,16 @@ from outliers.publish.stores.base import LISTED_BELOW, MAX_OBJECT_BYTES, Childre
 CONNECT_SECONDS = 4
 READ_SECONDS = 5
 ATTEMPTS = 2
-"""Silence is waited out twice, 5 s each; further tries are the flow's, which shows them."""
+"""A silent server is waited for twice, 5 s each. The flow makes further tries and shows them."""
 CALL_SECONDS = 14.0
 SLOWEST_BYTES_PER_SECOND = 200_000
-"""A put may take CALL_SECONDS and its bytes at this rate. Without an end of its own it hangs for ever on a server that
-accepts and reads nothing: measured with 1 MB and a stopped weed 4.48, neither botocore nor aiohttp bounds sending."""
+"""A put may take CALL_SECONDS plus the time of its bytes at this rate. Without this limit it never ends on a server that
+accepts a connection and reads nothing: measured with 1 MB and a stopped weed 4.48, aiohttp does not bound sending."""
+_CONFIG = AioConfig(
+    connect_timeout=CONNECT_SECONDS,
+    read_timeout=READ_SECONDS,
+    retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+)
 
 _KEYS_REFUSED = {
     "InvalidAccessKeyId": "the access key is not known there",
@@ -69,66 +72,53 @@ _NO_ANSWER = (
 )
 
 
-def tell_of_what_nobody_awaits(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """A handler of a loop's errors: a connection that broke while its request was being sent is told by that request.
+def report_unless_a_request_does(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handle an error that no task awaits: a broken connection is left to the request that it broke.
 
-    aiohttp leaves the half that was sending unasked, and asyncio would print its traceback beside the error itself.
+    aiohttp sends a body in a task of its own and does not await it when the connection breaks. asyncio would print that
+    task's traceback next to the error that the request itself raises. Any other error is reported as usual.
     """
     if not isinstance(context.get("exception"), (aiohttp.ClientError, ConnectionError)):
         loop.default_exception_handler(context)
 
 
 class BucketStore:
-    """Objects of `bucket` below `prefix`; `targets.opened` makes it for one use and closes it.
+    """Objects of `bucket` below `prefix`, for one use (`open.opened` closes it). Threads may share it.
 
-    After a first call, which settles the connection, threads may read at once.
+    No call takes longer than `call_seconds`, except a put, which also gets the time of its bytes.
     """
 
-    def __init__(self, url: str, bucket: str, prefix: str) -> None:
+    def __init__(self, url: str, bucket: str, prefix: str, call_seconds: float = CALL_SECONDS) -> None:
         self.url = url
+        self._call_seconds = call_seconds
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
-        # botocore itself reads AWS_DEFAULT_REGION only, AWS's other tools AWS_REGION first.
-        region = os.environ.get("AWS_REGION")
-        self._s3 = s3fs.S3FileSystem(
-            skip_instance_cache=True,
-            use_listings_cache=False,
-            client_kwargs={"region_name": region} if region else {},
-            config_kwargs={
-                "connect_timeout": CONNECT_SECONDS,
-                "read_timeout": READ_SECONDS,
-                "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
-            },
-        )
-        self._s3.loop.call_soon_threadsafe(self._s3.loop.set_exception_handler, tell_of_what_nobody_awaits)
-        # s3fs tries 5 times around botocore's tries, and twice over when it reads a body: 25 times in all.
-        self._s3.retries = 1
+        self._open = contextlib.AsyncExitStack()
+        self._opening = asyncio.Lock()
+        self._client: Any = None
+        self._loop = get_loop()
+        self._loop.call_soon_threadsafe(self._loop.set_exception_handler, report_unless_a_request_does)
 
     def close(self) -> None:
-        creator = getattr(self._s3, "_s3creator", None)
-        if creator is not None:
-            with contextlib.suppress(FSTimeoutError):
-                sync(self._s3.loop, creator.__aexit__, None, None, None, timeout=1)
+        with contextlib.suppress(FSTimeoutError):
+            sync(self._loop, self._open.aclose, timeout=1)
 
     def check(self) -> None:
-        call, where = self._s3._call_s3, {"Bucket": self._bucket}
-        self._call("list", "", lambda: call("list_objects_v2", **where, Prefix=self._prefix, MaxKeys=1))
-        # The right to write, asked without writing: an upload that is begun and given up leaves no object.
-        where["Key"] = f"{self._prefix}.probe-{secrets.token_hex(8)}"
-        begun = self._call("write", "", lambda: call("create_multipart_upload", **where))
+        self._call("list", "", lambda s3: s3.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1))
+        # Starting and aborting an upload asks for the right to write and leaves no object.
+        where = self._where(f".probe-{secrets.token_hex(8)}")
+        started = self._call("write", "", lambda s3: s3.create_multipart_upload(**where))
         with contextlib.suppress(AccessDenied, PublishRefused):
-            upload = begun["UploadId"]
-            self._call("write", "", lambda: call("abort_multipart_upload", **where, UploadId=upload))
+            upload = started["UploadId"]
+            self._call("write", "", lambda s3: s3.abort_multipart_upload(**where, UploadId=upload))
 
     def read(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes | None:
-        where = {"Bucket": self._bucket, "Key": self._prefix + key}
-
-        async def read_some() -> tuple[bytearray, int]:
-            """At most one byte more than the limit, and the size that the server says."""
-            answer = await self._s3._call_s3("get_object", **where)
+        async def read_some(s3: Any) -> tuple[bytearray, int]:
+            """At most one byte more than the limit, and the size that the server reports."""
+            answer = await s3.get_object(**self._where(key))
             body, data = answer["Body"], bytearray()
             try:
-                # what is not read is not sent: closing ends the connection
+                # Closing the body ends the connection, so that the server sends no more than is read.
                 while len(data) <= max_bytes and (piece := await body.read(max_bytes + 1 - len(data))):
                     data += piece
             finally:
@@ -147,11 +137,11 @@ class BucketStore:
         return bytes(data)
 
     def put(self, key: str, data: bytes) -> None:
-        self._write(key, data, mode="overwrite")
+        self._write(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
         try:
-            self._write(key, data, mode="create")  # sends If-None-Match: *
+            self._write(key, data, IfNoneMatch="*")
         except _ExistsError:
             return False
         return True
@@ -160,8 +150,7 @@ class BucketStore:
         found: dict[str, Stored] = {}
         page: dict[str, str] = {}
         while True:
-            asked = {"Bucket": self._bucket, "Prefix": self._prefix + prefix, **page}
-            answer = self._call("list", prefix, functools.partial(self._s3._call_s3, "list_objects_v2", **asked))
+            answer = self._page(prefix, page)
             for row in answer.get("Contents", ()):
                 key = row["Key"].removeprefix(self._prefix)
                 found[key] = Stored(row["Size"], row["LastModified"].timestamp())
@@ -176,8 +165,7 @@ class BucketStore:
         page: dict[str, str] = {}
         below = self._prefix + prefix
         while True:
-            asked = {"Bucket": self._bucket, "Prefix": below, "Delimiter": "/", **page}
-            answer = self._call("list", prefix, functools.partial(self._s3._call_s3, "list_objects_v2", **asked))
+            answer = self._page(prefix, {"Delimiter": "/", **page})
             folders += [row["Prefix"].removeprefix(below).rstrip("/") for row in answer.get("CommonPrefixes", ())]
             files += [name for row in answer.get("Contents", ()) if (name := row["Key"].removeprefix(below))]
             if not answer.get("IsTruncated") or len(folders) + len(files) > LISTED:
@@ -185,25 +173,42 @@ class BucketStore:
             page = {"ContinuationToken": answer["NextContinuationToken"]}
 
     def delete(self, key: str) -> None:
-        where = {"Bucket": self._bucket, "Key": self._prefix + key}
-        self._call("remove", key, lambda: self._s3._call_s3("delete_object", **where))
+        self._call("remove", key, lambda s3: s3.delete_object(**self._where(key)))
 
-    def _path(self, key: str) -> str:
-        return f"{self._bucket}/{self._prefix}{key}"
+    def _where(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
 
-    def _write(self, key: str, data: bytes, mode: str) -> None:
-        seconds = CALL_SECONDS + len(data) / SLOWEST_BYTES_PER_SECOND
-        self._call("write", key, lambda: self._s3._pipe_file(self._path(key), data, mode=mode), seconds)
+    def _page(self, prefix: str, asked: dict[str, str]) -> Any:
+        where = {"Bucket": self._bucket, "Prefix": self._prefix + prefix, **asked}
+        return self._call("list", prefix, lambda s3: s3.list_objects_v2(**where))
 
-    def _call(self, doing: str, key: str, ask: Callable[[], Awaitable[Any]], seconds: float = CALL_SECONDS) -> Any:
-        """What `ask` gives within `seconds`; what it raises, as an error of the tree."""
+    def _write(self, key: str, data: bytes, **condition: str) -> None:
+        seconds = self._call_seconds + len(data) / SLOWEST_BYTES_PER_SECOND
+        self._call("write", key, lambda s3: s3.put_object(**self._where(key), Body=data, **condition), seconds)
+
+    async def _connected(self) -> Any:
+        """The one client of this store."""
+        async with self._opening:
+            if self._client is None:
+                # botocore itself reads AWS_DEFAULT_REGION only; AWS's other tools read AWS_REGION first.
+                region = os.environ.get("AWS_REGION") or None
+                self._client = await self._open.enter_async_context(
+                    get_session().create_client("s3", region_name=region, config=_CONFIG)
+                )
+        return self._client
+
+    def _call(self, doing: str, key: str, ask: Callable[[Any], Awaitable[Any]], seconds: float = 0) -> Any:
+        """What `ask`, given the client, answers within `seconds` (0: `call_seconds`); its errors become those of the tree."""
+
+        async def answered() -> Any:
+            return await ask(await self._connected())
 
         async def limited() -> Any:
-            # Cancelled when its time is over; a timeout of `sync` alone would leave it running.
-            return await asyncio.wait_for(ask(), seconds)
+            # wait_for cancels the call; a timeout of `sync` alone would leave it running.
+            return await asyncio.wait_for(answered(), seconds or self._call_seconds)
 
         try:
-            return sync(self._s3.loop, limited)
+            return sync(self._loop, limited)
         except (OSError, ValueError, boto.BotoCoreError, boto.ClientError, *_NO_ANSWER) as error:
             url = f"{self.url}/{key}" if key else self.url
             raise _translated(error, doing, url, self._bucket) from error
@@ -214,25 +219,22 @@ class _NoSuchKeyError(PublishRefused):
 
 
 class _ExistsError(PublishRefused):
-    """The object is there, and was to be created."""
+    """The object to create is there already."""
 
 
 def _server() -> str:
-    """Host and port of the endpoint, without anything else that its URL may hold."""
+    """Host and port of the endpoint; the rest of its URL may hold a secret."""
     parts = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     return parts.netloc.rpartition("@")[2] or "AWS S3"
 
 
 def _translated(error: Exception, doing: str, url: str, bucket: str) -> OutliersError:
-    answer = next((e for e in (error, error.__cause__) if isinstance(e, boto.ClientError)), None)
     why = f"could not {doing} {url} at {_server()}"
     kind = type(error).__name__
-    if answer is not None:
-        code = str(answer.response.get("Error", {}).get("Code", ""))
-        status = int(answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if isinstance(error, boto.ClientError):
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return _refusal(code, status, why, bucket)
-    if isinstance(error, FileExistsError) or getattr(error, "errno", None) == errno.EINVAL:
-        return _ExistsError(f"{why}: it is there already")
     if isinstance(error, _NO_KEYS):
         return AccessDenied(
             f"{why}: no usable keys ({kind}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -253,7 +255,7 @@ def _translated(error: Exception, doing: str, url: str, bucket: str) -> Outliers
 
 
 def _refusal(code: str, status: int, why: str, bucket: str) -> OutliersError:
-    """The error for what a server answered; its own message is left out, for who knows what it repeats."""
+    """The error for a server's answer, without the server's own message, which may repeat a secret."""
     said = f"{code} (HTTP {status})" if code != str(status) else f"HTTP {status}"
     if code == "NoSuchKey":
         return _NoSuchKeyError(f"{why}: {said}")

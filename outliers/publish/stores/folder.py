@@ -68,7 +68,7 @@ class FolderStore:
         with self._translated("list", prefix):
             while waiting:
                 folder = waiting.pop()
-                # another publisher may remove what it lists
+                # another publisher may remove a folder meanwhile
                 with (
                     contextlib.suppress(FileNotFoundError, NotADirectoryError),
                     os.scandir(self._root / folder) as entries,
@@ -96,7 +96,7 @@ class FolderStore:
             if prefix:  # removed since it was listed
                 return Children([], [], [], whole=True)
             raise BadInput(
-                f"{self.url} is not there, or is no folder; give the URL that studies are published to"
+                f"{self.url} is not there, or is not a folder; give the URL that studies are published to"
             ) from error
         except OSError as error:
             raise AccessDenied(f"could not list {self.url}/{prefix}: {error.strerror or error}") from error

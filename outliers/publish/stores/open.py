@@ -40,4 +40,4 @@ def _store(target: str) -> Store:
             message = f"'{target}' needs the package {error.name}: pip install 'outlier-features[flows]'"
             raise TargetError(message) from error
         return BucketStore(target.rstrip("/"), parts.netloc, parts.path.strip("/"))
-    raise TargetError(f"'{target}' is no artifact store; {_SHAPE}")
+    raise TargetError(f"'{target}' is not an artifact store; {_SHAPE}")

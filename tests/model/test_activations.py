@@ -36,7 +36,7 @@ import ctypes, json, sys, threading
 import torch, transformers
 from outliers.model.families import expert_counts
 from outliers.model.sites import find_backbone
-from outliers.model.activations import layer_work
+from outliers.model.activations import activation_memory
 family, values, positions = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -44,7 +44,7 @@ config = getattr(transformers, f"{family}Config")(**values)
 model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 base = model.get_submodule(find_backbone(model))
 layers = next(n for n, m in base.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
-work = layer_work(model, f"{find_backbone(model)}.{layers}", expert_counts(config.get_text_config()))
+work = activation_memory(model, f"{find_backbone(model)}.{layers}", expert_counts(config.get_text_config()))
 
 def status(name):
     with open("/proc/self/status") as file:
