@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import duckdb
 import pandas as pd
@@ -20,11 +18,10 @@ from outliers.atlas.table import ATLAS_SCHEMA, Filter, atlas_table, groups, read
 from outliers.errors import BadInput
 from outliers.publish.shelf import read_study
 from tests.support.atlas_store import FINEWEB, MODELS, dozen, edited, own, quick_store, store, study
+from tests.support.commands import run_command
 from tests.support.html_page import check_harmless
 
 __all__ = ["own", "store"]  # fixtures, found by name
-
-COMMAND = str(Path(sys.executable).with_name("outliers"))
 
 
 def expected(summary):
@@ -232,9 +229,7 @@ def test_a_filter_that_nothing_passes_says_what_there_is(store):
 
 
 def outliers(*arguments, cwd):
-    return subprocess.run(
-        [COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120, cwd=cwd
-    )
+    return run_command(cwd, *arguments, environment=os.environ)
 
 
 @pytest.mark.servers

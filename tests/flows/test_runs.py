@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from outliers.steps import run_report
 from outliers.workspace import open_workspace
 from tests.support import synthetic
 from tests.support.atlas_store import MODELS, edited, quick_store, study
-
-COMMAND = str(Path(sys.executable).with_name("outliers"))
+from tests.support.commands import run_command
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +44,8 @@ def show(workspace, *arguments):
 
 
 def runs(workspace, action, *arguments):
-    return subprocess.run(
-        [COMMAND, "runs", action, *arguments, "--workspace", str(workspace.root)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    words = ("runs", action, *arguments, "--workspace", workspace.root)
+    return run_command(Path.cwd(), *words, environment=os.environ)
 
 
 @pytest.mark.servers

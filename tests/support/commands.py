@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "HUGGINGFACE_", "XDG_")
 """Variables that libraries read when they are imported: a command that is given others is started as a process of its own."""
@@ -26,8 +29,8 @@ READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "HUGGINGFACE_", "XDG_")
 _zygote: subprocess.Popen[str] | None = None
 
 
-def run_command(folder, *arguments, environment: Mapping[str, str], timeout=None) -> subprocess.CompletedProcess[str]:
-    """`outliers ARGUMENTS` in a folder, with this environment and no other, to its end."""
+def run_command(folder, *arguments, environment: Mapping[str, str], timeout=600) -> subprocess.CompletedProcess[str]:
+    """`outliers ARGUMENTS` in a folder, with this environment and no other, to its end. TimeoutError after `timeout` seconds."""
     words = ["outliers", *map(str, arguments)]
     if _imported(environment) != _imported(os.environ):
         command = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
@@ -37,7 +40,7 @@ def run_command(folder, *arguments, environment: Mapping[str, str], timeout=None
     with tempfile.TemporaryDirectory() as outputs:
         out, err = Path(outputs) / "out", Path(outputs) / "err"
         asked = {"argv": words, "cwd": str(folder), "env": dict(environment), "out": str(out), "err": str(err)}
-        code = int(_ask(asked))
+        code = int(_ask(asked, timeout))
         return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
 
 
@@ -45,7 +48,7 @@ def _imported(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
 
 
-def _ask(asked: dict[str, object]) -> str:
+def _ask(asked: dict[str, object], timeout: float) -> str:
     global _zygote
     if _zygote is None or _zygote.poll() is not None:
         _zygote = subprocess.Popen(
@@ -59,6 +62,10 @@ def _ask(asked: dict[str, object]) -> str:
         atexit.register(_end)
     assert _zygote.stdin is not None and _zygote.stdout is not None
     _zygote.stdin.write(json.dumps(asked) + "\n")
+    if not select.select([_zygote.stdout], [], [], timeout)[0]:
+        for process in psutil.Process(_zygote.pid).children(recursive=True):
+            process.kill()
+        raise TimeoutError(f"{asked['argv']} did not end within {timeout} s")
     answer = _zygote.stdout.readline()
     assert answer, "the process that forks commands is gone"
     return answer
