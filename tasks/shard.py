@@ -38,8 +38,8 @@ from outliers.locks import locked
 from outliers.machines.base import Machine
 from outliers.machines.local import LocalMachine
 from outliers.machines.providers import provider
-from outliers.plan.plan import check_plan, planned_layout, request_for
-from outliers.plan.remaining import refused_together
+from outliers.planning.plan import check_plan, planned_layout, request_for
+from outliers.planning.remaining import refused_together
 from outliers.publish.outcome import find_finished
 from outliers.steps import run_report
 from outliers.study.parts import Part, part_workspace, split

@@ -226,7 +226,7 @@ def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, a
     from outliers.counting.shards import is_here
     from outliers.dispatch.transfer import check_travels
     from outliers.machines.providers import provider
-    from outliers.plan.remaining import check_rest, machine_name
+    from outliers.planning.remaining import check_rest, machine_name
     from outliers.spec import DEFAULT_PROVIDER, chosen
     from outliers.study.parts import split
 
@@ -273,7 +273,7 @@ def _show_kept(prepared: Prepared, workspace: Workspace, console: Console) -> No
 
     from flows.cli.console import line
     from outliers.machines.rentals import Rentals
-    from outliers.plan.remaining import machine_name
+    from outliers.planning.remaining import machine_name
     from outliers.study.parts import split
 
     shards, now = prepared.spec.compute.shards, time.time()
@@ -297,7 +297,7 @@ def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str
     from flows.cli.console import busy, show_plan
     from flows.cli.options import read_spec
     from outliers.machines.providers import provider
-    from outliers.plan.plan import make_plan
+    from outliers.planning.plan import make_plan
     from outliers.study.prepare import model_info
     from outliers.workspace import open_workspace
 

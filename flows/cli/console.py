@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from outliers.events.event import Event
-from outliers.plan.estimate import told
-from outliers.plan.plan import GpuShare, Plan
+from outliers.planning.estimate import told
+from outliers.planning.plan import GpuShare, Plan
 from outliers.publish.outcome import Outcome
 from outliers.untrusted.visible import visible
 

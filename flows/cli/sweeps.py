@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.console import busy, line, size
 from outliers.errors import JobFailed, OutliersError
-from outliers.plan.estimate import told
+from outliers.planning.estimate import told
 from outliers.sweep.outcome import Ended, end_of, sentence, short, summary
 from outliers.sweep.sweep import Sweep, SweepStudy, answer, read_sweep
 

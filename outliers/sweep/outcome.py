@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from outliers.plan.estimate import told
+from outliers.planning.estimate import told
 from outliers.publish.outcome import Outcome
 from outliers.sweep.sweep import SweepStudy
 

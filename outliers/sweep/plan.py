@@ -16,7 +16,7 @@ from outliers.errors import OutliersError
 from outliers.hub.client import waited_for_once
 from outliers.machines.base import Provider
 from outliers.machines.providers import provider
-from outliers.plan.plan import Plan, make_plan
+from outliers.planning.plan import Plan, make_plan
 from outliers.spec import DEFAULT_PROVIDER, chosen
 from outliers.study.prepare import model_info
 from outliers.sweep.sweep import Sweep, SweepStudy, next_to_start

@@ -13,7 +13,7 @@ from outliers.capture.load import load_model
 from outliers.errors import BadInput, UnknownModel
 from outliers.model.describe import describe_model
 from outliers.model.source import find_model
-from outliers.plan.plan import needs
+from outliers.planning.plan import needs
 from outliers.spec import ModelSpec, StudySpec
 from outliers.study.prepare import layout_of, model_info, prepare
 from tests.support import tiny
@@ -171,7 +171,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_both_numbers(tmp_path, workspac
     """A machine with one GPU of 1 MiB, as its nvidia-smi tells; without the GPU the study fits."""
     from outliers.errors import PlanRefused
     from outliers.machines.local import LocalProvider
-    from outliers.plan.plan import check_plan
+    from outliers.planning.plan import check_plan
 
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'GPU-1, Toy 1, 1'\n")

@@ -10,7 +10,7 @@ import pytest
 
 from outliers.machines.local import LocalProvider
 from outliers.machines.providers import provider
-from outliers.plan.plan import needs, planned_layout
+from outliers.planning.plan import needs, planned_layout
 from outliers.study.prepare import model_info
 from outliers.sweep.plan import plan_sweep
 from outliers.sweep.sweep import make_sweep

@@ -10,8 +10,8 @@ from prefect.logging import disable_run_logger
 
 from outliers.machines.base import Holder, Rental
 from outliers.machines.local import LocalProvider
-from outliers.plan.plan import needs, planned_layout
-from outliers.plan.remaining import machine_name
+from outliers.planning.plan import needs, planned_layout
+from outliers.planning.remaining import machine_name
 from outliers.spec import StudySpec
 from outliers.study.prepare import prepare
 from tasks.provision import provision

@@ -21,7 +21,7 @@ from outliers.errors import BadInput, PlanRefused
 from outliers.files.atomic import held_bytes
 from outliers.files.sealed import seal_folder
 from outliers.jobs import jobs
-from outliers.plan.plan import request_for
+from outliers.planning.plan import request_for
 from outliers.publish.publish import model_slug
 from outliers.spec import StudySpec
 from outliers.study.parts import Part, captures_of_parts, part_workspace, split

@@ -19,8 +19,8 @@ from outliers.counting.shards import is_here
 from outliers.errors import CaptureError, PlanRefused
 from outliers.jobs import jobs
 from outliers.machines.base import MachineRequest, Provider
-from outliers.plan.estimate import longest_part
-from outliers.plan.plan import check_plan, needs, planned_layout, request_for, runs_here, too_many
+from outliers.planning.estimate import longest_part
+from outliers.planning.plan import check_plan, needs, planned_layout, request_for, runs_here, too_many
 from outliers.publish.outcome import find_finished
 from outliers.store.chunks import Journal
 from outliers.study.memory import PROCESS_BYTES

@@ -14,7 +14,7 @@ from outliers.hardware import GB, Facts, Gpu
 from outliers.machines.base import Offer
 from outliers.model.describe import describe_model
 from outliers.model.source import find_model
-from outliers.plan.estimate import estimate, find_card, left_out, over_budget, price_of, told, total_seconds
+from outliers.planning.estimate import estimate, find_card, left_out, over_budget, price_of, told, total_seconds
 from outliers.spec import ModelSpec, StudySpec
 from outliers.study.prepare import layout_of
 from outliers.workspace import open_workspace

@@ -13,7 +13,7 @@ from flows.cli.console import show_plan
 from outliers.errors import BadInput, PlanRefused
 from outliers.hardware import GB, Facts, Gpu
 from outliers.machines.base import Offer
-from outliers.plan.plan import check_plan, make_plan, request_for, suitable
+from outliers.planning.plan import check_plan, make_plan, request_for, suitable
 from outliers.spec import StudySpec
 from outliers.study.prepare import layout_of, model_info
 from tests.support import tiny

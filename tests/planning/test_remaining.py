@@ -18,8 +18,8 @@ from outliers.errors import PlanRefused
 from outliers.files.records import read_json
 from outliers.jobs import jobs
 from outliers.machines.local import LocalMachine, LocalProvider
-from outliers.plan.plan import download_bytes, needs, planned_layout
-from outliers.plan.remaining import JOINED, Rest, analysis_bytes, check_rest, machine_name, rest_of, rest_of_part
+from outliers.planning.plan import download_bytes, needs, planned_layout
+from outliers.planning.remaining import JOINED, Rest, analysis_bytes, check_rest, machine_name, rest_of, rest_of_part
 from outliers.spec import StudySpec
 from outliers.steps import run_extract, run_report
 from outliers.study.parts import part_workspace, split

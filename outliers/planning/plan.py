@@ -22,7 +22,7 @@ from outliers.machines.base import Excluded, MachineRequest, Offer, Provider
 from outliers.model.describe import ModelInfo, check_place
 from outliers.model.quantization import DEQUANTIZABLE, Place, installed_packages
 from outliers.model.weights import ITEM_BYTES
-from outliers.plan.estimate import LOCAL, Step, estimate, left_out, longest_part, over_budget, price_of, total_seconds
+from outliers.planning.estimate import LOCAL, Step, estimate, left_out, longest_part, over_budget, price_of, total_seconds
 from outliers.spec import StudySpec, chosen
 from outliers.study.layout import Layout
 from outliers.study.memory import even_placement, needs, placement_for

@@ -19,7 +19,7 @@ from outliers.machines.base import Offer
 from outliers.model.describe import describe_model, method_of, quantization_of
 from outliers.model.quantization import METHODS, Place, kept_as_stored, refusal
 from outliers.model.source import find_model
-from outliers.plan.plan import check_plan, make_plan
+from outliers.planning.plan import check_plan, make_plan
 from outliers.spec import StudySpec
 from outliers.study.memory import needs
 from outliers.study.prepare import model_info
