@@ -1,9 +1,12 @@
-"""A name that is not known, and the known one that was probably meant. Knows no kind of name."""
+"""Names: the provider that is this computer, and for a name that is not known the one that was probably meant."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+
+LOCAL = "local"
+"""The provider that is this computer."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

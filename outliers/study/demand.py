@@ -1,13 +1,20 @@
-"""Memory that a study takes: on the machine, and on each GPU. The one place where that is decided, for plan and loading alike.
+"""What a study takes of a machine, computed once: the shapes of its capture, memory, and how the model lies on GPUs.
 
-Arithmetic on a description of the model; no torch is loaded for it. Weights are counted whole, with all experts. Before
-it: `model_info`, with `weights` and `work`. After it: `plan`, which refuses, and the loading, which places.
+`demand_of` is the one place where that is decided, for planning and for loading. It is arithmetic on a description of the
+model and loads no torch. Weights count whole, with all experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from outliers.hardware import Gpu, is_named_like
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
+from outliers.study.layout import Layout
+from outliers.study.parts import longest_shard
 from outliers.study.placement import Placement, even, fit
 from outliers.study.prepare import layout_of
 from outliers.study.ring_size import MAX_WRITERS, ring_bytes, ring_slots, writers_bytes
@@ -23,65 +30,106 @@ SLICE_BYTES = 64 * 1024 * 1024
 """`perplexity.SLICE_BYTES`, which can't be read without loading torch; a test holds them equal."""
 
 
-def needs(spec: StudySpec, info: ModelInfo) -> dict[str, int]:
-    """Bytes of memory that a study takes.
+@dataclass(frozen=True)
+class Demand:
+    """What a study takes of a machine. Made by `demand_of`; all amounts are in bytes.
 
-    ring_bytes: of the capture. activation_bytes: of one layer's forward pass. vram_bytes: of one GPU that holds the whole
-    model. ram_bytes: of a machine that computes without a GPU. host_ram_bytes: of one that computes with GPUs.
+    A study that is split over several machines takes each amount of memory on each of them.
     """
-    weights = info.weights
-    layer, activations = max(weights.layer_bytes), _activation_bytes(spec, info)
-    ring = _ring_bytes(spec, info)
-    layout = layout_of(spec, info)
+
+    spec: StudySpec
+    model: ModelInfo
+    layout: Layout
+    """Of the whole capture."""
+    parts: tuple[int, ...]
+    """Weights of the embedding, each decoder layer, and the rest, in the order of the forward pass."""
+    ring_bytes: int
+    """The staging buffers between the forward pass and the writers."""
+    activation_bytes: int
+    """One layer's forward pass over one batch, an upper bound, with the head's where it runs."""
+    work_bytes: int
+    """On each GPU in addition to its weights: one layer's pass and the tensors that wait for the ring, or, while the experts
+    of a layer are merged, that layer once more."""
+    vram_bytes: int
+    """A GPU that holds the whole model."""
+    ram_bytes: int
+    """Main memory where no GPU computes."""
+    host_ram_bytes: int
+    """Main memory where GPUs compute."""
+
+    @cached_property
+    def shard_layout(self) -> Layout:
+        """Shapes of the longest shard's part of the capture. BadInput where there are more shards than batches."""
+        return layout_of(longest_shard(self.spec), self.model)
+
+    @property
+    def shares_machine(self) -> bool:
+        """Whether several processes of the study run on this computer together."""
+        return self.spec.compute.runs_here and self.spec.compute.shards > 1
+
+    @property
+    def gpus_each(self) -> int | None:
+        """How many GPUs a process may use, None for all it finds. Processes that share this computer have one each."""
+        asked = self.spec.compute.gpu_count
+        return 1 if self.shares_machine and asked != 0 else asked
+
+    def memory_bytes(self, *, gpus: bool) -> int:
+        """Main memory of one process, that computes with or without GPUs."""
+        return self.host_ram_bytes if gpus else self.ram_bytes
+
+    def uses_gpus(self, gpus: Sequence[Gpu]) -> bool:
+        """Whether the study computes on a machine's GPUs."""
+        return bool(gpus) and self.spec.compute.gpu_count != 0
+
+    def place(self, gpus: Sequence[Gpu], most: int | None) -> Placement:
+        """Which GPU holds which part of the model: as few GPUs as hold it, at most `most`, of those that --gpu-filter allows.
+
+        A GPU whose `total_bytes` is 0 (its driver doesn't tell) is taken to be large enough. Raises PlanRefused with what
+        is needed and what there is.
+        """
+        wanted = self.spec.compute.gpu_filter
+        totals = tuple(gpu.total_bytes if is_named_like(gpu.name, wanted) else None for gpu in gpus)
+        return fit(self.parts, totals, self.work_bytes, most)
+
+    def place_evenly(self) -> Placement:
+        """The model on --gpu-count equal GPUs (one where that is left open), however large they have to be."""
+        return even(self.parts, self.gpus_each or 1, self.work_bytes)
+
+
+def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
+    """What a study of this model takes of a machine."""
+    layout, weights = layout_of(spec, info), info.weights
+    slot = spec.capture.batch_sequences * layout.positions * max(layout.widths.values()) * layout.itemsize
+    ring = ring_bytes(slot, ring_slots(slot))
+    pinned = ring_bytes(slot, ring_slots(slot), pinned=True)
     writers = writers_bytes(layout.largest_chunk_bytes, MAX_WRITERS, packed=layout.codec != "none")
-    # while experts are merged from their files a layer is there twice; no pass runs then
-    fleeting = max(layer, activations)
+    activations, layer = _activation_bytes(spec, info, layout.itemsize), max(weights.layer_bytes)
+    work = max(activations + ring, layer)
     # a GGUF file is dequantized to float32 before it is cast, on this machine
     gguf = info.total_parameters * 4 if info.source.kind == "gguf" else 0
+    # weights go to the GPUs tensor by tensor from memory-mapped files, whose pages the system can take back
     host = max(layer, weights.memory_bytes + gguf if gguf else 0)
-    return {
-        "ring_bytes": ring,
-        "activation_bytes": activations,
-        "vram_bytes": weights.memory_bytes + work_bytes(spec, info),
-        "ram_bytes": weights.memory_bytes + gguf + fleeting + ring + writers + PROCESS_BYTES,
-        # weights go to the GPUs tensor by tensor from memory-mapped files, whose pages the system can take back
-        "host_ram_bytes": host + _ring_bytes(spec, info, pinned=True) + writers + GPU_PROCESS_BYTES,
-    }
+    return Demand(
+        spec=spec,
+        model=info,
+        layout=layout,
+        parts=weights.parts,
+        ring_bytes=ring,
+        activation_bytes=activations,
+        work_bytes=work,
+        vram_bytes=weights.memory_bytes + work,
+        # while experts are merged from their files a layer is there twice; no pass runs then
+        ram_bytes=weights.memory_bytes + gguf + max(layer, activations) + ring + writers + PROCESS_BYTES,
+        host_ram_bytes=host + pinned + writers + GPU_PROCESS_BYTES,
+    )
 
 
-def work_bytes(spec: StudySpec, info: ModelInfo) -> int:
-    """Bytes that each GPU needs beside the weights: one layer's pass and the tensors that wait for the ring, or, while
-    the experts of a layer are merged, that layer once more."""
-    return max(_activation_bytes(spec, info) + _ring_bytes(spec, info), max(info.weights.layer_bytes))
-
-
-def placement_for(info: ModelInfo, spec: StudySpec, gpu_bytes: tuple[int | None, ...]) -> Placement:
-    """Which GPU holds which part of the model, on as few GPUs as do; at most --gpu-count of them.
-
-    gpu_bytes: total memory of each device as it was found, by its number; 0 where it is not told, None for one that must
-    not be used (--gpu-filter). Raises PlanRefused with what is needed and what there is.
-    """
-    return fit(info.weights.parts, gpu_bytes, work_bytes(spec, info), spec.compute.gpu_count)
-
-
-def even_placement(info: ModelInfo, spec: StudySpec) -> Placement:
-    """The model on --gpu-count equal GPUs (one where that is left open), however large they have to be."""
-    return even(info.weights.parts, spec.compute.gpu_count or 1, work_bytes(spec, info))
-
-
-def _activation_bytes(spec: StudySpec, info: ModelInfo) -> int:
-    """Bytes of one layer's forward pass over one batch, an upper bound (`work`), with the head's where it runs."""
+def _activation_bytes(spec: StudySpec, info: ModelInfo, itemsize: int) -> int:
     passing = info.weights.work.bytes(
         spec.capture.batch_sequences,
         spec.corpus.sequence_length,
-        layout_of(spec, info).itemsize,
+        itemsize,
         eager=info.attention_implementation == "eager",
         padded=spec.corpus.packing == "documents",
     )
     return max(passing, HEAD_SLICES * SLICE_BYTES) if spec.capture.perplexity else passing
-
-
-def _ring_bytes(spec: StudySpec, info: ModelInfo, *, pinned: bool = False) -> int:
-    layout = layout_of(spec, info)
-    slot = spec.capture.batch_sequences * layout.positions * max(layout.widths.values()) * layout.itemsize
-    return ring_bytes(slot, ring_slots(slot), pinned=pinned)
