@@ -1,6 +1,7 @@
 """Locks between processes: an flock, which ends with its holder, however that ends.
 
-It knows nothing of what is held. Before it: whoever must be alone at something.
+`locked` is for a lock whose file goes with it and that is waited for with a callback; `hold` for a lock whose file stays;
+`try_lock` for one that is not waited for. Nothing here knows what a lock protects.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 
 @contextlib.contextmanager
@@ -25,13 +27,36 @@ def locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, which is made if it is missing and stays, while the block runs; other threads and processes
+    wait. Raises OSError where the file can't be opened."""
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def try_lock(file: int | IO[bytes]) -> bool:
+    """Lock an open file until it is closed; False, at once, where another thread or process has its lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(file: int | IO[bytes]) -> None:
+    """Give up the lock of an open file before it is closed."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def _take(path: Path, wait: Callable[[], None]) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            while not _has_taken(handle):
+            while not try_lock(handle):
                 wait()
-            # who had it has removed the file: what was waited for is nobody's lock any more
+            # the holder removes the file when it ends: a lock on a removed file protects nothing
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), path.stat()):
                     return handle
@@ -41,16 +66,8 @@ def _take(path: Path, wait: Callable[[], None]) -> int:
         os.close(handle)
 
 
-def _has_taken(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def is_locked(path: Path) -> bool:
-    """Whether a process holds an flock on a file, which ends with it; False where there is no file.
+    """Whether a process holds an flock on a file, which ends with the process; False where the file does not exist.
 
     Asked with a shared lock: those who ask don't see one another.
     """

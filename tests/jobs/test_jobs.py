@@ -65,14 +65,13 @@ def test_what_cannot_be_a_job_is_refused(workspace, name, argv):
 
 def test_the_error_of_a_step_arrives_as_what_it_was(workspace):
     code = (
-        "from outliers import errors, jobs\n"
+        "from outliers import errors; from outliers.jobs import jobs\n"
         "try: raise errors.PlanRefused('needs 9 GB, has 1 GB')\n"
         "except errors.OutliersError as error: jobs.record_error(error); raise SystemExit(1)"
     )
     handle = jobs.start(workspace, python(code))
     with pytest.raises(errors.PlanRefused, match=r"^needs 9 GB, has 1 GB$"):
         jobs.result(handle.folder)
-    assert type(jobs.recorded_error(handle.folder)) is errors.PlanRefused
     assert json.loads((handle.folder / "exit.json").read_text())["error"]["kind"] == "PlanRefused"
 
 
@@ -151,7 +150,7 @@ def test_a_start_during_a_cancel_is_another_attempt(workspace):
 
 
 STARTER = (
-    "import sys, time\nfrom pathlib import Path\nfrom outliers import jobs\n"
+    "import sys, time\nfrom pathlib import Path\nfrom outliers.jobs import jobs\n"
     "root, code = Path(sys.argv[1]), sys.argv[2]\n"
     "(root / f'ready-{sys.argv[3]}').touch()\n"
     "while not (root / 'go').exists(): time.sleep(0.0005)\n"

@@ -70,7 +70,7 @@ def test_a_second_start_of_the_name_joins_until_it_has_ended(machine, shared):
 
 def test_the_error_of_a_job_arrives_as_what_it_was(machine):
     code = (
-        "from outliers import errors, jobs\n"
+        "from outliers import errors; from outliers.jobs import jobs\n"
         "try: raise errors.PlanRefused('needs 9 GB, has 1 GB')\n"
         "except errors.OutliersError as error: jobs.record_error(error); raise SystemExit(1)"
     )
