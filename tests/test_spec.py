@@ -10,10 +10,12 @@ from fractions import Fraction
 import pytest
 from pydantic import ValidationError
 
+from flows.study import study
 from outliers.errors import BadInput, PlanRefused
 from outliers.machines.options import TAKEN_BY, check_options, foreign
 from outliers.spec import ComputeSpec, CriteriaSpec, StudySpec, digest
 from outliers.study.prepare import prepare
+from outliers.sweep.sweep import answer, make_sweep
 from outliers.workspace import open_workspace
 from tests.support import tiny
 
@@ -165,10 +167,15 @@ def test_an_option_of_another_provider_is_refused_before_the_model_is_looked_for
         check_options(ComputeSpec.model_validate(written | {"provider": name}))
     for field in TAKEN_BY:
         assert foreign(ComputeSpec.model_validate({field: written[field]})) == ()
-    spec = StudySpec.model_validate({"model": "no/model", "compute": {"max_price": 3, "host": "lab1"}})
-    with pytest.raises(PlanRefused, match=r"^provider local, the default, does not take --host .*say --provider ssh$"):
-        prepare(spec, workspace)
+    compute = ComputeSpec(max_price=3, host="lab1", workspace=str(workspace.root))
+    entry = {"name": "one", "model": "no/model", "compute": compute.model_dump(exclude_defaults=True)}
+    (planned,) = make_sweep({"study": [entry]}, "one").studies
+    for begin in (lambda: study.fn("no/model", compute=compute), lambda: answer(planned)):
+        with pytest.raises(
+            PlanRefused, match=r"^provider local, the default, does not take --host .*say --provider ssh$"
+        ):
+            begin()
     monkeypatch.setenv("OUTLIERS_PROVIDER", "ssh")
-    check_options(spec.compute)
+    check_options(compute)
     with pytest.raises(BadInput, match="a port stands in the ssh configuration"):
         check_options(ComputeSpec(host="lab1:22"))

@@ -8,7 +8,6 @@ which names files that the disk has.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import threading
@@ -16,9 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from outliers.errors import CaptureError
-from outliers.files.atomic import CAN_SYNC_ALL, start_writing, sync_all, sync_folder, unfinished_name, write_all
+from outliers.files.atomic import (
+    CAN_SYNC_ALL,
+    NO_ROOM,
+    start_writing,
+    sync_all,
+    sync_folder,
+    unfinished_name,
+    write_all,
+)
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What a disk that takes no more answers: left as OSError, for the command knows how much is free."""
 
 MOST_UNSYNCED = 64
