@@ -29,6 +29,16 @@ def amounts(first: int, *others: int, unit: str | None = None, digits: int = 2) 
     return texts
 
 
+def in_gb(first: int, *others: int) -> tuple[str, ...]:
+    """Bytes in GB (10^9), with one digit, and more until the first differs from all others: `63.0 GB`."""
+    texts: tuple[str, ...] = ()
+    for digits in range(1, 10):
+        texts = tuple(f"{number / 1e9:.{digits}f} GB" for number in (first, *others))
+        if texts[0] not in texts[1:]:
+            break
+    return texts
+
+
 def format_gb(size: float) -> str:
     """Bytes in GB (10^9): `3.22 GB`."""
     return f"{size / 1e9:.2f} GB"

@@ -17,7 +17,7 @@ from outliers.events.event import Event
 from outliers.hardware import GB, Facts, Gpu, is_named_like
 from outliers.jobs.jobs import JobHandle, JobSpec, Status
 from outliers.machines.lease import MAX_SECONDS, SLACK_SECONDS
-from outliers.units import amounts
+from outliers.units import in_gb
 from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES
 
 if TYPE_CHECKING:
@@ -291,5 +291,5 @@ def _gpu_reasons(gpus: tuple[Gpu, ...], request: MachineRequest) -> list[str]:
 
 def _with_amounts(text: str, asked: int, has: int) -> str:
     """`text` with both amounts of bytes in the place of {asked} and {has}."""
-    needed, there = amounts(asked, has, unit="GB", digits=1)
+    needed, there = in_gb(asked, has)
     return text.format(asked=needed, has=there)

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import PlanRefused
-from outliers.units import amounts
+from outliers.units import in_gb
 
 CONTEXT_BYTES = 1_000_000_000
 """Kept free on each GPU for the CUDA context, its libraries' workspaces and compiled kernels. Chosen, not measured."""
@@ -145,24 +145,20 @@ def _too_small(parts: tuple[int, ...], totals: tuple[int, ...], work_bytes: int)
     if not totals:
         return f"no GPU may be used: {remedy}"
     if len(totals) == 1:
-        needed, has, free = _in_gb(sum(parts) + work_bytes, totals[0], usable(totals[0]))
+        needed, has, free = in_gb(sum(parts) + work_bytes, totals[0], usable(totals[0]))
         return (
             f"the study needs {needed} on one GPU, the largest has {has} ({free} usable beside the context): choose a larger one "
             "(--min-vram), or --gpu-count 0 to compute without"
         )
     each = f"{len(totals)} GPUs of {' and '.join(f'{total / GB:.0f} GB' for total in sorted(set(totals)))}"
-    needed, free = _in_gb(sum(parts) + len(totals) * work_bytes, sum(map(usable, totals)))
+    needed, free = in_gb(sum(parts) + len(totals) * work_bytes, sum(map(usable, totals)))
     if sum(parts) + len(totals) * work_bytes > sum(map(usable, totals)):
         return f"the weights and one layer's work on each GPU need {needed} over {each} ({free} usable): {remedy}"
     fullest = even(parts, len(totals), work_bytes)
-    held, least = _in_gb(max(fullest.weight_bytes(gpu) for gpu in fullest.gpus) + work_bytes, min(map(usable, totals)))
+    held, least = in_gb(max(fullest.weight_bytes(gpu) for gpu in fullest.gpus) + work_bytes, min(map(usable, totals)))
     return (
         f"cut between layers, the weights and one layer's work need {held} on one of {each} ({least} usable): {remedy}"
     )
-
-
-def _in_gb(first: int, *others: int) -> tuple[str, ...]:
-    return amounts(first, *others, unit="GB", digits=1)
 
 
 def device_map(

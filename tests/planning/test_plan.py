@@ -187,7 +187,7 @@ def test_a_budget_is_for_all_machines(spread):
 
 
 class Here(Catalog):
-    """This computer, with so many bytes of memory free."""
+    """This computer, with `ram` bytes of memory free."""
 
     def __init__(self, ram, gpus=()):
         super().__init__(Offer("local", "local", Facts(2, 64 * GB, ram, 200 * GB, gpus, "3.11"), 0.0))

@@ -36,7 +36,7 @@ NAPS = "import time; time.sleep(300)"
 
 
 class SmallMachine(LocalMachine):
-    """This computer with so many bytes of memory and disk free."""
+    """This computer with `ram` bytes of memory and `disk` bytes of disk free."""
 
     ram = disk = 0
 

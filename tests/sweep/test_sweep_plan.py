@@ -95,7 +95,7 @@ def test_the_price_of_a_sweep_is_the_sum_of_its_studies(model, workspace):
 
 
 class Small(LocalProvider):
-    """This machine, with so many bytes of disk and memory free."""
+    """This computer, with given bytes of disk and memory free."""
 
     def __init__(self, workspace, disk=None, ram=None):
         super().__init__(workspace)
