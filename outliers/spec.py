@@ -31,7 +31,7 @@ DEFAULT_PROVIDER = LOCAL
 """This computer."""
 
 EXECUTOR = re.compile(r"threads(=[1-9][0-9]{0,3})?|dask=[a-z]+://[^\s@]+")
-"""Who may count. No address has a user or password in it."""
+"""What may count. An address has no user or password in it."""
 
 FORMAT_VERSION = 1
 """Of the capture on disk; part of capture_id."""

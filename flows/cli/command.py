@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from outliers.untrusted.visible import visible
 
-    # names, labels and what machines and stores say are text and never markup, whoever prints them
+    # names, labels and what machines and stores say are printed as text, never as markup
     console = Console(stderr=True, markup=False, emoji=False)
     verbs = {
         "study": study_command,

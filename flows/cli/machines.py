@@ -233,7 +233,7 @@ def _rentals(workspace: Workspace) -> tuple[list[Rental], list[str]]:
     silent = list(Rentals(workspace.root).unreadable())
     for name in REMOTE:
         if not Rentals(workspace.root).ever(name):
-            continue  # asking a provider that nobody uses takes seconds
+            continue  # asking a provider that was never used takes seconds
         try:
             found += provider(name, workspace.root).list()
         except OutliersError as error:

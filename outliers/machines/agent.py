@@ -79,7 +79,7 @@ def _lease(found: lease.Lease) -> dict[str, Any]:
 
 
 def start(workspace: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Start a job, or find the one of that name that runs; MachineLost where nobody holds the machine."""
+    """Start a job, or find the one of that name that runs; MachineLost where the machine has no holder."""
     job = JobSpec(name=request["name"], argv=tuple(request["argv"]), env=request.get("env", {}))
     with lease.held(workspace):
         handle = jobs.start(workspace, job)

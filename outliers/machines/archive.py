@@ -113,7 +113,7 @@ def _check_name(name: str, limits: Limits) -> None:
 
 
 def _members(archive: IO[bytes]) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of each file; who asks for the next has read its bytes and their padding."""
+    """(name, bytes) of each file; the caller reads its bytes and their padding before the next."""
     name: str | None = None
     while True:
         header = archive.read(BLOCK)

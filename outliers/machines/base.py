@@ -221,7 +221,7 @@ class Rental:
         return self.price_per_hour * max(0.0, now - self.since) / 3600
 
     def is_over(self, now: float) -> bool:
-        """Whether nobody has renewed it in time. A time that no lease reaches (the clock was set back, the record is damaged)
+        """Whether it was not renewed in time. A time that no lease reaches (the clock was set back, the record is damaged)
         counts as over too: else nothing would ever end the machine."""
         left = self.lease_until - now
         # infinite: it has no record here, and its provider's own timer ends it

@@ -136,7 +136,7 @@ def candidates(
 def enabled_clouds() -> tuple[str, ...]:
     """The clouds that the last `sky check` found usable, by name; empty where that isn't written on this computer.
 
-    Reads a file and asks nobody: a cloud whose key was revoked since is named too.
+    Reads a file and makes no request: a cloud whose key was revoked since is named too.
     """
     import_sky()
     from sky import global_user_state, skypilot_config

@@ -187,10 +187,10 @@ class Connection:
                 )
 
     def _open_master(self) -> None:
-        """Start the kept connection, if it isn't there: apart, since a master keeps the pipes of who started it open.
+        """Start the kept connection, if it isn't there: apart, since a master keeps the pipes of its parent open.
 
-        One process at a time: an ssh that finds the socket taken while it logs in stays as a connection that nobody uses,
-        and nothing ever ends it.
+        One process at a time: an ssh that finds the socket taken while it logs in stays as an unused connection that
+        nothing ever ends.
         """
         with self._lock, hold(self._socket.with_suffix(".lock")):
             if self._socket.exists() and self._has_master():
@@ -316,7 +316,7 @@ def _short(command: str) -> str:
 
 
 def _socket_folder() -> Path:
-    """A folder of this user alone, of a name that nobody can foresee: the one that is there already, or a new one.
+    """A folder that only this user can use, with a name that can't be guessed: the one that is there already, or a new one.
 
     It is known by its owner and its mode, and by no name: others may make what they like in /tmp, but nothing that is ours.
     """

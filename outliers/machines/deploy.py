@@ -135,7 +135,7 @@ def _plan(destination: str, found: Probe, own_python: bool, wheel: Wheel) -> _Pl
 
 
 def _make_venv(connection: Connection, plan: _Plan, found: Probe) -> None:
-    """Make the environment; who comes at the same time waits for the lock, and then finds it made."""
+    """Make the environment; another deployment at the same time waits for the lock, and then finds it made."""
     _log.info("installing the environment on %s (once; minutes where torch is downloaded)", connection.destination)
     base = f"{found.root}/deploy"
     files = {f"{base}/{name}.txt": text for name, text in _texts(plan).items()}

@@ -22,15 +22,18 @@ def check_destination(text: str) -> None:
     shown, what = visible_line(text), "user@host, or a name of your ssh configuration"
     # of a user and a host, and of an address, each part
     if text.startswith("-") or "@-" in text or "/-" in text:
-        raise BadInput(f"'{shown}' is no host: a name that begins with a dash would be an option of ssh; give {what}")
+        raise BadInput(
+            f"'{shown}' is not a valid host name: a name that begins with a dash would be an option of ssh; give {what}"
+        )
     host = text.rpartition("@")[2]
     plain = visible_line(text, len(text)) == text and "%" not in _SCOPED.sub("", text)
     if not (_DESTINATION.fullmatch(text) and plain) or not host or "\\" in host or host.startswith("~"):
-        raise BadInput(f"'{shown}' is no host: {what}")
+        raise BadInput(f"'{shown}' is not a valid host name: {what}")
     if with_port := _WITH_PORT.fullmatch(text):
         user, host, port = with_port.groups()
         raise BadInput(
-            f"'{text}' is no host: a port stands in the ssh configuration. Put 'Host NAME', 'HostName {host}', 'Port {port}'"
+            f"'{text}' is not a valid host name: a port stands in the ssh configuration. "
+            f"Put 'Host NAME', 'HostName {host}', 'Port {port}'"
             + (f", 'User {user}'" if user else "")
             + " into ~/.ssh/config, a line each, and use NAME"
         )

@@ -1,13 +1,13 @@
-"""The lease of a machine, on that machine: who holds it and until when, and the watchdog that ends what nobody renews.
+"""The lease of a machine, on that machine: its holders, until when, and the watchdog that ends its jobs after that.
 
     <workspace>/lease.json       {"holders": {id: {"title", "until", "seconds", "boot", "since"}}, "remove_files"}
     <workspace>/lease.lock       held during a change
     <workspace>/watchdog.lock    held by the watchdog while it lives
 
-`python -m outliers.machines.lease WORKSPACE` is the watchdog: detached, started by `hold`, gone with the last holder. It ends the
-jobs of its workspace, and removes their files if that was asked, with the weights that nobody else there needs. Whatever
-happens to who rented the machine, its processes end; a rented machine itself is ended by its provider's own timer. Of a
-study it knows which model it names.
+`python -m outliers.machines.lease WORKSPACE` is the watchdog: detached, started by `hold`, it
+exits after the last holder. It ends the jobs of its workspace, and removes their files if that was asked, with weights that no
+other workspace there needs. So the processes end whatever happens to the computer that started them. A rented machine itself is
+ended by its provider's own timer.
 
 A lease that can't be read is over: `until` is unix seconds of this machine's clock, `since` seconds of its clock since boot
 `boot`, and the shorter of both counts, so a clock that is set back lengthens nothing. Nothing is longer than MAX_SECONDS.
@@ -51,8 +51,8 @@ MACHINES, UPLOADS, HUB = "machines", "uploads", "hub"
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """`until`: the last holder's, in unix seconds of this machine; 0 where nobody holds it. `readable`: whether the file was
-    what `hold` writes; what was not is held by nobody."""
+    """`until`: the last holder's, in unix seconds of this machine; 0 without holders. `readable`: whether the file was
+    what `hold` writes; otherwise there are no holders."""
 
     holders: dict[str, dict[str, Any]]
     until: float
@@ -166,7 +166,7 @@ def hold(
     """
     with _changing(workspace):
         known = read(workspace)
-        # who is over is dropped here, so that a machine that is held for days keeps no list of the past
+        # holders whose time is over are dropped, so that the file of a machine that is held for days does not grow
         holders = {key: one for key, one in known.holders.items() if one["until"] > time.time()}
         holders[holder] = _entry(title, seconds)
         _write(workspace, holders, known.remove_files if remove_files is None else remove_files)
@@ -258,18 +258,18 @@ def watch(workspace: Path) -> None:
         if not locks.try_lock(lock):
             return
         doubted = False
-        while workspace.is_dir():  # who removes it has ended all that was in it
+        while workspace.is_dir():  # whatever removes it has ended its jobs before
             try:
                 with _changing(workspace):
                     lease = read(workspace)
-                    # under the lock: who holds again now waits, and then starts another watchdog
+                    # under the lock: a `hold` at this moment waits, and then starts another watchdog
                     sure = lease.readable or doubted
                     if sure and lease.until <= time.time() and _ended(workspace, lease.remove_files):
                         _write(workspace, {}, lease.remove_files)
                         locks.unlock(lock)
                         return
             except OSError:
-                # neither lock nor lease can be had, from a disk that is failing, say: so nobody can renew
+                # neither lock nor lease can be read, on a failing disk for example: no renewal can succeed either
                 lease = Lease({}, 0.0, False, readable=False)
                 if doubted and _ended(workspace, False):
                     return

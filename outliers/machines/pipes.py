@@ -128,7 +128,7 @@ def read_lines(process: subprocess.Popen[bytes], silence_seconds: float, errors:
                     rest, passed, skipping = b"", 0, True
                 elif not whole:
                     continue
-                # who takes the lines may have been busy meanwhile
+                # the reader of the lines may have been busy meanwhile
                 deadline = time.monotonic() + silence_seconds
 
 

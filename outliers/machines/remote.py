@@ -152,7 +152,7 @@ class RemoteMachine:
                 _log.info("sending %s to %s (%.1f MB)", path.name, self.name, path.stat().st_size / 1e6)
             done = self.connection.send(command, path, int(begin), TRANSFER_SECONDS)
             if done.returncode == BUSY:
-                raise MachineLost(f"{path.name} is being sent to {self.name} by somebody else, or was until just now")
+                raise MachineLost(f"{path.name} is being sent to {self.name} by another process, or was until just now")
             if done.returncode:
                 raise JobFailed(f"{path.name} could not be written on {self.name}: {last_line(done.text())}")
             self.ask("settle", seconds=600, patient=False, path=place, sha256=sha256)

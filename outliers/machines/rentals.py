@@ -2,7 +2,7 @@
 
     <workspace>/machines/<name>.json     one rental, while it may still cost something
     <workspace>/machines/history.jsonl   a line for each that has ended, with what it cost
-    <workspace>/machines/lock            held by who changes a record
+    <workspace>/machines/lock            held while a record changes
 
 Knows no provider.
 """
@@ -116,7 +116,7 @@ class Rentals:
         self, name: str, provider: str, places: Mapping[str, float], holder: str, title: str, seconds: float
     ) -> Rental:
         """As `begin`, at one of `places` (their prices an hour): the cheapest, of equal prices the one with the fewest
-        records, then by name. Chosen and written under one lock: those who choose at once don't all choose the same. A
+        records, then by name. Chosen and written under one lock: runs that choose at the same time don't all choose the same. A
         machine that is recorded at one of them meanwhile is held on."""
         with self._changing():
             known, taken = self.get(name), [rental.place for rental in self.all(provider)]
@@ -139,7 +139,7 @@ class Rentals:
         return made
 
     def hold(self, name: str, holder: str, title: str, seconds: float, alive: bool = True) -> Rental | None:
-        """Notes that `holder` needs it for `seconds` from now, renewed by this process, or, not `alive`, by nobody; None
+        """Notes that `holder` needs it for `seconds` from now, renewed by this process, or, where not `alive`, not renewed; None
         where there is no record."""
         return self._change(name, holder, Holder(title, time.time() + seconds, this_process() if alive else ""))
 
@@ -309,7 +309,7 @@ def _parse(record: dict[str, Any]) -> Rental:
     """The rental of a record; ValueError, KeyError or TypeError where it is not one.
 
     Times that can't be have no comparison that ever says "over", so such a record is none either: it is told to whoever
-    looks, and `reap` fails at it, until somebody has looked.
+    looks, and `reap` fails at it, until a person has looked.
     """
     holders = {key: Holder(**value) for key, value in record.pop("holders").items()}
     rental = Rental(**record, holders=holders)

@@ -123,7 +123,7 @@ class SkyProvider:
                 known = self._rent(name, request, holder, title)
             seconds = self._lease(name, request, known.price_per_hour)
             known = self._rentals.begin(name, NAME, known.place, known.price_per_hour, holder, title, seconds)
-            # given up by somebody else between the look at it and now: looked at again
+            # another process has released it since it was listed: list again
             if known.state != "releasing":
                 return known, seconds
 
@@ -301,7 +301,7 @@ class SkyProvider:
 
 
 def _gone_by(known: Rental) -> float:
-    """When a machine that is gone had ended at the latest. One whose launch nobody has seen the end of got its timer then."""
+    """The latest time at which a machine that is gone had ended. One whose launch was not seen to end got its timer then."""
     return gone_by(known) + (LAUNCH_SECONDS if known.state == "launching" else 0.0)
 
 

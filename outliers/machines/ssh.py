@@ -4,7 +4,7 @@
     outliers study --provider ssh ...                  the cheapest added host that fits
     outliers study --provider ssh --host user@host     this one
 
-A study gets a workspace of its own on the host, below `~/.outliers/machines/<name>`, and a lease: when nobody renews it, a
+A study gets a workspace of its own on the host, below `~/.outliers/machines/<name>`, and a lease: when it is not renewed, a
 watchdog there ends the study's processes. The host itself is the user's and is never ended.
 """
 
@@ -161,7 +161,7 @@ class SshProvider:
 
     def ensure(self, name: str, request: MachineRequest, holder: str, title: str) -> Machine:
         places = self._places_for(name, request)
-        # written first: whatever happens from here on, it is known who was asked
+        # recorded first: whatever happens from here on, the host is known
         self._rentals.begin_at_one(name, NAME, places, holder, title, request.lease_seconds)
         try:
             # an environment may take longer to install than the lease lasts
