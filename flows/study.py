@@ -26,6 +26,7 @@ from outliers.machines.providers import provider
 from outliers.publish.outcome import Outcome, find_finished, find_outcome, make_outcome
 from outliers.publish.publish import check_target
 from outliers.spec import (
+    STORE_PATTERN,
     CaptureSpec,
     ComputeSpec,
     CorpusSpec,
@@ -52,7 +53,7 @@ CANCEL_SECONDS = 25.0
 """Prefect ends a cancelled run 30 s after it was told."""
 
 
-Target = Annotated[str, Field(pattern=r"^(s3://[^/@?#]+(/[^?#]*)?|file:///[^?#]+)$", title="artifact store")]
+Target = Annotated[str, Field(pattern=STORE_PATTERN, title="artifact store")]
 """As StudySpec asks it, so that a deployment refuses it before a run exists: a run's parameters are there for all to read."""
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 

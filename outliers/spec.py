@@ -30,6 +30,10 @@ PROVIDER_VARIABLE = "OUTLIERS_PROVIDER"
 DEFAULT_PROVIDER = LOCAL
 """This computer."""
 
+STORE_PATTERN = r"^(s3://[^/@?#]+(/[^?#]*)?|file:///[^?#]+)$"
+"""`publish_to` as a JSON schema can say it, so that a Prefect server refuses a URL with a login before it keeps the run's
+parameters. It lets through every URL that StudySpec accepts; StudySpec refuses more."""
+
 EXECUTOR = re.compile(r"threads(=[1-9][0-9]{0,3})?|dask=[a-z]+://[^\s@]+")
 """What may count. An address has no user or password in it."""
 
@@ -47,6 +51,12 @@ def chosen(name: str) -> str:
 def short_model_name(model_id: str) -> str:
     """`SmolLM2-135M`, from a model's id as it is given: nothing is looked up for a name."""
     return model_id.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:").removesuffix(".gguf")
+
+
+def has_login(url: str) -> bool:
+    """Whether a URL carries a user or password before its host."""
+    parts = urlsplit(url)
+    return bool(parts.username or parts.password or re.search(r"://[^/]*@", url))
 
 
 def digest(payload: Any) -> str:
@@ -329,7 +339,7 @@ class StudySpec(Part):
         if url is None:
             return None
         parts = urlsplit(url)
-        if parts.username or parts.password or re.search(r"://[^/]*@", url):
+        if has_login(url):
             raise ValueError(
                 "a URL must not carry a user or password: keys come from the environment (AWS_ACCESS_KEY_ID)"
             )
