@@ -60,7 +60,7 @@ class Demand:
     @cached_property
     def shard_layout(self) -> Layout:
         """Shapes of the longest shard's part of the capture. BadInput where there are more shards than batches."""
-        return layout_of(longest_shard(self.spec), self.model)
+        return layout_of(longest_shard(self.spec), self.model) if self.spec.compute.shards > 1 else self.layout
 
     @property
     def shares_machine(self) -> bool:
