@@ -255,8 +255,15 @@ def test_one_job_that_can_not_be_ended_spares_no_other(place, escaped):
 
 
 @pytest.mark.servers
-def test_the_watchdog_tries_again_what_can_not_be_ended(place, escaped):
+def test_the_watchdog_tries_again_what_can_not_be_ended(place, escaped, monkeypatch):
     first, child, second = escaped
+    tries, end = [], lease.end
+
+    def counted(workspace, remove_files):
+        tries.append(workspace)
+        end(workspace, remove_files)
+
+    monkeypatch.setattr(lease, "end", counted)
     (real,) = until(lambda: watchdogs(place))
     real.kill()
     until(lambda: not watchdogs(place))
@@ -264,7 +271,7 @@ def test_the_watchdog_tries_again_what_can_not_be_ended(place, escaped):
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(lease.watch, place)
         until(lambda: jobs.status(second.folder) == "cancelled")
-        time.sleep(1)
+        until(lambda: len(tries) > 2)
         assert not watching.done()
         assert lease.read(place).holders
         child.kill()

@@ -184,7 +184,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_both_numbers(tmp_path, workspac
     with pytest.raises(PlanRefused, match=rf"needs {needed} GB on one GPU, the largest has 0\.0 GB"):
         check_plan(demand_of(spec, info), provider, 0)
     without = StudySpec.model_validate(made | {"compute": {"gpu_count": 0}})
-    assert check_plan(without, model_info(without, workspace), provider, 0).gpu_count == 0
+    assert check_plan(demand_of(without, model_info(without, workspace)), provider, 0).gpu_count == 0
 
 
 @pytest.mark.servers
