@@ -35,11 +35,12 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu_models import random_model, refusal
 from outliers.spec import StudySpec
-from outliers.study.memory import needs
+from outliers.study.demand import demand_of
 from outliers.study.prepare import Prepared, prepare
 from outliers.workspace import Workspace, open_workspace
 
 BATCHES = (1, 4, 8)
+PLANNED = ("ring_bytes", "activation_bytes", "vram_bytes", "ram_bytes", "host_ram_bytes")
 WATCHED = """
 import json, sys, torch
 from outliers.__main__ import main
@@ -141,7 +142,9 @@ def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     figures |= {
         "device": made["device"],
         "extract": made,
-        "planned_bytes": needs(first.prepared.spec, first.prepared.model),
+        "planned_bytes": {
+            name: getattr(demand_of(first.prepared.spec, first.prepared.model), name) for name in PLANNED
+        },
     }
     figures["reserved_bytes"] = first.peaks
     again = Study(spec, scratch / "again")
@@ -159,7 +162,7 @@ def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     for batch in BATCHES:
         one = Study(spec | {"capture": spec["capture"] | {"batch_sequences": batch}}, scratch / f"batch-{batch}")
         found = one.run("extract")
-        planned = needs(one.prepared.spec, one.prepared.model)["vram_bytes"]
+        planned = demand_of(one.prepared.spec, one.prepared.model).vram_bytes
         figures["batches"][batch] = {"extract": found, "planned_vram_bytes": planned, "reserved_bytes": one.peaks}
         shutil.rmtree(one.root)
     return figures

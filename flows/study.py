@@ -25,7 +25,17 @@ from outliers.machines.options import check_options
 from outliers.machines.providers import provider
 from outliers.publish.outcome import Outcome, find_finished, find_outcome, make_outcome
 from outliers.publish.publish import check_target
-from outliers.spec import CaptureSpec, ComputeSpec, CorpusSpec, CriteriaSpec, ModelSpec, StudySpec, chosen
+from outliers.spec import (
+    STORE_PATTERN,
+    CaptureSpec,
+    ComputeSpec,
+    CorpusSpec,
+    CriteriaSpec,
+    ModelSpec,
+    StudySpec,
+    chosen,
+    short_model_name,
+)
 from outliers.study.parts import split
 from outliers.study.prepare import Prepared, prepare
 from outliers.workspace import Workspace, open_workspace
@@ -43,7 +53,7 @@ CANCEL_SECONDS = 25.0
 """Prefect ends a cancelled run 30 s after it was told."""
 
 
-Target = Annotated[str, Field(pattern=r"^(s3://[^/@?#]+(/[^?#]*)?|file:///[^?#]+)$", title="artifact store")]
+Target = Annotated[str, Field(pattern=STORE_PATTERN, title="artifact store")]
 """As StudySpec asks it, so that a deployment refuses it before a run exists: a run's parameters are there for all to read."""
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -51,7 +61,7 @@ Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 def short_name(model: ModelSpec | str | dict[str, Any]) -> str:
     """`SmolLM2-135M`, from what was asked: nothing is looked up for a name."""
     name = model if isinstance(model, str) else ModelSpec.model_validate(model).id
-    return name.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:").removesuffix(".gguf")
+    return short_model_name(name)
 
 
 def run_name() -> str:

@@ -12,7 +12,6 @@ three in this order; each can be run again and does what is missing. Exit codes:
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import json
 import os
@@ -25,13 +24,12 @@ from typing import TYPE_CHECKING, Any
 from outliers.capture.library_errors import memory_message
 from outliers.errors import BadInput, DiskFull, JobFailed, MemoryFull, OutliersError
 from outliers.events.stream import Reporter, reporter_from_environment, send_logs_to
-from outliers.files.atomic import write_atomic
+from outliers.files.atomic import NO_ROOM, write_atomic
 from outliers.jobs.jobs import JOB_VARIABLE, record_error
 
 if TYPE_CHECKING:
     from outliers.study.prepare import Prepared
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _HELP = {
     "extract": "read the activations of every layer in one pass into the workspace; goes on where it was stopped",
@@ -73,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def deliver(result: dict[str, Any]) -> None:
-    """Leave a step's result in the folder of its job, or print it for whoever typed the command."""
+    """Write a step's result into the folder of its job, or print it where no job runs."""
     text = json.dumps(result)
     if folder := os.environ.get(JOB_VARIABLE):
         write_atomic(Path(folder) / "result.json", text.encode())
@@ -109,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return fail(MemoryFull(_no_memory(said, arguments.verb)), reporter)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             return fail(DiskFull(_no_room(error, workspace.root)), reporter)
         reporter.log("debug", traceback.format_exc())
         return fail(JobFailed(_refused(error, arguments.verb)), reporter)
@@ -134,7 +132,7 @@ def _options(arguments: argparse.Namespace, prepared: Prepared) -> dict[str, Any
 
 
 def fail(error: OutliersError, reporter: Reporter) -> int:
-    """Say it, leave it for whoever waits for the job, and give the exit code."""
+    """Log an error, record it for the job's result, and return the exit code."""
     try:
         record_error(error)
     except OSError:

@@ -1,8 +1,8 @@
-"""What a machine has: its GPUs and what they are capable of, its memory.
+"""What a machine has: its GPUs and their compute capability, its memory.
 
-GPUs are asked of nvidia-smi, not of torch, whose import takes seconds and a context on every card. Where a device can be
-asked (nvidia-smi, torch), its own answer is taken; of one in a catalog only the name is known, and `capability_of` says what
-NVIDIA's tables say of it.
+GPUs are found with nvidia-smi, not with torch, whose import takes seconds and creates a context on every card. The device's own
+answer counts where there is one (nvidia-smi, torch). A catalog gives only a name, and `capability_of` looks it up in NVIDIA's
+tables.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _QUERY_SECONDS = 20.0
 QUERY = ("--query-gpu=uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
 """What nvidia-smi is asked."""
 OLD_QUERY = ("--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits")
-"""What one is asked that refuses the first: of drivers before 2021."""
+"""The question to an nvidia-smi that refuses QUERY: of drivers before 2021."""
 _GPU_LINE = re.compile(
     r"([^,]+),(.+?),\s*(\d{1,12}|\[[^\]]*\])(?:,\s*(?:(\d{1,3})\.(\d{1,3})|\[[^\]]*\]))?\s*", re.ASCII
 )
@@ -61,6 +61,11 @@ def capability_of(name: str) -> Capability | None:
     return None
 
 
+def is_named_like(name: str, wanted: str | None) -> bool:
+    """Whether a GPU's name contains `wanted` (--gpu-filter), whatever the case; with None or "" every name does."""
+    return (wanted or "").lower() in name.lower()
+
+
 def written(capability: Capability) -> str:
     """As nvidia-smi writes it: `8.9`."""
     return f"{capability[0]}.{capability[1]}"
@@ -68,8 +73,8 @@ def written(capability: Capability) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU; `total_bytes` as its driver reports it, 0 where the driver doesn't tell. `reported`: the compute capability that
-    its driver reports, None where it doesn't, and for one of a catalog."""
+    """One GPU; `total_bytes` as its driver reports it, 0 where it reports none. `reported`: the compute capability by
+    the driver, None where it reports none and for a GPU of a catalog."""
 
     name: str
     total_bytes: int
@@ -77,7 +82,7 @@ class Gpu:
 
     @property
     def capability(self) -> Capability | None:
-        """Its compute capability: what was reported, else what its name tells; None where neither does."""
+        """Its compute capability: as reported, else by its name; None where neither is known."""
         return self.reported or capability_of(self.name)
 
 
@@ -152,7 +157,7 @@ def total_ram_bytes() -> int:
         group = Path("/sys/fs/cgroup") / own
         limits += [parent / "memory.max" for parent in (group, *group.parents)]
     for path in limits:
-        # "max" is no number: no limit at this level.
+        # "max" is not a number: no limit at this level.
         with contextlib.suppress(OSError, ValueError):
             total = min(total, int(path.read_text()))
     return total

@@ -11,6 +11,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def held_if_free(path: Path) -> Iterator[bool]:
     """Hold a lock while the block runs if it is free; yields whether it is held. The file stays."""
     handle = _open(path)
     try:
-        yield _lock_if_free(handle)
+        yield try_lock(handle)
     finally:
         os.close(handle)
 
@@ -78,12 +79,18 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
-def _lock_if_free(handle: int) -> bool:
+def try_lock(file: int | IO[bytes]) -> bool:
+    """Lock an open file until it is closed; False, at once, if another process or thread has its lock."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+def unlock(file: int | IO[bytes]) -> None:
+    """Release the lock of an open file before it is closed."""
+    fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _acquire_current(path: Path, wait: Callable[[], None]) -> int:
@@ -91,7 +98,7 @@ def _acquire_current(path: Path, wait: Callable[[], None]) -> int:
     while True:
         handle = _open(path)
         try:
-            while not _lock_if_free(handle):
+            while not try_lock(handle):
                 wait()
             # The previous holder has removed its file: this lock counts only if the name still leads to it.
             with contextlib.suppress(FileNotFoundError):

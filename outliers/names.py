@@ -1,9 +1,12 @@
-"""Suggests the known name that an unknown one was probably meant to be."""
+"""Names: the provider that is this computer, and for a name that is not known the one that was probably meant."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+
+LOCAL = "local"
+"""The provider that is this computer."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

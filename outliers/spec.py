@@ -1,8 +1,7 @@
-"""StudySpec: all that a study is, as one frozen value.
+"""StudySpec: everything that defines a study, as one frozen value.
 
 The same model is the options of the command, the parameters of the Prefect deployment and `spec.json` on a machine.
 It knows nothing of files, models or machines beyond their names; `prepare` resolves those and gives the ids.
-Before it: what a person typed. After it: `prepare`, `plan`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from outliers.names import LOCAL
+
 SiteName = Literal["attn_in", "mlp_in", "o_in", "resid"]
 AnySiteName = Literal["block", SiteName]
 """A site, or `block`: attn_in and mlp_in together."""
@@ -28,11 +29,15 @@ BLOCK: Final = "block"
 BLOCK_SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in")
 
 PROVIDER_VARIABLE = "OUTLIERS_PROVIDER"
-DEFAULT_PROVIDER = "local"
+DEFAULT_PROVIDER = LOCAL
 """This computer."""
 
+STORE_PATTERN = r"^(s3://[^/@?#]+(/[^?#]*)?|file:///[^?#]+)$"
+"""`publish_to` as a JSON schema can say it, so that a Prefect server refuses a URL with a login before it keeps the run's
+parameters. It lets through every URL that StudySpec accepts; StudySpec refuses more."""
+
 EXECUTOR = re.compile(r"threads(=[1-9][0-9]{0,3})?|dask=[a-z]+://[^\s@]+")
-"""Who may count. No address has a user or password in it."""
+"""What may count. An address has no user or password in it."""
 
 FORMAT_VERSION = 1
 """Of the capture on disk; part of capture_id."""
@@ -41,8 +46,19 @@ ANALYSIS_VERSION = 3
 
 
 def chosen(name: str) -> str:
-    """The provider's name that is meant by `name` ("": $OUTLIERS_PROVIDER, else local)."""
+    """The provider that `name` means ("": $OUTLIERS_PROVIDER, else local)."""
     return name or os.environ.get(PROVIDER_VARIABLE) or DEFAULT_PROVIDER
+
+
+def short_model_name(model_id: str) -> str:
+    """`SmolLM2-135M`, from a model's id as it is given: nothing is looked up for a name."""
+    return model_id.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:").removesuffix(".gguf")
+
+
+def has_login(url: str) -> bool:
+    """Whether a URL carries a user or password before its host."""
+    parts = urlsplit(url)
+    return bool(parts.username or parts.password or re.search(r"://[^/]*@", url))
 
 
 def digest(payload: Any) -> str:
@@ -52,7 +68,7 @@ def digest(payload: Any) -> str:
 
 
 def _say_bounds(schema: dict[str, Any]) -> None:
-    """Add to each description in a JSON schema what is allowed: Prefect's form checks bounds, and shows none."""
+    """Add to each description in a JSON schema what is allowed: Prefect's form checks bounds without showing them."""
     for field in schema.get("properties", {}).values():
         said: str = field.get("description", "")
         bounds: dict[str, float] = {}
@@ -68,7 +84,7 @@ def _say_bounds(schema: dict[str, Any]) -> None:
 
 
 class Part(BaseModel):
-    """A frozen part of a spec: unknown fields are errors. In a form a field has the name it has everywhere."""
+    """A frozen section of a spec: unknown fields are errors. A form shows a field under its own name."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -277,16 +293,23 @@ class ComputeSpec(Part):
         None, description="folder for captures, results and jobs (default: $OUTLIERS_WORKSPACE, else ~/.outliers)"
     )
 
+    @property
+    def runs_here(self) -> bool:
+        """Whether the study runs on this computer, its shards as processes of it."""
+        return chosen(self.provider) == DEFAULT_PROVIDER
+
     @field_validator("executor")
     @classmethod
     def _known(cls, executor: str) -> str:
         if not EXECUTOR.fullmatch(executor):
-            raise ValueError(f"'{executor}' is not threads, threads=N or dask=ADDRESS such as dask=tcp://10.0.0.5:8786")
+            raise ValueError(
+                f"'{executor}' is not a valid executor: give threads, threads=N or dask=ADDRESS such as dask=tcp://10.0.0.5:8786"
+            )
         return executor
 
 
 def _bare(field: str) -> BeforeValidator:
-    """A part written as a bare string stands for its first field."""
+    """A section written as a bare string stands for its first field."""
     return BeforeValidator(lambda value: {field: value} if isinstance(value, str) else value)
 
 
@@ -318,7 +341,7 @@ class StudySpec(Part):
         if url is None:
             return None
         parts = urlsplit(url)
-        if parts.username or parts.password or re.search(r"://[^/]*@", url):
+        if has_login(url):
             raise ValueError(
                 "a URL must not carry a user or password: keys come from the environment (AWS_ACCESS_KEY_ID)"
             )

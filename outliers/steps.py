@@ -1,7 +1,7 @@
 """The steps of a study as they run on the machine with the data: extract, analyze, report, verify.
 
-Each takes a Prepared and a workspace, tells a Reporter, and returns a small dict; each can be run again at any time
-and does only what is missing. `python -m outliers` and the jobs call these; none of them knows who asked.
+Each takes a Prepared, a workspace and a Reporter, and returns a small dict. Each can be run again at any time and does only
+what is missing. `python -m outliers` and the jobs call these.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run_analyze(
     sequences: range | None = None,
     executor: str | None = None,
 ) -> dict[str, Any]:
-    """Summarize the capture, or some sequences of it; the private summary stays beside it."""
+    """Summarize the capture, or some sequences of it; the private summary stays next to it."""
     from outliers.counting.analyze import analyze
     from outliers.counting.executors import open_executor
 

@@ -1,6 +1,6 @@
-"""Numbers and texts as a person reads them. Two amounts of bytes that differ never look alike.
+"""Bytes, seconds and prices as a person reads them.
 
-Arithmetic and text, nothing else.
+Two amounts in one message never look alike where they differ (`amounts`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ SCALES = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("bytes",
 
 
 def amounts(first: int, *others: int, unit: str | None = None, digits: int = 2) -> tuple[str, ...]:
-    """Bytes in one unit, with at least `digits` digits and as many as it takes to tell the first from each other.
+    """Bytes in one unit, with at least `digits` digits, and more until the first differs from each of the others.
 
     `unit`: one of SCALES; None takes the largest that the largest of the numbers fills.
     """
@@ -30,8 +30,48 @@ def amounts(first: int, *others: int, unit: str | None = None, digits: int = 2) 
     return texts
 
 
+def in_gb(first: int, *others: int) -> tuple[str, ...]:
+    """Bytes in GB (10^9), with one digit, and more until the first differs from all others: `63.0 GB`."""
+    texts: tuple[str, ...] = ()
+    for digits in range(1, 10):
+        texts = tuple(f"{number / 1e9:.{digits}f} GB" for number in (first, *others))
+        if texts[0] not in texts[1:]:
+            break
+    return texts
+
+
+def format_gb(size: float) -> str:
+    """Bytes in GB (10^9): `3.22 GB`."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def format_mb_per_second(bytes_per_second: float) -> str:
+    """A rate in MB (10^6 bytes): `500 MB/s`."""
+    return f"{bytes_per_second / 1e6:.0f} MB/s"
+
+
+def format_seconds(seconds: float) -> str:
+    """`45 s`, `14 min`, `3.2 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def format_price(price_per_hour: float, machines: int) -> str:
+    """`at $1.00 an hour`, or of several machines `on 4 machines at $1.00 an hour each`."""
+    one = f"at ${price_per_hour:.2f} an hour"
+    return one if machines == 1 else f"on {machines} machines {one} each"
+
+
+def format_progress(count: float, unit: str) -> str:
+    """An amount of work done, or a rate: `12.5 MB` and `3.22 GB` of `bytes`, `1,024 tokens`, `0.25 sequences`."""
+    if unit == "bytes":
+        return format_gb(count) if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    return f"{count:,.0f} {unit}" if count >= 10 or count == int(count) else f"{count:.2g} {unit}"
+
+
 def _decimal(number: Fraction, places: int) -> str:
-    """A number with so many digits behind the point, without the rounding of a float."""
+    """A number with `places` digits behind the point, without the rounding of a float."""
     whole = round(number * 10**places)
     sign, text = "-" if whole < 0 else "", str(abs(whole)).rjust(places + 1, "0")
     return f"{sign}{text[:-places]}.{text[-places:]}"

@@ -6,8 +6,9 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from outliers.machines.base import Machine
-from outliers.planning.plan import request_for
+from outliers.planning.offers import request_for
 from outliers.planning.remaining import check_rest
+from outliers.study.demand import demand_of
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, is_transient
@@ -27,7 +28,7 @@ def provision(prepared: Prepared, workspace: Workspace, tenancy: Tenancy) -> Mac
     source = tenancy.source
     if any(rental.name == tenancy.name and rental.state == "up" for rental in source.list()):
         # it was chosen before, and what is on its disk already needs no room; one whose launch failed is chosen anew
-        request = request_for(prepared.spec, prepared.model, 0)
+        request = request_for(demand_of(prepared.spec, prepared.model), 0)
     else:
         request = check_rest(prepared, workspace, source)
     machine = source.ensure(tenancy.name, request, tenancy.holder, prepared.title)

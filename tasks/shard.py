@@ -23,11 +23,11 @@ from outliers.counting.shards import (
     draft_of,
     folder_of,
     is_here,
-    part_lock,
     parts_folder,
-    place_part,
+    place_shard,
     read_record,
-    remove_parts,
+    remove_shards,
+    shard_lock,
     study_lock,
     write_record,
 )
@@ -38,11 +38,12 @@ from outliers.locks import locked
 from outliers.machines.base import Machine
 from outliers.machines.local import LocalMachine
 from outliers.machines.providers import provider
-from outliers.planning.plan import check_plan, planned_layout, request_for
+from outliers.planning.offers import check_plan, request_for
 from outliers.planning.remaining import refused_together
 from outliers.publish.outcome import find_finished
 from outliers.steps import run_report
-from outliers.study.parts import Part, part_workspace, split
+from outliers.study.demand import demand_of
+from outliers.study.parts import Shard, shard_workspace, split
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace, open_workspace
 from tasks.limits import machine_slot
@@ -84,12 +85,12 @@ def stop_if_cancelled() -> None:
     result_serializer="json",
     cache_key_fn=shard_key,
 )
-def shard(prepared: Prepared, part: Part, workspace: Workspace, holder: str) -> dict[str, Any]:
+def shard(prepared: Prepared, part: Shard, workspace: Workspace, holder: str) -> dict[str, Any]:
     """What a part did: its sequences, tokens, seconds, machine. Its summary is in `parts.folder_of` then.
 
     A part that is here is not made again, whoever made it: no machine is asked for.
     """
-    with locked(part_lock(part, prepared, workspace), _waiting(f"part {part.title}")):
+    with locked(shard_lock(part, prepared, workspace), _waiting(f"part {part.title}")):
         if is_here(part, prepared, workspace):
             return read_record(part, prepared, workspace)
         if find_finished(prepared, workspace) is not None:
@@ -98,7 +99,7 @@ def shard(prepared: Prepared, part: Part, workspace: Workspace, holder: str) -> 
         return _make(prepared, part, workspace, holder)
 
 
-def _make(prepared: Prepared, part: Part, workspace: Workspace, holder: str) -> dict[str, Any]:
+def _make(prepared: Prepared, part: Shard, workspace: Workspace, holder: str) -> dict[str, Any]:
     """Read and count a part on its machine, and bring its summary home. Under the part's lock."""
     source = provider(prepared.spec.compute.provider, workspace.root)
     with (
@@ -118,7 +119,7 @@ def _make(prepared: Prepared, part: Part, workspace: Workspace, holder: str) -> 
         record = {"sequences": part.span, "extraction": read, "analysis": counted, "machine": dict(machine.provenance)}
         write_record(draft, record)
         with locked(study_lock(prepared, workspace), _waiting("the joining of the parts")):
-            place_part(part, prepared, workspace)
+            place_shard(part, prepared, workspace)
     return record
 
 
@@ -129,7 +130,7 @@ def _make(prepared: Prepared, part: Part, workspace: Workspace, holder: str) -> 
     result_serializer="json",
     cache_key_fn=merge_key,
 )
-def merge(prepared: Prepared, parts: tuple[Part, ...], workspace: Workspace) -> dict[str, Any]:
+def merge(prepared: Prepared, parts: tuple[Shard, ...], workspace: Workspace) -> dict[str, Any]:
     """Join the summaries of all parts and write the results; the digest of these. The parts stay until `forget_parts`.
 
     Where another run has written the results meanwhile, those are the answer.
@@ -155,7 +156,7 @@ def forget_parts(prepared: Prepared, workspace: Workspace) -> None:
     """Remove a study's parts, once it is published or was not to be: until then they would have to be made again."""
     if parts_folder(prepared, workspace).exists():
         with locked(study_lock(prepared, workspace), _waiting("the joining of the parts")):
-            remove_parts(prepared, workspace)
+            remove_shards(prepared, workspace)
 
 
 def _waiting(what: str) -> Callable[[], None]:
@@ -173,15 +174,15 @@ def _waiting(what: str) -> Callable[[], None]:
 
 
 def _machine(
-    prepared: Prepared, part: Part, workspace: Workspace, tenancy: Tenancy
+    prepared: Prepared, part: Shard, workspace: Workspace, tenancy: Tenancy
 ) -> tuple[Machine, Mapping[str, str], Prepared]:
     """The part's machine, what its jobs' environment has beside, and the study as it is told there."""
-    spec = prepared.spec
-    left = planned_layout(spec, prepared.model).total_bytes * (part.stop - part.first) // prepared.corpus.num_sequences
+    demand = demand_of(prepared.spec, prepared.model)
+    left = demand.layout.total_bytes * (part.stop - part.first) // prepared.corpus.num_sequences
     if any(rental.name == tenancy.name and rental.state == "up" for rental in tenancy.source.list()):
-        request = request_for(spec, prepared.model, 0)
+        request = request_for(demand, 0)
     else:
-        request = check_plan(spec, prepared.model, tenancy.source, left)
+        request = check_plan(demand, tenancy.source, left)
     request = replace(request, max_total_price=tenancy.budget_dollars)
     machine = tenancy.source.ensure(tenancy.name, request, tenancy.holder, f"{prepared.title} part {part.title}")
     get_run_logger().info("part %s: machine %s (%s)", part.title, machine.name, machine.provider)
@@ -197,16 +198,18 @@ def check_together(prepared: Prepared, of: int, workspace: Workspace, free_ram_b
     """
     with _CHECKING:
         if holder not in _REFUSED:
-            _REFUSED[holder] = refused_together(prepared, workspace, free_ram_bytes, of)
+            _REFUSED[holder] = refused_together(
+                prepared, demand_of(prepared.spec, prepared.model), workspace, free_ram_bytes, of
+            )
         if (why := _REFUSED[holder]) is not None:
             raise PlanRefused(why)
 
 
 def _process(
-    prepared: Prepared, part: Part, workspace: Workspace, here: Machine, holder: str
+    prepared: Prepared, part: Shard, workspace: Workspace, here: Machine, holder: str
 ) -> tuple[Machine, Mapping[str, str], Prepared]:
     """A part on this computer: a workspace of its own, which reads the model and the corpus of the study's."""
-    own = open_workspace(part_workspace(workspace, here.name))
+    own = open_workspace(shard_workspace(workspace, here.name))
     for name in SHARED:
         (workspace.root / name).mkdir(exist_ok=True)
         link = own.root / name

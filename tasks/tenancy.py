@@ -22,7 +22,7 @@ from outliers.errors import BudgetSpent, OutliersError, PermanentError
 from outliers.events.event import Event
 from outliers.machines.base import Machine, Provider
 from outliers.machines.rentals import KEPT, LEAST_SECONDS, RENEW_SECONDS, Rentals
-from outliers.study.parts import Part
+from outliers.study.parts import Shard, machine_name
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 from tasks.watch import GUARDS, LISTENERS, undisturbed
@@ -33,18 +33,11 @@ LOOK_SECONDS = 5.0
 log = logging.getLogger("outliers.tenancy")
 
 
-def machine_name(prepared: Prepared, part: Part | None = None) -> str:
-    """The machine's name: the one asked for, else made from the capture, so that a retry finds it; of a part, with its
-    number."""
-    name = prepared.spec.compute.machine or f"outliers-{prepared.capture_id}"
-    return name + (part.suffix if part else "")
-
-
 class Tenancy:
     """A context manager around the steps of a study; `holder` is the run, the same one when it is retried."""
 
     def __init__(
-        self, source: Provider, prepared: Prepared, workspace: Workspace, holder: str, part: Part | None = None
+        self, source: Provider, prepared: Prepared, workspace: Workspace, holder: str, part: Shard | None = None
     ) -> None:
         self.source = source
         self.name = machine_name(prepared, part)

@@ -20,7 +20,7 @@ from prefect.logging import get_run_logger
 
 from outliers.dispatch.transfer import HERE, forget_sent, secrets, send_model, send_study
 from outliers.errors import MachineGone, MachineLost, OutliersError
-from outliers.events.event import Event
+from outliers.events.event import LEVELS, Event
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobHandle, JobSpec
 from outliers.locks import locked
@@ -53,8 +53,6 @@ AT_WORK: dict[JobHandle, Machine] = {}
 INTERRUPT_SECONDS = 2.0
 """What a job on this computer has to end by itself after Ctrl-C; its journal is whole at any moment."""
 
-_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-
 
 def run_step(
     machine: Machine,
@@ -82,7 +80,7 @@ def run_step(
             _SEEN[mark] = event.end
             for shown in said.taken(event):
                 if shown.kind == "log":
-                    logger.log(_LEVELS[shown.level], "%s", shown.message)
+                    logger.log(LEVELS[shown.level], "%s", shown.message)
                 elif shown.kind == "progress":
                     progress.show(shown)
                 for listen in LISTENERS.copy():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -10,10 +11,12 @@ from fractions import Fraction
 import pytest
 from pydantic import ValidationError
 
+from flows.study import study
 from outliers.errors import BadInput, PlanRefused
 from outliers.machines.options import TAKEN_BY, check_options, foreign
-from outliers.spec import ComputeSpec, CriteriaSpec, StudySpec, digest
+from outliers.spec import STORE_PATTERN, ComputeSpec, CriteriaSpec, StudySpec, digest, has_login
 from outliers.study.prepare import prepare
+from outliers.sweep.sweep import answer, make_sweep
 from outliers.workspace import open_workspace
 from tests.support import tiny
 
@@ -165,10 +168,32 @@ def test_an_option_of_another_provider_is_refused_before_the_model_is_looked_for
         check_options(ComputeSpec.model_validate(written | {"provider": name}))
     for field in TAKEN_BY:
         assert foreign(ComputeSpec.model_validate({field: written[field]})) == ()
-    spec = StudySpec.model_validate({"model": "no/model", "compute": {"max_price": 3, "host": "lab1"}})
-    with pytest.raises(PlanRefused, match=r"^provider local, the default, does not take --host .*say --provider ssh$"):
-        prepare(spec, workspace)
+    compute = ComputeSpec(max_price=3, host="lab1", workspace=str(workspace.root))
+    entry = {"name": "one", "model": "no/model", "compute": compute.model_dump(exclude_defaults=True)}
+    (planned,) = make_sweep({"study": [entry]}, "one").studies
+    for begin in (lambda: study.fn("no/model", compute=compute), lambda: answer(planned)):
+        with pytest.raises(
+            PlanRefused, match=r"^provider local, the default, does not take --host .*say --provider ssh$"
+        ):
+            begin()
     monkeypatch.setenv("OUTLIERS_PROVIDER", "ssh")
-    check_options(spec.compute)
+    check_options(compute)
     with pytest.raises(BadInput, match="a port stands in the ssh configuration"):
         check_options(ComputeSpec(host="lab1:22"))
+
+
+STORES = ("s3://atlas", "s3://atlas/", "s3://atlas/runs/2", "file:///tmp", "file:///srv/a b/c", "s3://a.b-c.d/x@y")
+LOGINS = ("s3://user:pass@atlas/runs", "s3://key@atlas", "file://user@host/folder", "s3://u:p@atlas/x?y")
+
+
+@pytest.mark.parametrize("url", [*STORES, *LOGINS, "s3://", "file://tmp", "ftp://x/y", "s3://atlas/a?b", "file:///a#b"])
+def test_a_store_that_a_spec_takes_passes_the_form_and_a_login_passes_neither(url):
+    try:
+        taken = StudySpec(model="builtin:smollm2", publish_to=url) is not None
+    except ValidationError:
+        taken = False
+    assert taken == (url in STORES)
+    assert re.search(STORE_PATTERN, url) or not taken
+    assert has_login(url) == (url in LOGINS)
+    if url in LOGINS:
+        assert not re.search(STORE_PATTERN, url)

@@ -1,6 +1,6 @@
 """`outliers captures list|rm` and `outliers verify`: what lies on this disk, and whether it is what was written.
 
-Before it: `cli`, which parses. It asks `outliers.store.captures` and `outliers.store.verify` and shows the answer.
+Shows what `outliers.store.captures` and `outliers.store.verify` find.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from outliers.workspace import Workspace
 
 SHOWN = 10
-"""Damages and foreign files that are listed; of the rest the number is told. `--json` has them all."""
+"""Damages and foreign files that are listed; of the rest only the number. `--json` has them all."""
 
 
 def add_captures_parsers(verbs: Any) -> None:
@@ -72,10 +72,10 @@ def list_command(workspace: Workspace, arguments: argparse.Namespace, console: C
 def _list_here(workspace: Workspace) -> list[tuple[Held, str | None]]:
     """The captures of a workspace, and those of the parts that ran here, each with its part."""
     from outliers.store.captures import list_captures
-    from outliers.study.parts import captures_of_parts
+    from outliers.study.parts import captures_of_shards
 
     held: list[tuple[Held, str | None]] = [(item, None) for item in list_captures(workspace)]
-    for part, own in captures_of_parts(workspace):
+    for part, own in captures_of_shards(workspace):
         held += [(item, part) for item in list_captures(own)]
     return sorted(held, key=lambda found: (found[0].capture_id, found[1] or ""))
 
@@ -109,9 +109,9 @@ def remove_command(workspace: Workspace, arguments: argparse.Namespace, console:
 def _remove_here(workspace: Workspace, capture_id: str) -> int:
     """Remove a capture, and what parts of it lie here; the bytes that this frees. Raises as `remove_capture`."""
     from outliers.store.captures import remove_capture
-    from outliers.study.parts import captures_of_parts
+    from outliers.study.parts import captures_of_shards
 
-    parts = captures_of_parts(workspace, capture_id)
+    parts = captures_of_shards(workspace, capture_id)
     # of a study that was spread and not joined yet there are parts alone
     alone = parts and not workspace.capture(capture_id).is_dir()
     freed = 0 if alone else remove_capture(workspace, capture_id)

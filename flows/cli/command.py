@@ -1,7 +1,7 @@
 """The command `outliers`: study, plan, sweep, runs, atlas, merge, models, machines, captures,
 verify.
 
-Bad input is refused here, before Prefect is even imported, and so is a study that is published already answered.
+Bad input is refused, and a finished study answered, before Prefect is imported.
 Exit codes: 0 done, 2 refused before anything ran, 1 failed.
 """
 
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from outliers.untrusted.visible import visible
 
-    # names, labels and what machines and stores say are text and never markup, whoever prints them
+    # names, labels and what machines and stores say are printed as text, never as markup
     console = Console(stderr=True, markup=False, emoji=False)
     verbs = {
         "study": study_command,
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Their progress bars would tear ours; Prefect's console repeats what is shown here anyway, errors included."""
+    """Their progress bars would break the ones shown here; Prefect's console would repeat lines and errors."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -226,16 +226,15 @@ def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, a
     from outliers.counting.shards import is_here
     from outliers.dispatch.transfer import check_travels
     from outliers.machines.providers import provider
-    from outliers.planning.remaining import check_rest, machine_name
+    from outliers.planning.remaining import check_rest
     from outliers.spec import DEFAULT_PROVIDER, chosen
-    from outliers.study.parts import split
+    from outliers.study.parts import machine_name, split
 
     compute = prepared.spec.compute
     source = provider(compute.provider, workspace.root)
     check_travels(prepared)
-    missing = [part for part in split(prepared, compute.shards) if not is_here(part, prepared, workspace)]
-    suffixes = [part.suffix for part in missing] if compute.shards > 1 else [""]
-    names = {machine_name(prepared) + suffix for suffix in suffixes}
+    missing = [shard for shard in split(prepared, compute.shards) if not is_here(shard, prepared, workspace)]
+    names = {machine_name(prepared, shard) for shard in (missing if compute.shards > 1 else (None,))}
     try:
         # a machine that is held for this capture was chosen before
         if not names <= {rental.name for rental in source.list() if rental.state == "up"}:
@@ -250,9 +249,9 @@ def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, a
 def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console: Console, *, as_json: bool) -> None:
     from flows.cli.console import show_outcome
     from outliers.files.atomic import held_bytes
-    from outliers.study.parts import captures_of_parts
+    from outliers.study.parts import captures_of_shards
 
-    own = (workspace, *(part for _, part in captures_of_parts(workspace, outcome.capture_id)))
+    own = (workspace, *(part for _, part in captures_of_shards(workspace, outcome.capture_id)))
     held = sum(held_bytes(place.capture(outcome.capture_id)) for place in own)
     if as_json:
         print(json.dumps(outcome.model_dump() | {"capture_bytes": held}))
@@ -273,13 +272,11 @@ def _show_kept(prepared: Prepared, workspace: Workspace, console: Console) -> No
 
     from flows.cli.console import line
     from outliers.machines.rentals import Rentals
-    from outliers.planning.remaining import machine_name
-    from outliers.study.parts import split
+    from outliers.study.parts import machine_name, split
 
     shards, now = prepared.spec.compute.shards, time.time()
-    suffixes = [part.suffix for part in split(prepared, shards)] if shards > 1 else [""]
-    for suffix in suffixes:
-        name = machine_name(prepared) + suffix
+    for shard in split(prepared, shards) if shards > 1 else (None,):
+        name = machine_name(prepared, shard)
         known = Rentals(workspace.root).get(name)
         if known is None:
             continue

@@ -23,9 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from outliers.events.event import Event
-from outliers.planning.estimate import told
 from outliers.planning.plan import GpuShare, Plan
 from outliers.publish.outcome import Outcome
+from outliers.units import format_seconds
 from outliers.untrusted.visible import visible
 
 TABLE_ROWS = 30
@@ -193,12 +193,12 @@ def show_plan(console: Console, plan: Plan) -> None:
     line(console, "disk", f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)")
     for text in plan.assumptions:
         step, _, assumption = text.partition(": ")
-        known = f"about {told(plan.seconds[step])}" if step in plan.seconds else "not known"
+        known = f"about {format_seconds(plan.seconds[step])}" if step in plan.seconds else "not known"
         line(console, step, f"{known}: {assumption}")
     for offer in plan.offers[:PLAN_OFFERS]:
         names = [gpu["name"] for gpu in offer["gpus"]]
         gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "no GPU"
-        lasts = f"{'more than' if offer['left_out'] else 'about'} {told(offer['total_seconds'])}"
+        lasts = f"{'more than' if offer['left_out'] else 'about'} {format_seconds(offer['total_seconds'])}"
         lasts += f" without {' and '.join(offer['left_out'])}" if offer["left_out"] else ""
         cost = "" if offer["total_price"] is None else f", ${offer['total_price']:.2f} in all"
         many = offer["machines"]

@@ -19,7 +19,7 @@ from flows.server import password as server_password
 from flows.server.own import OwnServer, door, is_decided, settle_home
 from flows.server.reach import check_server, check_settings
 from outliers.errors import JobFailed
-from outliers.machines.local import NAME as HERE
+from outliers.names import LOCAL as HERE
 from outliers.spec import StudySpec, chosen
 
 if TYPE_CHECKING:

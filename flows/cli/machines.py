@@ -1,6 +1,6 @@
-"""`outliers machines add|hosts|remove|list|release|reap`: what is held or rented, until when, for how much; and its end.
+"""`outliers machines add|hosts|remove|list|release|reap`: machines that are held or rented, until when, at what price.
 
-Works without Prefect: whatever happened to the run that rented a machine, this ends it. Before it: `cli`, which parses.
+Works without Prefect, so that it can end a machine whatever happened to the run that rented it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def add_machines_parser(verbs: Any) -> None:
     """Add `machines` and its actions."""
     machines = verbs.add_parser(
         "machines",
-        help="hosts of your own; what is held or rented, and its end",
+        help="add hosts of your own; list and end machines that are held or rented",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,8 +50,8 @@ def add_machines_parser(verbs: Any) -> None:
         "add": "name a host of yours for --provider ssh, and see what it has",
         "hosts": "the hosts that were added",
         "remove": "forget a host that was added",
-        "list": "what is held or rented now: name, provider, state, price, spent so far, lease left, study",
-        "release": "end machines whoever holds them; one that is gone already is no error, a name that none ever had is",
+        "list": "list machines that are held or rented: name, provider, state, price, spent so far, lease left, study",
+        "release": "end machines, even if others hold them; one that is gone already is not an error, an unknown name is",
         "reap": "end every machine whose lease is over; the deployment `reap` does this on a schedule",
     }
     made = {name: actions.add_parser(name, help=text, description=text) for name, text in texts.items()}
@@ -233,7 +233,7 @@ def _rentals(workspace: Workspace) -> tuple[list[Rental], list[str]]:
     silent = list(Rentals(workspace.root).unreadable())
     for name in REMOTE:
         if not Rentals(workspace.root).ever(name):
-            continue  # asking a provider that nobody uses takes seconds
+            continue  # asking a provider that was never used takes seconds
         try:
             found += provider(name, workspace.root).list()
         except OutliersError as error:
@@ -309,7 +309,7 @@ def _release_one(workspace: Workspace, known: Rental | None, name: str) -> str:
 def _reap(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> bool:
     from flows.cli.console import busy
 
-    with busy(console, "ending what is past its lease"):
+    with busy(console, "ending machines that are past their lease"):
         done, failed = reap(workspace)
     return _told(arguments, console, done, failed)
 

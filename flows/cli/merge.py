@@ -1,6 +1,6 @@
 """`outliers merge`: summaries of parts of one study, counted on several machines, joined into the whole and reported.
 
-Before it: `cli`, which parses. It asks `outliers.counting.merge` and `outliers.steps`.
+Calls `outliers.counting.merge` and `outliers.steps`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`outliers models inspect`: what a model is made of, from its config alone.
 
-Before it: `cli`, which parses. It asks `outliers.model.describe` and shows the answer; no weight is read or downloaded.
+Shows what `outliers.model.describe` finds. No weight is read or downloaded.
 """
 
 from __future__ import annotations

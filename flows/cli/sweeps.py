@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.console import busy, line, size
 from outliers.errors import JobFailed, OutliersError
-from outliers.planning.estimate import told
 from outliers.sweep.outcome import Ended, end_of, sentence, short, summary
 from outliers.sweep.sweep import Sweep, SweepStudy, answer, read_sweep
+from outliers.units import format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -180,7 +180,7 @@ def outcome_table(ended: tuple[Ended, ...]) -> Table:
             Text(end.name),
             Text(end.word, style="" if end.state == "done" else "red"),
             "" if end.features is None else str(end.features),
-            told(end.seconds) if end.seconds else "",
+            format_seconds(end.seconds) if end.seconds else "",
         )
     return table
 
@@ -245,8 +245,8 @@ def _counted(console: Console, sweep: Sweep, doing: str) -> Callable[[SweepStudy
 
 def _show_sums(console: Console, plan: SweepPlan) -> None:
     more = "more than" if any(study.left_out for study in plan.studies) else "about"
-    at_once = f", {told(plan.wall_seconds)} with {plan.parallel} at once" if plan.parallel > 1 else ""
-    line(console, "time", f"{more} {told(plan.seconds)} one after the other{at_once}")
+    at_once = f", {format_seconds(plan.wall_seconds)} with {plan.parallel} at once" if plan.parallel > 1 else ""
+    line(console, "time", f"{more} {format_seconds(plan.seconds)} one after the other{at_once}")
     unknown = f", not counting {', '.join(plan.unpriced)}" if plan.unpriced else ""
     line(console, "price", f"${plan.price:.2f} in all{unknown}")
     line(console, "download", size(plan.download_bytes))
@@ -259,7 +259,7 @@ def _cells(study: StudyPlan) -> tuple[str, ...]:
         return (study.name, "none", "", "", "", "")
     more = "> " if study.left_out else ""
     price = "not known" if study.price is None else f"${study.price:.2f}"
-    lasts = f"{more}{told(study.seconds or 0.0)}"
+    lasts = f"{more}{format_seconds(study.seconds or 0.0)}"
     return (study.name, study.machine or "", lasts, price, size(plan.download_bytes), size(plan.capture_bytes_left))
 
 

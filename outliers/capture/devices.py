@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from outliers.errors import PlanRefused
-from outliers.hardware import find_gpus
+from outliers.hardware import Gpu, find_gpus
 from outliers.model.describe import ModelInfo, check_place
 from outliers.model.quantization import Place, installed_packages
 from outliers.spec import StudySpec
-from outliers.study.memory import placement_for
+from outliers.study.demand import demand_of
 from outliers.study.placement import Placement, device_map
 from outliers.units import amounts
 
@@ -85,10 +85,8 @@ def _choose(spec: StudySpec, info: ModelInfo, cuda: Any, nvidia_smi: str) -> Dev
     if not cuda.is_available():
         _check_unused(asked, nvidia_smi)
         return Devices("cpu")
-    wanted = (spec.compute.gpu_filter or "").lower()
     found = [cuda.get_device_properties(number) for number in range(cuda.device_count())]
-    totals = tuple(int(gpu.total_memory) if wanted in gpu.name.lower() else None for gpu in found)
-    placed = placement_for(info, spec, totals)
+    placed = demand_of(spec, info).place([Gpu(gpu.name, int(gpu.total_memory)) for gpu in found], asked)
     for number in placed.gpus:
         free, total = cuda.mem_get_info(number)
         needed = placed.weight_bytes(number) + placed.work_bytes

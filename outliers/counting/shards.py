@@ -14,14 +14,14 @@ from typing import Any
 from outliers.counting.summary_files import has_summary
 from outliers.errors import CorruptCapture
 from outliers.files.sealed import read_sealed, write_sealed
-from outliers.study.parts import LOCKS, Part
+from outliers.study.parts import LOCKS, Shard
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 
 RECORD = "part.json"
 
 
-def folder_of(part: Part, prepared: Prepared, workspace: Workspace) -> Path:
+def folder_of(part: Shard, prepared: Prepared, workspace: Workspace) -> Path:
     """Folder for the summary of a shard on this computer."""
     return parts_folder(prepared, workspace) / f"{part.first}-{part.stop}"
 
@@ -31,7 +31,7 @@ def parts_folder(prepared: Prepared, workspace: Workspace) -> Path:
     return workspace.root / "parts" / prepared.study_id
 
 
-def draft_of(part: Part, prepared: Prepared, workspace: Workspace) -> Path:
+def draft_of(part: Shard, prepared: Prepared, workspace: Workspace) -> Path:
     """Folder for the summary of a shard until it is complete; not among the shards, which another run may remove."""
     return workspace.root / "parts" / f".{prepared.study_id}-{part.first}-{part.stop}"
 
@@ -41,7 +41,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     write_sealed(folder / RECORD, record)
 
 
-def read_record(part: Part, prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
+def read_record(part: Shard, prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
     """How a shard on this computer was made. Raises CorruptCapture."""
     path = folder_of(part, prepared, workspace) / RECORD
     found = read_sealed(path)
@@ -50,7 +50,7 @@ def read_record(part: Part, prepared: Prepared, workspace: Workspace) -> dict[st
     return found
 
 
-def place_part(part: Part, prepared: Prepared, workspace: Workspace) -> None:
+def place_shard(part: Shard, prepared: Prepared, workspace: Workspace) -> None:
     """Move the draft of a shard, with its record, to its folder, in one step. Call it under the study's lock."""
     target = folder_of(part, prepared, workspace)
     shutil.rmtree(target, ignore_errors=True)
@@ -58,7 +58,7 @@ def place_part(part: Part, prepared: Prepared, workspace: Workspace) -> None:
     draft_of(part, prepared, workspace).rename(target)
 
 
-def remove_parts(prepared: Prepared, workspace: Workspace) -> None:
+def remove_shards(prepared: Prepared, workspace: Workspace) -> None:
     """Remove all shards of a study after they are merged. Call it under the study's lock."""
     shutil.rmtree(parts_folder(prepared, workspace), ignore_errors=True)
 
@@ -68,12 +68,12 @@ def study_lock(prepared: Prepared, workspace: Workspace) -> Path:
     return workspace.root / LOCKS / prepared.study_id
 
 
-def part_lock(part: Part, prepared: Prepared, workspace: Workspace) -> Path:
+def shard_lock(part: Shard, prepared: Prepared, workspace: Workspace) -> Path:
     """The lock to make a shard; it is taken before the study's lock."""
     return workspace.root / LOCKS / f"{prepared.study_id}-{part.first}-{part.stop}"
 
 
-def is_here(part: Part, prepared: Prepared, workspace: Workspace) -> bool:
+def is_here(part: Shard, prepared: Prepared, workspace: Workspace) -> bool:
     """Whether the summary of a shard is on this computer, complete and unchanged."""
     folder = folder_of(part, prepared, workspace)
     return read_sealed(folder / RECORD) is not None and has_summary(folder)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Level = Literal["debug", "info", "warning", "error"]
+LEVELS: dict[Level, int] = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+"""As `logging` counts them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol, TextIO
 
-from outliers.events.event import Event, Level
+from outliers.events.event import LEVELS, Event, Level
+from outliers.units import format_progress
 from outliers.untrusted.bounds import LINE_BYTES, MESSAGE_CHARS
 from outliers.untrusted.visible import cut
 
@@ -47,7 +48,7 @@ class Lines:
         self._logger = logger
 
     def log(self, level: Level, message: str) -> None:
-        self._logger.log({"debug": 10, "info": 20, "warning": 30, "error": 40}[level], "%s", message)
+        self._logger.log(LEVELS[level], "%s", message)
 
     def progress(self, step: str, done: int, total: int | None, unit: str) -> None:
         """Nothing."""
@@ -166,23 +167,22 @@ class ConsoleReporter:
         self._bar_open = bar
 
 
-def _amount(count: float, unit: str) -> str:
-    if unit == "bytes":
-        return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-    return f"{count:,.0f} {unit}" if count >= 10 or count == int(count) else f"{count:.2g} {unit}"
-
-
 def progress_line(step: str, done: int, total: int | None, unit: str, gained: int, seconds: float) -> str:
     """One line: step, bar, done of total, and the rate and time left, if `gained` in `seconds` gives them."""
     if not total:
-        parts = [step, _amount(done, unit)]
+        parts = [step, format_progress(done, unit)]
     else:
         filled = min(_BAR_CELLS, _BAR_CELLS * done // total)
         bar = "#" * filled + "." * (_BAR_CELLS - filled)
-        parts = [step, f"[{bar}]", f"{100 * done // total:3d}%", f"{_amount(done, unit)} of {_amount(total, unit)}"]
+        parts = [
+            step,
+            f"[{bar}]",
+            f"{100 * done // total:3d}%",
+            f"{format_progress(done, unit)} of {format_progress(total, unit)}",
+        ]
     if gained > 0 and seconds > 0:
         rate = gained / seconds
-        parts.append(f"{_amount(rate, unit)}/s")
+        parts.append(f"{format_progress(rate, unit)}/s")
         if total and done < total:
             minutes, rest = divmod(round((total - done) / rate), 60)
             hours, minutes = divmod(minutes, 60)

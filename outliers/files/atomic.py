@@ -12,6 +12,8 @@ import secrets
 import sys
 from pathlib import Path
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a disk that takes nothing more."""
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.part")
 _READ_BYTES = 1 << 20
 _CAN_NOT = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)

@@ -55,7 +55,7 @@ LEASE_ENDED = "lease"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ATTEMPT = re.compile(r"[0-9]{4,9}")
 _START_SECONDS = 60.0
-_KILL_SECONDS = 10.0
+KILL_SECONDS = 10.0
 _LAST_LINES = 15
 _RESERVE_BYTES = 1 << 16
 
@@ -262,12 +262,6 @@ def _last_lines(folder: Path) -> str:
     return "\nThe last lines of its log:\n  " + "\n  ".join(lines[-_LAST_LINES:]) if lines else "; it printed nothing"
 
 
-def recorded_error(folder: Path) -> OutliersError | None:
-    """The error that the command of this job recorded, as it was raised; None if it recorded none."""
-    record = read_json(folder / "error.json")
-    return from_record(str(record.get("kind")), str(record.get("message"))) if record else None
-
-
 def record_error(error: OutliersError) -> None:
     """Record the error with which a step exits, for `result`; does nothing outside a job."""
     if folder := os.environ.get(JOB_VARIABLE):
@@ -288,7 +282,7 @@ def cancel(folder: Path, grace_seconds: float = 10.0, reason: str = "") -> Statu
     # The number of the group is written a moment after the lock is taken.
     _until(lambda: not _held(folder) or (folder / "started.json").exists(), _START_SECONDS)
     pgid = group_of(folder)
-    for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, _KILL_SECONDS)):
+    for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, KILL_SECONDS)):
         if not _held(folder):
             break
         if pgid:

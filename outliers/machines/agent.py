@@ -1,17 +1,15 @@
-"""What is asked of a machine over ssh, answered on that machine: facts, lease, jobs, files.
+"""The program on a machine that answers questions over ssh: facts, lease, jobs, files.
 
     python -m outliers.machines.agent WORKSPACE VERB     one JSON object in, one JSON object out
     python -m outliers.machines.agent WORKSPACE follow FOLDER OFFSET     the lines of a job's stream, until it has ended
     python -m outliers.machines.agent WORKSPACE get PATH [NAME...]       a file or a folder's files, as a tar
 
 Secrets come with standard input, as part of a job's environment, and go nowhere else. Imports nothing heavy: an answer
-takes a tenth of a second. Errors of this project travel as {"error": {"kind", "message"}}. Before it: `ssh`, on
-another machine. After it: `jobs`, `lease`, and the local machine, which this one is to itself.
+takes a tenth of a second. Errors of this project travel as {"error": {"kind", "message"}}.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -24,15 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliers.errors import BadInput, MachineLost, OutliersError
-from outliers.files.atomic import sha256_file
+from outliers.files.atomic import NO_ROOM, sha256_file
 from outliers.files.private import make_private
 from outliers.files.records import read_json
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobSpec
+from outliers.locks import try_lock
 from outliers.machines import lease
 from outliers.machines.local import LocalMachine
 from outliers.names import nearest
-from outliers.store.durable import NO_ROOM
 from outliers.workspace import settle_host_folder
 
 if TYPE_CHECKING:
@@ -81,7 +79,7 @@ def _lease(found: lease.Lease) -> dict[str, Any]:
 
 
 def start(workspace: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Start a job, or find the one of that name that runs; MachineLost where nobody holds the machine."""
+    """Start a job, or find the one of that name that runs; MachineLost where the machine has no holder."""
     job = JobSpec(name=request["name"], argv=tuple(request["argv"]), env=request.get("env", {}))
     with lease.held(workspace):
         handle = jobs.start(workspace, job)
@@ -142,7 +140,7 @@ def captures(workspace: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def remove_captures(workspace: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Remove captures by their ids, wherever they are below `workspace`; the bytes that each frees."""
+    """Remove captures by their ids, also those of workspaces below `workspace`; the bytes that each frees."""
     from outliers.store.captures import remove_capture
 
     removed: dict[str, int] = {}
@@ -171,11 +169,7 @@ def append(workspace: Path, path: str, sha256: str, begin: int) -> None:
     part = _part(workspace / path, sha256)
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(BUSY)
-        if os.fstat(file.fileno()).st_size != begin:
+        if not try_lock(file) or os.fstat(file.fileno()).st_size != begin:
             sys.exit(BUSY)
         while block := sys.stdin.buffer.read(1 << 20):
             file.write(block)
@@ -185,7 +179,7 @@ def append(workspace: Path, path: str, sha256: str, begin: int) -> None:
 
 def _part(place: Path, sha256: str) -> Path:
     if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise BadInput(f"'{sha256}' is no sha256")
+        raise BadInput(f"'{sha256}' is not a sha256")
     return place.with_name(f".{place.name}.{sha256[:16]}.part")
 
 
@@ -247,7 +241,7 @@ VERBS: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Answer one question; the exit code is 0 also for an error of ours, which is in the answer."""
+    """Answer one question; the exit code is 0 also for an error of this project, which is in the answer."""
     workspace, verb, *rest = argv
     root = Path(workspace)
     if verb == "follow":

@@ -1,7 +1,6 @@
 """What a host answers, read as hostile input: one bounded model for each question, and an error that names the host.
 
-No answer is believed to be whole, short or of the right kind, whoever wrote the program there. Text in it is made visible.
-Knows no connection. Before it: `remote` and `ssh`, which ask. After it: whoever uses the answer.
+No answer is trusted to be complete, short or of the right kind. Control characters in its text are made visible.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ _MODELS: dict[str, type[_Answer]] = {
 
 def parse_answer(verb: str, code: int, stdout: bytes, stderr: str, host: str) -> dict[str, Any]:
     """The agent's answer to `verb`, its text made visible. Raises the error in it; JobFailed, which names the host, where
-    there is none or it is not what is answered to that."""
+    it is missing or not an answer to that."""
     line = stdout.strip().rpartition(b"\n")[2]
     try:
         found = parse_json(line)
@@ -164,7 +163,7 @@ def _checked(model: type[_Answer], found: object, verb: str, host: str) -> dict[
         return model.model_validate(found).model_dump(exclude_unset=True)
     except ValidationError as error:
         raise JobFailed(
-            f"{host} answers '{verb}' with what is no answer to it ({_why(error)}): another program may answer there"
+            f"{host} answers '{verb}' with something else than an answer to it ({_why(error)}): another program may answer there"
         ) from error
 
 
@@ -176,7 +175,7 @@ def _why(error: ValidationError) -> str:
 
 
 def read_facts(record: dict[str, Any]) -> Facts:
-    """Facts as an agent sends them. JobFailed where they are none."""
+    """Facts as an agent sends them. JobFailed where they are malformed."""
     known = _checked(_Facts, record, "facts", "the host")
     gpus = tuple(Gpu(one["name"], one["total_bytes"], _pair(one.get("reported"))) for one in known["gpus"])
     return Facts(**{**known, "gpus": gpus})
@@ -187,7 +186,7 @@ def _pair(found: list[int] | None) -> tuple[int, int] | None:
 
 
 def parse_result(data: bytes, job: str) -> dict[str, Any]:
-    """What a step reports of itself, result.json: names and plain values, part of what is published of a study.
+    """A step's own report, result.json: names and plain values, part of what is published of a study.
 
     JobFailed where it is not a JSON object of plain values, or holds more than any step says.
     """

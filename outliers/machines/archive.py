@@ -2,7 +2,7 @@
 
 The sender may be hostile, so the archive is read by this module and not by `tarfile`, which follows sparse maps, links and
 headers of many kinds. Of the tar format it knows what `agent.get` writes: plain files, and before a file a header of pax
-with its long name. All of it is written into a folder of its own first. Before it: `remote`. After it: the file system.
+with its long name. All of it is written into a folder of its own first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from outliers.errors import DiskFull, JobFailed, WorkspaceError
-from outliers.files.atomic import temporary_for
-from outliers.store.durable import NO_ROOM
+from outliers.files.atomic import NO_ROOM, temporary_for
 from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES
 from outliers.untrusted.visible import visible, visible_line
 
@@ -26,7 +25,7 @@ END_BYTES = 1 << 16
 """What an archive has behind its last file: tar fills up a record of 10,240 bytes."""
 _PAX_BYTES = 8 * BLOCK
 HEADER_BYTES = 3 * BLOCK + _PAX_BYTES
-"""At most this much of an archive belongs to a file beside its bytes: two headers, a pax header's records, and padding."""
+"""At most this much of an archive belongs to a file in addition to its bytes: two headers, a pax header's records, padding."""
 _NAME_BYTES = 1024
 _DEPTH = 8
 _PART = re.compile(r"[^/\0]{1,255}")
@@ -108,13 +107,13 @@ def _check_name(name: str, limits: Limits) -> None:
     plain = name == visible(name) and len(os.fsencode(name)) <= _NAME_BYTES
     known = name == "file" or (top == "folder" and 0 < len(parts) <= _DEPTH)
     if not (plain and known and all(_PART.fullmatch(part) and part not in (".", "..") for part in parts)):
-        raise _Refused(f"a file with the name '{visible_line(name)}' came, which is none of ours")
+        raise _Refused(f"a file with the name '{visible_line(name)}' came, which was not asked for")
     if limits.names is not None and top == "folder" and rest not in limits.names:
         raise _Refused(f"a file with the name '{visible_line(rest)}' came, which was not asked for")
 
 
 def _members(archive: IO[bytes]) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of each file; who asks for the next has read its bytes and their padding."""
+    """(name, bytes) of each file; the caller reads its bytes and their padding before the next."""
     name: str | None = None
     while True:
         header = archive.read(BLOCK)
@@ -124,7 +123,7 @@ def _members(archive: IO[bytes]) -> Iterator[tuple[str, int]]:
             return
         found = _OCTAL.fullmatch(header[124:136])
         if not _has_checksum(header) or header[257:265] != b"ustar\x0000" or found is None:
-            raise _Refused("it is not an archive of ours")
+            raise _Refused("it is not an archive as the agent writes it")
         size, kind = int(found[1], 8), header[156:157]
         if kind == b"x" and name is None:
             if size > _PAX_BYTES:

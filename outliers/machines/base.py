@@ -1,8 +1,7 @@
-"""The seam to machines: what a study asks of one, what one has, whether the two fit, and what can be done with it.
+"""The protocols of machines and their providers: what a study asks for, what a machine has, and whether the two fit.
 
-It knows no cloud, no ssh and no study; it does no I/O. Before it: `plan`, which computes the bytes a study needs. After
-it: one module a provider (`local`), and the tasks, which see nothing but these protocols. `fits` is the
-one place where a machine is refused, the same for this computer and for one at a dollar an hour.
+No cloud, no ssh, no study and no I/O. `fits` is the one place where a machine is refused, the same for this computer and for
+a rented one.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from outliers.errors import BadInput
 from outliers.events.event import Event
-from outliers.hardware import GB, Facts, Gpu
+from outliers.hardware import GB, Facts, Gpu, is_named_like
 from outliers.jobs.jobs import JobHandle, JobSpec, Status
 from outliers.machines.lease import MAX_SECONDS, SLACK_SECONDS
+from outliers.units import in_gb
 from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES
 
 if TYPE_CHECKING:
@@ -31,11 +31,10 @@ class MachineRequest:
     """What a machine must have; None or 0: no demand.
 
     `gpu_count`: None takes whatever is there, 0 uses none. `min_...`: what the user asked for, against totals (the
-    disk: against what is free). `needed_...`: what the study was computed to take, against what is free now.
+    disk: against what is free). `needed_...`: what the study takes by its plan, against what is free now.
     `max_price`: dollars an hour of the whole machine, `max_total_price`: in all. `region`: of a cloud. `host`: one of the
-    user's own, by name. `among`: names of offers, others are left alone; () for any. `lease_seconds`: after so long a
-    machine that nobody renews ends by itself, with `remove_files` and the files on it. These are the provider's business,
-    `fits` does not look at them.
+    user's own, by name. `among`: names of offers, others are left alone; () for any. `lease_seconds`: a machine
+    ends by itself this long after the last renewal, with `remove_files` and the files on it. `fits` does not look at these.
     """
 
     gpu_count: int | None = None
@@ -145,7 +144,7 @@ class Machine(Protocol):
 
     @property
     def provenance(self) -> Mapping[str, str | int | float]:
-        """What a manifest may tell of it: no host, no path."""
+        """What a manifest may say of it: no host, no path."""
 
     def facts(self) -> Facts:
         """What it has now."""
@@ -222,10 +221,10 @@ class Rental:
         return self.price_per_hour * max(0.0, now - self.since) / 3600
 
     def is_over(self, now: float) -> bool:
-        """Whether nobody has renewed it in time. A time that no lease reaches (the clock was set back, the record is damaged)
+        """Whether it was not renewed in time. A time that no lease reaches (the clock was set back, the record is damaged)
         counts as over too: else nothing would ever end the machine."""
         left = self.lease_until - now
-        # infinite: no record tells of it, and it ends by its provider's own timer
+        # infinite: it has no record here, and its provider's own timer ends it
         return left <= 0 or MAX_SECONDS + SLACK_SECONDS < left < math.inf
 
 
@@ -256,7 +255,7 @@ class Provider(Protocol):
         other run holds it. Without `wait` that is only asked for. May be repeated; returns a sentence of what was done."""
 
     def release(self, name: str) -> str:
-        """Ends a machine whoever holds it, if it is there; returns a sentence that says what was done."""
+        """Ends a machine, even if others hold it; returns a sentence that says what was done."""
 
 
 def fits(facts: Facts, request: MachineRequest) -> tuple[str, ...]:
@@ -267,7 +266,7 @@ def fits(facts: Facts, request: MachineRequest) -> tuple[str, ...]:
         ("{asked} of free disk asked (--disk), {has} is free", request.min_disk_bytes, facts.disk_free_bytes),
         ("the study needs {asked} of disk, {has} is free", request.needed_disk_bytes, facts.disk_free_bytes),
     )
-    short = [_versus(text, asked, has) for text, asked, has in demands if has < asked]
+    short = [_with_amounts(text, asked, has) for text, asked, has in demands if has < asked]
     return (*_gpu_reasons(facts.gpus, request), *short)
 
 
@@ -277,7 +276,7 @@ def _gpu_reasons(gpus: tuple[Gpu, ...], request: MachineRequest) -> list[str]:
     wanted = request.gpu_count if request.gpu_count is not None else int(particular)
     if not wanted:
         return []
-    named = [gpu for gpu in gpus if (request.gpu_filter or "").lower() in gpu.name.lower()]
+    named = [gpu for gpu in gpus if is_named_like(gpu.name, request.gpu_filter)]
     if len(named) < wanted:
         kind = f" named like '{request.gpu_filter}' (--gpu-filter)" if request.gpu_filter else ""
         present = ", ".join(gpu.name for gpu in gpus) or "none"
@@ -286,14 +285,11 @@ def _gpu_reasons(gpus: tuple[Gpu, ...], request: MachineRequest) -> list[str]:
     if large[wanted - 1] < request.min_vram_bytes:
         which = "the largest" if wanted == 1 else f"the smallest of the {wanted} largest"
         text = f"{wanted} GPU{'s' * (wanted > 1)} with {{asked}} each asked (--min-vram), {which} has {{has}}"
-        return [_versus(text, request.min_vram_bytes, large[wanted - 1])]
+        return [_with_amounts(text, request.min_vram_bytes, large[wanted - 1])]
     return []
 
 
-def _versus(text: str, asked: int, has: int) -> str:
-    """`text` with both amounts in GB, with as many digits as it takes to tell them apart."""
-    for digits in range(1, 10):
-        left, right = f"{asked / GB:.{digits}f} GB", f"{has / GB:.{digits}f} GB"
-        if left != right:
-            break
-    return text.format(asked=left, has=right)
+def _with_amounts(text: str, asked: int, has: int) -> str:
+    """`text` with both amounts of bytes in the place of {asked} and {has}."""
+    needed, there = in_gb(asked, has)
+    return text.format(asked=needed, has=there)

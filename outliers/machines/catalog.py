@@ -1,8 +1,7 @@
 """What can be rented, and for how much: SkyPilot's catalog as offers, the cheapest that fits first.
 
 Knows no cluster and starts nothing: `read_rows` reads the catalog (CSV files that SkyPilot keeps, and fetches when they
-are hours old), `select` is arithmetic on what it read. Before it: `base`, whose `fits` refuses machines. After it:
-`sky_engine`, which turns a chosen `Candidate` into a cluster. `import sky` takes seconds, so it happens inside functions.
+are hours old), `select` is arithmetic on what it read. `import sky` takes seconds, so it happens inside functions.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from outliers.errors import BadInput, PlanRefused
-from outliers.hardware import GB, Facts, Gpu
+from outliers.hardware import GB, Facts, Gpu, is_named_like
 from outliers.machines.base import Excluded, MachineRequest, Offer, fits
 
 PROVIDER = "sky"
@@ -32,7 +31,7 @@ LEAST_DISK_GB = 100
 MAX_MISSES = 10
 
 _GIB = 1 << 30
-_PULL_HOURS = 7  # as SkyPilot's own modules: after so long it fetches a catalog again
+_PULL_HOURS = 7  # as SkyPilot's own modules: it fetches a catalog again after that
 # Asked of the cluster itself: no prices, and no machines without GPUs.
 _OWN_CATALOGS = frozenset({"kubernetes", "slurm", "ssh"})
 _OTHER_ARCH = ("arm64", "arm64_mac", "x86_64_mac")
@@ -72,7 +71,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Unique in a catalog: with the GPUs where the type does not tell them."""
+        """Unique in a catalog: the type, with the GPUs where it does not name them."""
         loose = self.gpu and (self.cloud == "gcp" or not self.instance_type)
         gpus = f"{self.gpu.name}:{self.gpu_count}" if self.gpu and loose else ""
         return " ".join(word for word in (self.cloud, self.region, self.instance_type, gpus) if word)
@@ -137,7 +136,7 @@ def candidates(
 def enabled_clouds() -> tuple[str, ...]:
     """The clouds that the last `sky check` found usable, by name; empty where that isn't written on this computer.
 
-    Reads a file and asks nobody: a cloud whose key was revoked since is named too.
+    Reads a file and makes no request: a cloud whose key was revoked since is named too.
     """
     import_sky()
     from sky import global_user_state, skypilot_config
@@ -235,7 +234,7 @@ def _without_gpus(cloud: str, machines: list[dict[str, Any]]) -> list[Row]:
 
 
 def vram_bytes(cloud: str, name: str, mib: float, count: int) -> int:
-    """Bytes of one GPU of that name; 0 where they can't be told. `mib`: what the catalog has under SizeInMiB.
+    """Bytes of one GPU of that name; 0 where that is not known. `mib`: what the catalog has under SizeInMiB.
 
     Most write an "80 GB" card as 81920. RunPod writes 80. Vast writes the sum of all cards. AWS writes an L4, which has 24
     times 10^9 bytes and a little more, as 22888, cut off below it. Slurm knows the name alone.
@@ -329,8 +328,8 @@ def _gpus_wanted(request: MachineRequest) -> int:
 
 def _distance(row: Row, request: MachineRequest) -> float:
     """How far a machine is from what is asked: the sum of the relative gaps, where another kind of GPU counts 10."""
-    kind, wanted = (request.gpu_filter or "").lower(), _gpus_wanted(request)
-    named = row.gpu is not None and kind in row.gpu.name.lower()
+    wanted = _gpus_wanted(request)
+    named = row.gpu is not None and is_named_like(row.gpu.name, request.gpu_filter)
     gaps = [
         (max(request.min_ram_bytes, request.needed_ram_bytes), row.ram_bytes),
         (row.price_per_hour, request.max_price if request.max_price is not None else math.inf),

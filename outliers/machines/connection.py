@@ -2,15 +2,15 @@
 
 OpenSSH itself is used and no library, because only it reads all of the user's configuration (jump hosts, agents,
 keys). One connection is kept open for a minute (ControlMaster), so that a command costs a fraction of a second.
-Whatever the login shell there is (csh, fish), `sh` reads the commands. Host keys are checked, nothing is ever asked
-at the terminal, and a dead line is noticed within ten seconds. Knows no job and no study. Before it: `ssh` and `sky`.
+`sh` reads the commands, also where the login shell is another one (csh, fish). Host keys are checked, nothing is ever asked
+at the terminal, and a dead line is noticed within ten seconds. Knows no job and no study.
+
 $OUTLIERS_SSH_CONFIG names another configuration file than ~/.ssh/config.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import IO
 
 from outliers.errors import BadInput, HostRefused, JobFailed, MachineLost
+from outliers.locks import held
+from outliers.machines.destination import check_destination
 from outliers.machines.pipes import Line, Silence, TooMuch, exchange, read_lines
 from outliers.untrusted.bounds import ANSWER_BYTES, STDERR_BYTES
 from outliers.untrusted.visible import cut, visible, visible_line
@@ -34,14 +36,9 @@ from outliers.untrusted.visible import cut, visible, visible_line
 CONFIG_VARIABLE = "OUTLIERS_SSH_CONFIG"
 CONNECT_SECONDS = 15
 PERSIST_SECONDS = 60
-_DESTINATION = re.compile(r"[^\s\x00-\x1f\x7f;&|<>$`\"'(){}*?!#]{1,512}")
-_SCOPED = re.compile(r"(?<=:)([0-9a-f:.]*)%[0-9A-Za-z]+(?=\]?$)")
-"""The interface behind an IPv6 address: elsewhere ssh puts something in the place of a percent sign."""
-_WITH_PORT = re.compile(r"(?:([^@/]+)@)?\[?([^@/:\[\]]+)\]?:([0-9]+)")
-"""One colon: an IPv6 address has more."""
 _LOST = 255
 _SAID_CHARS = 2000
-"""Of what ssh itself says, so much is shown."""
+"""At most this much of what ssh itself prints is shown."""
 _SOCKETS = "outliers-ssh-"
 _CHUNK = 1 << 16
 _OPTIONS = {
@@ -55,7 +52,7 @@ _OPTIONS = {
     "ForwardX11": "no",
     "PermitLocalCommand": "no",
     "RequestTTY": "no",
-    # of the configuration, such as tmux: it would stand in the place of ours
+    # of the configuration, such as tmux: it would replace the command
     "RemoteCommand": "none",
     "UpdateHostKeys": "no",
     "LogLevel": "ERROR",
@@ -190,12 +187,12 @@ class Connection:
                 )
 
     def _open_master(self) -> None:
-        """Start the kept connection, if it isn't there: apart, since a master keeps the pipes of who started it open.
+        """Start the kept connection, if it isn't there: apart, since a master keeps the pipes of its parent open.
 
-        One process at a time: an ssh that finds the socket taken while it logs in stays as a connection that nobody uses,
-        and nothing ever ends it.
+        One process at a time: an ssh that finds the socket taken while it logs in stays as an unused connection that
+        nothing ever ends.
         """
-        with self._lock, _alone(self._socket.with_suffix(".lock")):
+        with self._lock, held(self._socket.with_suffix(".lock")):
             if self._socket.exists() and self._has_master():
                 return
             with tempfile.TemporaryFile() as said:
@@ -232,7 +229,7 @@ class Connection:
     def _has_master(self) -> bool:
         """Whether a process is behind the socket; a killed one leaves it, and it is in the way."""
         argv = [*self._base(), "-O", "check", "--", self.destination]
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs is none
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs does not count
             if subprocess.run(argv, capture_output=True, timeout=CONNECT_SECONDS, check=False).returncode == 0:
                 return True
         self._socket.unlink(missing_ok=True)
@@ -313,35 +310,13 @@ def in_sh(command: str) -> str:
     return "sh -c '" + re.sub(r"(['!\\])", r"'\\\1'", command) + "'"
 
 
-def check_destination(text: str) -> None:
-    """BadInput where `text` can't be what `ssh` calls a host, or has a port, which ssh takes from its configuration.
-
-    ssh's configuration may hand the name to a shell (ProxyCommand, Match exec): it has no character that one reads.
-    """
-    shown, what = visible_line(text), "user@host, or a name of your ssh configuration"
-    # of a user and a host, and of an address, each part
-    if text.startswith("-") or "@-" in text or "/-" in text:
-        raise BadInput(f"'{shown}' is no host: a name that begins with a dash would be an option of ssh; give {what}")
-    host = text.rpartition("@")[2]
-    plain = visible_line(text, len(text)) == text and "%" not in _SCOPED.sub("", text)
-    if not (_DESTINATION.fullmatch(text) and plain) or not host or "\\" in host or host.startswith("~"):
-        raise BadInput(f"'{shown}' is no host: {what}")
-    if with_port := _WITH_PORT.fullmatch(text):
-        user, host, port = with_port.groups()
-        raise BadInput(
-            f"'{text}' is no host: a port stands in the ssh configuration. Put 'Host NAME', 'HostName {host}', 'Port {port}'"
-            + (f", 'User {user}'" if user else "")
-            + " into ~/.ssh/config, a line each, and use NAME"
-        )
-
-
 def _short(command: str) -> str:
     line = visible_line(" ".join(command.split()), 4096)
     return line if len(line) <= 120 else line[:117] + "..."
 
 
 def _socket_folder() -> Path:
-    """A folder of this user alone, of a name that nobody can foresee: the one that is there already, or a new one.
+    """A folder that only this user can use, with a name that can't be guessed: the one that is there already, or a new one.
 
     It is known by its owner and its mode, and by no name: others may make what they like in /tmp, but nothing that is ours.
     """
@@ -368,16 +343,8 @@ def _own_folders(place: Path, prefix: str) -> list[Path]:
     return sorted(found)
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """While the block runs, no other process and no other thread is in one of that path; others wait."""
-    with path.open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Whatever happened, no ssh of ours stays."""
+    """End an ssh process and close its pipes."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -392,7 +359,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def wait_for(connection: Connection, seconds: float) -> None:
-    """Until the host answers, at most so long; MachineLost then, HostRefused at once."""
+    """Wait until the host answers. MachineLost after `seconds`, HostRefused at once."""
     deadline = time.monotonic() + seconds
     while True:
         try:

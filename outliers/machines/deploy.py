@@ -1,13 +1,12 @@
-"""This program on a host: one wheel, named by its hash, beside an environment that is reused.
+"""This program on a host: one wheel, named by its hash, and an environment that is reused.
 
     <root>/deploy/code/<wheel>/       the wheel, unpacked: jobs of another version keep running from theirs
     <root>/deploy/venvs/<key>/        what it needs, made once for a set of requirements, constraints and a Python
     <root>/deploy/own-<key>.ready     a Python of the user's own was found to have all that is needed
-    <root>/deploy/lock                held by who installs
+    <root>/deploy/lock                held during an installation
 
 A host that has both is ready after one round trip; a changed wheel is unpacked in a second; an environment is made by uv,
 under the same constraints as this side's. A torch that the host's own Python brings is used and not downloaded again.
-Before it: `probe`, `wheel`. After it: `ssh`.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """`python`: how a command line of ours begins on that host. `how`: ready, wheel or environment: what was installed."""
+    """`python`: how a command line of this program begins there. `how`: ready, wheel or environment: what was installed."""
 
     python: tuple[str, ...]
     wheel: str
@@ -99,7 +98,7 @@ def deploy(connection: Connection, found: Probe, own_python: bool = False, wheel
 
 
 def _python(plan: _Plan) -> tuple[str, ...]:
-    # -P: nothing of the folder where it is started becomes a module of ours; PYTHONPATH holds with it
+    # -P: no file of the folder where it is started shadows a module; PYTHONPATH still counts
     return ("env", f"PYTHONPATH={plan.code}", "PYTHONNOUSERSITE=1", plan.interpreter, "-P")
 
 
@@ -136,7 +135,7 @@ def _plan(destination: str, found: Probe, own_python: bool, wheel: Wheel) -> _Pl
 
 
 def _make_venv(connection: Connection, plan: _Plan, found: Probe) -> None:
-    """Make the environment; who comes at the same time waits for the lock, and then finds it made."""
+    """Make the environment; another deployment at the same time waits for the lock, and then finds it made."""
     _log.info("installing the environment on %s (once; minutes where torch is downloaded)", connection.destination)
     base = f"{found.root}/deploy"
     files = {f"{base}/{name}.txt": text for name, text in _texts(plan).items()}

@@ -1,34 +1,33 @@
-"""The lease of a machine, on that machine: who holds it and until when, and the watchdog that ends what nobody renews.
+"""The lease of a machine, on that machine: its holders, until when, and the watchdog that ends its jobs after that.
 
     <workspace>/lease.json       {"holders": {id: {"title", "until", "seconds", "boot", "since"}}, "remove_files"}
-    <workspace>/lease.lock       held by who changes it
+    <workspace>/lease.lock       held during a change
     <workspace>/watchdog.lock    held by the watchdog while it lives
 
-`python -m outliers.machines.lease WORKSPACE` is the watchdog: detached, started by `hold`, gone with the last holder. It ends the
-jobs of its workspace, and removes their files if that was asked, with the weights that nobody else there needs. Whatever
-happens to who rented the machine, its processes end; a rented machine itself is ended by its provider's own timer. Of a
-study it knows which model it names.
+`python -m outliers.machines.lease WORKSPACE` is the watchdog: detached, started by `hold`, it
+exits after the last holder. It ends the jobs of its workspace, and removes their files if that was asked, with weights that no
+other workspace there needs. So the processes end whatever happens to the computer that started them. A rented machine itself is
+ended by its provider's own timer.
 
 A lease that can't be read is over: `until` is unix seconds of this machine's clock, `since` seconds of its clock since boot
 `boot`, and the shorter of both counts, so a clock that is set back lengthens nothing. Nothing is longer than MAX_SECONDS.
-Before it: `agent`, which is asked over ssh. After it: `jobs`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outliers import locks
 from outliers.errors import BadInput, JobFailed, MachineLost
 from outliers.files.private import make_private
 from outliers.files.records import read_json, write_json
@@ -38,12 +37,13 @@ from outliers.jobs import jobs
 MAX_SECONDS = 7 * 86_400.0
 """The longest that a study may ask for (`keep_seconds`, `grace_seconds`). What says more was not written by `hold`."""
 SLACK_SECONDS = 60.0
-"""A clock is set by its time server now and then: a lease that is longer by so little was the longest one."""
+"""A time server sets the clock now and then: a lease that is longer by no more than this was the longest one."""
 CONFIRM_SECONDS = 1.0
-"""What can't be read is read again after so long, before anything ends for it."""
+"""A lease that can't be read is read again after this long before anything ends."""
 POLL_VARIABLE = "OUTLIERS_WATCHDOG_SECONDS"
 _POLL_SECONDS = 5.0
-_CANCEL_SECONDS = 10.0
+CANCEL_SECONDS = 10.0
+"""From SIGTERM to SIGKILL, for a job whose lease is over."""
 REMOVED = ("captures", "corpora", "jobs", "models", "results", "studies")
 """What of a workspace is removed where that was asked: all that a study makes."""
 MACHINES, UPLOADS, HUB = "machines", "uploads", "hub"
@@ -52,8 +52,8 @@ MACHINES, UPLOADS, HUB = "machines", "uploads", "hub"
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """`until`: the last holder's, in unix seconds of this machine; 0 where nobody holds it. `readable`: whether the file was
-    what `hold` writes; what was not is held by nobody."""
+    """`until`: the last holder's, in unix seconds of this machine; 0 without holders. `readable`: whether the file was
+    what `hold` writes; otherwise there are no holders."""
 
     holders: dict[str, dict[str, Any]]
     until: float
@@ -66,7 +66,7 @@ class Lease:
 
 
 def read(workspace: Path) -> Lease:
-    """The lease as it is; one of nobody where there is none, or none that can be read. Raises nothing."""
+    """The lease; one without holders where the file is missing or can't be read. Raises nothing."""
     path = workspace / "lease.json"
     try:
         record = read_json(path)
@@ -124,7 +124,7 @@ def _clock() -> float:
 
 
 def _boot() -> str:
-    """What tells this boot of the machine from all others; "" where the system has no name for it."""
+    """The identity of this boot of the machine; "" where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -132,7 +132,7 @@ def _boot() -> str:
 
 
 def _entry(title: str, seconds: float) -> dict[str, Any]:
-    """A holder from now on. BadInput for a time that is none; no lease is longer than MAX_SECONDS."""
+    """A holder from now on, for at most MAX_SECONDS. BadInput where `seconds` is not a number of seconds."""
     asked = _number(seconds) if seconds != math.inf else MAX_SECONDS
     if asked is None:
         raise BadInput(f"a lease of {seconds!r:.40} seconds can't be: 0 to {MAX_SECONDS:,.0f}")
@@ -140,24 +140,44 @@ def _entry(title: str, seconds: float) -> dict[str, Any]:
     return {"title": title, "until": time.time() + asked, "seconds": asked, "boot": _boot(), "since": _clock()}
 
 
-def hold(workspace: Path, holder: str, title: str, seconds: float, remove_files: bool | None = None) -> Lease:
-    """`holder` needs the machine for `seconds` from now on, at most MAX_SECONDS; sees to it that the watchdog runs.
+def start_watchdog(workspace: Path) -> None:
+    """Start the watchdog of a workspace, detached, unless one runs. The caller holds the lease's lock."""
+    with (workspace / "watchdog.lock").open("ab") as lock:
+        if not locks.try_lock(lock):
+            return
+    null = subprocess.DEVNULL
+    argv = [sys.executable, "-P", "-m", "outliers.machines.lease", str(workspace)]
+    subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/")
+    # the watchdog waits for the caller's lock, so it reads the lease only once it is written
 
-    `remove_files`: whether files go with the lease; None leaves that as it is. Raises BadInput for a time that is none.
+
+def hold(
+    workspace: Path,
+    holder: str,
+    title: str,
+    seconds: float,
+    remove_files: bool | None = None,
+    *,
+    watchdog: Callable[[Path], None] = start_watchdog,
+) -> Lease:
+    """`holder` needs the machine for `seconds` from now on, at most MAX_SECONDS.
+
+    `remove_files`: whether files go with the lease; None leaves that as it is. `watchdog` sees to it that one runs. Raises
+    BadInput where `seconds` is not a number of seconds.
     """
     with _changing(workspace):
         known = read(workspace)
-        # who is over is dropped here, so that a machine that is held for days keeps no list of the past
+        # holders whose time is over are dropped, so that the file of a machine that is held for days does not grow
         holders = {key: one for key, one in known.holders.items() if one["until"] > time.time()}
         holders[holder] = _entry(title, seconds)
         _write(workspace, holders, known.remove_files if remove_files is None else remove_files)
-        _start_watchdog(workspace)
+        watchdog(workspace)
     return read(workspace)
 
 
 @contextlib.contextmanager
 def held(workspace: Path) -> Iterator[None]:
-    """The lease does not end while the block lasts. MachineLost where it has: what is started then, no watchdog would end."""
+    """Keep the lease from ending while the block runs. MachineLost where it has ended: no watchdog would end what is started."""
     with _changing(workspace):
         if not read(workspace).left():
             raise MachineLost(
@@ -166,8 +186,10 @@ def held(workspace: Path) -> Iterator[None]:
         yield
 
 
-def leave(workspace: Path, holder: str, keep_seconds: float = 0.0) -> Lease:
-    """`holder` is over; with `keep_seconds` it keeps the machine for so long. The last one's jobs are ended at once."""
+def leave(
+    workspace: Path, holder: str, keep_seconds: float = 0.0, *, watchdog: Callable[[Path], None] = start_watchdog
+) -> Lease:
+    """`holder` ends, or keeps the machine for `keep_seconds`. Where it was the last one, its jobs are ended at once."""
     with _changing(workspace):
         known = read(workspace)
         holders = {key: one for key, one in known.holders.items() if one["until"] > time.time()}
@@ -178,12 +200,12 @@ def leave(workspace: Path, holder: str, keep_seconds: float = 0.0) -> Lease:
         if not holders:
             end(workspace, known.remove_files)
         elif keep_seconds > 0:
-            _start_watchdog(workspace)
+            watchdog(workspace)
     return read(workspace)
 
 
 def release(workspace: Path) -> Lease:
-    """Nobody holds it any longer, whoever did: jobs are ended, and files removed where that was asked."""
+    """End the lease of all holders: jobs are ended, and files removed where that was asked."""
     with _changing(workspace):
         known = read(workspace)
         _write(workspace, {}, known.remove_files)
@@ -196,7 +218,7 @@ def end(workspace: Path, remove_files: bool) -> None:
     failed: JobFailed | None = None
     for handle in jobs.running(workspace):
         try:
-            jobs.cancel(handle.folder, _CANCEL_SECONDS, jobs.LEASE_ENDED)
+            jobs.cancel(handle.folder, CANCEL_SECONDS, jobs.LEASE_ENDED)
         except JobFailed as error:
             failed = error
         except OSError as error:
@@ -210,12 +232,12 @@ def end(workspace: Path, remove_files: bool) -> None:
 
 
 def _weights(workspace: Path) -> set[Path]:
-    """The folders beside the workspaces of a host in which the models of a workspace's studies may be."""
+    """The folders of a host, outside its workspaces, that may hold the models of a workspace's studies."""
     if workspace.parent.name != MACHINES:
         return set()
     shared, found = workspace.parent.parent, set()
     for path in (workspace / "studies").glob("*.json"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # none of ours; the watchdog has more to do
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # not a study's file: the watchdog goes on
             source = (read_json(path) or {})["model"]["source"]
             if source["kind"] == "hub":
                 found.add(shared / HUB / cache_folder_name(source["path"]))
@@ -225,7 +247,7 @@ def _weights(workspace: Path) -> set[Path]:
 
 
 def _weights_of_others(workspace: Path) -> set[Path]:
-    """Those of the workspaces beside this one that somebody holds. A study is there before its model, so none is missed."""
+    """Those of the other workspaces that are held. A study is written before its model, so none is missed."""
     others = (place for place in workspace.parent.iterdir() if place != workspace and place.is_dir())
     return {folder for place in others if read(place).left() for folder in _weights(place)}
 
@@ -234,23 +256,21 @@ def watch(workspace: Path) -> None:
     """The watchdog: returns when the lease has ended and what it ends has ended. At most one of a workspace does anything."""
     seconds = float(os.environ.get(POLL_VARIABLE) or _POLL_SECONDS)
     with (workspace / "watchdog.lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks.try_lock(lock):
             return
         doubted = False
-        while workspace.is_dir():  # who removes it has ended all that was in it
+        while workspace.is_dir():  # whatever removes it has ended its jobs before
             try:
                 with _changing(workspace):
                     lease = read(workspace)
-                    # under the lock: who holds again now waits, and then starts another watchdog
+                    # under the lock: a `hold` at this moment waits, and then starts another watchdog
                     sure = lease.readable or doubted
                     if sure and lease.until <= time.time() and _ended(workspace, lease.remove_files):
                         _write(workspace, {}, lease.remove_files)
-                        fcntl.flock(lock, fcntl.LOCK_UN)
+                        locks.unlock(lock)
                         return
             except OSError:
-                # neither lock nor lease can be had, from a disk that is failing, say: so nobody can renew
+                # neither lock nor lease can be read, on a failing disk for example: no renewal can succeed either
                 lease = Lease({}, 0.0, False, readable=False)
                 if doubted and _ended(workspace, False):
                     return
@@ -260,7 +280,7 @@ def watch(workspace: Path) -> None:
 
 
 def _ended(workspace: Path, remove_files: bool) -> bool:
-    """Whether all of it has ended; what is stuck in the kernel, or can't be read just now, is tried again."""
+    """Whether everything has ended; a job that is stuck in the kernel, or can't be read just now, is tried again."""
     try:
         end(workspace, remove_files)
     except (JobFailed, OSError):
@@ -268,23 +288,11 @@ def _ended(workspace: Path, remove_files: bool) -> bool:
     return True
 
 
-def _start_watchdog(workspace: Path) -> None:
-    with (workspace / "watchdog.lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-    null = subprocess.DEVNULL
-    argv = [sys.executable, "-P", "-m", "outliers.machines.lease", str(workspace)]
-    subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/")
-    # the caller holds lease.lock, so the watchdog reads the lease only once it is written
-
-
 def _write(workspace: Path, holders: dict[str, dict[str, Any]], remove_files: bool) -> None:
     path = workspace / "lease.json"
     try:
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)  # none of ours: no lease could be written in its place
+            shutil.rmtree(path)  # not a lease, and none could be written in its place
         write_json(path, {"holders": holders, "remove_files": remove_files})
     except OSError:
         if holders:
@@ -297,8 +305,7 @@ def _write(workspace: Path, holders: dict[str, dict[str, Any]], remove_files: bo
 @contextlib.contextmanager
 def _changing(workspace: Path) -> Iterator[None]:
     make_private(workspace)
-    with (workspace / "lease.lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locks.held(workspace / "lease.lock"):
         yield
 
 

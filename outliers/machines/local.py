@@ -1,8 +1,7 @@
 """Provider `local`: this computer, at no price, with real detached jobs.
 
 It knows nothing of renting: nothing is made by `ensure` and nothing is ended by `release`. GPUs are asked of
-nvidia-smi, not of torch, whose import takes seconds and a context on every card. Before it: the tasks, through
-`base`'s protocols. After it: `jobs`.
+nvidia-smi, not of torch, whose import takes seconds and a context on every card.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from outliers.hardware import Facts, find_gpus, total_ram_bytes
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobHandle, JobSpec, Status
 from outliers.machines.base import Completed, Excluded, Machine, MachineRequest, Offer, Rental, fits
+from outliers.names import LOCAL
 from outliers.untrusted.bounds import RECEIVED_BYTES, RECEIVED_FILES
 
-NAME = "local"
 _ID = re.compile(rb"[0-9a-f]{32}")
 
 _log = logging.getLogger(__name__)
@@ -65,12 +64,12 @@ def instance_id(workspace: Path) -> str:
 class LocalMachine:
     """This computer; `workspace` need not exist yet."""
 
-    provider = NAME
+    provider = LOCAL
     price_per_hour = 0.0
-    # -P: a file called json.py in the folder where the command was typed must not become a module of ours.
+    # -P: a file called json.py in the folder where the command was typed must not shadow a module.
     python: tuple[str, ...] = (sys.executable, "-P")
 
-    def __init__(self, workspace: Path, name: str = NAME, nvidia_smi: str = "nvidia-smi") -> None:
+    def __init__(self, workspace: Path, name: str = LOCAL, nvidia_smi: str = "nvidia-smi") -> None:
         self.name = name
         self._root = workspace.expanduser().absolute()
         self._nvidia_smi = nvidia_smi
@@ -189,7 +188,7 @@ def _copy(source: Path, target: Path, files: list[Path]) -> None:
 
 
 class LocalProvider:
-    """The one machine there is, whatever it is called; the name only tells captures apart on rented ones."""
+    """This computer, under any name: names only distinguish rented machines."""
 
     def __init__(self, workspace: Path, nvidia_smi: str = "nvidia-smi") -> None:
         self._workspace = workspace
@@ -199,10 +198,10 @@ class LocalProvider:
         return LocalMachine(self._workspace, name, self._nvidia_smi)
 
     def offers(self, request: MachineRequest) -> tuple[tuple[Offer, ...], tuple[Excluded, ...]]:
-        facts = self._machine(NAME).facts()
+        facts = self._machine(LOCAL).facts()
         if reasons := fits(facts, request):
-            return (), (Excluded(NAME, "; ".join(reasons)),)
-        return (Offer(NAME, NAME, facts, 0.0),), ()
+            return (), (Excluded(LOCAL, "; ".join(reasons)),)
+        return (Offer(LOCAL, LOCAL, facts, 0.0),), ()
 
     def ensure(self, name: str, request: MachineRequest, holder: str, title: str) -> Machine:
         machine = self._machine(name)

@@ -1,12 +1,9 @@
-"""Which of a study's options are of which provider: one of another's is refused, for it would do nothing, and unseen.
-
-Knows names and no machine. Before it: a `ComputeSpec` that a person wrote. After it: `prepare`, `plan`.
-"""
+"""Which options belong to which provider. An option of another provider is refused, because it would silently do nothing."""
 
 from __future__ import annotations
 
 from outliers.errors import PlanRefused
-from outliers.machines.connection import check_destination
+from outliers.machines.destination import check_destination
 from outliers.machines.providers import PROVIDERS
 from outliers.spec import DEFAULT_PROVIDER, ComputeSpec, chosen
 

@@ -1,6 +1,6 @@
-"""The pipes of a process that talks to a host: read with a limit, in a time, and never more of it held than that.
+"""The pipes of a process that talks to a host, read with a limit of bytes and of time.
 
-`Popen.communicate` keeps whatever comes. Knows no ssh. Before it: `connection`.
+`Popen.communicate` would keep everything that comes. Knows no ssh.
 """
 
 from __future__ import annotations
@@ -128,12 +128,12 @@ def read_lines(process: subprocess.Popen[bytes], silence_seconds: float, errors:
                     rest, passed, skipping = b"", 0, True
                 elif not whole:
                     continue
-                # who takes the lines may have been busy meanwhile
+                # the reader of the lines may have been busy meanwhile
                 deadline = time.monotonic() + silence_seconds
 
 
 def _feed(descriptor: int, data: memoryview) -> memoryview:
-    """Write what the pipe takes; what is left of `data`. A process that reads no more takes nothing."""
+    """Write as much as the pipe takes; returns the rest of `data`. A process that reads no more takes nothing."""
     try:
         return data[os.write(descriptor, data[:_CHUNK]) :] if data else data
     except BlockingIOError:

@@ -1,7 +1,6 @@
 """What a host has, found out with nothing but its POSIX shell: before anything is installed or sent there.
 
-One script over standard input, lines of `name=value` back. Before it: `connection`. After it: `base.fits`, which refuses,
-and `deploy`, which needs a Python or uv.
+One script over standard input, lines of `name=value` back.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ class Probe:
 def probe(connection: Connection, root: str, python: str | None = None) -> Probe:
     """Ask a host. `root` may be relative to the home folder there; `python`: an interpreter of the user's choice.
 
-    Raises HostRefused for what is no Linux or can't be written, DeployFailed for an answer that is none, MachineLost.
+    Raises HostRefused where it is not Linux or can't be written to, DeployFailed for an answer that can't be read, MachineLost.
     """
     names = [python] if python else _NAMES
     words = {
@@ -126,14 +125,14 @@ def _read(name: str, found: dict[str, list[str]]) -> Probe:
     system, root = visible_line(_one(found, "system"), NAME_CHARS), _path(_one(found, "root"))
     if not system.startswith("Linux"):
         raise HostRefused(f"{name} runs {system}: a machine for studies runs Linux")
-    if "writable" not in found or "disk_kb" not in found:  # /proc lets root write and is no disk
+    if "writable" not in found or "disk_kb" not in found:  # root may write to /proc, which is not a disk
         raise HostRefused(
             f"{root} can't be made on {name}: name another folder (outliers machines add ... --folder DIR)"
         )
     asked = (_python(text) for text in found.get("python", [])[:_MOST_PYTHONS])
     pythons = sorted((one for one in asked if one is not None), key=lambda one: (not one.torch, one.version))
     fitting = tuple(one for one in pythons if one.version >= OLDEST_PYTHON)
-    # "max" is no number: no limit at this level
+    # "max" is not a number: no limit at this level
     limits = [_number("limit", text) for text in found.get("limit", []) if text.isdigit()]
     total = min([_number("ram_kb", _one(found, "ram_kb")) * 1024, *limits])
     visible_gpus = _one(found, "visible")
@@ -175,7 +174,7 @@ def _gpus(lines: list[str], shown: str | None) -> tuple[Gpu, ...]:
 
 
 def _python(text: str) -> Python | None:
-    """The interpreter that a line tells of; None where it says something else: it can't be used."""
+    """The interpreter that a line describes; None where it can't be used."""
     found = _PYTHON.fullmatch(text)
     if found is None:
         return None

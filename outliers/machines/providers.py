@@ -11,6 +11,7 @@ from pathlib import Path
 from outliers.errors import BadInput
 from outliers.machines.base import Provider
 from outliers.machines.local import LocalProvider
+from outliers.names import LOCAL
 from outliers.spec import PROVIDER_VARIABLE, chosen
 
 
@@ -26,7 +27,7 @@ def _sky(workspace: Path) -> Provider:
     return SkyProvider(workspace)
 
 
-PROVIDERS: dict[str, Callable[[Path], Provider]] = {"local": LocalProvider, "sky": _sky, "ssh": _ssh}
+PROVIDERS: dict[str, Callable[[Path], Provider]] = {LOCAL: LocalProvider, "sky": _sky, "ssh": _ssh}
 
 
 def provider(name: str, workspace: Path) -> Provider:

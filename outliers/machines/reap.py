@@ -1,4 +1,4 @@
-"""Ending machines that are past their lease: the net under a machine's own timer."""
+"""Ending machines that are past their lease, where a machine's own timer did not."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from outliers.errors import DiskFull, OutliersError
 from outliers.machines.base import Rental
 from outliers.machines.providers import PROVIDERS, provider
 from outliers.machines.rentals import Rentals
+from outliers.names import LOCAL
 from outliers.workspace import Workspace
 
-REMOTE = tuple(name for name in PROVIDERS if name != "local")
+REMOTE = tuple(name for name in PROVIDERS if name != LOCAL)
 
 
 def reap(workspace: Workspace) -> tuple[list[str], list[str]]:
@@ -41,7 +42,7 @@ def _is_still_over(records: Rentals, rental: Rental) -> bool:
     """Whether a machine that was past its lease in a list still is, its record saying so from now on: Retry may have taken it
     again while others were being released."""
     if not rental.holders and records.get(rental.name) is None:
-        return True  # one that no record tells of, by its provider's own clock
+        return True  # no record: by its provider's own clock
     try:
         return records.take_overdue(rental.name) is not None
     except DiskFull:

@@ -1,8 +1,8 @@
-"""A machine that is reached over ssh, whoever it belongs to: jobs that outlive the connection, files, the lease.
+"""A machine that is reached over ssh, rented or not: jobs that outlive the connection, files, the lease.
 
 The program is there already (`deploy`); each call is one question to `outliers.machines.agent` on that machine. What is
 asked may be asked again, so a call whose connection broke is repeated for a while; a stream of events goes on after the
-last byte that came. Knows no study. Before it: `ssh`, `sky`. After it: the tasks, through `base`'s protocol.
+last byte that came. Knows no study.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class RemoteMachine:
     def run(self, argv: Sequence[str], timeout_seconds: float) -> Completed:
         # what runs there is ended there: an ssh that is killed leaves its command behind
         command = quote(["timeout", "-k", "5", str(timeout_seconds), *argv])
-        # ssh says 255 when the connection broke: a command's own 255 is told as 254
+        # ssh says 255 when the connection broke: a command's own 255 arrives as 254
         command += "; code=$?; [ $code = 255 ] && code=254; exit $code"
         done = self._patiently(lambda: self.connection.call(command, timeout_seconds=timeout_seconds + CALL_SECONDS))
         if done.returncode == 124:
@@ -122,7 +122,7 @@ class RemoteMachine:
         if done.returncode in (126, 127):
             raise JobFailed(f"{argv[0]} can't be run on {self.name}: {last_line(done.text())}")
         code = done.returncode
-        # a shell tells a signal as 128 and its number; what is above the last of them is a program's own
+        # a shell reports a signal as 128 plus its number; greater codes are the program's own
         code = 128 - code if 128 < code <= 128 + LAST_SIGNAL else code
         return Completed(code, done.stdout.decode(errors="replace"), done.stderr)
 
@@ -152,7 +152,7 @@ class RemoteMachine:
                 _log.info("sending %s to %s (%.1f MB)", path.name, self.name, path.stat().st_size / 1e6)
             done = self.connection.send(command, path, int(begin), TRANSFER_SECONDS)
             if done.returncode == BUSY:
-                raise MachineLost(f"{path.name} is being sent to {self.name} by somebody else, or was until just now")
+                raise MachineLost(f"{path.name} is being sent to {self.name} by another process, or was until just now")
             if done.returncode:
                 raise JobFailed(f"{path.name} could not be written on {self.name}: {last_line(done.text())}")
             self.ask("settle", seconds=600, patient=False, path=place, sha256=sha256)

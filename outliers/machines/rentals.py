@@ -1,18 +1,16 @@
-"""What was rented, written down on this side before it is asked for: no crash makes a machine be forgotten.
+"""Records of rented machines, written on this computer before a machine is asked for, so that a crash forgets none.
 
     <workspace>/machines/<name>.json     one rental, while it may still cost something
     <workspace>/machines/history.jsonl   a line for each that has ended, with what it cost
-    <workspace>/machines/lock            held by who changes a record
+    <workspace>/machines/lock            held while a record changes
 
-Knows no provider. Before it: the providers, which write here first. After it: `outliers machines list`, and whatever ends
-machines whose lease is over.
+Knows no provider.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import math
@@ -30,6 +28,7 @@ import psutil
 from outliers.errors import DiskFull, OutliersError, WorkspaceError
 from outliers.files.atomic import write_atomic
 from outliers.files.private import make_private
+from outliers.locks import held
 from outliers.machines.base import Holder, Rental, RentalState
 
 HISTORY = "history.jsonl"
@@ -40,7 +39,7 @@ RENEW_SECONDS = 60.0
 LEAST_SECONDS = 60.0
 """A lease that the budget pays no longer than this is not worth having: the budget is spent."""
 ENDED_SECONDS = 120.0
-"""A machine that nobody renews is gone so long after its lease: what ends it looks once a minute (`sky_engine.idle_minutes`)."""
+"""From the end of a lease until its machine is gone: what ends it looks once a minute (`sky_engine.idle_minutes`)."""
 
 _JOIN_SECONDS = 10.0
 _log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ class Rentals:
         self.folder = workspace.expanduser().absolute() / "machines"
 
     def get(self, name: str) -> Rental | None:
-        """The record of that name; None where there is none. WorkspaceError where it can't be read."""
+        """The record of that name, or None. WorkspaceError where it can't be read."""
         path = self._path(name)
         try:
             return _parse(json.loads(path.read_bytes()))
@@ -62,7 +61,7 @@ class Rentals:
             return None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError) as error:
             raise WorkspaceError(
-                f"{path} is no record of a machine ({error}); look at the provider's own list, and remove the file"
+                f"{path} is not a record of a machine ({error}); look at the provider's own list, and remove the file"
             ) from error
 
     def all(self, provider: str | None = None) -> tuple[Rental, ...]:
@@ -89,7 +88,7 @@ class Rentals:
                         yield line
 
     def unreadable(self) -> tuple[str, ...]:
-        """What is wrong with each record that can't be read: it must not hide the others, and somebody has to be told."""
+        """What is wrong with each record that can't be read, as sentences. It does not hide the others."""
         return tuple(self._read()[1])
 
     def _read(self) -> tuple[list[Rental], list[str]]:
@@ -117,7 +116,7 @@ class Rentals:
         self, name: str, provider: str, places: Mapping[str, float], holder: str, title: str, seconds: float
     ) -> Rental:
         """As `begin`, at one of `places` (their prices an hour): the cheapest, of equal prices the one with the fewest
-        records, then by name. Chosen and written under one lock: those who choose at once don't all choose the same. A
+        records, then by name. Chosen and written under one lock: runs that choose at the same time don't all choose the same. A
         machine that is recorded at one of them meanwhile is held on."""
         with self._changing():
             known, taken = self.get(name), [rental.place for rental in self.all(provider)]
@@ -140,7 +139,7 @@ class Rentals:
         return made
 
     def hold(self, name: str, holder: str, title: str, seconds: float, alive: bool = True) -> Rental | None:
-        """Notes that `holder` needs it for `seconds` from now, renewed by this process, or, not `alive`, by nobody; None
+        """Notes that `holder` needs it for `seconds` from now, renewed by this process, or, where not `alive`, not renewed; None
         where there is no record."""
         return self._change(name, holder, Holder(title, time.time() + seconds, this_process() if alive else ""))
 
@@ -148,7 +147,7 @@ class Rentals:
     def renewed(
         self, name: str, holder: str, title: str, seconds: float, then: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """While the block lasts the record is renewed, as long as this process lives: what is being made may take longer
+        """Renew the record while the block runs and this process lives: what is being made may take longer
         than its lease, and must not be taken for forgotten meanwhile. A record that is gone is not made again. `then`: what
         else renewing takes, called each time."""
         over = threading.Event()
@@ -221,7 +220,7 @@ class Rentals:
                 return
             ended = min(time.time(), latest)
             line = asdict(known) | {"ended": ended, "how": how, "spent": round(known.spent(ended), 4)}
-            _append(self.folder / HISTORY, json.dumps(line))
+            append_line(self.folder / HISTORY, json.dumps(line))
             self._path(name).unlink(missing_ok=True)
 
     def spent(self, name: str) -> float:
@@ -256,8 +255,7 @@ class Rentals:
         try:
             make_private(self.folder.parent)
             self.folder.mkdir(exist_ok=True)
-            with (self.folder / "lock").open("ab") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with held(self.folder / "lock"):
                 yield
         except OSError as error:
             kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else WorkspaceError
@@ -272,7 +270,7 @@ class Rentals:
 
 @contextlib.contextmanager
 def even_unwritten(name: str) -> Iterator[None]:
-    """Around a change of a record, where what follows must be done also if the record can't be written: that is told alone."""
+    """Around a change of a record, where what follows must happen even if the record can't be written: that is only logged."""
     try:
         yield
     except OutliersError as error:
@@ -284,7 +282,7 @@ def gone_by(known: Rental) -> float:
     return known.lease_until + ENDED_SECONDS
 
 
-def _append(path: Path, line: str) -> None:
+def append_line(path: Path, line: str) -> None:
     """A line of its own, also after one that a crash or a full disk left torn."""
     with path.open("ab+") as file:
         torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
@@ -292,7 +290,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def this_process() -> str:
-    """What tells this process from all others, of this computer and before."""
+    """An identity of this process that no other has, on this or another computer, now or earlier."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.2f}"
 
 
@@ -304,14 +302,14 @@ def _is_dead(process: str) -> bool:
             return False
         return f"{psutil.Process(int(pid)).create_time():.2f}" != created
     except (psutil.NoSuchProcess, ValueError, OverflowError):
-        return True  # also where it is no name of a process: who lives writes its own again
+        return True  # also where it is not the identity of a process: a living process writes its own again
 
 
 def _parse(record: dict[str, Any]) -> Rental:
-    """The rental that a record tells of; ValueError, KeyError or TypeError where it is none.
+    """The rental of a record; ValueError, KeyError or TypeError where it is not one.
 
     Times that can't be have no comparison that ever says "over", so such a record is none either: it is told to whoever
-    looks, and `reap` fails at it, until somebody has looked.
+    looks, and `reap` fails at it, until a person has looked.
     """
     holders = {key: Holder(**value) for key, value in record.pop("holders").items()}
     rental = Rental(**record, holders=holders)
@@ -322,10 +320,10 @@ def _parse(record: dict[str, Any]) -> Rental:
         *(text for one in holders.values() for text in (one.title, one.process)),
     )
     if not all(isinstance(text, str) for text in texts) or rental.state not in get_args(RentalState):
-        raise TypeError("a name, a place or a state that is none")
+        raise TypeError("a name, a place or a state is not valid")
     numbers = (rental.price_per_hour, rental.since, rental.lease_until, *(one.until for one in holders.values()))
     if not all(is_number(number) for number in numbers) or rental.price_per_hour < 0:
-        raise ValueError("a time or a price that is no number")
+        raise ValueError("a time or a price is not a number")
     return rental
 
 

@@ -4,7 +4,7 @@
 
 The name is recorded before anything is asked for, and made from the study, so that a retry finds what a crash left. A
 machine ends by itself: SkyPilot's autostop, with down, is set at launch and again at each renewal; the watchdog on it ends
-its jobs. Before it: the tasks, through `base`'s protocols. After it: `catalog`, `sky_engine`, `tenants`, `rentals`.
+its jobs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from outliers.machines.catalog import Candidate
 from outliers.machines.connection import Connection
 from outliers.machines.rentals import ENDED_SECONDS, LEAST_SECONDS, Rentals, even_unwritten, gone_by
 from outliers.machines.sky_engine import Cluster
-from outliers.machines.tenants import Access, Tenants
+from outliers.machines.ssh_leases import Access, SshLeases
 
 NAME = "sky"
 FOLDER = ".outliers"
 PREFIX = "outliers-"
-"""Clusters of this name are ours, also where no record of this side tells of them."""
+"""Clusters of this name are ours, also where this computer has no record of them."""
 TRIES = 5
 """Offers that are asked for, one after the other, where a cloud has none left of what its catalog lists."""
 LAUNCH_SECONDS = 3600.0
-"""Nothing launches for so long: a machine without an end and without a record is past its lease then."""
+"""No launch takes longer: a machine with neither an end nor a record is past its lease then."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ Candidates = Callable[[MachineRequest], tuple[tuple[Candidate, ...], tuple[Exclu
 
 
 def may_have(name: str) -> bool:
-    """Whether a machine that no record tells of is worth asking for: a name of ours, and SkyPilot was used on this computer."""
+    """Whether a machine without a record may exist: its name is one of this program's, and SkyPilot was used on this computer."""
     used = (Path.home() / ".sky").is_dir() and importlib.util.find_spec("sky") is not None
     return used and name.startswith(PREFIX)
 
@@ -80,7 +80,7 @@ def access(name: str) -> Access:
 
 
 class SkyProvider:
-    """Rented machines; `workspace` is the one on this side, with the records of what is rented."""
+    """Rented machines; `workspace` is this computer's, with the records of what is rented."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class SkyProvider:
         self._engine = engine
         self._candidates = candidates
         self._rentals = Rentals(workspace)
-        self._tenants = Tenants(NAME, self._rentals, lambda rental: reached(rental.name))
+        self._leases = SshLeases(NAME, self._rentals, lambda rental: reached(rental.name))
         self._ends: dict[str, float] = {}
 
     def offers(self, request: MachineRequest) -> tuple[tuple[Offer, ...], tuple[Excluded, ...]]:
@@ -104,10 +104,10 @@ class SkyProvider:
         if known.state == "up":
             # also on attaching: a machine that was started again has forgotten its end, one that waits may be near it
             self._renew(name)
-        # what is installed may take longer than the lease lasts
+        # the installation may take longer than the lease lasts
         with self._rentals.renewed(name, holder, title, seconds, lambda: self._renew(name, seconds / 4)):
             self._engine.write_ssh_entry(name)
-            machine = self._tenants.open(name, holder, title, seconds, request.remove_files)
+            machine = self._leases.open(name, holder, title, seconds, request.remove_files)
         if known.state == "launching":
             self._check_delivered(name, machine.facts(), request)
         self._renew(name)
@@ -123,7 +123,7 @@ class SkyProvider:
                 known = self._rent(name, request, holder, title)
             seconds = self._lease(name, request, known.price_per_hour)
             known = self._rentals.begin(name, NAME, known.place, known.price_per_hour, holder, title, seconds)
-            # given up by somebody else between the look at it and now: looked at again
+            # another process has released it since it was listed: list again
             if known.state != "releasing":
                 return known, seconds
 
@@ -201,7 +201,7 @@ class SkyProvider:
     def find(self, name: str) -> Machine | None:
         if self._rentals.get(name) is None or self._engine.status(name).state != "up":
             return None
-        return self._tenants.find(name)
+        return self._leases.find(name)
 
     def list(self) -> tuple[Rental, ...]:
         if not self._rentals.ever(NAME) and not self._rentals.unreadable():
@@ -223,7 +223,7 @@ class SkyProvider:
 
     def hold(self, name: str, holder: str, title: str, seconds: float) -> None:
         until = time.time() + seconds
-        self._tenants.hold(name, holder, title, seconds)
+        self._leases.hold(name, holder, title, seconds)
         self._renew(name, slack_seconds=seconds / 4, until=until)
 
     def _renew(self, name: str, slack_seconds: float = 0.0, until: float = 0.0) -> None:
@@ -243,12 +243,12 @@ class SkyProvider:
         if known is None:
             return f"{name} is not rented"
         if keep_seconds > 0:
-            self._tenants.leave(name, holder, keep_seconds)
+            self._leases.leave(name, holder, keep_seconds)
             self._renew(name)
             return f"{name} is kept for {keep_seconds / 60:.0f} minutes more, at ${known.price_per_hour:.2f} an hour"
         others = [one for key, one in known.holders.items() if key != holder and one.until > time.time()]
         if others:
-            self._tenants.leave(name, holder, 0)
+            self._leases.leave(name, holder, 0)
             # the others may need it for less long than this one would have
             self._renew(name)
             return f"{name} is still held by {len(others)} other runs"
@@ -301,12 +301,12 @@ class SkyProvider:
 
 
 def _gone_by(known: Rental) -> float:
-    """When a machine that is gone had ended at the latest. One whose launch nobody has seen the end of got its timer then."""
+    """The latest time at which a machine that is gone had ended. One whose launch was not seen to end got its timer then."""
     return gone_by(known) + (LAUNCH_SECONDS if known.state == "launching" else 0.0)
 
 
 def _stranger(found: Cluster) -> Rental:
-    """A machine with a name of ours that no record here tells of: from another workspace, or from one that was deleted."""
+    """A machine with one of this program's names and no record here: of another workspace, or of one that was deleted."""
     since = found.launched_at or 0.0
     ends = found.autostop_minutes is not None and found.ends
     where = " ".join(part for part in (found.cloud, found.region, found.instance_type) if part)

@@ -1,8 +1,7 @@
 """The thin layer on SkyPilot's SDK: launch, renew, down, status, in seconds and in this project's errors.
 
-Knows no study, no lease and no record: who calls it has written down what it asks for. SkyPilot's SDK talks to a server of
-its own on 127.0.0.1, which does the work and outlives this process. Before it: `catalog`, which chose the machine. After
-it: the machine is a host of ssh by the name `ssh_alias`.
+Knows no study, no lease and no record: the caller has recorded what it asks for. SkyPilot's SDK talks to a server of
+its own on 127.0.0.1, which does the work and outlives this process.
 
 Two promises pull against each other, and SkyPilot 0.14 decides between them by the cloud. A machine must end by itself when
 nobody renews: what ends it is a process on the machine, which needs a right to. And no key of a cloud should be copied to
@@ -62,7 +61,7 @@ _log = logging.getLogger(__name__)
 class Cluster:
     """A machine as SkyPilot knows it; times in unix seconds, None for what isn't known.
 
-    `autostop_minutes`: after so long without a renewal it ends by itself; None: never. `ends`: whether that removes it
+    `autostop_minutes`: it ends by itself this long after the last renewal; None: never. `ends`: whether that removes it
     (or stops it, with a disk that still costs). `price_per_hour`: dollars, of the whole machine.
     """
 
@@ -91,7 +90,7 @@ def ssh_alias(name: str) -> str:
 def launch(name: str, wanted: Candidate, seconds: float, say: Callable[[str], None] | None = None) -> Cluster:
     """Rents a machine, or finds the one of that name, and returns when it answers; it ends by itself after `seconds`.
 
-    `say` gets SkyPilot's own lines. PlanRefused where there is none to be had, no cloud is enabled, or a key would travel
+    `say` gets SkyPilot's own lines. PlanRefused where none is available, no cloud is enabled, or a key would travel
     that must not; MachineLost where it was released meanwhile. May take many minutes, and goes on in SkyPilot's server if
     this process dies: `down` ends that too. The machine ends by itself only from the end of the launch on, as SkyPilot
     sets the timer last: until then the caller's record is all that knows of it.
@@ -101,7 +100,7 @@ def launch(name: str, wanted: Candidate, seconds: float, say: Callable[[str], No
         start_server()
         if keys := travelling_keys(wanted.row.cloud):
             text = (
-                f"SkyPilot would copy keys that are none of {wanted.row.cloud}'s to the machine, and has no setting against "
+                f"SkyPilot would copy keys of other clouds than {wanted.row.cloud} to the machine, and has no setting against "
                 f"it: {', '.join(keys)}"
             )
             if os.environ.get(KEYS_VARIABLE) != "1":
@@ -154,7 +153,7 @@ def down(name: str, wait: bool = True) -> None:
     sky = import_sky()
     with _translated(name):
         start_server()
-        # A launch that is still queued has no cluster yet: SkyPilot would say there is none, and rent it afterwards.
+        # A launch that is still queued has no cluster yet: SkyPilot would not find it, and rent it afterwards.
         active = sky.api_status(cluster_name=name, fields=["request_id", "name", "cluster_name"])
         launches = [one.request_id for one in active if one.cluster_name == name and one.name.endswith("launch")]
         if launches:
@@ -171,7 +170,7 @@ def status(name: str, refresh: bool = True) -> Cluster:
 
 
 def list_clusters(refresh: bool = True) -> tuple[Cluster, ...]:
-    """Every machine that SkyPilot knows of this user, whoever launched it, by name."""
+    """Every machine of this user that SkyPilot knows, by name, also those that other programs launched."""
     return _records(None, refresh)
 
 
@@ -231,7 +230,7 @@ def resources(wanted: Candidate, seconds: float) -> Any:
 
 
 def identities(cloud: str) -> dict[str, dict[str, str]]:
-    """SkyPilot's settings for a launch on `cloud` by which keys stay here, wherever it has a setting."""
+    """SkyPilot's settings for a launch on `cloud` that keep keys here, where it has such a setting."""
     import_sky()
     from sky.utils import registry, schemas
 

@@ -4,9 +4,8 @@
     outliers study --provider ssh ...                  the cheapest added host that fits
     outliers study --provider ssh --host user@host     this one
 
-A study gets a workspace of its own on the host, below `~/.outliers/machines/<name>`, and a lease: when nobody renews it, a
-watchdog there ends the study's processes. The host itself is the user's and is never ended. Before it: the tasks, through
-`base`'s protocols. After it: `tenants`, `rentals`.
+A study gets a workspace of its own on the host, below `~/.outliers/machines/<name>`, and a lease: when it is not renewed, a
+watchdog there ends the study's processes. The host itself is the user's and is never ended.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from outliers.machines.base import NOT_AMONG, Excluded, Machine, MachineRequest,
 from outliers.machines.connection import Connection, quote
 from outliers.machines.deploy import deploy
 from outliers.machines.rentals import Rentals, even_unwritten, gone_by
-from outliers.machines.tenants import Access, Tenants
+from outliers.machines.ssh_leases import Access, SshLeases
 from outliers.untrusted.bounds import PATH_CHARS
 from outliers.untrusted.visible import visible_line
 
@@ -87,7 +86,7 @@ class Hosts:
         """BadInput for a name that can't be."""
         if not _HOST_NAME.fullmatch(host.name):
             raise BadInput(
-                f"'{visible_line(host.name)}' is no name for a host: letters, digits, . _ - and at most 64 of them"
+                f"'{visible_line(host.name)}' is not a valid name for a host: letters, digits, . _ - and at most 64 of them"
             )
         for option, text in (("--folder", host.folder), ("--python", host.python)):
             if text != visible_line(text, PATH_CHARS):
@@ -114,7 +113,7 @@ def access(host: Host) -> Access:
 
 
 def ask_host(workspace: Path, name: str, verb: str, **request: Any) -> dict[str, Any]:
-    """One question to a host about all that is below its folder, whoever made it; as `answers.parse_answer`."""
+    """One question to a host about everything below its folder; the answer as `answers.parse_answer` gives it."""
     host = Hosts(workspace).get(name) or Host(name, name)
     reached = access(host)
     found = reached.probe()
@@ -141,12 +140,12 @@ def _look(host: Host, request: MachineRequest) -> Offer | Excluded:
 
 
 class SshProvider:
-    """The user's hosts; `workspace` is the one on this side, with their names and the records of what is held."""
+    """The user's hosts; `workspace` is this computer's, with their names and the records of what is held."""
 
     def __init__(self, workspace: Path) -> None:
         self._hosts = Hosts(workspace)
         self._rentals = Rentals(workspace)
-        self._tenants = Tenants(NAME, self._rentals, lambda rental: access(self._named(rental.place)))
+        self._leases = SshLeases(NAME, self._rentals, lambda rental: access(self._named(rental.place)))
 
     def offers(self, request: MachineRequest) -> tuple[tuple[Offer, ...], tuple[Excluded, ...]]:
         hosts = self._candidates(request)
@@ -162,30 +161,30 @@ class SshProvider:
 
     def ensure(self, name: str, request: MachineRequest, holder: str, title: str) -> Machine:
         places = self._places_for(name, request)
-        # written first: whatever happens from here on, it is known who was asked
+        # recorded first: whatever happens from here on, the host is known
         self._rentals.begin_at_one(name, NAME, places, holder, title, request.lease_seconds)
         try:
             # an environment may take longer to install than the lease lasts
             with self._rentals.renewed(name, holder, title, request.lease_seconds):
-                machine = self._tenants.open(name, holder, title, request.lease_seconds, request.remove_files)
+                machine = self._leases.open(name, holder, title, request.lease_seconds, request.remove_files)
         except (HostRefused, DeployFailed):
-            # nothing of ours runs there
-            self._tenants.settle(name, holder, "refused")
+            # nothing of this study runs there
+            self._leases.forget_holder(name, holder, "refused")
             raise
         self._rentals.mark(name, "up")
         return machine
 
     def find(self, name: str) -> Machine | None:
-        return self._tenants.find(name)
+        return self._leases.find(name)
 
     def list(self) -> tuple[Rental, ...]:
         return self._rentals.all(NAME)
 
     def hold(self, name: str, holder: str, title: str, seconds: float) -> None:
-        self._tenants.hold(name, holder, title, seconds)
+        self._leases.hold(name, holder, title, seconds)
 
     def leave(self, name: str, holder: str, keep_seconds: float = 0, wait: bool = True) -> str:
-        others = self._tenants.leave(name, holder, keep_seconds)
+        others = self._leases.leave(name, holder, keep_seconds)
         if keep_seconds > 0:
             return f"{name} is kept for {keep_seconds / 60:.0f} minutes more"
         return f"{name} is still held by {others} other runs" if others else f"{name} is released"
@@ -197,7 +196,7 @@ class SshProvider:
         with even_unwritten(name):
             self._rentals.mark(name, "releasing")
         try:
-            self._tenants.release(known)
+            self._leases.release(known)
         except (MachineLost, HostRefused, DeployFailed, JobFailed) as error:
             if not known.is_over(time.time()):
                 raise

@@ -1,8 +1,7 @@
 """This very program as one wheel, made in a moment and named by its content, and what it must be installed with.
 
 The wheel is written from the files that run here, so that a machine runs the same; the same files give the same bytes and
-name, so a machine that has it needs nothing. Only `outliers` is in it: flows and tasks stay on this side. Before it:
-an installed or checked-out package. After it: `deploy`.
+name, so a machine that has it needs nothing. Only `outliers` is in it: flows and tasks stay on this computer.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def build_wheel(more: Mapping[str, bytes] | None = None) -> Wheel:
 
 
 def requirements() -> tuple[str, ...]:
-    """What the wheel needs beside it, as requirement lines; extras' own markers are settled."""
+    """What the wheel requires, as requirement lines, with the markers of extras resolved."""
     found = []
     for line in importlib.metadata.requires(DISTRIBUTION) or ():
         extra = re.search(r'extra\s*==\s*[\'"]([\w.-]+)[\'"]', line)

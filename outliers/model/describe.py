@@ -71,11 +71,6 @@ class ModelInfo(BaseModel):
     weight_bytes: int
     weights: Weights
 
-    @property
-    def site_widths(self) -> dict[str, int]:
-        """Features of each site that can be read."""
-        return self.anatomy.widths
-
 
 def describe_model(
     source: ModelSource,

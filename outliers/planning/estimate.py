@@ -1,8 +1,7 @@
-"""How long each step of a study takes on an offer, and what that costs: sums, each with its assumption beside it.
+"""How long each step of a study takes on an offer, and what that costs. Each number comes with its assumption.
 
-Nothing is loaded or asked but, for this very machine, the speed of its processor. A step whose speed is not known has no
-number, and the total says that it leaves it out. Rates that nobody measured here are called assumed. Before it:
-`model_info`, `parts`, `machines`' offers. After it: `plan`, which shows the steps and refuses what would cost too much.
+Nothing is loaded. Only the speed of this computer's processor is measured. A step of unknown speed has no number, and the
+total says that it is without that step. Rates that were not measured here are called assumed.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from pydantic import BaseModel, ConfigDict
 from outliers.hardware import Facts
 from outliers.machines.base import Offer
 from outliers.model.describe import ModelInfo
-from outliers.spec import StudySpec
+from outliers.spec import DEFAULT_PROVIDER
+from outliers.study.demand import Demand
 from outliers.study.layout import Layout
-from outliers.study.parts import spans
-from outliers.study.prepare import layout_of
+from outliers.units import format_gb, format_mb_per_second, format_price, format_seconds
 
-LOCAL = "local"
-OWN = (LOCAL, "ssh")
+OWN = (DEFAULT_PROVIDER, "ssh")
 """Providers of machines that run already: nothing boots."""
 
 BOOT_SECONDS = 300.0
@@ -39,6 +37,7 @@ UPLOAD_BYTES_PER_SECOND = 10e6
 DISK_BYTES_PER_SECOND = 500e6
 """Reading weights and writing the capture. Assumed: an SSD on its own writes three times that (docs/performance.md), a
 cloud's network disk a half."""
+DISK_RATE = format_mb_per_second(DISK_BYTES_PER_SECOND)
 IMPORT_SECONDS = 8.0
 """torch and transformers, as here."""
 
@@ -95,7 +94,7 @@ CARDS = (
     Card(("a6000",), 154.8, 154.8, 38.7, 768),
 )
 LESS = {"laptop", "mobile", "max", "mig"}
-"""Words of a name that mean less than the card of that name."""
+"""Words in a name that mean a slower card than the one of that name."""
 
 
 class Step(BaseModel):
@@ -108,30 +107,22 @@ class Step(BaseModel):
     assumption: str
 
 
-def estimate(
-    spec: StudySpec, info: ModelInfo, offer: Offer, gpus: tuple[str, ...], left: int, download: int
-) -> tuple[Step, ...]:
-    """The steps of a study on an offer, in their order; one that there is no need for is left out.
+def estimate(demand: Demand, offer: Offer, gpus: tuple[str, ...], left: int, download: int) -> tuple[Step, ...]:
+    """The steps of a study on an offer, in order, without those that are not needed.
 
     gpus: names of those the model lies on, none where the processor computes. left: bytes of the capture still to write
     on that machine. download: bytes of the weights that are not on this machine; another one is taken to have none. Of a
     study that is spread (--shards) over machines these are the steps of the longest part, and on this machine those of
     all its processes, which share it.
     """
-    here, shards = offer.provider == LOCAL, spec.compute.shards
-    layout = layout_of(spec if here else longest_part(spec), info)
+    info, compute = demand.model, demand.spec.compute
+    here, shards = offer.provider == DEFAULT_PROVIDER, compute.shards
+    layout = demand.layout if here else demand.shard_layout
     steps = _arrive(offer)
     if left:
         steps += _fetch(info, offer.provider, download, shards)
-        steps += [_load(info, shards if here else 1, offer.facts.cpus), _pass(spec, info, layout, offer, gpus, left)]
-    return (*steps, _analysis(spec.compute.executor, layout.total_bytes, offer.facts))
-
-
-def longest_part(spec: StudySpec) -> StudySpec:
-    """A study with the sequences of the longest of its --shards parts. BadInput where there are more parts than batches."""
-    cut = spans(spec.corpus.num_sequences, spec.capture.batch_sequences, spec.compute.shards)
-    longest = max(stop - first for first, stop in cut)
-    return spec.model_copy(update={"corpus": spec.corpus.model_copy(update={"num_sequences": longest})})
+        steps += [_load(info, shards if here else 1, offer.facts.cpus), _pass(demand, layout, offer, gpus, left)]
+    return (*steps, _analysis(compute.executor, layout.total_bytes, offer.facts))
 
 
 def total_seconds(steps: tuple[Step, ...]) -> float:
@@ -145,36 +136,23 @@ def left_out(steps: tuple[Step, ...]) -> tuple[str, ...]:
 
 
 def price_of(steps: tuple[Step, ...], price_per_hour: float, machines: int = 1) -> float:
-    """Dollars of so many machines while the steps last, from their boot on."""
+    """Dollars for `machines` machines while the steps last, from their boot on."""
     return round(machines * total_seconds(steps) * price_per_hour / 3600, 4)
 
 
-def told(seconds: float) -> str:
-    """Seconds for a person: `45 s`, `14 min`, `3.2 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
 def over_budget(steps: tuple[Step, ...], price_per_hour: float, most: float | None, machines: int = 1) -> str | None:
-    """Why an offer costs more than `most` dollars in all, with both numbers; None where it doesn't, as far as is known."""
+    """Why an offer costs more than `most` dollars in all, with both numbers; None where it does not, as far as is known."""
     price = price_of(steps, price_per_hour, machines)
     if most is None or price <= most:
         return None
     digits = next((n for n in range(2, 4) if f"{price:.{n}f}" != f"{most:.{n}f}"), 4)
     without = left_out(steps)
     much = f"more than ${price:.{digits}f}" if without else f"about ${price:.{digits}f}"
-    lasts = told(total_seconds(steps)) + (f", not counting {' and '.join(without)}" if without else "")
+    lasts = format_seconds(total_seconds(steps)) + (f", not counting {' and '.join(without)}" if without else "")
     return (
-        f"the study would cost {much} in all ({lasts}, {at_price(price_per_hour, machines)}), and at most "
+        f"the study would cost {much} in all ({lasts}, {format_price(price_per_hour, machines)}), and at most "
         f"${most:.{digits}f} is allowed (--max-total-price)"
     )
-
-
-def at_price(price_per_hour: float, machines: int) -> str:
-    """`at $1.00 an hour`, or of several machines `on 4 machines at $1.00 an hour each`."""
-    one = f"at ${price_per_hour:.2f} an hour"
-    return one if machines == 1 else f"on {machines} machines {one} each"
 
 
 def find_card(name: str) -> Card | None:
@@ -189,7 +167,7 @@ def _arrive(offer: Offer) -> list[Step]:
     steps = []
     if offer.provider not in OWN:
         steps.append(Step(name="boot", seconds=BOOT_SECONDS, assumption="assumed, until a rented machine has a shell"))
-    if offer.provider != LOCAL:
+    if offer.provider != DEFAULT_PROVIDER:
         text = "assumed, for torch and all else where there is none yet; seconds where there is"
         steps.append(Step(name="deploy", seconds=DEPLOY_SECONDS, assumption=text))
     return steps
@@ -198,18 +176,20 @@ def _arrive(offer: Offer) -> list[Step]:
 def _fetch(info: ModelInfo, provider: str, download: int, machines: int) -> list[Step]:
     """How the weights come to the machine; to several, those from here share this machine's line."""
     if info.source.kind == "hub":
-        size = download if provider == LOCAL else info.weights.checkpoint_bytes
-        rate = HERE_BYTES_PER_SECOND if provider == LOCAL else THERE_BYTES_PER_SECOND
-        return [_moved("download", size, f"{_gb(size)} from the hub", rate)] if size else []
-    if provider == LOCAL:
+        size = download if provider == DEFAULT_PROVIDER else info.weights.checkpoint_bytes
+        rate = HERE_BYTES_PER_SECOND if provider == DEFAULT_PROVIDER else THERE_BYTES_PER_SECOND
+        return [_moved("download", size, f"{format_gb(size)} from the hub", rate)] if size else []
+    if provider == DEFAULT_PROVIDER:
         return []
     size = info.weights.checkpoint_bytes
-    what = f"at most {_gb(size)} of weights from this machine" + (f" to each of {machines}" if machines > 1 else "")
+    what = f"at most {format_gb(size)} of weights from this machine" + (
+        f" to each of {machines}" if machines > 1 else ""
+    )
     return [_moved("upload", size * machines, what, UPLOAD_BYTES_PER_SECOND)]
 
 
 def _moved(name: str, size: int, what: str, rate: float) -> Step:
-    return Step(name=name, seconds=round(size / rate, 1), assumption=f"{what} at {_mb(rate)}, assumed")
+    return Step(name=name, seconds=round(size / rate, 1), assumption=f"{what} at {format_mb_per_second(rate)}, assumed")
 
 
 def _load(info: ModelInfo, processes: int, cpus: int) -> Step:
@@ -218,21 +198,24 @@ def _load(info: ModelInfo, processes: int, cpus: int) -> Step:
     return Step(
         name="load",
         seconds=round(size / DISK_BYTES_PER_SECOND + imports, 1),
-        assumption=f"{_gb(size)} of weights at {_mb(DISK_BYTES_PER_SECOND)}, assumed, and {imports:g} s of imports{each}",
+        assumption=f"{format_gb(size)} of weights at {DISK_RATE}, assumed, and {imports:g} s of imports{each}",
     )
 
 
-def _pass(spec: StudySpec, info: ModelInfo, layout: Layout, offer: Offer, gpus: tuple[str, ...], left: int) -> Step:
+def _pass(demand: Demand, layout: Layout, offer: Offer, gpus: tuple[str, ...], left: int) -> Step:
     """The slowest of computing, reading the weights, and writing the capture: they go on side by side."""
-    sequences = -(-layout.num_sequences * left // layout.total_bytes)
-    if gpus and offer.provider == LOCAL:
-        # a GPU each, as far as there are some: so many parts one after the other
-        shards = spec.compute.shards
+    info, sequences = demand.model, -(-layout.num_sequences * left // layout.total_bytes)
+    if gpus and offer.provider == DEFAULT_PROVIDER:
+        # each shard takes one GPU; with more shards than GPUs they run one after the other
+        shards = demand.spec.compute.shards
         sequences = -(-sequences // shards) * -(-shards // len(offer.facts.gpus))
-    tokens, batches = sequences * layout.positions, -(-sequences // spec.capture.batch_sequences)
+    tokens, batches = sequences * layout.positions, -(-sequences // demand.spec.capture.batch_sequences)
     each = flops_per_token(info, layout.positions)
     flops, work = tokens * each, f"{tokens:,} tokens x {each / 1e9:.3g} GFLOP (2 x active parameters, attention)"
-    writing = (left / DISK_BYTES_PER_SECOND, f"writing {_gb(left)} at {_mb(DISK_BYTES_PER_SECOND)}, assumed")
+    writing = (
+        left / DISK_BYTES_PER_SECOND,
+        f"writing {format_gb(left)} at {DISK_RATE}, assumed",
+    )
     if not gpus:
         rate, reason = _processor(info.dtype, offer)
         return _slowest([(flops / rate, f"{work} at {rate / 1e9:.0f} GFLOP/s, {reason}"), writing])
@@ -247,20 +230,20 @@ def _pass(spec: StudySpec, info: ModelInfo, layout: Layout, offer: Offer, gpus: 
     size = info.weights.memory_bytes
     rate = peak * GPU_EFFICIENCY
     reason = f"{GPU_EFFICIENCY:g}, assumed, of the {peak / 1e12:g} of {name} in {info.dtype}"
-    reading = f"reading {_gb(size)} of weights for each of {batches:,} batches at {memory / 1e9:,.0f} GB/s"
+    reading = f"reading {format_gb(size)} of weights for each of {batches:,} batches at {memory / 1e9:,.0f} GB/s"
     computing = f"{work} at {rate / 1e12:.3g} TFLOP/s, {reason}"
     return _slowest([(flops / rate, computing), (batches * size / memory, reading), writing])
 
 
 def flops_per_token(info: ModelInfo, positions: int) -> float:
     """2 x active parameters, and attention to half of the sequence: products with keys and with values, in each layer."""
-    heads_width = info.site_widths.get("o_in", info.hidden_size)
+    heads_width = info.anatomy.widths.get("o_in", info.hidden_size)
     return 2 * info.active_parameters + 2 * positions * heads_width * info.num_layers
 
 
 def _processor(dtype: str, offer: Offer) -> tuple[float, str]:
     """Operations a second without a GPU, and where the number comes from."""
-    if offer.provider != LOCAL:
+    if offer.provider != DEFAULT_PROVIDER:
         return CORE_FLOPS * offer.facts.cpus, f"{CORE_FLOPS / 1e9:g} a core, assumed"
     product = f"a {dtype} product of {MEASURE_SIZE} x {MEASURE_SIZE} matrices just reached here"
     return measure_flops(dtype) * PASS_EFFICIENCY, f"{PASS_EFFICIENCY:g} of what {product}"
@@ -268,7 +251,7 @@ def _processor(dtype: str, offer: Offer) -> tuple[float, str]:
 
 def _slowest(bounds: list[tuple[float, str]]) -> Step:
     seconds, text = max(bounds)
-    others = "; ".join(f"{other}: {told(lasts)}" for lasts, other in bounds if other != text)
+    others = "; ".join(f"{other}: {format_seconds(lasts)}" for lasts, other in bounds if other != text)
     return Step(name="pass", seconds=round(seconds, 1), assumption=f"decided by {text} ({others})")
 
 
@@ -278,10 +261,13 @@ def _analysis(executor: str, size: int, facts: Facts) -> Step:
     asked = int(executor.partition("=")[2] or facts.cpus)
     cores = max(1, min(asked, facts.cpus))
     seconds = size / 1e9 * ANALYSIS_CORE_SECONDS_PER_GB / cores
-    text = f"{_gb(size)} at {ANALYSIS_CORE_SECONDS_PER_GB:g} s a gigabyte and core, {cores} cores"
+    text = f"{format_gb(size)} at {ANALYSIS_CORE_SECONDS_PER_GB:g} s a gigabyte and core, {cores} cores"
     reading = size / DISK_BYTES_PER_SECOND
     if size > facts.ram_available_bytes and reading > seconds:
-        seconds, text = reading, f"{_gb(size)}, more than memory keeps, read at {_mb(DISK_BYTES_PER_SECOND)}, assumed"
+        seconds, text = (
+            reading,
+            f"{format_gb(size)}, more than memory keeps, read at {DISK_RATE}, assumed",
+        )
     compiling = f"and {COMPILE_SECONDS:g} s to compile where that is not done yet"
     return Step(name="analysis", seconds=round(seconds + COMPILE_SECONDS, 1), assumption=f"{text}, {compiling}")
 
@@ -297,11 +283,3 @@ def measure_flops(dtype: str) -> float:
         torch.mm(a, a)
         best = min(best, time.perf_counter() - began)
     return 2 * MEASURE_SIZE**3 / best
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
-
-
-def _mb(rate: float) -> str:
-    return f"{rate / 1e6:.0f} MB/s"

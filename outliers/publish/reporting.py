@@ -12,7 +12,6 @@ overwrite nothing.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import platform
 import shutil
@@ -24,7 +23,7 @@ from typing import Any
 
 from outliers.errors import DamagedResults, DigestConflict, DiskFull, JobFailed, PublishRefused
 from outliers.events.stream import Reporter
-from outliers.files.atomic import write_atomic
+from outliers.files.atomic import NO_ROOM, write_atomic
 from outliers.files.sealed import check_folder, drop_folder, read_sealed, seal_folder, write_sealed
 from outliers.locks import locked
 from outliers.publish.allowlist import NUMBERS, Numbers, read_numbers, read_regular
@@ -41,7 +40,6 @@ DRAFT, MADE = "draft", "numbers"
 """Folders of the private summary: in which numbers are written first, and where they lie once they are whole."""
 PROVENANCE = "provenance.json"
 POLL_SECONDS = 0.1
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def write_study(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
@@ -144,7 +142,7 @@ def _explained(workspace: Workspace) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise DiskFull(
                 f"report: the disk of {workspace.root} takes no more ({error}): free some, and run the same again"
             ) from error

@@ -7,7 +7,6 @@ protects against a power cut. Knows bytes and paths, nothing of their content.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import threading
@@ -15,10 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from outliers.errors import CaptureError
-from outliers.files.atomic import CAN_SYNC_ALL, start_writing, sync_all, sync_folder, unfinished_name, write_all
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors of a full or read-only disk: they stay OSError, since the command reports how much is free."""
+from outliers.files.atomic import (
+    CAN_SYNC_ALL,
+    NO_ROOM,
+    start_writing,
+    sync_all,
+    sync_folder,
+    unfinished_name,
+    write_all,
+)
 
 MOST_UNSYNCED = 64
 """Files of one batch that are open at once, where each file is waited for. A process may have 1,024 files open by default."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from outliers.files.sealed import write_sealed
-from outliers.study.parts import captures_of_parts
+from outliers.study.parts import captures_of_shards
 from outliers.workspace import Workspace
 
 MARK = "repaired.json"
@@ -37,5 +37,5 @@ def forget_repair(workspace: Workspace, capture_id: str) -> None:
 
 
 def _folders(workspace: Workspace, capture_id: str) -> tuple[Path, ...]:
-    parts = (own.capture(capture_id) for _, own in captures_of_parts(workspace, capture_id))
+    parts = (own.capture(capture_id) for _, own in captures_of_shards(workspace, capture_id))
     return (workspace.capture(capture_id), *parts)

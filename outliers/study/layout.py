@@ -1,7 +1,6 @@
-"""The shapes of a capture, and its bytes, before there is one: arrays, chunks, what each takes.
+"""The shapes of a capture and its bytes, before it exists: arrays, chunks, and the size of each.
 
-Integer arithmetic that knows no file and no Zarr, so that what is planned, written and read is the same. Before it: `prepare`,
-which knows the model and the corpus. After it: `plan`, which refuses by it, and `store`, which writes and reads by it.
+Integer arithmetic that knows no file and no Zarr, so that planning, writing and reading use the same numbers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A study spread over machines: which sequences each one reads, and where a part on this computer has its workspace.
+"""The shards of a study: which sequences each machine reads, and the workspaces of shards that run on this computer.
 
-Parts begin and end at the borders of batches, for a batch is computed whole or not at all. Only summaries are transferred.
+A shard begins and ends at the edge of a batch, because a batch is computed whole or not at all. Only summaries are transferred.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outliers.errors import BadInput
+from outliers.spec import StudySpec
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 
 SHARDS = "shards"
-"""Folder of a workspace with the workspaces of the parts that run on this computer."""
+"""Folder of a workspace with the workspaces of the shards that run on this computer."""
 LOCKS = "locks"
 """Folder of a workspace with the locks that are held now."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Sequences `first` to before `stop`; the `number`-th (from 1) of `of` parts."""
+class Shard:
+    """Sequences `first` up to, and without, `stop`: the `number`-th (from 1) of `of` shards."""
 
     number: int
     of: int
@@ -30,28 +31,28 @@ class Part:
 
     @property
     def title(self) -> str:
-        """How a person tells it apart: `2 of 4`."""
+        """`2 of 4`."""
         return f"{self.number} of {self.of}"
 
     @property
     def suffix(self) -> str:
-        """What is appended to the name of its machine."""
+        """The end of its machine's name: `-2of4`."""
         return f"-{self.number}of{self.of}"
 
     @property
     def span(self) -> str:
-        """As --sequences takes it."""
+        """As --sequences takes it: `8:16`."""
         return f"{self.first}:{self.stop}"
 
 
-def split(prepared: Prepared, shards: int) -> tuple[Part, ...]:
-    """The parts of a study, as equal as whole batches allow. BadInput where there are fewer batches than parts."""
+def split(prepared: Prepared, shards: int) -> tuple[Shard, ...]:
+    """The shards of a study, as equal as whole batches allow. BadInput where there are fewer batches than shards."""
     cut = spans(prepared.corpus.num_sequences, prepared.spec.capture.batch_sequences, shards)
-    return tuple(Part(number, shards, first, stop) for number, (first, stop) in enumerate(cut, 1))
+    return tuple(Shard(number, shards, first, stop) for number, (first, stop) in enumerate(cut, 1))
 
 
 def spans(total: int, batch: int, shards: int) -> tuple[tuple[int, int], ...]:
-    """(first, stop) of each of `shards` parts of `total` sequences, in batches of `batch`. BadInput as `split`."""
+    """(first, stop) of each of `shards` shards of `total` sequences, in batches of `batch`. BadInput as `split`."""
     batches = -(-total // batch)
     if shards > batches:
         raise BadInput(
@@ -62,16 +63,28 @@ def spans(total: int, batch: int, shards: int) -> tuple[tuple[int, int], ...]:
     return tuple(itertools.pairwise(edges))
 
 
-def part_workspace(workspace: Workspace, machine: str) -> Path:
-    """The folder of the workspace that a part on this computer has for itself, named as its machine is."""
+def longest_shard(spec: StudySpec) -> StudySpec:
+    """A study with the sequences of the longest of its --shards shards. BadInput where there are more shards than batches."""
+    cut = spans(spec.corpus.num_sequences, spec.capture.batch_sequences, spec.compute.shards)
+    longest = max(stop - first for first, stop in cut)
+    return spec.model_copy(update={"corpus": spec.corpus.model_copy(update={"num_sequences": longest})})
+
+
+def machine_name(prepared: Prepared, shard: Shard | None = None) -> str:
+    """The name of a study's machine, or of a shard's: --machine, or made from the capture's id, so that a retry finds it."""
+    name = prepared.spec.compute.machine or f"outliers-{prepared.capture_id}"
+    return name + (shard.suffix if shard else "")
+
+
+def shard_workspace(workspace: Workspace, machine: str) -> Path:
+    """The workspace of a shard on this computer, which has the name of its machine."""
     return workspace.root / SHARDS / machine
 
 
-def captures_of_parts(workspace: Workspace, capture_id: str | None = None) -> tuple[tuple[str, Workspace], ...]:
-    """What the parts on this computer hold of captures, or of one: (`2of3`, its workspace) each, in order.
+def captures_of_shards(workspace: Workspace, capture_id: str | None = None) -> tuple[tuple[str, Workspace], ...]:
+    """The shards on this computer that hold captures, or hold one capture: (`2of3`, its workspace) each, in order.
 
-    They are kept as a whole study's capture is, for another study of the same activations; nothing but `outliers captures rm`
-    frees them.
+    They are kept for another study of the same activations. Only `outliers captures rm` frees them.
     """
     found = []
     for root in sorted(path for path in (workspace.root / SHARDS).glob("*") if path.is_dir()):

@@ -1,8 +1,8 @@
 """Which GPU holds which part of a model: integer arithmetic on the memory of the devices that were found.
 
-Knows bytes and the order of a forward pass, no model, no torch. A part is the embedding, one decoder layer, or the rest;
-they lie on the GPUs in runs, so that the hidden state passes from one GPU to the next as seldom as can be. As few GPUs as
-fit are used, evenly. Before it: `weights`. After it: `plan`, which shows it, and the loading, which gives `device_map`.
+It knows bytes and the order of a forward pass, but no model and no torch. A part is the embedding, one decoder layer, or the
+rest. Each GPU holds a run of consecutive parts, so that the hidden state moves between GPUs as seldom as possible. As few GPUs
+as fit are used, and filled evenly.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from itertools import accumulate
 from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import PlanRefused
+from outliers.units import in_gb
 
 CONTEXT_BYTES = 1_000_000_000
 """Kept free on each GPU for the CUDA context, its libraries' workspaces and compiled kernels. Chosen, not measured."""
 RESERVE_SHARE = 20
-"""One part in this many of each GPU is kept free: what the allocator can't hand out in pieces, and the difference between
-what drivers and torch call the total. Chosen, not measured."""
+"""One part in RESERVE_SHARE of each GPU is kept free: for fragmentation, and for the difference between what drivers and torch
+report as the total. Chosen, not measured."""
 GB = 1_000_000_000
 
 
 class Placement(BaseModel):
-    """Where each part lies. `parts`: bytes of embedding, decoder layers and rest; `devices`: the number of the GPU of each."""
+    """Which GPU holds each part. `parts`: bytes of embedding, decoder layers and rest; `devices`: the GPU's number for each."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     parts: tuple[int, ...]
     devices: tuple[int, ...]
     work_bytes: int
-    """On each GPU beside the weights."""
+    """Bytes on each GPU in addition to the weights."""
 
     @property
     def gpus(self) -> tuple[int, ...]:
@@ -77,10 +78,10 @@ def total_needed(weights_and_work: int) -> int:
 
 
 def place(parts: tuple[int, ...], room: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The GPU of each part, so that no GPU holds more bytes than its `room`, or None where there is no such way.
+    """The GPU of each part, so that no GPU holds more bytes than its `room`; None where that is impossible.
 
-    Parts lie in runs, in the order of the GPUs; a GPU may hold none. Of all ways it is one whose fullest GPU, as a share
-    of its room, is least full.
+    Each GPU holds a run of parts, in the order of the GPUs, or no part. The fullest GPU, as a share of its room, is as little
+    full as possible.
     """
     sums = (0, *accumulate(parts))
     # least[end]: how full the fullest GPU so far is at best with the first `end` parts on them; None: they don't fit
@@ -119,8 +120,8 @@ def _last_run(sums: tuple[int, ...], least: list[Fraction | None], end: int, roo
 def fit(parts: tuple[int, ...], gpu_bytes: tuple[int | None, ...], work_bytes: int, most: int | None) -> Placement:
     """The parts on as few of the GPUs as hold them, the largest first, at most `most` of them.
 
-    gpu_bytes: total of each GPU as it was found, 0 where its driver doesn't tell (it is then taken to be large enough),
-    None for one that is not to be used. Raises PlanRefused with what is needed and what there is.
+    gpu_bytes: total of each GPU as it was found; 0 where its driver reports none, which counts as large enough; None for a GPU
+    that must not be used. Raises PlanRefused with the bytes needed and the bytes available.
     """
     enough = total_needed(sum(parts) + work_bytes)
     known = {gpu: total or enough for gpu, total in enumerate(gpu_bytes) if total is not None}
@@ -139,34 +140,25 @@ def even(parts: tuple[int, ...], count: int, work_bytes: int) -> Placement:
 
 
 def _too_small(parts: tuple[int, ...], totals: tuple[int, ...], work_bytes: int) -> str:
-    """Why the GPUs with `totals` don't hold the parts, with both numbers and the way out."""
+    """Why the GPUs with `totals` don't hold the parts, with both numbers and what to do."""
     remedy = "choose larger ones (--min-vram), more (--gpu-count), or --gpu-count 0 to compute without"
     if not totals:
         return f"no GPU may be used: {remedy}"
     if len(totals) == 1:
-        needed, has, free = _told(sum(parts) + work_bytes, totals[0], usable(totals[0]))
+        needed, has, free = in_gb(sum(parts) + work_bytes, totals[0], usable(totals[0]))
         return (
             f"the study needs {needed} on one GPU, the largest has {has} ({free} usable beside the context): choose a larger one "
             "(--min-vram), or --gpu-count 0 to compute without"
         )
     each = f"{len(totals)} GPUs of {' and '.join(f'{total / GB:.0f} GB' for total in sorted(set(totals)))}"
-    needed, free = _told(sum(parts) + len(totals) * work_bytes, sum(map(usable, totals)))
+    needed, free = in_gb(sum(parts) + len(totals) * work_bytes, sum(map(usable, totals)))
     if sum(parts) + len(totals) * work_bytes > sum(map(usable, totals)):
         return f"the weights and one layer's work on each GPU need {needed} over {each} ({free} usable): {remedy}"
     fullest = even(parts, len(totals), work_bytes)
-    held, least = _told(max(fullest.weight_bytes(gpu) for gpu in fullest.gpus) + work_bytes, min(map(usable, totals)))
+    held, least = in_gb(max(fullest.weight_bytes(gpu) for gpu in fullest.gpus) + work_bytes, min(map(usable, totals)))
     return (
         f"cut between layers, the weights and one layer's work need {held} on one of {each} ({least} usable): {remedy}"
     )
-
-
-def _told(first: int, *others: int) -> tuple[str, ...]:
-    """Bytes in GB, with as many digits as it takes to tell the first from each other."""
-    for digits in range(1, 10):
-        texts = tuple(f"{number / GB:.{digits}f} GB" for number in (first, *others))
-        if texts[0] not in texts[1:]:
-            break
-    return texts
 
 
 def device_map(

@@ -1,7 +1,6 @@
-"""StudySpec -> Prepared: everything that a name leaves open is settled, and both ids are known, before a machine is asked for.
+"""StudySpec -> Prepared: every name is resolved and both ids are known before a machine is asked for.
 
 The revision becomes a commit or a hash, `auto` and `all` become values, the text becomes token ids on disk.
-Before it: `spec`. After it: `plan`, `capture`, `results`.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Prepared(BaseModel):
 
     @property
     def title(self) -> str:
-        """How a person recognises the study: `SmolLM2-135M 8x512`."""
+        """The study for a person: `SmolLM2-135M 8x512`."""
         return f"{self.model.source.name} {self.corpus.num_sequences}x{self.corpus.sequence_length}"
 
     def public_spec(self) -> dict[str, object]:
@@ -67,7 +66,7 @@ class Prepared(BaseModel):
 
 
 def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -> ModelInfo:
-    """The model of a spec, described; also checks what only the config can tell. A plan needs no `weights`."""
+    """The description of a spec's model; checks what depends on the model's config. `weights`: whether its files must be here."""
     folder = local_path(spec.model.id)
     if (folder / "config.json").is_file() and (stays := kept_method(folder, spec.model.quantization)):
         check_method(folder.name, stays, _place(spec))
@@ -134,7 +133,7 @@ def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
     sites = spec.capture.sites
     others = {site: info.anatomy.alias_of(site) for site in sites}
     return Layout(
-        widths={site: info.site_widths[site] for site in sites},
+        widths={site: info.anatomy.widths[site] for site in sites},
         layers=resolve_layers(spec, info),
         num_sequences=spec.corpus.num_sequences,
         positions=spec.corpus.sequence_length,
@@ -145,10 +144,10 @@ def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
 
 
 def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
-    """Settle a spec. Whoever calls has checked its options (`machines.options.check_options`).
+    """Resolve a spec. The caller has checked its options (`machines.options.check_options`).
 
     Raises BadInput and its kinds for what can't be had, HubUnavailable when the hub is silent."""
-    documents = find_local(spec.corpus)  # a mistyped text is told before a model is hashed or a tokenizer is read
+    documents = find_local(spec.corpus)  # first: a mistyped path is refused before a model is hashed
     info = model_info(spec, workspace)
     corpus = prepare_corpus(spec.corpus, info.source, workspace, documents=documents, vocab_size=info.vocab_size)
     layers = resolve_layers(spec, info)
@@ -231,7 +230,7 @@ def parse_spec(content: object, place: str) -> StudySpec:
 
 
 def explain(error: ValidationError) -> str:
-    """A pydantic error as one line a person can act on: field, what is wrong, what was given."""
+    """A pydantic error as one line: the field, what is wrong, what was given."""
     lines = []
     for item in error.errors(include_url=False):
         field = ".".join(str(step) for step in item["loc"]) or "spec"

@@ -1,4 +1,4 @@
-"""How large the ring between the forward pass and the writers is: arithmetic that the plan needs without torch."""
+"""How large the staging ring between the forward pass and the writers is. Arithmetic without torch, which planning needs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ MIN_WRITERS, MAX_WRITERS = 2, 4
 """Threads that write: two wait for the disk in turn, more than four would outnumber the slots of large tensors. On two
 cores 2, 3 and 4 wrote alike (0.76, 0.82 and 0.80 of a raw write of the same bytes, medians of 6 interleaved rounds)."""
 WRITER_BYTES = 4 * 1024 * 1024
-"""What a writer takes beside its chunk: stack, the allocator's pool of its thread, lines of the journal. Over SmolLM2's bare
-forward a whole capture took 1 to 4 MB more than the ring with two writers (docs/performance.md); the rest is a margin."""
+"""What a writer takes in addition to its chunk: stack, the allocator's pool of its thread, lines of the journal. Over
+SmolLM2's bare forward a whole capture took 1 to 4 MB more than the ring with two writers (docs/performance.md); the rest is
+a margin."""
 ALIGNMENT = 64
 """Slots begin at multiples of this many bytes: a cache line, and a multiple of every dtype's size."""
 
@@ -26,12 +27,12 @@ def ring_slots(slot_bytes: int) -> int:
 
 
 def writer_count(cores: int) -> int:
-    """Threads that write on a machine of that many cores: half of them, within MIN_WRITERS and MAX_WRITERS."""
+    """Threads that write on a machine with `cores` cores: half of them, within MIN_WRITERS and MAX_WRITERS."""
     return max(MIN_WRITERS, min(MAX_WRITERS, cores // 2))
 
 
 def writers_bytes(chunk_bytes: int, writers: int, *, packed: bool) -> int:
-    """Bytes of memory that the writers take beside the ring: a chunk each that is filled up, and two that are compressed."""
+    """Bytes of memory that the writers take in addition to the ring: a chunk each, and two more where chunks are compressed."""
     return writers * (WRITER_BYTES + chunk_bytes * (3 if packed else 1))
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from outliers.planning.estimate import told
 from outliers.publish.outcome import Outcome
 from outliers.sweep.sweep import SweepStudy
+from outliers.units import format_seconds
 
 REASON_CHARACTERS = 300
 
@@ -78,7 +78,7 @@ def sentence(study: SweepStudy, end: Ended | None) -> str:
     if end.state != "done":
         return f"{study.name}: {end.state}: {short(end.reason)}"
     found = "" if end.features is None else f", {end.features} systematic feature{'' if end.features == 1 else 's'}"
-    lasted = "" if end.cached else f" in {told(end.seconds)}"
+    lasted = "" if end.cached else f" in {format_seconds(end.seconds)}"
     note = f" ({short(end.reason)})" if end.reason else ""
     return f"{study.name}: {end.word}{lasted}{found}{note}"
 

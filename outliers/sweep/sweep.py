@@ -22,7 +22,7 @@ from outliers.errors import BadInput
 from outliers.machines.options import check_options
 from outliers.names import nearest
 from outliers.publish.outcome import Outcome, find_outcome
-from outliers.spec import DEFAULT_PROVIDER, Part, StudySpec, chosen, digest
+from outliers.spec import DEFAULT_PROVIDER, Part, StudySpec, chosen, digest, short_model_name
 from outliers.study.prepare import prepare
 from outliers.sweep.slips import PARTS, errors_of, holds, lines, origin, shown, told
 from outliers.workspace import open_workspace
@@ -280,7 +280,7 @@ def _name(entry: dict[str, Any], spec: StudySpec, cell: list[tuple[tuple[str, ..
     given = entry.get("name")
     if given is not None and not (isinstance(given, str) and re.fullmatch(NAME, given)):
         raise BadInput(f"{place}: name: letters, digits, '.', '_' and '-', at most 64; got {given!r}")
-    short = spec.model.id.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:").removesuffix(".gguf")
+    short = short_model_name(spec.model.id)
     values = [value for path, value in cell if given or path != ("model", "id")]
     texts = ["+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) for value in values]
     whole = "-".join([given or short, *(text.rstrip("/").rsplit("/", 1)[-1] for text in texts)])

@@ -10,8 +10,9 @@ import torch
 from outliers.capture.devices import Devices, choose_devices
 from outliers.capture.load import load_model
 from outliers.errors import PlanRefused
+from outliers.hardware import Gpu
 from outliers.spec import StudySpec
-from outliers.study.memory import SLICE_BYTES, needs, placement_for, work_bytes
+from outliers.study.demand import SLICE_BYTES, demand_of
 from outliers.study.placement import total_needed
 from outliers.study.prepare import model_info
 from tests.support import tiny
@@ -59,7 +60,7 @@ def spec_of(folder):
 
 def split_size(spec, info, share):
     """Total of a GPU that has room for `share` of the weights beside its work."""
-    return total_needed(int(info.weights.memory_bytes * share) + work_bytes(spec, info))
+    return total_needed(int(info.weights.memory_bytes * share) + demand_of(spec, info).work_bytes)
 
 
 def test_the_processor_where_there_is_no_gpu_or_none_is_wanted(workspace, spec_of):
@@ -141,7 +142,7 @@ def test_a_model_is_loaded_by_the_map_that_was_chosen(workspace, spec_of):
     spec = spec_of()
     info = model_info(spec, workspace)
     half = split_size(spec, info, 0.6)
-    where = Devices("two", placement_for(info, spec, (half, half))).map(info)
+    where = Devices("two", demand_of(spec, info).place([Gpu("A100", half)] * 2, spec.compute.gpu_count)).map(info)
     split = load_model(info, workspace, dict.fromkeys(where, "cpu"))
     plain = load_model(info, workspace, "cpu")
     ids = torch.arange(20)[None]
@@ -156,4 +157,4 @@ def test_what_is_planned_has_the_heads_slices_in_it(workspace, spec_of):
     spec = spec_of()
     asked = spec.model_copy(update={"capture": spec.capture.model_copy(update={"perplexity": True})})
     info = model_info(spec, workspace)
-    assert needs(asked, info)["activation_bytes"] >= 4 * SLICE_BYTES > needs(spec, info)["activation_bytes"]
+    assert demand_of(asked, info).activation_bytes >= 4 * SLICE_BYTES > demand_of(spec, info).activation_bytes

@@ -13,11 +13,11 @@ import pytest
 from outliers.errors import BadInput, BudgetSpent, JobFailed, MachineLost, StoreUnavailable
 from outliers.events.event import Event
 from outliers.machines.rentals import Rentals
-from outliers.study.parts import Part
+from outliers.study.parts import Shard, machine_name
 from outliers.workspace import open_workspace
 from tasks import tenancy as module
 from tasks.shard import _machine as machine_of
-from tasks.tenancy import Tenancy, machine_name
+from tasks.tenancy import Tenancy
 from tasks.watch import GUARDS, LISTENERS, heed_guards, undisturbed
 from tests.counting.test_counting import random_acts
 from tests.support import synthetic
@@ -195,7 +195,7 @@ def test_only_what_the_machine_itself_has_journaled_keeps_it(tmp_path):
     source = Recorder()
     with (
         pytest.raises(JobFailed),
-        Tenancy(source, study(**GRACE), open_workspace(tmp_path), "run", Part(1, 4, 0, 1)) as holding,
+        Tenancy(source, study(**GRACE), open_workspace(tmp_path), "run", Shard(1, 4, 0, 1)) as holding,
     ):
         holding.opened(Rented())
         for part in ("2/4", "11/4"):
@@ -204,7 +204,7 @@ def test_only_what_the_machine_itself_has_journaled_keeps_it(tmp_path):
         assert not holding.kept_work
         raise JobFailed("bug")
     assert source.left == [(0.0, True)]
-    with Tenancy(source, study(**GRACE), open_workspace(tmp_path), "run", Part(1, 4, 0, 1)) as holding:
+    with Tenancy(source, study(**GRACE), open_workspace(tmp_path), "run", Shard(1, 4, 0, 1)) as holding:
         LISTENERS[-1]("extract 1/4", Event(0.0, "progress", step="extract 1/4", done=1, total=2))
         assert holding.kept_work
 
@@ -252,7 +252,7 @@ def test_the_spent_budget_of_a_part_leaves_the_others(tmp_path, monkeypatch):
     spent, ended = threading.Event(), []
 
     def part(number):
-        own = Part(number, 2, number - 1, number)
+        own = Shard(number, 2, number - 1, number)
         with Tenancy(sources[number - 1], prepared, open_workspace(tmp_path), "run", own) as holding:
             holding.opened(Rented(4.0))
             until = time.monotonic() + 10
@@ -304,7 +304,7 @@ def test_no_machine_is_kept_beyond_the_budget(tmp_path, error):
 def test_parts_have_names_and_budgets_of_their_own(tmp_path):
     prepared = study(max_total_price=10.0, machine="lab")
     assert machine_name(prepared) == "lab"
-    part = Part(2, 5, 2, 4)
+    part = Shard(2, 5, 2, 4)
     assert machine_name(prepared, part) == "lab-2of5"
     rental(tmp_path, "lab-2of5", 4.0, hours=0.25)
     holding = Tenancy(Recorder(), prepared, open_workspace(tmp_path), "run", part)
@@ -324,7 +324,7 @@ class Refuses(Recorder):
 
 
 def test_the_machine_of_a_part_is_asked_for_with_its_share_of_the_budget(tmp_path):
-    prepared, part = study(max_total_price=10.0, machine="lab"), Part(2, 5, 2, 4)
+    prepared, part = study(max_total_price=10.0, machine="lab"), Shard(2, 5, 2, 4)
     rental(tmp_path, "lab-2of5", 4.0, hours=0.25)
     source = Refuses()
     source.workspace = tmp_path

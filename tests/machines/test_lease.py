@@ -49,6 +49,10 @@ def watchdogs(folder):
     return found
 
 
+def unwatched(folder):
+    """In the place of a watchdog: the test ends the lease itself."""
+
+
 def sleeper(folder, name="step"):
     return jobs.start(folder, JobSpec(name, (sys.executable, "-c", "import time; time.sleep(60)")))
 
@@ -76,9 +80,7 @@ def test_a_job_ends_with_the_lease_that_nobody_renews(place):
 @pytest.mark.servers
 def test_it_outlives_who_held_it(place):
     """As the agent does: it answers and ends, and the watchdog stays."""
-    code = (
-        "import sys; from pathlib import Path; from outliers import lease; lease.hold(Path(sys.argv[1]), 'r', 't', 2)"
-    )
+    code = "import sys; from pathlib import Path; from outliers.machines import lease; lease.hold(Path(sys.argv[1]), 'r', 't', 2)"
     subprocess.run([sys.executable, "-c", code, place], cwd=ROOT, check=True, timeout=30)
     handle = sleeper(place)
     assert len(until(lambda: watchdogs(place))) == 1
@@ -158,9 +160,8 @@ def test_files_go_only_where_that_was_asked(place, how, remove):
     assert (place / "uploads/deep/file").exists()
 
 
-def test_weights_go_with_the_last_machine_that_needs_them(tmp_path, monkeypatch):
+def test_weights_go_with_the_last_machine_that_needs_them(tmp_path):
     """Those that were sent and those of the hub; not what nobody names, and not those of a machine that somebody holds."""
-    monkeypatch.setattr(lease, "_start_watchdog", lambda workspace: None)
     sources = {
         "first": [
             ("folder", f"{tmp_path}/uploads/mine"),
@@ -185,13 +186,13 @@ def test_weights_go_with_the_last_machine_that_needs_them(tmp_path, monkeypatch)
         return {folder.name.removeprefix("models--org--") for folder in weights if folder.exists()}
 
     first, second = tmp_path / "machines/first", tmp_path / "machines/second"
-    lease.hold(first, "run-1", "a study", 60, remove_files=True)
-    lease.hold(second, "run-2", "a study", 60, remove_files=False)
+    lease.hold(first, "run-1", "a study", 60, remove_files=True, watchdog=unwatched)
+    lease.hold(second, "run-2", "a study", 60, remove_files=False, watchdog=unwatched)
     lease.leave(first, "run-1")
     assert there() == {"mine", "nobody's", "a", "b", "c"}
     lease.release(second)
     assert there() == {"mine", "nobody's", "a", "b", "c"}
-    lease.hold(second, "run-3", "a study", 60, remove_files=True)
+    lease.hold(second, "run-3", "a study", 60, remove_files=True, watchdog=unwatched)
     lease.release(second)
     assert there() == {"nobody's", "c"}
 
@@ -233,8 +234,8 @@ time.sleep(60)
 @pytest.fixture
 def escaped(place, monkeypatch):
     """(a job that can't be ended, its child, a job that can)"""
-    monkeypatch.setattr(lease, "_CANCEL_SECONDS", 0.2)
-    monkeypatch.setattr(jobs, "_KILL_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(jobs, "KILL_SECONDS", 0.2)
     lease.hold(place, "run-1", "a study", 60)
     first = jobs.start(place, JobSpec("a-first", (sys.executable, "-c", ESCAPED)))
     pid = first.folder / "escaped"
@@ -256,15 +257,21 @@ def test_one_job_that_can_not_be_ended_spares_no_other(place, escaped):
 @pytest.mark.servers
 def test_the_watchdog_tries_again_what_can_not_be_ended(place, escaped, monkeypatch):
     first, child, second = escaped
-    monkeypatch.setattr(lease, "_start_watchdog", lambda workspace: None)
+    tries, end = [], lease.end
+
+    def counted(workspace, remove_files):
+        tries.append(workspace)
+        end(workspace, remove_files)
+
+    monkeypatch.setattr(lease, "end", counted)
     (real,) = until(lambda: watchdogs(place))
     real.kill()
     until(lambda: not watchdogs(place))
-    lease.hold(place, "run-1", "a study", 0.1)
+    lease.hold(place, "run-1", "a study", 0.1, watchdog=unwatched)
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(lease.watch, place)
         until(lambda: jobs.status(second.folder) == "cancelled")
-        time.sleep(1)
+        until(lambda: len(tries) > 2)
         assert not watching.done()
         assert lease.read(place).holders
         child.kill()
@@ -305,17 +312,16 @@ def test_any_holders_leave_what_the_last_word_of_each_says(tmp_path_factory, ste
     needed: dict[str, float] = {}  # until when each said last that it needs the machine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease, "time", clock)
-        patch.setattr(lease, "_start_watchdog", lambda workspace: None)
         patch.setattr(lease, "end", lambda workspace, remove_files: ends.append(clock.now))
         for verb, who, seconds in steps:
             before = len(ends)
             if verb == "wait":
                 clock.now += seconds
             elif verb == "hold":
-                lease.hold(place, who, who, seconds)
+                lease.hold(place, who, who, seconds, watchdog=unwatched)
                 needed[who] = clock.now + seconds
             elif verb == "leave":
-                lease.leave(place, who, seconds)
+                lease.leave(place, who, seconds, watchdog=unwatched)
                 needed[who] = clock.now + seconds if seconds else 0.0
             else:
                 lease.release(place)

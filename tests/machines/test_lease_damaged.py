@@ -14,11 +14,17 @@ from hypothesis import strategies as st
 from outliers.errors import BadInput
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobSpec
+from outliers.locks import is_locked
 from outliers.machines import lease
 from outliers.spec import ComputeSpec
 from tests.support.one_host import until
 
 DAY = 86_400.0
+
+
+def unwatched(folder):
+    """In the place of a watchdog: the test ends the lease itself."""
+
 
 DAMAGES = [
     b"",
@@ -50,11 +56,10 @@ def test_what_can_not_be_read_is_held_by_nobody(tmp_path, content):
     assert found.remove_files == (b"remove_files" in content), "files go only where that was said"
 
 
-def test_a_folder_in_its_place_is_held_by_nobody_and_holding_mends_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "_start_watchdog", lambda workspace: None)
+def test_a_folder_in_its_place_is_held_by_nobody_and_holding_mends_it(tmp_path):
     (tmp_path / "lease.json" / "deep").mkdir(parents=True)
     assert not lease.read(tmp_path).readable
-    assert 59 < lease.hold(tmp_path, "run", "title", 60).left() <= 60
+    assert 59 < lease.hold(tmp_path, "run", "title", 60, watchdog=unwatched).left() <= 60
     (tmp_path / "lease.json").unlink()
     (tmp_path / "lease.json").mkdir()
     assert lease.release(tmp_path).holders == {}
@@ -74,7 +79,7 @@ def test_the_watchdog_ends_a_machine_whose_lease_is_damaged(tmp_path, monkeypatc
     else:
         path.write_bytes(content)
     assert until(lambda: jobs.status(job.folder) == "cancelled")
-    until(lambda: not jobs.is_locked(tmp_path / "watchdog.lock"))
+    until(lambda: not is_locked(tmp_path / "watchdog.lock"))
     assert lease.read(tmp_path) == lease.Lease({}, 0.0, False)
 
 
@@ -131,8 +136,7 @@ def test_no_step_of_the_clock_lengthens_a_lease(tmp_path_factory, asked, passed,
     place, clocks = tmp_path_factory.mktemp("lease"), Clocks()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease, "time", clocks)
-        patch.setattr(lease, "_start_watchdog", lambda workspace: None)
-        lease.hold(place, "run", "title", asked)
+        lease.hold(place, "run", "title", asked, watchdog=unwatched)
         clocks.up += passed
         clocks.wall = max(0.0, clocks.wall + passed + step)
         left = lease.read(place).left()
@@ -161,13 +165,12 @@ def test_whatever_stands_there_is_read_and_bounded(tmp_path_factory, entry):
     assert found.remove_files is False
 
 
-def test_the_longest_lease_is_the_longest_that_a_study_may_ask_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "_start_watchdog", lambda workspace: None)
+def test_the_longest_lease_is_the_longest_that_a_study_may_ask_for(tmp_path):
     fields = ComputeSpec.model_json_schema()["properties"]
     longest = max(fields[name]["maximum"] for name in ("lease_seconds", "grace_seconds", "keep_seconds"))
     assert longest == lease.MAX_SECONDS == 7 * DAY
     for asked in (math.inf, 1e300, 8 * DAY):
-        assert lease.hold(tmp_path, "run", "title", asked).left() <= 7 * DAY
+        assert lease.hold(tmp_path, "run", "title", asked, watchdog=unwatched).left() <= 7 * DAY
     for asked in (math.nan, -math.inf, -1.0, 10**400, "60", None, True):
         with pytest.raises(BadInput, match="a lease of"):
-            lease.hold(tmp_path, "run", "title", asked)
+            lease.hold(tmp_path, "run", "title", asked, watchdog=unwatched)

@@ -82,7 +82,7 @@ def test_a_machine_is_released_with_its_last_holder(box, tmp_path):
 @pytest.mark.servers
 def test_the_record_is_there_before_the_host_is_asked(box, monkeypatch):
     """Whatever ends this side while the host is opened, the machine is listed and past its lease some day."""
-    monkeypatch.setattr("outliers.machines.tenants.deploy", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("outliers.machines.ssh_leases.deploy", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         box.source.ensure("m1", MachineRequest(lease_seconds=120), "run-1", "one")
     (rental,) = box.source.list()
@@ -115,7 +115,7 @@ def test_what_is_installed_longer_than_a_lease_lasts_is_nothing_forgotten(box, m
             time.sleep(0.1)
         return deploy(*words, **options)
 
-    monkeypatch.setattr("outliers.machines.tenants.deploy", slow)
+    monkeypatch.setattr("outliers.machines.ssh_leases.deploy", slow)
     box.source.ensure("m1", MachineRequest(lease_seconds=1), "run-1", "one")
     assert seen == [[False]] * 15
     threads = {thread.name for thread in threading.enumerate()}
@@ -127,7 +127,7 @@ def test_what_is_installed_longer_than_a_lease_lasts_is_nothing_forgotten(box, m
 @pytest.mark.parametrize("how", ["release", "leave"])
 def test_where_nothing_was_begun_nothing_is_installed_to_end_it(box, monkeypatch, how):
     with monkeypatch.context() as patch:
-        patch.setattr("outliers.machines.tenants.deploy", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr("outliers.machines.ssh_leases.deploy", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
         for holder in ("run-1", "run-2"):
             with pytest.raises(KeyboardInterrupt):
                 box.source.ensure("m1", MachineRequest(lease_seconds=120), holder, "one")

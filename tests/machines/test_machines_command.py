@@ -115,23 +115,23 @@ def test_a_host_is_added_shown_and_forgotten(outliers, box, workspace):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["a b", "box"], "'a b' is no name for a host"),
-        (["../up", "box"], "'../up' is no name for a host"),
+        (["a b", "box"], "'a b' is not a valid name for a host"),
+        (["../up", "box"], "'../up' is not a valid name for a host"),
         (["x" * 65, "box"], "at most 64"),
         (["lab1", "box", "--price", "-1"], "--price -1"),
         (["lab1", "box", "--price", "nan"], "--price nan"),
         (["lab1", "box", "--price", "inf"], "--price inf"),
         (["lab1", "box", "--price", "free"], "invalid float"),
         (["lab1"], "DESTINATION"),
-        (["lab1", ""], "'' is no host: user@host, or a name of your ssh configuration"),
-        (["lab1", "a b"], "'a b' is no host"),
-        (["lab1", "me@box;rm -rf"], "'me@box;rm -rf' is no host"),
-        (["lab1", "$(id)"], "is no host"),
+        (["lab1", ""], "'' is not a valid host name: user@host, or a name of your ssh configuration"),
+        (["lab1", "a b"], "'a b' is not a valid host name"),
+        (["lab1", "me@box;rm -rf"], "'me@box;rm -rf' is not a valid host name"),
+        (["lab1", "$(id)"], "is not a valid host name"),
         (
             ["lab1", "me@127.0.0.1:2222"],
             "Put 'Host NAME', 'HostName 127.0.0.1', 'Port 2222', 'User me' into ~/.ssh/config",
         ),
-        (["lab1", "box:22"], "'box:22' is no host: a port stands in the ssh configuration"),
+        (["lab1", "box:22"], "'box:22' is not a valid host name: a port stands in the ssh configuration"),
         (["lab1", "box", "--folder", "/proc/nowhere"], "/proc/nowhere can't be made on box"),
     ],
 )
@@ -166,7 +166,7 @@ def test_what_ssh_may_call_a_host_is_left_to_it(text):
 def test_a_destination_that_would_be_an_option_is_none(outliers, workspace, tmp_path):
     code, _, err = outliers("machines", "add", "lab1", "--", f"-oProxyCommand=touch {tmp_path}/evil")
     assert code == 2
-    assert "is no host" in err
+    assert "is not a valid host name" in err
     assert not (tmp_path / "evil").exists()
 
 
@@ -389,7 +389,7 @@ def test_a_record_that_can_not_be_read_hides_no_other(outliers, workspace, monke
     code, out, _ = outliers("machines", "list", "--json")
     listed = json.loads(out)
     assert (code, [one["name"] for one in listed["machines"]]) == (0, ["m3"])
-    assert f"{torn} is no record of a machine" in listed["silent"][0]
+    assert f"{torn} is not a record of a machine" in listed["silent"][0]
     code, out, _ = outliers("machines", "reap", "--json")
     done = json.loads(out)
     assert code == 1

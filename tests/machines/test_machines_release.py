@@ -59,7 +59,7 @@ def test_a_record_that_can_not_be_read_is_not_nothing(outliers, workspace, words
     code, out, _ = outliers("machines", "release", *words, "--json")
     told = json.loads(out)
     assert code == 1
-    assert told["failed"][0].startswith(f"{folder / 'm1.json'} is no record of a machine")
+    assert told["failed"][0].startswith(f"{folder / 'm1.json'} is not a record of a machine")
     code, _, err = outliers("machines", "release", *words)
     assert code == 1
     assert "there was nothing to do" not in err
@@ -176,7 +176,7 @@ def test_the_flow_ends_what_is_past_its_lease(prefect_home, box, tmp_path):
     Rentals(root).hold("busy", "study.run", "a study", -1)
     done = run()
     assert done.returncode != 0
-    assert "broken.json is no record of a machine" in done.stderr
+    assert "broken.json is not a record of a machine" in done.stderr
     machine, handle = handles["busy"]
     assert machine.status(handle) == "cancelled"
     assert Rentals(root).all() == ()

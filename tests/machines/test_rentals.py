@@ -155,12 +155,12 @@ def test_a_record_that_can_not_be_read_is_named(tmp_path, text):
     begin(rentals)
     other = begin(rentals, "m2")
     (rentals.folder / "m1.json").write_text(text)
-    with pytest.raises(errors.WorkspaceError, match=r"machines/m1\.json is no record of a machine"):
+    with pytest.raises(errors.WorkspaceError, match=r"machines/m1\.json is not a record of a machine"):
         rentals.get("m1")
     # it hides no other, and somebody is told
     assert rentals.all() == (other,)
     (told,) = rentals.unreadable()
-    assert told.startswith(f"{rentals.folder / 'm1.json'} is no record of a machine")
+    assert told.startswith(f"{rentals.folder / 'm1.json'} is not a record of a machine")
 
 
 @pytest.mark.servers
@@ -195,7 +195,7 @@ def test_a_record_with_a_time_that_is_none_is_told_and_not_believed(tmp_path, fi
     path.write_text(json.dumps(record).replace('"@"', value))
     assert [rental.name for rental in rentals.all()] == ["m2"]
     (said,) = rentals.unreadable()
-    assert "m1.json is no record of a machine" in said
+    assert "m1.json is not a record of a machine" in said
     with pytest.raises(errors.WorkspaceError):
         rentals.hold("m1", "run-1", "t", 60)
 

@@ -106,7 +106,7 @@ def test_an_installation_that_takes_longer_than_the_lease_ends_no_machine(cloud,
             time.sleep(0.1)
         return deploy(*words, **options)
 
-    monkeypatch.setattr("outliers.machines.tenants.deploy", slow)
+    monkeypatch.setattr("outliers.machines.ssh_leases.deploy", slow)
     source.ensure("m", short, "study.run", "a study")
     assert len(left) == 30
     assert min(left) > 0
@@ -130,7 +130,7 @@ def fill(monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("outliers.machines.rentals.write_atomic", full)
-    monkeypatch.setattr("outliers.machines.rentals._append", full)
+    monkeypatch.setattr("outliers.machines.rentals.append_line", full)
 
 
 @pytest.mark.parametrize("how", ["leave", "cancel", "release"])
@@ -201,7 +201,7 @@ def test_what_is_given_up_while_it_is_opened_is_not_marked_up(cloud, records, mo
         records.mark("m", "releasing")
         return deploy(*words, **options)
 
-    monkeypatch.setattr("outliers.machines.tenants.deploy", given_up)
+    monkeypatch.setattr("outliers.machines.ssh_leases.deploy", given_up)
     with pytest.raises(MachineLost, match="m was released while it was opened"):
         cloud.provider().ensure("m", ASKED, "study.run", "a study")
     assert records.get("m").state == "releasing"

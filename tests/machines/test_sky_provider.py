@@ -261,7 +261,7 @@ def test_what_is_released_while_it_is_opened_is_not_held_there(cloud, records, m
         records.end("m", "released")
         return deploy(*words, **options)
 
-    monkeypatch.setattr("outliers.machines.tenants.deploy", released_meanwhile)
+    monkeypatch.setattr("outliers.machines.ssh_leases.deploy", released_meanwhile)
     with pytest.raises(MachineLost, match="released meanwhile"):
         cloud.provider().ensure("m", ASKED, "study.run", "a study")
     assert records.get("m") is None

@@ -223,7 +223,7 @@ def test_an_upload_goes_only_behind_what_is_there_and_one_at_a_time(machine):
     assert agent(machine, *append, "4", input=b"two").returncode == 0
     machine.ask("settle", path="appended.bin", sha256=sha256)
     assert Path(machine.workspace, "appended.bin").read_bytes() == b"one two"
-    with pytest.raises(errors.BadInput, match=r"'/\.\./\.\./evil' is no sha256"):
+    with pytest.raises(errors.BadInput, match=r"'/\.\./\.\./evil' is not a sha256"):
         machine.ask("size", path="appended.bin", sha256="/../../evil")
 
 
@@ -282,7 +282,7 @@ def test_a_long_folder_for_temporary_files_leaves_room_for_a_socket(tmp_path, mo
 )
 def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
     (tmp_path / "in").mkdir()
-    with pytest.raises(errors.JobFailed, match="none of ours"):
+    with pytest.raises(errors.JobFailed, match="which was not asked for"):
         unpack(archive(tarfile.TarInfo(name)), tmp_path / "in", Limits(), "results")
     assert not list(tmp_path.rglob("*evil*"))
     assert list((tmp_path / "in").iterdir()) == []

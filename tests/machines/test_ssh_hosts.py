@@ -12,7 +12,7 @@ from outliers.errors import BadInput, MachineLost, PlanRefused
 from outliers.machines.base import MachineRequest
 from outliers.machines.rentals import Rentals
 from outliers.machines.ssh import Host, Hosts, SshProvider
-from outliers.machines.tenants import Access
+from outliers.machines.ssh_leases import Access
 from tests.support.remote import Sshd, needs_sshd
 
 pytestmark = [pytest.mark.servers, needs_sshd]

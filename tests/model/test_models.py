@@ -13,8 +13,8 @@ from outliers.capture.load import load_model
 from outliers.errors import BadInput, UnknownModel
 from outliers.model.describe import describe_model
 from outliers.model.source import find_model
-from outliers.planning.plan import needs
 from outliers.spec import ModelSpec, StudySpec
+from outliers.study.demand import demand_of
 from outliers.study.prepare import layout_of, model_info, prepare
 from tests.support import tiny
 
@@ -41,7 +41,7 @@ def test_parameters_are_those_of_the_real_model(tmp_path, workspace, family):
 
 def test_o_in_has_the_width_of_the_heads(tmp_path, workspace):
     info = describe(workspace, tiny.make_model(tmp_path, "Qwen3"))
-    assert (info.hidden_size, info.site_widths["o_in"]) == (32, 64)
+    assert (info.hidden_size, info.anatomy.widths["o_in"]) == (32, 64)
 
 
 def test_dtype_auto_is_the_checkpoints_own(tmp_path, workspace):
@@ -161,7 +161,7 @@ def test_memory_grows_with_what_it_is_made_of(tmp_path, workspace):
 
     def ram(**corpus):
         spec = StudySpec.model_validate(tiny.spec_for(folder, "builtin:python-docs", **corpus))
-        return needs(spec, model_info(spec, workspace))["ram_bytes"]
+        return demand_of(spec, model_info(spec, workspace)).ram_bytes
 
     assert ram(sequences=4, length=64) == ram(sequences=4000, length=64), "memory does not grow with the corpus"
     assert ram(length=64) < ram(length=512)
@@ -171,7 +171,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_both_numbers(tmp_path, workspac
     """A machine with one GPU of 1 MiB, as its nvidia-smi tells; without the GPU the study fits."""
     from outliers.errors import PlanRefused
     from outliers.machines.local import LocalProvider
-    from outliers.planning.plan import check_plan
+    from outliers.planning.offers import check_plan
 
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'GPU-1, Toy 1, 1'\n")
@@ -180,11 +180,11 @@ def test_a_gpu_that_is_too_small_is_refused_with_both_numbers(tmp_path, workspac
     made = tiny.spec_for(tiny.make_model(tmp_path / "m"), "builtin:python-docs", length=512)
     spec = StudySpec.model_validate(made | {"capture": {"batch_sequences": 64}})
     info = model_info(spec, workspace)
-    needed = f"{needs(spec, info)['vram_bytes'] / 1e9:.1f}"
+    needed = f"{demand_of(spec, info).vram_bytes / 1e9:.1f}"
     with pytest.raises(PlanRefused, match=rf"needs {needed} GB on one GPU, the largest has 0\.0 GB"):
-        check_plan(spec, info, provider, 0)
+        check_plan(demand_of(spec, info), provider, 0)
     without = StudySpec.model_validate(made | {"compute": {"gpu_count": 0}})
-    assert check_plan(without, model_info(without, workspace), provider, 0).gpu_count == 0
+    assert check_plan(demand_of(without, model_info(without, workspace)), provider, 0).gpu_count == 0
 
 
 @pytest.mark.servers

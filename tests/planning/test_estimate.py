@@ -14,9 +14,11 @@ from outliers.hardware import GB, Facts, Gpu
 from outliers.machines.base import Offer
 from outliers.model.describe import describe_model
 from outliers.model.source import find_model
-from outliers.planning.estimate import estimate, find_card, left_out, over_budget, price_of, told, total_seconds
+from outliers.planning.estimate import estimate, find_card, left_out, over_budget, price_of, total_seconds
 from outliers.spec import ModelSpec, StudySpec
+from outliers.study.demand import demand_of
 from outliers.study.prepare import layout_of
+from outliers.units import format_seconds
 from outliers.workspace import open_workspace
 
 CONFIGS = Path(__file__).parents[1] / "support" / "configs"
@@ -71,7 +73,7 @@ def study(sequences, length, **more):
 
 def steps_of(spec, info, where, left=None, download=0):
     left = layout_of(spec, info).total_bytes if left is None else left
-    return estimate(spec, info, where, tuple(gpu.name for gpu in where.facts.gpus), left, download)
+    return estimate(demand_of(spec, info), where, tuple(gpu.name for gpu in where.facts.gpus), left, download)
 
 
 def seconds(steps):
@@ -275,6 +277,6 @@ def test_a_budget_is_told_with_both_numbers(moe):
 
 
 def test_seconds_are_told_in_a_unit_that_fits():
-    assert [told(s) for s in (0.04, 9.44, 9.5, 89, 90, 840, 5399, 5400, 11520)] == [
+    assert [format_seconds(s) for s in (0.04, 9.44, 9.5, 89, 90, 840, 5399, 5400, 11520)] == [
         "0.0 s", "9.4 s", "10 s", "89 s", "2 min", "14 min", "90 min", "1.5 h", "3.2 h",
     ]  # fmt: skip

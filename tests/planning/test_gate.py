@@ -19,9 +19,10 @@ from outliers.machines.base import Offer
 from outliers.model.describe import describe_model, method_of, quantization_of
 from outliers.model.quantization import METHODS, Place, kept_as_stored, refusal
 from outliers.model.source import find_model
-from outliers.planning.plan import check_plan, make_plan
+from outliers.planning.offers import check_plan
+from outliers.planning.plan import make_plan
 from outliers.spec import StudySpec
-from outliers.study.memory import needs
+from outliers.study.demand import demand_of
 from outliers.study.prepare import model_info
 from outliers.sweep.plan import plan_sweep
 from outliers.sweep.sweep import make_sweep
@@ -307,7 +308,7 @@ def test_fp8_of_671_billion_is_refused_with_both_numbers(tmp_path, workspace):
     info = model_info(spec, workspace, weights=False)
     eight, large = offer("sky", *[("H100", 80)] * 8), offer("sky", *[("B200", 192)] * 8)
     with pytest.raises(PlanRefused) as refused:
-        check_plan(spec, info, Catalog(eight), 0)
+        check_plan(demand_of(spec, info), Catalog(eight), 0)
     assert re.search(r"need 1\d{3}\.\d+ GB over 8 GPUs of 80 GB", str(refused.value))
     assert "(the weights take 1.34 TB: they are stored in fp8, 0.69 TB, and made plain" in str(refused.value)
     assert "more (--gpu-count)" in str(refused.value)
@@ -395,7 +396,7 @@ def test_amounts(numbers, said):
 def test_a_byte_too_little_is_seen_in_the_refusal(tmp_path, workspace):
     spec = spec_of(tiny.make_model(tmp_path / "model"))
     info = model_info(spec, workspace)
-    needed = needs(spec, info)["ram_bytes"]
+    needed = demand_of(spec, info).ram_bytes
     facts = Facts(8, 64 * GB, needed - 1, 90 * GB, (), "3.11")
     (said,) = make_plan(spec, info, Catalog(Offer("sky", "a", facts, 1.0))).refusals
     one, other = re.search(r"needs (\S+) GB of memory without a GPU, (\S+) GB is free", said).groups()

@@ -13,8 +13,10 @@ from flows.cli.console import show_plan
 from outliers.errors import BadInput, PlanRefused
 from outliers.hardware import GB, Facts, Gpu
 from outliers.machines.base import Offer
-from outliers.planning.plan import check_plan, make_plan, request_for, suitable
+from outliers.planning.offers import check_plan, request_for, suitable
+from outliers.planning.plan import make_plan
 from outliers.spec import StudySpec
+from outliers.study.demand import demand_of
 from outliers.study.prepare import layout_of, model_info
 from tests.support import tiny
 
@@ -97,15 +99,16 @@ def test_of_twenty_offers_eight_are_shown(planned):
 def test_what_costs_too_much_in_all_is_excluded_with_both_numbers(planned):
     spec, info = planned(compute={"max_total_price": 0.2})
     catalog = Catalog(rented("cheap", 1.0), rented("dear", 4.0), rented("free", 0.0))
-    offers, excluded = suitable(spec, info, catalog, request_for(spec, info, 0))
-    assert [offer.name for offer in offers] == ["cheap", "free"]
+    demand = demand_of(spec, info)
+    found, excluded = suitable(demand, catalog, request_for(demand, 0))
+    assert [candidate.offer.name for candidate in found] == ["cheap", "free"]
     ((name, reason),) = [(item.name, item.reason) for item in excluded]
     assert name == "dear"
     assert reason == (
         "the study would cost about $0.49 in all (7 min, at $4.00 an hour), and at most $0.20 is allowed (--max-total-price)"
     )
     with pytest.raises(PlanRefused, match=r"dear: the study would cost about \$0\.48"):
-        check_plan(spec, info, Catalog(rented("dear", 4.0)), 0)
+        check_plan(demand_of(spec, info), Catalog(rented("dear", 4.0)), 0)
     plan = make_plan(spec, info, Catalog(rented("dear", 4.0)))
     assert (plan.offers, plan.seconds, plan.assumptions, len(plan.refusals)) == ((), {}, (), 1)
 
@@ -114,9 +117,9 @@ def test_a_budget_counts_what_is_left(planned):
     """A capture that is there needs no upload and no pass: a machine that was too dear for all is not for the rest."""
     spec, info = planned(compute={"max_total_price": 0.36})  # 430 s and 438 s, at 3 dollars an hour
     dear = Catalog(rented("dear", 3.0))
-    assert check_plan(spec, info, dear, 0)
+    assert check_plan(demand_of(spec, info), dear, 0)
     with pytest.raises(PlanRefused, match="max-total-price"):
-        check_plan(spec, info, dear, layout_of(spec, info).total_bytes)
+        check_plan(demand_of(spec, info), dear, layout_of(spec, info).total_bytes)
 
 
 # A study that is spread. Four sequences of 32 tokens in batches of one: three parts are 1, 1 and 2 of them.
@@ -180,11 +183,11 @@ def test_a_budget_is_for_all_machines(spread):
         "a: the study would cost about $0.36 in all (7 min, on 3 machines at $1.00 an hour each), and at most $0.30"
     )
     with pytest.raises(PlanRefused, match="on 3 machines"):
-        check_plan(spec, info, Catalog(rented("a", 1.0)), layout_of(spec, info).total_bytes // 2)
+        check_plan(demand_of(spec, info), Catalog(rented("a", 1.0)), layout_of(spec, info).total_bytes // 2)
 
 
 class Here(Catalog):
-    """This computer, with so many bytes of memory free."""
+    """This computer, with `ram` bytes of memory free."""
 
     def __init__(self, ram, gpus=()):
         super().__init__(Offer("local", "local", Facts(2, 64 * GB, ram, 200 * GB, gpus, "3.11"), 0.0))

@@ -18,11 +18,13 @@ from outliers.errors import PlanRefused
 from outliers.files.records import read_json
 from outliers.jobs import jobs
 from outliers.machines.local import LocalMachine, LocalProvider
-from outliers.planning.plan import download_bytes, needs, planned_layout
-from outliers.planning.remaining import JOINED, Rest, analysis_bytes, check_rest, machine_name, rest_of, rest_of_part
+from outliers.planning import remaining
+from outliers.planning.download import download_bytes
+from outliers.planning.remaining import JOINED, Rest, check_rest
 from outliers.spec import StudySpec
 from outliers.steps import run_extract, run_report
-from outliers.study.parts import part_workspace, split
+from outliers.study.demand import demand_of
+from outliers.study.parts import machine_name, shard_workspace, split
 from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests.support import tiny
@@ -34,7 +36,7 @@ NAPS = "import time; time.sleep(300)"
 
 
 class SmallMachine(LocalMachine):
-    """This computer with so many bytes of memory and disk free."""
+    """This computer with `ram` bytes of memory and `disk` bytes of disk free."""
 
     ram = disk = 0
 
@@ -64,8 +66,20 @@ def settled(tmp_path, workspace):
         jobs.cancel(attempt, grace_seconds=0)
 
 
+def demanded(prepared):
+    return demand_of(prepared.spec, prepared.model)
+
+
 def ram_of(prepared):
-    return needs(prepared.spec, prepared.model)["ram_bytes"]
+    return demanded(prepared).ram_bytes
+
+
+def analysis_bytes(prepared):
+    return remaining.analysis_bytes(prepared, demanded(prepared).layout)
+
+
+def rest_of(prepared, workspace):
+    return remaining.rest_of(prepared, demanded(prepared), workspace)
 
 
 def admitted(prepared, workspace, **free):
@@ -107,7 +121,7 @@ def test_another_studys_job_has_nothing_of_this_one(settled, workspace):
 
 def test_what_is_captured_needs_no_room_and_no_model(settled, workspace):
     prepared = settled()
-    size, counting = planned_layout(prepared.spec, prepared.model).total_bytes, analysis_bytes(prepared)
+    size, counting = demanded(prepared).layout.total_bytes, analysis_bytes(prepared)
     assert counting < ram_of(prepared)
     assert rest_of(prepared, workspace) == Rest(size, None)
     run_extract(prepared, workspace, Silent(), sequences=range(3))
@@ -143,22 +157,22 @@ def test_nothing_is_known_of_another_machines_disk(settled, workspace):
     run_extract(prepared, workspace, Silent())
     there = settled(compute={"provider": "ssh"})
     assert there.capture_id == prepared.capture_id
-    assert rest_of(there, workspace) == Rest(planned_layout(there.spec, there.model).total_bytes, None)
+    assert rest_of(there, workspace) == Rest(demanded(there).layout.total_bytes, None)
 
 
 def test_parts_ask_for_what_is_left_of_them_together(settled, workspace):
     """Of three parts one runs and one is captured: what is left is one model and one count."""
     prepared = settled(compute={"shards": 3, "gpu_count": 0})
     one, two, three = parts = split(prepared, 3)
-    size, whole = planned_layout(prepared.spec, prepared.model).total_bytes, ram_of(prepared)
+    size, whole = demanded(prepared).layout.total_bytes, ram_of(prepared)
     with pytest.raises(PlanRefused, match=r"3 processes need .* GB of memory, .* free: ask for fewer --shards"):
         admitted(prepared, workspace, ram=3 * whole - 1)
     admitted(prepared, workspace, ram=3 * whole)
-    spaces = [open_workspace(part_workspace(workspace, machine_name(prepared) + part.suffix)) for part in parts]
+    spaces = [open_workspace(shard_workspace(workspace, machine_name(prepared, part))) for part in parts]
     jobs.start(spaces[0].root, python(NAPS, f"extract-{prepared.capture_id}-{one.span.replace(':', '-')}"))
     (spaces[1].root / "corpora").symlink_to(workspace.corpora)
     run_extract(prepared, spaces[1], Silent(), sequences=range(two.first, two.stop))
-    rests = [rest_of_part(part, prepared, workspace) for part in parts]
+    rests = [remaining.rest_of_shard(part, prepared, demanded(prepared), workspace) for part in parts]
     left = size // 4 * (three.stop - three.first)
     assert rests == [JOINED, Rest(0, analysis_bytes(prepared)), Rest(left, None)]
     admitted(prepared, workspace, ram=whole + analysis_bytes(prepared))
@@ -232,7 +246,7 @@ def test_a_second_run_joins_the_jobs_whose_memory_is_not_free(prefect_home, tmp_
         with log.open("wb") as said:
             return subprocess.Popen(argv, env=environment(free), stdout=said, stderr=said, start_new_session=True)
 
-    own = [part_workspace(workspace, machine_name(prepared) + part.suffix) for part in split(prepared, shards)]
+    own = [shard_workspace(workspace, machine_name(prepared, part)) for part in split(prepared, shards)]
     roots = [workspace.root] if shards == 1 else own
     first = command(1 << 40, tmp_path / "first")
     held = []

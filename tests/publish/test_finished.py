@@ -31,7 +31,7 @@ from outliers.spec import ModelSpec
 from outliers.steps import run_analyze, run_report, run_state
 from outliers.store.repair import is_repaired
 from outliers.store.verify import verify
-from outliers.study.parts import Part
+from outliers.study.parts import Shard
 from outliers.study.prepare import read_prepared
 from outliers.workspace import open_workspace
 from tasks.sync import sync
@@ -273,7 +273,7 @@ def test_a_damaged_summary_is_no_summary(copy, name, how):
 
 def test_a_damaged_part_is_made_again(copy):
     workspace, study, _ = copy
-    part = Part(1, 1, 0, 3)
+    part = Shard(1, 1, 0, 3)
     place = folder_of_part(part, study, workspace)
     shutil.copytree(workspace.summary(study.capture_id, study.study_id), place)
     write_record(place, {"sequences": "0:3"})

@@ -124,7 +124,7 @@ def test_names_in_answers_and_errors_are_visible(machine, does):
 
 def test_each_question_takes_its_own_answer_alone(machine, does):
     does(b'{"status": "sleeping"}')
-    with pytest.raises(errors.JobFailed, match="box answers 'status' with what is no answer to it"):
+    with pytest.raises(errors.JobFailed, match="box answers 'status' with something else than an answer to it"):
         machine.status(HANDLE)
     does(b'{"name": "extract-1", "attempt": 1, "folder": "/etc"}')
     with pytest.raises(errors.JobFailed, match="box started 'extract-1' in /etc"):

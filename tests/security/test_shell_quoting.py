@@ -14,8 +14,9 @@ import pytest
 from outliers import errors
 from outliers.jobs.jobs import JobSpec
 from outliers.machines.base import MachineRequest
-from outliers.machines.connection import Connection, check_destination
+from outliers.machines.connection import Connection
 from outliers.machines.deploy import deploy
+from outliers.machines.destination import check_destination
 from outliers.machines.probe import probe
 from outliers.machines.ssh import Host, Hosts, SshProvider, access
 from tests.support.one_host import box, machine, shared, workspace
@@ -153,7 +154,7 @@ REFUSED_HOSTS = [
 
 @pytest.mark.parametrize("text", REFUSED_HOSTS, ids=ascii)
 def test_what_is_no_host_is_refused_in_words(text):
-    with pytest.raises(errors.BadInput, match="is no host: ") as caught:
+    with pytest.raises(errors.BadInput, match="is not a valid host name: ") as caught:
         Connection(text)
     assert "\x1b" not in str(caught.value) and "\u202e" not in str(caught.value)
     if text.startswith("-"):
@@ -182,7 +183,7 @@ def test_an_option_of_the_command_takes_no_such_name(capsys, option, word):
 @pytest.mark.parametrize("word", NASTY, ids=ascii)
 def test_a_host_that_is_added_has_a_plain_name_and_a_visible_folder(tmp_path, word):
     hosts = Hosts(tmp_path)
-    with pytest.raises(errors.BadInput, match="is no name for a host"):
+    with pytest.raises(errors.BadInput, match="is not a valid name for a host"):
         hosts.add(Host(word, "box"))
     if not word.isprintable():
         for host in (Host("lab1", "box", folder=word), Host("lab1", "box", python=word)):

@@ -19,7 +19,7 @@ from outliers.machines.catalog import Row
 from outliers.machines.connection import Connection
 from outliers.machines.sky import SkyProvider
 from outliers.machines.sky_engine import Cluster
-from outliers.machines.tenants import Access
+from outliers.machines.ssh_leases import Access
 
 ROWS = (
     Row("cheap", "here", "small", 4, 16 * GB, 2.0),

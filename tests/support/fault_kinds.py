@@ -12,9 +12,8 @@ from outliers.counting.shards import is_here
 from outliers.jobs import jobs
 from outliers.machines.ssh import Host, Hosts
 from outliers.publish.outcome import find_finished
-from outliers.study.parts import Part, split
+from outliers.study.parts import Shard, machine_name, split
 from outliers.workspace import Workspace
-from tasks.tenancy import machine_name
 from tests.support.fault_case import Case
 from tests.support.fault_home import until
 from tests.support.fault_world import World
@@ -52,7 +51,7 @@ class ShardsCase(Case):
         self.part = self.parts[1]
         self.place = self._place(self.part)
 
-    def _place(self, part: Part) -> Workspace:
+    def _place(self, part: Shard) -> Workspace:
         return Workspace(self.workspace.root / "shards" / machine_name(self.study, part))
 
     def places(self) -> tuple[Workspace, ...]:
@@ -61,7 +60,7 @@ class ShardsCase(Case):
     def job_name(self, step: str) -> str:
         return self._job_of(self.part, step)
 
-    def _job_of(self, part: Part, step: str) -> str:
+    def _job_of(self, part: Shard, step: str) -> str:
         return f"{super().job_name(step)}-{part.first}-{part.stop}"
 
     def hold(self, step: str) -> None:
@@ -78,7 +77,7 @@ class ShardsCase(Case):
             others = [part for part in self.parts if part != self.part]
             self.until(lambda: all(self._is_here(part) for part in others), "the other parts")
 
-    def _is_here(self, part: Part) -> bool:
+    def _is_here(self, part: Shard) -> bool:
         return is_here(part, self.study, self.workspace)
 
     def check_attempts(self) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from outliers.corpus.tokens import load_corpus
 from outliers.errors import BadInput
-from outliers.study.memory import even_placement
+from outliers.study.demand import demand_of
 from outliers.study.placement import total_needed
 from outliers.study.prepare import model_info, prepare
 from outliers.sweep.sweep import Sweep, make_sweep, read_sweep
@@ -324,7 +324,7 @@ def test_the_gpus_that_are_asked_hold_the_moe_models(tmp_path, workspace):
         (folder / "config.json").write_text(config.read_text())
         model = study.spec.model.model_copy(update={"id": str(folder), "dtype": "bfloat16"})
         spec = study.spec.model_copy(update={"model": model})
-        placed = even_placement(model_info(spec, workspace, weights=False), spec)
+        placed = demand_of(spec, model_info(spec, workspace, weights=False)).place_evenly()
         fullest = max(total_needed(placed.weight_bytes(gpu) + placed.work_bytes) for gpu in placed.gpus)
         asked = spec.compute.min_vram * 1e9
         assert asked * 0.5 < fullest <= asked, f"{short}: {fullest / 1e9:.1f} GB a GPU"

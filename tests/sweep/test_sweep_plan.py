@@ -10,8 +10,8 @@ import pytest
 
 from outliers.machines.local import LocalProvider
 from outliers.machines.providers import provider
-from outliers.planning.plan import needs, planned_layout
-from outliers.study.prepare import model_info
+from outliers.study.demand import demand_of
+from outliers.study.prepare import layout_of, model_info
 from outliers.sweep.plan import plan_sweep
 from outliers.sweep.sweep import make_sweep
 from tests.support import tiny
@@ -53,7 +53,7 @@ def test_a_plan_adds_up_and_one_that_fails_stands_there_with_its_error(model, wo
     for study in sweep.studies:
         if study.name.startswith("model"):
             info = model_info(study.spec, workspace, weights=False)
-            alone[study.name] = planned_layout(study.spec, info).total_bytes
+            alone[study.name] = layout_of(study.spec, info).total_bytes
     # of two magnitudes of one capture the second has nothing to write
     captures = [study.plan.capture_bytes_left for study in plan.studies[:4]]
     assert captures == [alone["model-3-6"], 0, alone["model-5-6"], 0]
@@ -95,7 +95,7 @@ def test_the_price_of_a_sweep_is_the_sum_of_its_studies(model, workspace):
 
 
 class Small(LocalProvider):
-    """This machine, with so many bytes of disk and memory free."""
+    """This computer, with given bytes of disk and memory free."""
 
     def __init__(self, workspace, disk=None, ram=None):
         super().__init__(workspace)
@@ -146,7 +146,7 @@ def test_a_study_that_is_spread_counts_as_all_of_its_processes(model, workspace)
     four, six, torn = sorted(plan.studies, key=lambda study: study.name)
     assert (four.refused, six.refused) == (None, None)
     assert torn.refused == "--shards 5 is more than the 2 batches of 1 sequence there are to share: at most 2"
-    one = needs(sweep.studies[0].spec, model_info(sweep.studies[0].spec, workspace, weights=False))["ram_bytes"]
+    one = demand_of(sweep.studies[0].spec, model_info(sweep.studies[0].spec, workspace, weights=False)).ram_bytes
     assert [study.plan.ram_bytes for study in (four, six)] == [2 * one, 2 * one]
 
     def refused(ram):

@@ -10,9 +10,9 @@ from prefect.logging import disable_run_logger
 
 from outliers.machines.base import Holder, Rental
 from outliers.machines.local import LocalProvider
-from outliers.planning.plan import needs, planned_layout
-from outliers.planning.remaining import machine_name
 from outliers.spec import StudySpec
+from outliers.study.demand import demand_of
+from outliers.study.parts import machine_name
 from outliers.study.prepare import prepare
 from tasks.provision import provision
 from tests.support import tiny
@@ -48,7 +48,8 @@ def test_a_machine_whose_launch_failed_is_chosen_by_the_whole_plan_again(tmp_pat
     with disable_run_logger():
         provision.fn(prepared, workspace, SimpleNamespace(source=source, name=name, holder="run"))
     (request,) = source.requests
-    layout = planned_layout(prepared.spec, prepared.model).total_bytes
+    demand = demand_of(prepared.spec, prepared.model)
+    layout = demand.layout.total_bytes
     assert request.needed_disk_bytes >= (0 if is_had else layout)
     assert (request.needed_disk_bytes < layout) == is_had
-    assert request.needed_ram_bytes == needs(prepared.spec, prepared.model)["ram_bytes"]
+    assert request.needed_ram_bytes == demand.ram_bytes

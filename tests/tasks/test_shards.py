@@ -21,10 +21,11 @@ from outliers.errors import BadInput, PlanRefused
 from outliers.files.atomic import held_bytes
 from outliers.files.sealed import seal_folder
 from outliers.jobs import jobs
-from outliers.planning.plan import request_for
+from outliers.planning.offers import request_for
 from outliers.publish.publish import model_slug
 from outliers.spec import StudySpec
-from outliers.study.parts import Part, captures_of_parts, part_workspace, split
+from outliers.study.demand import demand_of
+from outliers.study.parts import Shard, captures_of_shards, shard_workspace, split
 from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tasks.shard import check_together
@@ -59,7 +60,7 @@ def test_parts_are_whole_batches_that_make_all_sequences(sequences, batch, shard
 
 
 def test_a_part_is_here_once_its_record_is(tmp_path):
-    workspace, prepared, part = open_workspace(tmp_path), prepared_of(4, 1), Part(1, 2, 0, 2)
+    workspace, prepared, part = open_workspace(tmp_path), prepared_of(4, 1), Shard(1, 2, 0, 2)
     assert not is_here(part, prepared, workspace)
     folder_of(part, prepared, workspace).mkdir(parents=True)
     write_record(folder_of(part, prepared, workspace), {})
@@ -74,17 +75,17 @@ def test_what_parts_hold_of_one_capture_is_not_what_they_hold_of_another(tmp_pat
     """Nor is a path one: `outliers captures rm` takes ids."""
     workspace = open_workspace(tmp_path)
     for machine, capture in (("outliers-a-1of2", "a"), ("outliers-a-2of2", "a"), ("lab-1of3", "b")):
-        (part_workspace(workspace, machine) / "captures" / capture).mkdir(parents=True)
+        (shard_workspace(workspace, machine) / "captures" / capture).mkdir(parents=True)
     (tmp_path / "shards" / "notes.txt").write_text("")
     (tmp_path / "shards" / "empty").mkdir()
-    held = {name: [part for part, _ in captures_of_parts(workspace, name)] for name in (None, "a", "b", "c", "..")}
+    held = {name: [part for part, _ in captures_of_shards(workspace, name)] for name in (None, "a", "b", "c", "..")}
     assert held == {None: ["1of3", "1of2", "2of2"], "a": ["1of2", "2of2"], "b": ["1of3"], "c": [], "..": []}
 
 
 def test_parts_that_do_not_fit_together_are_refused_every_one(tmp_path):
     """Not the first alone: the others would run into the memory that is not there. Those that are done need none."""
     workspace, prepared = open_workspace(tmp_path), prepared_of(8, 1)
-    needed = request_for(prepared.spec, prepared.model, 0).needed_ram_bytes
+    needed = request_for(demand_of(prepared.spec, prepared.model), 0).needed_ram_bytes
     for _ in range(3):
         with pytest.raises(
             PlanRefused, match=r"4 processes need .* GB of memory, .* GB is free: ask for fewer --shards"

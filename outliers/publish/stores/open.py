@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit
 from outliers.errors import TargetError
 from outliers.publish.stores.base import Store
 from outliers.publish.stores.folder import FolderStore
+from outliers.spec import has_login
 
 _SHAPE = "an artifact store is s3://bucket/prefix or file:///folder"
 
@@ -26,7 +26,7 @@ def opened(target: str) -> Iterator[Store]:
 
 
 def _store(target: str) -> Store:
-    if re.search(r"://[^/]*@", target):
+    if has_login(target):
         raise TargetError(f"the target's URL carries a user or password; {_SHAPE}, and keys come from the environment")
     parts = urlsplit(target)
     if parts.query or parts.fragment:

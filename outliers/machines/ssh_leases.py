@@ -1,7 +1,6 @@
-"""Being a tenant of a machine that is reached over ssh: opened with everything installed, held by a lease there, left.
+"""Machines that are reached over ssh: opened with everything installed, held by a lease there, left, released.
 
-What providers `ssh` and `sky` have in common once a host answers. Before it: those two. After it: `probe`, `deploy`,
-`remote`, and `rentals`, the records on this side.
+What providers `ssh` and `sky` have in common once a host answers.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Access:
         return probe(self.connection, self.folder, self.python or None)
 
 
-class Tenants:
+class SshLeases:
     """The machines of one provider that this process has opened; each is asked for with its rental's record."""
 
     def __init__(self, provider: str, rentals: Rentals, access: Callable[[Rental], Access]) -> None:
@@ -52,7 +51,7 @@ class Tenants:
             "hold", holder=holder, title=title, seconds_held=seconds, remove_files=remove_files, facts=True
         )
         if self._rentals.get(name) is None:
-            # released while it was opened: what is not recorded here must not be held there
+            # released while it was opened: a machine without a record here must not be held there
             machine.ask("leave", holder=holder)
         self._known(name)
         machine.instance_id = answer["instance_id"]
@@ -75,7 +74,7 @@ class Tenants:
     def hold(self, name: str, holder: str, title: str, seconds: float) -> None:
         """Renew, here and there; there also where the disk here is full. MachineLost where it was released meanwhile."""
         if holder.endswith(KEPT):
-            # by nobody's run: without a record nothing would tell of it
+            # no run holds it: without a record nothing would know of it
             self._rentals.hold(name, holder, title, seconds, alive=False)
         else:
             with even_unwritten(name):
@@ -83,7 +82,7 @@ class Tenants:
         self._machine(self._known(name)).ask("hold", patient=False, holder=holder, title=title, seconds_held=seconds)
 
     def leave(self, name: str, holder: str, keep_seconds: float) -> int:
-        """`holder` is over, or keeps it so long; returns how many runs hold it still. May raise MachineLost."""
+        """`holder` ends, or keeps the machine for `keep_seconds`; returns how many runs still hold it. May raise MachineLost."""
         known = self._rentals.get(name)
         if known is None:
             return 0
@@ -105,22 +104,22 @@ class Tenants:
         return len(others)
 
     def release(self, known: Rental) -> None:
-        """End its jobs, whoever holds it. May raise MachineLost."""
+        """End the jobs of all its holders. May raise MachineLost."""
         machine = self._reach(known)
         if machine is not None:
             machine.ask("release", seconds=RELEASE_SECONDS, patient=False)
         self._forget(known.name)
 
-    def settle(self, name: str, holder: str, how: str) -> None:
-        """`holder` is gone and nothing is to be asked there; the record goes with the last."""
+    def forget_holder(self, name: str, holder: str, how: str) -> None:
+        """Remove `holder` from the record without asking the host; the record goes with the last holder."""
         left = self._rentals.leave(name, holder)
         if left is not None and not left.holders:
             self._rentals.end(name, how)
         self._forget(name)
 
     def _reach(self, known: Rental) -> RemoteMachine | None:
-        """The machine of a record to give it up; None where its host has no workspace of that name, so that nothing of ours
-        ever ran there: nothing is installed for that."""
+        """The machine of a record, to release it; None where its host has no workspace of that name: nothing ever ran there, and
+        nothing is installed for a release."""
         if known.name in self._opened:
             return self._opened[known.name]
         reached = self._access(known)

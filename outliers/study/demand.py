@@ -1,0 +1,135 @@
+"""What a study takes of a machine, computed once: the shapes of its capture, memory, and how the model lies on GPUs.
+
+`demand_of` is the one place where that is decided, for planning and for loading. It is arithmetic on a description of the
+model and loads no torch. Weights count whole, with all experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from outliers.hardware import Gpu, is_named_like
+from outliers.model.describe import ModelInfo
+from outliers.spec import StudySpec
+from outliers.study.layout import Layout
+from outliers.study.parts import longest_shard
+from outliers.study.placement import Placement, even, fit
+from outliers.study.prepare import layout_of
+from outliers.study.ring_size import MAX_WRITERS, ring_bytes, ring_slots, writers_bytes
+
+PROCESS_BYTES = 1_000_000_000
+"""For the process itself: a forward pass of a tiny Llama took 0.37 GB here (ru_maxrss, torch 2.13, transformers 5.17), kernels
+that are made for each new shape of an expert's share another 0.1, and the rest is a margin that was chosen, not measured."""
+GPU_PROCESS_BYTES = 4_000_000_000
+"""The same where GPUs compute, with the libraries of CUDA in it. Chosen, not measured."""
+HEAD_SLICES = 4
+"""Slices of logits alive while perplexity is measured: in the dtype, divided or capped, in float32, its softmax."""
+SLICE_BYTES = 64 * 1024 * 1024
+"""`perplexity.SLICE_BYTES`, which can't be read without loading torch; a test holds them equal."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a study takes of a machine. Made by `demand_of`; all amounts are in bytes.
+
+    A study that is split over several machines takes each amount of memory on each of them.
+    """
+
+    spec: StudySpec
+    model: ModelInfo
+    layout: Layout
+    """Of the whole capture."""
+    parts: tuple[int, ...]
+    """Weights of the embedding, each decoder layer, and the rest, in the order of the forward pass."""
+    ring_bytes: int
+    """The staging buffers between the forward pass and the writers."""
+    activation_bytes: int
+    """One layer's forward pass over one batch, an upper bound, with the head's where it runs."""
+    work_bytes: int
+    """On each GPU in addition to its weights: one layer's pass and the tensors that wait for the ring, or, while the experts
+    of a layer are merged, that layer once more."""
+    vram_bytes: int
+    """A GPU that holds the whole model."""
+    ram_bytes: int
+    """Main memory where no GPU computes."""
+    host_ram_bytes: int
+    """Main memory where GPUs compute."""
+
+    @cached_property
+    def shard_layout(self) -> Layout:
+        """Shapes of the longest shard's part of the capture. BadInput where there are more shards than batches."""
+        return layout_of(longest_shard(self.spec), self.model) if self.spec.compute.shards > 1 else self.layout
+
+    @property
+    def shares_machine(self) -> bool:
+        """Whether several processes of the study run on this computer together."""
+        return self.spec.compute.runs_here and self.spec.compute.shards > 1
+
+    @property
+    def gpus_each(self) -> int | None:
+        """How many GPUs a process may use, None for all it finds. Processes that share this computer have one each."""
+        asked = self.spec.compute.gpu_count
+        return 1 if self.shares_machine and asked != 0 else asked
+
+    def memory_bytes(self, *, gpus: bool) -> int:
+        """Main memory of one process, that computes with or without GPUs."""
+        return self.host_ram_bytes if gpus else self.ram_bytes
+
+    def uses_gpus(self, gpus: Sequence[Gpu]) -> bool:
+        """Whether the study computes on a machine's GPUs."""
+        return bool(gpus) and self.spec.compute.gpu_count != 0
+
+    def place(self, gpus: Sequence[Gpu], most: int | None) -> Placement:
+        """Which GPU holds which part of the model: as few GPUs as hold it, at most `most`, of those that --gpu-filter allows.
+
+        A GPU whose `total_bytes` is 0 (its driver doesn't tell) is taken to be large enough. Raises PlanRefused with what
+        is needed and what there is.
+        """
+        wanted = self.spec.compute.gpu_filter
+        totals = tuple(gpu.total_bytes if is_named_like(gpu.name, wanted) else None for gpu in gpus)
+        return fit(self.parts, totals, self.work_bytes, most)
+
+    def place_evenly(self) -> Placement:
+        """The model on --gpu-count equal GPUs (one where that is left open), however large they have to be."""
+        return even(self.parts, self.gpus_each or 1, self.work_bytes)
+
+
+def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
+    """What a study of this model takes of a machine."""
+    layout, weights = layout_of(spec, info), info.weights
+    slot = spec.capture.batch_sequences * layout.positions * max(layout.widths.values()) * layout.itemsize
+    ring = ring_bytes(slot, ring_slots(slot))
+    pinned = ring_bytes(slot, ring_slots(slot), pinned=True)
+    writers = writers_bytes(layout.largest_chunk_bytes, MAX_WRITERS, packed=layout.codec != "none")
+    activations, layer = _activation_bytes(spec, info, layout.itemsize), max(weights.layer_bytes)
+    work = max(activations + ring, layer)
+    # a GGUF file is dequantized to float32 before it is cast, on this machine
+    gguf = info.total_parameters * 4 if info.source.kind == "gguf" else 0
+    # weights go to the GPUs tensor by tensor from memory-mapped files, whose pages the system can take back
+    host = max(layer, weights.memory_bytes + gguf if gguf else 0)
+    return Demand(
+        spec=spec,
+        model=info,
+        layout=layout,
+        parts=weights.parts,
+        ring_bytes=ring,
+        activation_bytes=activations,
+        work_bytes=work,
+        vram_bytes=weights.memory_bytes + work,
+        # while experts are merged from their files a layer is there twice; no pass runs then
+        ram_bytes=weights.memory_bytes + gguf + max(layer, activations) + ring + writers + PROCESS_BYTES,
+        host_ram_bytes=host + pinned + writers + GPU_PROCESS_BYTES,
+    )
+
+
+def _activation_bytes(spec: StudySpec, info: ModelInfo, itemsize: int) -> int:
+    passing = info.weights.work.bytes(
+        spec.capture.batch_sequences,
+        spec.corpus.sequence_length,
+        itemsize,
+        eager=info.attention_implementation == "eager",
+        padded=spec.corpus.packing == "documents",
+    )
+    return max(passing, HEAD_SLICES * SLICE_BYTES) if spec.capture.perplexity else passing
