@@ -19,6 +19,9 @@ from flows.artifacts import show_outcome
 from flows.hooks.cancelled import rests, was_cancelled, watches
 from flows.hooks.stale import begins, ends
 from outliers.counting.shards import is_here
+from outliers.dispatch.leases import Tenancy
+from outliers.dispatch.run import GUARDS
+from outliers.dispatch.shard import STOP, forget_parts, merge, shard, stop_if_cancelled, told_of_parts
 from outliers.dispatch.state import machine_state
 from outliers.dispatch.transfer import check_travels
 from outliers.machines.options import check_options
@@ -33,10 +36,7 @@ from tasks.analyze import analyze
 from tasks.extract import extract
 from tasks.limits import machine_slot
 from tasks.provision import provision
-from tasks.shard import STOP, forget_parts, merge, shard, stop_if_cancelled, told_of_parts
 from tasks.sync import sync
-from tasks.tenancy import Tenancy
-from tasks.watch import GUARDS
 
 POLL_SECONDS = 0.2
 CANCEL_SECONDS = 25.0

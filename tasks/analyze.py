@@ -7,13 +7,13 @@ from typing import Any
 from prefect import task
 from prefect.logging import get_run_logger
 
+from outliers.dispatch.run import run_step
 from outliers.events.stream import Lines
 from outliers.machines.base import Machine
 from outliers.publish.received import receive_study
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, analyze_key, is_transient
-from tasks.watch import run_step
 
 
 @task(

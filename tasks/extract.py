@@ -6,11 +6,11 @@ from typing import Any
 
 from prefect import task
 
+from outliers.dispatch.run import run_step
 from outliers.machines.base import Machine
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, extract_key, is_transient
-from tasks.watch import run_step
 
 
 @task(

@@ -19,9 +19,9 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
+from outliers.dispatch.run import GUARDS
 from outliers.dispatch.transfer import HERE
 from outliers.spec import chosen
-from tasks.watch import GUARDS
 
 LIMIT = "outliers-machines"
 LEASE_SECONDS = 60.0

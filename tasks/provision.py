@@ -5,13 +5,13 @@ from __future__ import annotations
 from prefect import task
 from prefect.logging import get_run_logger
 
+from outliers.dispatch.leases import Tenancy
 from outliers.machines.base import Machine
 from outliers.plan.plan import request_for
 from outliers.plan.remaining import check_rest
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, is_transient
-from tasks.tenancy import Tenancy
 
 
 @task(

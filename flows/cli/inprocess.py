@@ -42,8 +42,8 @@ def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome
             console.print(f"  {STARTING}")
         (check_server if server is None else check_settings)()
         from flows.study import study
+        from outliers.dispatch.run import LISTENERS, end_at_work
         from outliers.publish.outcome import Outcome
-        from tasks.watch import LISTENERS, end_at_work
 
         interrupt.LAST.append(end_at_work)
         if server is not None:

@@ -68,7 +68,7 @@ def killed_and_waiting(ui):
         holder = script("rents(1000)")
         assert read_until(holder, "has a slot")
         waiter = script("rents(0)")
-        stopped = script("from tasks.watch import GUARDS\nGUARDS.append(lambda: 1 / 0)\nrents(0)")
+        stopped = script("from outliers.dispatch.run import GUARDS\nGUARDS.append(lambda: 1 / 0)\nrents(0)")
         for process in (waiter, stopped):
             seen = read_until(process, "waiting: every slot of outliers-machines is taken")
             assert "local does not wait" in seen

@@ -201,7 +201,7 @@ def test_no_event_is_markup_or_acts_on_the_terminal():
 
 
 def test_a_step_can_not_fill_memory_with_its_log_nor_a_page_with_its_bars():
-    from tasks.watch import Said
+    from outliers.dispatch.run import Said
 
     said = Said("extract")
     kept = [shown for _ in range(400) for shown in said.taken(Event(1.0, "log", message="m" * 65_000))]

@@ -9,12 +9,12 @@ import itertools
 import sys
 
 from outliers.counting.shards import is_here
+from outliers.dispatch.leases import machine_name
 from outliers.jobs import jobs
 from outliers.machines.ssh import Host, Hosts
 from outliers.publish.outcome import find_finished
 from outliers.study.parts import Part, split
 from outliers.workspace import Workspace
-from tasks.tenancy import machine_name
 from tests.support.fault_case import Case
 from tests.support.fault_home import until
 from tests.support.fault_world import World

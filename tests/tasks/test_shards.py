@@ -17,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outliers.counting.shards import folder_of, is_here, parts_folder, write_record
+from outliers.dispatch.run import start_step
+from outliers.dispatch.shard import check_together
 from outliers.errors import BadInput, PlanRefused
 from outliers.files.atomic import held_bytes
 from outliers.files.sealed import seal_folder
@@ -27,8 +29,6 @@ from outliers.spec import StudySpec
 from outliers.study.parts import Part, captures_of_parts, part_workspace, split
 from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
-from tasks.shard import check_together
-from tasks.watch import start_step
 from tests.counting.test_counting import random_acts
 from tests.support import synthetic, tiny
 

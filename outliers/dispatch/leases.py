@@ -17,6 +17,7 @@ import threading
 import time
 from types import TracebackType
 
+from outliers.dispatch.run import GUARDS, LISTENERS, undisturbed
 from outliers.dispatch.transfer import HERE
 from outliers.errors import BudgetSpent, OutliersError, PermanentError
 from outliers.events.event import Event
@@ -25,7 +26,6 @@ from outliers.machines.rentals import KEPT, LEAST_SECONDS, RENEW_SECONDS, Rental
 from outliers.study.parts import Part
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
-from tasks.watch import GUARDS, LISTENERS, undisturbed
 
 LOOK_SECONDS = 5.0
 """Between two looks at the clock on the wall, by which leases run: a computer that was asleep renews when it wakes."""

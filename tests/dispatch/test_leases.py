@@ -10,15 +10,15 @@ import time
 
 import pytest
 
+from outliers.dispatch import leases as module
+from outliers.dispatch.leases import Tenancy, machine_name
+from outliers.dispatch.run import GUARDS, LISTENERS, heed_guards, undisturbed
+from outliers.dispatch.shard import _machine as machine_of
 from outliers.errors import BadInput, BudgetSpent, JobFailed, MachineLost, StoreUnavailable
 from outliers.events.event import Event
 from outliers.machines.rentals import Rentals
 from outliers.study.parts import Part
 from outliers.workspace import open_workspace
-from tasks import tenancy as module
-from tasks.shard import _machine as machine_of
-from tasks.tenancy import Tenancy, machine_name
-from tasks.watch import GUARDS, LISTENERS, heed_guards, undisturbed
 from tests.counting.test_counting import random_acts
 from tests.support import synthetic
 

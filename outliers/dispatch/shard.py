@@ -31,6 +31,8 @@ from outliers.counting.shards import (
     study_lock,
     write_record,
 )
+from outliers.dispatch.leases import Tenancy
+from outliers.dispatch.run import heed_guards, run_step
 from outliers.dispatch.transfer import HERE
 from outliers.errors import PlanRefused
 from outliers.events.stream import Lines
@@ -47,8 +49,6 @@ from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace, open_workspace
 from tasks.limits import machine_slot
 from tasks.policies import RETRIES, RETRY_SECONDS, is_transient, merge_key, shard_key
-from tasks.tenancy import Tenancy
-from tasks.watch import heed_guards, run_step
 
 SHARED = ("models", "corpora")
 """Of a workspace, what its parts on this computer read and do not make again."""
