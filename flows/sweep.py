@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -27,8 +26,9 @@ from pydantic import Field, TypeAdapter, WithJsonSchema
 
 from flows.hooks.cancelled import rests, was_cancelled, watches
 from flows.hooks.stale import begins, ends
+from flows.observers import on_sweep
 from flows.study import Target
-from flows.sweep_children import Deployments, Start, run_studies
+from flows.sweep_children import Deployments, Start, Tell, run_studies
 from flows.sweep_processes import Processes
 from outliers.sweep.outcome import Ended, sentence, short, summary
 from outliers.sweep.sweep import Sweep, SweepStudy, make_sweep, read_sweep
@@ -59,9 +59,6 @@ _AXES = {
 StudyParts = Annotated[dict[str, Any], WithJsonSchema(_STUDY)]
 """A study, or parts of one, as they are written; what a server refuses before there is a run is in its JSON schema."""
 Matrix = Annotated[dict[str, list[Any]], WithJsonSchema(_AXES)]
-
-WATCHERS: list[Callable[[SweepStudy, Ended | None], None]] = []
-"""Called in the process of the flow when a study starts (None) and when it ends; the command hangs its lines here."""
 
 
 def run_name() -> str:
@@ -110,7 +107,7 @@ def sweep(
         deployment: which deployment, for children: deployment
     """
     planned = planned_sweep(file, study, defaults, matrix, parallel, stagger_seconds, publish_to, workspace)
-    board = Board(planned)
+    board = Board(planned, on_sweep.get())
     ended = run_studies(planned, _starter(planned, children, deployment), board.tell)
     failed = [end for end in ended if end.state != "done"]
     said = summary(ended) + (f". First: {planned.remedy}" if failed and planned.remedy else "")
@@ -165,10 +162,10 @@ def _starter(planned: Sweep, children: str, deployment: str) -> Start:
 
 
 class Board:
-    """The sweep's table and progress in the Prefect UI, its log, and whoever watches in this process."""
+    """The sweep's table and progress in the Prefect UI, its log, and the observer of the flow."""
 
-    def __init__(self, planned: Sweep) -> None:
-        self._sweep = planned
+    def __init__(self, planned: Sweep, observe: Tell) -> None:
+        self._sweep, self._observe = planned, observe
         self._running: set[str] = set()
         self._ended: dict[str, Ended] = {}
         # a key takes small letters, digits and dashes
@@ -184,8 +181,7 @@ class Board:
             self._running.discard(study.name)
             self._ended[study.name] = end
         get_run_logger().info("%s", sentence(study, end))
-        for watch in WATCHERS:
-            watch(study, end)
+        self._observe(study, end)
         self._show()
 
     def _show(self) -> None:

@@ -93,7 +93,7 @@ class Steps:
             yield
 
     def listen(self, step: str, event: Event) -> None:
-        """One event of a job; hang this into `outliers.dispatch.run.LISTENERS`."""
+        """One event of a job; a listener for `StudyRun.listen`."""
         if event.kind == "log":
             self.console.print(Text(f"  {step}: {event.message}", style="" if event.level == "info" else "yellow"))
         elif event.kind == "progress" and event.total:

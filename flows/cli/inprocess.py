@@ -25,6 +25,7 @@ from outliers.spec import StudySpec, chosen
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from outliers.dispatch.study_run import StudyRun
     from outliers.publish.outcome import Outcome
     from outliers.workspace import Workspace
 
@@ -41,25 +42,30 @@ def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome
         if not console.is_terminal:
             console.print(f"  {STARTING}")
         (check_server if server is None else check_settings)()
+        from flows.observers import observed, on_study
         from flows.study import study
-        from outliers.dispatch.run import LISTENERS, end_at_work
         from outliers.publish.outcome import Outcome
 
-        interrupt.LAST.append(end_at_work)
         if server is not None:
             server.wait()
 
     parameters: dict[str, Any] = {name: getattr(spec, name) for name in StudySpec.model_fields}
     parameters["compute"] = spec.compute.model_copy(update={"workspace": str(workspace.root)})
-    LISTENERS.append(steps.listen)
+
+    def observe(run: StudyRun) -> None:
+        run.listen(steps.listen)
+        interrupt.before_end(run.end_local_jobs)
+
     # Prefect hands a SIGTERM on when the run has seen it: as Ctrl-C, so that the server of this process ends too
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        # a library that prints (SkyPilot's does) must not get into the one object of --json
-        with steps.shown(), _library_lines(console), contextlib.redirect_stdout(sys.stderr):
-            return Outcome.model_validate(_through(lambda: study(**parameters)))
-    finally:
-        LISTENERS.remove(steps.listen)
+    # a library that prints (SkyPilot's does) must not get into the one object of --json
+    with (
+        steps.shown(),
+        _library_lines(console),
+        contextlib.redirect_stdout(sys.stderr),
+        observed(on_study, observe),
+    ):
+        return Outcome.model_validate(_through(lambda: study(**parameters)))
 
 
 def _through(run: Callable[[], Any]) -> Any:
@@ -87,7 +93,7 @@ def _library_lines(console: Console) -> Iterator[None]:
 
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     handler.setLevel(logging.INFO)
-    names = ("outliers.machines", "outliers.tenancy", "outliers.own_server", "outliers.progress")
+    names = ("outliers.machines", "outliers.leases", "outliers.own_server", "outliers.progress")
     loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
         logger.addHandler(handler)

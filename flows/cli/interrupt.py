@@ -24,16 +24,14 @@ LAST_SECONDS = 1.5
 INTERRUPTED = 130
 SAID = "interrupted: the same command goes on where this one stopped"
 
-LAST: list[Callable[[], None]] = []
-"""Called once, in a thread, shortly before the process is ended: what must not outlive it."""
-
 
 class _Ending:
-    """How long the end may take, and why it came if not by Ctrl-C."""
+    """How the end of this process goes: there is one process, and so one end of it."""
 
     def __init__(self) -> None:
         self.seconds = END_SECONDS
         self.reason = ""
+        self.acts: list[Callable[[], None]] = []
         self.begun = threading.Event()
         self.lock = threading.Lock()
 
@@ -49,6 +47,11 @@ def reason() -> str:
 def allow(seconds: float) -> None:
     """The end may take so long from now on."""
     _ENDING.seconds = seconds
+
+
+def before_end(act: Callable[[], None]) -> None:
+    """Call `act` once, in a thread, shortly before the process is ended: it ends what must not outlive the process."""
+    _ENDING.acts.append(act)
 
 
 def fail(text: str) -> None:
@@ -112,7 +115,7 @@ def _count(began: float) -> None:
 
 
 def _end_all() -> None:
-    for act in LAST.copy():
+    for act in _ENDING.acts.copy():
         # the process ends whatever this says
         with contextlib.suppress(Exception):
             act()

@@ -135,7 +135,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> tuple
     # its studies end first, and give their machines back
     interrupt.allow(interrupt.REMOTE_SECONDS)
     (check_server if server is None else check_settings)()
-    from flows.sweep import WATCHERS
+    from flows.observers import observed, on_sweep
     from flows.sweep import sweep as flow
 
     if server is not None:
@@ -150,8 +150,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> tuple
 
     # as Ctrl-C: Prefect's own handler would end this process at once, and leave the server that it started
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    WATCHERS.append(watch)
-    try:
+    with observed(on_sweep, watch):
         state: Any = flow(
             file=str(arguments.file.absolute()),
             parallel=sweep.parallel,
@@ -160,8 +159,6 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> tuple
             children="process",
             return_state=True,
         )
-    finally:
-        WATCHERS.remove(watch)
     if len(ended) < len(sweep.studies):
         raise JobFailed(f"the sweep itself ended early: {state.message}; the same command goes on")
     return tuple(ended[study.name] for study in sweep.studies)

@@ -46,6 +46,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
+from flows.hooks.live import begin, forget, known
 from outliers.errors import OutliersError
 from outliers.files.atomic import temporary_for
 from outliers.jobs import jobs
@@ -76,9 +77,6 @@ UNBEGUN = (
 )
 GONE = "The run was being cancelled; its process is gone, and its worker with it."
 
-_HELD: dict[UUID, int] = {}
-"""Open files of the runs of this process: closing one gives its lock up."""
-
 log = logging.getLogger("outliers.stale")
 
 
@@ -94,7 +92,7 @@ def begins(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     fcntl.flock(handle, fcntl.LOCK_EX)
     os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "run_count": count}).encode())
     draft.replace(path)
-    _HELD[flow_run.id] = handle
+    begin(flow_run.id, handle)
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(flow_run.id, {BEGUN: count})
 
@@ -104,11 +102,14 @@ def ends(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
 
     Not on_crashed: the worker says Crashed once more after that hook, and what was retried meanwhile would be undone.
     """
-    if (handle := _HELD.pop(flow_run.id, None)) is not None:
+    run = known(flow_run.id)
+    if run is not None and run.lock_file is not None:
+        # first the name: the file is never seen without its lock
         _mark(flow_run).unlink(missing_ok=True)
-        os.close(handle)
+        os.close(run.lock_file)
     else:
         _remove_if_free(_mark(flow_run))
+    forget(flow_run.id)
 
 
 def end_stale_runs(workspace: Workspace, grace_seconds: float | None = None) -> tuple[list[str], list[str]]:

@@ -1,120 +1,137 @@
-"""A study's machine while the flow lives: its lease renewed, and at the end released, kept for Retry, or kept as asked.
+"""A study's machine while the run lives: its lease is renewed, and at the end it is released, or kept.
 
-    success      released at once, or kept for keep_seconds with --keep-running: its results are home, and whether they can
-                 be published is nothing to it
+    success      released at once, or kept for keep_seconds with --keep-running: its results are home, and publishing them
+                 needs no machine
     cancelled    released at once
     failed       kept for grace_seconds, with its disk, so that Retry goes on from the journal; released at once where
                  trying again changes nothing and nothing was journaled
     killed       nobody renews: the machine ends by itself when its lease is over
 
-What ends a machine is never this class alone: it shortens what the lease would end anyway.
+A machine never depends on this class to end: the class only shortens what the lease would end anyway.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
-from outliers.dispatch.run import GUARDS, LISTENERS, undisturbed
+from outliers.dispatch.run import undisturbed
+from outliers.dispatch.study_run import StudyRun
 from outliers.dispatch.transfer import HERE
 from outliers.errors import BudgetSpent, OutliersError, PermanentError
 from outliers.events.event import Event
 from outliers.machines.base import Machine, Provider
 from outliers.machines.rentals import KEPT, LEAST_SECONDS, RENEW_SECONDS, Rentals
+from outliers.plan.remaining import machine_name
 from outliers.study.parts import Part
-from outliers.study.prepare import Prepared
-from outliers.workspace import Workspace
 
 LOOK_SECONDS = 5.0
-"""Between two looks at the clock on the wall, by which leases run: a computer that was asleep renews when it wakes."""
+"""Between two looks at the system clock, by which leases run: a computer that was asleep renews when it wakes."""
+JOIN_SECONDS = 10.0
+"""How long a renewal under way is waited for at the end."""
 
-log = logging.getLogger("outliers.tenancy")
-
-
-def machine_name(prepared: Prepared, part: Part | None = None) -> str:
-    """The machine's name: the one asked for, else made from the capture, so that a retry finds it; of a part, with its
-    number."""
-    name = prepared.spec.compute.machine or f"outliers-{prepared.capture_id}"
-    return name + (part.suffix if part else "")
+log = logging.getLogger("outliers.leases")
 
 
-class Tenancy:
-    """A context manager around the steps of a study; `holder` is the run, the same one when it is retried."""
+class MachineLease:
+    """A context manager around the steps of a study, or of one shard of it, on one machine.
+
+    Args:
+        run: the run that needs the machine
+        source: the provider it comes from
+        part: the shard that the machine is for
+        renew_seconds: longest time between two renewals
+        look_seconds: between two looks at the clock
+        clock: unix seconds, which also advance while the computer sleeps
+    """
 
     def __init__(
-        self, source: Provider, prepared: Prepared, workspace: Workspace, holder: str, part: Part | None = None
+        self,
+        run: StudyRun,
+        source: Provider,
+        part: Part | None = None,
+        *,
+        renew_seconds: float = RENEW_SECONDS,
+        look_seconds: float = LOOK_SECONDS,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        self.run = run
         self.source = source
-        self.name = machine_name(prepared, part)
-        budget = prepared.spec.compute.max_total_price
+        self.name = machine_name(run.prepared) + (part.suffix if part else "")
+        """The machine's name: the one asked for, else made from the capture's id, so that a retry finds it."""
+        budget = run.prepared.spec.compute.max_total_price
         self.budget_dollars = budget / (part.of if part else 1) if budget is not None else None
-        """What the machine may cost in all: of a study that is spread, its part of --max-total-price."""
-        self.holder = f"{prepared.study_id}.{holder}"
-        self._extract = f"extract {part.number}/{part.of}" if part else "extract"
-        self._prepared = prepared
-        self._rentals = Rentals(workspace.root)
-        self._machine: Machine | None = None
+        """What the machine may cost in all: for a shard, its share of --max-total-price."""
+        self.holder = f"{run.prepared.study_id}.{run.holder}"
         self.kept_work = False
-        """Something is journaled on the machine: a retry would go on from it."""
+        """The machine has something in its journal: a retry would go on from it."""
+        self._extract = f"extract {part.number}/{part.of}" if part else "extract"
+        self._compute, self._title = run.prepared.spec.compute, run.prepared.title
+        self._rentals = Rentals(run.workspace.root)
+        self._machine: Machine | None = None
+        self._renew_seconds, self._look_seconds, self._clock = renew_seconds, look_seconds, clock
         self._over = threading.Event()
         self._owner = 0
-        self._budget: BudgetSpent | None = None
+        self._spent: BudgetSpent | None = None
         self._thread: threading.Thread | None = None
+        self._hooks = contextlib.ExitStack()
 
-    def __enter__(self) -> Tenancy:
+    def __enter__(self) -> MachineLease:
         self._owner = threading.get_ident()
-        LISTENERS.append(self._listen)
-        GUARDS.append(self.check)
+        self._hooks.enter_context(self.run.heard_by(self._listen))
+        self._hooks.enter_context(self.run.guarded_by(self.check_budget))
         return self
 
     def opened(self, machine: Machine) -> None:
-        """The machine is there and held: renew from now on."""
+        """The provider has made `machine`, and holds it for this run: renew its lease from now on."""
         self._machine = machine
         if machine.provider != HERE and self._thread is None:
             self._thread = threading.Thread(target=self._renew, name=f"renew-{self.name}", daemon=True)
             self._thread.start()
 
     def seconds(self) -> float:
-        """What the lease may be now: as asked, and never beyond what the budget pays. Raises BudgetSpent."""
-        compute, paid = self._prepared.spec.compute, self._paid_seconds()
-        if paid < min(LEAST_SECONDS, compute.lease_seconds):
+        """How long the lease may be now: as asked for, and never longer than the budget pays. Raises BudgetSpent."""
+        paid = self._paid_seconds()
+        if paid < min(LEAST_SECONDS, self._compute.lease_seconds):
             price = self._machine.price_per_hour if self._machine else 0.0
             raise BudgetSpent(
                 f"{self.name} has cost ${self._rentals.spent(self.name):.2f} at ${price:.2f} an hour, and --max-total-price "
                 f"leaves it ${self.budget_dollars or 0:.2f}: it is released, the study ends here"
             )
-        return min(float(compute.lease_seconds), paid)
+        return min(float(self._compute.lease_seconds), paid)
 
     def _paid_seconds(self) -> float:
-        """How long the budget still pays; for ever where there is none, or nothing is to be paid."""
+        """How long the budget still pays; infinite without a budget, or where the machine costs nothing."""
         price = self._machine.price_per_hour if self._machine else 0.0
         return self._rentals.paid_seconds(self.name, self.budget_dollars, price)
 
-    def check(self) -> None:
-        """Raises BudgetSpent once it is spent; called with every event of a step, of other parts too: theirs goes on."""
-        if self._budget is not None and threading.get_ident() == self._owner:
-            raise self._budget
+    def check_budget(self) -> None:
+        """Raise BudgetSpent once the budget is spent, in the thread of this lease alone: other shards go on."""
+        if self._spent is not None and threading.get_ident() == self._owner:
+            raise self._spent
 
     def _renew(self) -> None:
-        every = min(RENEW_SECONDS, self._prepared.spec.compute.lease_seconds / 3)
-        due = time.time() + every
-        while not self._over.wait(min(every, LOOK_SECONDS)):
-            if time.time() < due:
+        every = min(self._renew_seconds, self._compute.lease_seconds / 3)
+        due = self._clock() + every
+        while not self._over.wait(min(every, self._look_seconds)):
+            if self._clock() < due:
                 continue
-            due = time.time() + every
+            due = self._clock() + every
             try:
-                self.source.hold(self.name, self.holder, self._prepared.title, self.seconds())
+                self.source.hold(self.name, self.holder, self._title, self.seconds())
             except BudgetSpent as error:
-                self._budget = error
+                self._spent = error
                 return
-            except Exception as error:  # noqa: BLE001 - the end of this thread would be the machine's
-                # a broken line mends, a full disk is emptied, and the step says so itself; until then the lease runs on
+            except Exception as error:  # noqa: BLE001 - without this thread the lease would end
+                # a connection comes back, a full disk is emptied, and the step says so itself; until then the lease runs on
                 log.warning("the lease of %s could not be renewed: %s", self.name, error)
 
     def _listen(self, step: str, event: Event) -> None:
-        # parts of one study are told to all: only its own is on this machine's disk
+        # all shards of a run hear all events: only those of its own are about this machine's disk
         if step == self._extract and event.kind == "progress" and event.done:
             self.kept_work |= event.step.partition(" ")[0] == "extract"
 
@@ -129,22 +146,21 @@ class Tenancy:
                 self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
-        """Release the machine, or keep it, as the run ended."""
+        """Release the machine, or keep it, depending on how the run ended."""
         self._over.set()
-        LISTENERS.remove(self._listen)
-        GUARDS.remove(self.check)
+        self._hooks.close()
         if self._thread is not None:
-            # a renewal on its way would undo what follows; one that hangs on a dead line must not hold a cancel up
-            self._thread.join(10)
+            # a renewal under way would undo what follows; one that hangs on a dead line must not delay a cancel
+            self._thread.join(JOIN_SECONDS)
         keep = self._keep_seconds(error)
         try:
             here = self._machine is not None and self._machine.provider == HERE
-            kept = error is None and self._prepared.spec.compute.keep_running and not here
+            kept = error is None and self._compute.keep_running and not here
             if kept:
-                self._keep(min(float(self._prepared.spec.compute.keep_seconds), self._paid_seconds()))
-            # a cancelled run has half a minute: no time to see a machine go
+                self._keep(min(float(self._compute.keep_seconds), self._paid_seconds()))
+            # a cancelled run has half a minute: no time to wait until a machine is gone
             wait = error is None or isinstance(error, Exception)
-            said = self.source.leave(self.name, self.holder, keep, wait)
+            done = self.source.leave(self.name, self.holder, keep, wait)
         except OutliersError as failed:
             log.error(
                 "%s could not be %s: %s; it ends by itself when its lease is over, or now with "
@@ -156,19 +172,18 @@ class Tenancy:
             )
             return
         if not here and not kept:
-            log.info("%s", said)
+            log.info("%s", done)
 
     def _keep(self, seconds: float) -> None:
-        """--keep-running: held by nobody's run, until its time is over."""
-        self.source.hold(self.name, f"{self._prepared.study_id}{KEPT}", self._prepared.title, seconds)
+        """--keep-running: no run holds the machine, and it stays until its time is over."""
+        self.source.hold(self.name, f"{self.run.prepared.study_id}{KEPT}", self._title, seconds)
         log.info("%s is kept for %.0f minutes: outliers machines release %s", self.name, seconds / 60, self.name)
 
     def _keep_seconds(self, error: BaseException | None) -> float:
-        compute = self._prepared.spec.compute
         if error is None:
             return 0.0
         if not isinstance(error, Exception) or isinstance(error, BudgetSpent):
             return 0.0
         if isinstance(error, PermanentError) and not self.kept_work:
             return 0.0
-        return min(float(compute.grace_seconds), self._paid_seconds())
+        return min(float(self._compute.grace_seconds), self._paid_seconds())

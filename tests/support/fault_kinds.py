@@ -9,9 +9,9 @@ import itertools
 import sys
 
 from outliers.counting.shards import is_here
-from outliers.dispatch.leases import machine_name
 from outliers.jobs import jobs
 from outliers.machines.ssh import Host, Hosts
+from outliers.plan.remaining import machine_name
 from outliers.publish.outcome import find_finished
 from outliers.study.parts import Part, split
 from outliers.workspace import Workspace
@@ -53,7 +53,7 @@ class ShardsCase(Case):
         self.place = self._place(self.part)
 
     def _place(self, part: Part) -> Workspace:
-        return Workspace(self.workspace.root / "shards" / machine_name(self.study, part))
+        return Workspace(self.workspace.root / "shards" / f"{machine_name(self.study)}{part.suffix}")
 
     def places(self) -> tuple[Workspace, ...]:
         return tuple(self._place(part) for part in self.parts)
