@@ -1,9 +1,8 @@
-"""A run that is being cancelled and that nobody ends, ends itself.
+"""A run that is being cancelled ends itself where no worker ends it.
 
 Prefect's process worker (3.8.8) ends the runs that it began itself: not those of a worker that was restarted meanwhile,
 and not those that a command runs at a terminal. Such a run would stay Cancelling for five minutes, be called Cancelled by
-the server, and go on to its end on a machine that costs money. So each run looks at its own state now and then. Before it:
-the hooks of the flows.
+the server, and go on to its end on a machine that costs money. So each run looks at its own state now and then.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ from flows.hooks.stale import ends
 LOOK_SECONDS = 10.0
 """Between two looks of a run at its own state: each is a call to the server."""
 PATIENCE_SECONDS = 40.0
-"""A worker that ends a run takes up to 30 s; only then it is ours to do."""
+"""A worker that ends a run takes up to 30 s; after this long the run ends itself."""
 
 log = logging.getLogger("outliers.cancelled")
 
 
 def watches(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook on_running: from now on this process looks whether its run is being cancelled."""
+    """Hook on_running: from now on a thread looks whether the run is being cancelled."""
     run = known(flow_run.id) or begin(flow_run.id)
-    # which server is asked is known to this context alone where the command started one for itself
+    # where the command started a server for itself, only this context knows its address
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(_watch, flow_run.id, run), name="cancelled", daemon=True).start()
 
 
 def rests(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook of every end: no more looks."""
+    """Hook of every end: the thread stops looking."""
     if (run := known(flow_run.id)) is not None:
         run.over.set()
 
 
 def was_cancelled(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook on_crashed: a run that we ended because it was being cancelled is Cancelled, not Crashed."""
+    """Hook on_crashed: a run that ended itself because it was being cancelled is Cancelled, not Crashed."""
     rests(flow, flow_run, state)
     run = known(flow_run.id)
     if run is None or not run.ended_by_us:
@@ -70,7 +69,7 @@ def _watch(run_id: UUID, run: LiveRun) -> None:
         if time.monotonic() - since >= PATIENCE_SECONDS:
             log.warning("the run is being cancelled, and no worker has ended it in %.0f s: ending", PATIENCE_SECONDS)
             run.ended_by_us = True
-            # as a worker does it: Prefect hands it to the flow, which ends its job and gives its machine back
+            # as a worker does: Prefect passes the signal on to the flow, which ends its job and gives its machine back
             os.kill(os.getpid(), signal.SIGTERM)
             return
 
@@ -80,5 +79,5 @@ def _is_cancelled(run: UUID) -> bool:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(run).state
     except (PrefectException, httpx.HTTPError, RuntimeError):
-        return False  # the server is away for a moment
+        return False  # the server does not answer for a moment
     return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
