@@ -25,7 +25,7 @@ def is_loopback(host: str | None) -> bool:
 
 
 def bypass_proxies(url: str) -> None:
-    """Add a server on loopback to NO_PROXY of this process and of those it starts; what the user listed there stays."""
+    """Add a server on loopback to NO_PROXY of this process and its children; the user's own entries stay."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)
@@ -35,7 +35,7 @@ def bypass_proxies(url: str) -> None:
         return
     # httpx can't read an IPv6 address with a port there
     name = host if ":" in host else f"{host}:{port}"
-    # the small name wins where both are set, also where it is empty: so do all who read them
+    # the lower-case name wins where both are set, also where it is empty, as for all clients that read them
     listed = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
     names = [entry.strip() for entry in listed.split(",") if entry.strip()]
     if name not in names and "*" not in names:

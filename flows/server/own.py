@@ -33,25 +33,25 @@ from outliers.jobs.supervisor import end_with_parent
 HOST = server_password.HOST
 STOP_SECONDS = 10.0
 LOOK_SECONDS = 0.5
-"""Between two looks whether it still lives."""
+"""Between two checks whether the server still runs."""
 RESTARTS = 3
-"""A server that dies a fourth time is not started again."""
+"""How often a server that dies is started again."""
 BACKLOG = 128
 LOG = "server.log"
 PRIVATE = 0o077
-"""The mask under which a server makes its files: database, log and results are this user's alone."""
+"""The umask of a server: only this user can read its database, log and results."""
 TIMEOUT, TIMEOUT_SECONDS = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", 120
 """Prefect's own setting; its 20 s are not enough on two busy cores."""
 log = logging.getLogger("outliers.own_server")
 
 DECIDED = ("PREFECT_API_URL", "PREFECT_PROFILES_PATH", "PREFECT_API_KEY")
-"""Settings with which a user says which server is meant, beside the files that Prefect reads."""
+"""Settings that choose a server, besides the files that Prefect reads."""
 NO_SERVER = ("PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE")
-"""Settings with which a user says whether a command may start one."""
+"""Settings that say whether a command may start a server."""
 _PROFILE = "ephemeral"
-"""Prefect's own profile, where none is named: a command may start a server."""
+"""Prefect's default profile, with which a command may start a server."""
 _WORDS = ("api", "cloud", "ephemeral", "profile")
-"""Parts of the names of settings that say which server is meant, or whether one may be started."""
+"""Substrings of the names of settings that choose a server, or say whether one may be started."""
 _YES = ("1", "true", "yes", "on", "t", "y")
 
 
@@ -66,7 +66,7 @@ def is_decided(home: Path) -> bool:
 
 
 def _folder_decides() -> bool:
-    """Whether a file of the current folder speaks of servers, or can't be read: then Prefect says what is wrong with it."""
+    """Whether a file of the current folder has settings of servers, or can't be read: then Prefect reports what is wrong."""
     said = []
     try:
         if Path("prefect.toml").exists():
@@ -85,7 +85,7 @@ def _folder_decides() -> bool:
 
 
 def _decides(settings: dict[str, Any]) -> bool:
-    """Whether settings name a server, or say that none may be started."""
+    """Whether settings choose a server, or forbid to start one."""
     if any(settings.get(name) for name in DECIDED):
         return True
     return any(str(settings.get(name, "")).lower() not in ("", *_YES) for name in NO_SERVER)
@@ -101,11 +101,11 @@ def _profile_decides(path: Path) -> bool:
             return bool(name != _PROFILE)
         return _decides({key.upper(): value for key, value in profile.items()})
     except (ValueError, TypeError, AttributeError, OSError):
-        return True  # Prefect says what is wrong with it
+        return True  # Prefect reports what is wrong with it
 
 
 def startup_seconds() -> int:
-    """How long a server may take to answer. BadInput where the user's setting is no number of seconds."""
+    """How long a server may take to answer. BadInput where the user's setting is not a number of seconds."""
     text = os.environ.get(TIMEOUT) or str(TIMEOUT_SECONDS)
     try:
         seconds = int(text)
@@ -125,14 +125,14 @@ def door(url: str) -> dict[str, str]:
 
 
 def private_log(path: Path) -> IO[bytes]:
-    """A log to add to, which only the user can read if it is made here. Raises OSError."""
+    """Open a log for appending; a new one is readable by this user alone. Raises OSError."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab")
 
 
 def start(held: socket.socket, environ: dict[str, str], log: IO[bytes], *options: str) -> subprocess.Popen[bytes]:
     """`python -m flows.server.served` on a socket that listens, with its `options`; it ends with this process."""
     return subprocess.Popen(
-        # -P: a folder called `flows` where the person stands is not ours
+        # -P: a folder called `flows` in the current folder must not be imported
         [sys.executable, "-P", "-m", "flows.server.served", str(held.fileno()), *options],
         env=environ,
         stdin=subprocess.DEVNULL,
@@ -140,7 +140,7 @@ def start(held: socket.socket, environ: dict[str, str], log: IO[bytes], *options
         stderr=log,
         umask=PRIVATE,
         pass_fds=[held.fileno()],
-        start_new_session=True,  # Ctrl-C is for the command: the server hears of the run's end first
+        start_new_session=True,  # Ctrl-C ends the command alone: the server must hear of the run's end first
         preexec_fn=end_with_parent(),
     )
 
@@ -167,7 +167,7 @@ class OwnServer:
         bypass_proxies(self.url)
         server_password.settle(server_password.given() or server_password.make())
         self._process = self._start()
-        atexit.register(self.stop)  # before Prefect's own, which still talk to it and so run first
+        atexit.register(self.stop)  # registered before Prefect's own handlers, which still need it and so run first
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._from = size_of(self._log)
@@ -226,7 +226,7 @@ class OwnServer:
                 except OSError as error:
                     how = f"can't be started again: {error}"
             if how is not None and not self._stopped.is_set():
-                # who asks is refused from now on, and does not wait for nothing
+                # refuse connections from now on, so that nobody waits for an answer
                 self._held.close()
                 self._give_up(
                     f"Prefect's server {how}, and can't be started again; {self._last_words()}. What is done is kept: the same "
@@ -235,7 +235,7 @@ class OwnServer:
                 return
 
     def stop(self) -> None:
-        """End it; again is nothing."""
+        """End the server. May be repeated."""
         self._stopped.set()
         if self._process.poll() is None:
             self._process.terminate()

@@ -14,7 +14,7 @@ from typing import Any
 from flows.server.guard import HOSTS, Guard
 
 FAILED = 3
-"""Exit code of a server that never answered, as uvicorn's own command has it."""
+"""Exit code of a server that never answered, the same as that of uvicorn's command."""
 
 
 def serve(descriptor: int, pages: bool) -> None:
