@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectFuture, wait
 
 from outliers.dispatch.leases import MachineLease
 from outliers.dispatch.steps import PendingShard
@@ -63,4 +63,5 @@ class _TaskShard:
         return self._future.result()
 
     def wait(self, seconds: float) -> None:
-        self._future.wait(seconds)
+        # a future's own `wait` raises what its task raised, StudyCancelled too
+        wait([self._future], timeout=seconds)

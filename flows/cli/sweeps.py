@@ -30,7 +30,7 @@ DONE, FAILED, REFUSED = 0, 1, 2
 
 _TEXT = """Run the studies of a SWEEP.toml, one process each: models, dtypes, corpora, criteria.
 
-  parallel = 2                  # so many at once (default: 1)
+  parallel = 2                  # how many at once (default: 1)
   stagger_seconds = 15          # between the starts of two models of the hub
 
   [defaults]                    # any part of a study, for all of them

@@ -21,7 +21,7 @@ class LiveRun:
     over: threading.Event = field(default_factory=threading.Event)
     """Set at the end of the run."""
     ended_by_us: bool = False
-    """This process was told to end because the run was being cancelled: what then looks like a crash is a cancel."""
+    """The process ends because its run is being cancelled: what then looks like a crash is a cancel."""
 
 
 _RUNS: dict[UUID, LiveRun] = {}

@@ -127,8 +127,8 @@ def end_stale_runs(workspace: Workspace, grace_seconds: float | None = None) -> 
             # a run that has ended or begun again meanwhile is in another state now
             dead = _is_at_work(run) and (_is_dead(run) or _never_began(client, run, grace_seconds))
             if dead and client.read_flow_run(run.id).state_id == run.state_id:
-                told, troubles = _end(client, run)
-                done, failed = done + told, failed + troubles
+                ended, unended = _end(client, run)
+                done, failed = done + ended, failed + unended
         for path in sorted((workspace.root / FOLDER).glob("*-*")):
             if not is_locked(path) and _has_ended(client, path.name):
                 path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""A server on this computer's own loopback is reached directly, whatever proxy the shell names for the rest of the world.
+"""A server on this computer's loopback is reached directly, whatever proxy the shell's variables name for other addresses.
 
-`HTTP_PROXY` without `NO_PROXY` sends also 127.0.0.1 to the proxy, which means its own loopback by that. Only the one address
-is taken out, with its port: an artifact store on loopback stays as the user has said. Before it: whoever has a server's URL.
-After it: urllib, httpx and websockets, which read `NO_PROXY`.
+`HTTP_PROXY` without `NO_PROXY` sends requests for 127.0.0.1 to the proxy too, where it is the proxy's own loopback. Only the
+server's address and port are excepted: an artifact store on loopback stays as the user configured it. urllib, httpx and
+websockets read `NO_PROXY`.
 """
 
 from __future__ import annotations

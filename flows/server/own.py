@@ -1,10 +1,9 @@
-"""Prefect's server for one command, where the user has configured none: on loopback, beside the process, gone with it.
+"""Prefect's server for one command, where the user has configured none: a process on loopback that ends with the command.
 
-Prefect would start one too: by importing its whole server into this process first, which takes seconds, one after the other,
-and leaving it to itself where this process is killed. What runs is the same application with the same services, behind a
-door (`guard`) and a password (`server_password`). One that dies while the command lives is started again, on the same socket
-and history: whoever asks meanwhile waits. Before it: `inprocess`, which says when. After it: a process of its own that runs
-`served`.
+Prefect would start one too, but it imports its whole server into this process first, which takes seconds, and does not end
+it where this process is killed. Here the same application with the same services runs in a process of its own (`served`),
+behind the `guard` and a `password`. A server that dies while the command lives is started again, on the same socket and
+history: requests wait in the meantime.
 """
 
 from __future__ import annotations
@@ -56,10 +55,10 @@ _YES = ("1", "true", "yes", "on", "t", "y")
 
 
 def is_decided(home: Path) -> bool:
-    """Whether the user has told Prefect anything about servers: then Prefect goes by that, and nothing is started here.
+    """Whether the user has configured Prefect's servers: then Prefect follows that, and nothing is started here.
 
-    Leave to start one is no such word: that one is ours too, for Prefect's has no door. `home`: the folder of Prefect's
-    profiles. Knows what Prefect reads: the environment, profiles, and in the current folder .env, prefect.toml and
+    A permission to start one does not count: this module starts it then, because Prefect's has no guard. `home`: the folder
+    of Prefect's profiles. Knows what Prefect reads: the environment, profiles, and in the current folder .env, prefect.toml and
     [tool.prefect] of pyproject.toml.
     """
     return _decides(dict(os.environ)) or _profile_decides(home / "profiles.toml") or _folder_decides()
@@ -157,8 +156,7 @@ class OwnServer:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log, self._give_up = home / LOG, give_up
         self._stopped = threading.Event()
-        # the socket is made here, and kept: nobody can take the port while the server is being loaded, and who asks while
-        # there is none waits
+        # the socket is made here and kept: no other process can take the port while the server loads, and requests wait
         self._held = socket.socket()
         self._held.bind((HOST, 0))
         self._held.listen(BACKLOG)

@@ -1,7 +1,7 @@
 """The process of a Prefect server that this project starts: the application of `prefect server start`, behind the `guard`.
 
-`python -m flows.server.served DESCRIPTOR [pages]`, on a socket that listens, until SIGTERM. Prefect's command would let any
-page of the user's browser in. Before it: `own` (a command's own, without pages) and `ui`. After it: uvicorn.
+`python -m flows.server.served DESCRIPTOR [pages]` serves on a listening socket until SIGTERM. Prefect's own command would
+admit any page of the user's browser. `own` starts it without pages for a command, `ui` with them.
 """
 
 from __future__ import annotations
