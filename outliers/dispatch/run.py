@@ -64,23 +64,9 @@ def run_step(
         prepared: the study as this machine reads it (default: the run's)
     """
     handle = _start_or_end(run, machine, verb, job_name, options, env, prepared or run.prepared)
-    output = StepOutput(f"{verb}{shard}")
-    try:
-        with run.following(machine, handle):
-            for event in machine.follow(handle, run.offset(machine, handle)):
-                run.note_offset(machine, handle, event.end)
-                for shown in output.accept(event):
-                    _report(shown, reporter)
-                    run.emit(f"{verb}{shard}", replace(shown, step=f"{shown.step}{shard}") if shard else shown)
-                run.check()
-    except Exception:
-        # the connection broke, or the step failed by itself: the job is left alone, and a retry joins it
-        raise
-    except BaseException as error:
-        _end_job(machine, handle, job_name, reporter, error)
-        raise
-    finally:
-        _append_log(run, output, reporter)
+    # until its end, also while it is being ended: what still runs when the process ends is killed
+    with run.following(machine, handle):
+        _follow(run, machine, handle, verb, shard, reporter)
     try:
         machine.result(handle)
     except MachineGone:
@@ -94,6 +80,26 @@ def run_step(
     return _result(machine, handle)
 
 
+def _follow(run: StudyRun, machine: Machine, handle: JobHandle, verb: str, shard: str, reporter: Reporter) -> None:
+    """Hand on what a job says, to its end. A run that is cancelled ends the job."""
+    output = StepOutput(f"{verb}{shard}")
+    try:
+        for event in machine.follow(handle, run.offset(machine, handle)):
+            run.note_offset(machine, handle, event.end)
+            for shown in output.accept(event):
+                _report(shown, reporter)
+                run.emit(f"{verb}{shard}", replace(shown, step=f"{shown.step}{shard}") if shard else shown)
+            run.check()
+    except Exception:
+        # the connection broke, or the step failed by itself: the job is left alone, and a retry joins it
+        raise
+    except BaseException as error:
+        _end_job(machine, handle, reporter, error)
+        raise
+    finally:
+        _append_log(run, output, reporter)
+
+
 def _report(event: Event, reporter: Reporter) -> None:
     if event.kind == "log":
         reporter.log(event.level, event.message)
@@ -101,16 +107,16 @@ def _report(event: Event, reporter: Reporter) -> None:
         reporter.progress(event.step, event.done, event.total, event.unit)
 
 
-def _end_job(machine: Machine, handle: JobHandle, job_name: str, reporter: Reporter, error: BaseException) -> None:
+def _end_job(machine: Machine, handle: JobHandle, reporter: Reporter, error: BaseException) -> None:
     """End the job of a run that was cancelled: its journal has what was paid for, and nothing may go on unseen."""
     with undisturbed():
-        reporter.log("warning", f"cancelled: ending {job_name} on {machine.name}")
+        reporter.log("warning", f"cancelled: ending {handle.name} on {machine.name}")
         hurry = isinstance(error, KeyboardInterrupt) and machine.provider == HERE
         try:
             machine.cancel(handle, *([INTERRUPT_SECONDS] if hurry else []))
         except OutliersError as failed:
             # it must not hide that the run was cancelled: the machine is released for that, and its jobs with it
-            reporter.log("warning", f"{job_name} could not be ended: {failed}")
+            reporter.log("warning", f"{handle.name} could not be ended: {failed}")
 
 
 def _append_log(run: StudyRun, output: StepOutput, reporter: Reporter) -> None:
