@@ -90,7 +90,7 @@ def test_what_one_run_knows_no_other_does(tmp_path):
     class Machine:
         name, instance_id, provider = "m", "disk", "ssh"
 
-    handle = jobs.JobHandle("extract-x", str(tmp_path))
+    handle = jobs.JobHandle("extract-x", 1, tmp_path)
     one.note_offset(Machine, handle, 7)
     one.note_sent(Machine, "studies/x.json")
     assert (one.offset(Machine, handle), other.offset(Machine, handle)) == (7, 0)
