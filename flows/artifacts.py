@@ -1,4 +1,4 @@
-"""What a finished study leaves in the Prefect UI: the table, the plots, a link. Never an activation, never a secret."""
+"""The artifacts of a finished study in the Prefect UI: the table, the plots, a link. No activations and no secrets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from outliers.untrusted.visible import markdown as plain
 TABLE_ROWS = 50
 _WORDS = re.compile(r"[A-Za-z0-9_,: ]+")
 _URL = ":/?#@!$&'*+,;=%~"
-"""What stays in a link; brackets and spaces would end it in Markdown."""
+"""Characters that stay as they are in a link; brackets and spaces would end it in Markdown."""
 
 
 def show_outcome(outcome: Outcome, folder: Path) -> None:
@@ -33,7 +33,7 @@ def show_outcome(outcome: Outcome, folder: Path) -> None:
     if outcome.published:
         create_link_artifact(
             link=quote(outcome.published, safe=_URL),
-            # no browser opens s3:// or file:// from a page: what can be copied is worth more than a name
+            # no browser opens s3:// or file:// from a page, so the text is the address, to be copied
             link_text=plain(outcome.published),
             key=f"manifest-{outcome.study_id}",
             description=title,
@@ -45,7 +45,7 @@ def markdown(outcome: Outcome) -> str:
     count = len(outcome.systematic)
     lines = [f"# {count} systematic outlier feature{'' if count == 1 else 's'}", ""]
     said = outcome.disagreement[:1].upper() + outcome.disagreement[1:]
-    # the words of `answer`: an underscore inside of one is no emphasis
+    # the words of `answer` alone: an underscore within a word is not emphasis
     lines += [f"**{said if _WORDS.fullmatch(said) else plain(said)}**", ""] if said else []
     if outcome.cached:
         lines += ["The study was there already: nothing was run.", ""]

@@ -1,7 +1,7 @@
-"""The second net under every lease, and under Prefect: a scheduled flow. The deployment `reap`.
+"""The second safeguard under every lease, and under Prefect: a scheduled flow, the deployment `reap`.
 
-The first net is the machine's own timer, and needs nobody. This one looks at the records and the providers' lists; and at
-runs that Prefect takes for alive and that have no process any more.
+The first safeguard is each machine's own timer. This one compares the records with the providers' lists, and ends runs that
+Prefect believes alive and that have no process any more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def reap(workspace: str | None = None) -> list[str]:
     Args:
         workspace: folder with the records of what was rented (default: $OUTLIERS_WORKSPACE, else ~/.outliers)
     """
-    # first the runs: no trouble with a provider may leave them as they are
+    # the runs first: an error of a provider must not keep them from being ended
     records = open_workspace(workspace)
     ended, unended = end_stale_runs(records)
     released, unreleased = end_overdue(records)

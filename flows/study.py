@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Annotated, Any, Literal
 
 from prefect import Flow, State, flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.futures import wait
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -18,13 +16,13 @@ from pydantic import Field
 from flows.artifacts import show_outcome
 from flows.hooks.cancelled import rests, was_cancelled, watches
 from flows.hooks.stale import begins, ends
-from outliers.counting.shards import is_here
-from outliers.dispatch.state import machine_state
-from outliers.dispatch.transfer import check_travels
+from flows.observers import on_study
+from outliers.dispatch.shard import forget_shards
+from outliers.dispatch.study import dispatch_study
+from outliers.dispatch.study_run import StudyRun
+from outliers.events.stream import Lines
 from outliers.machines.options import check_options
-from outliers.machines.providers import provider
-from outliers.publish.outcome import Outcome, find_finished, find_outcome, make_outcome
-from outliers.publish.publish import check_target
+from outliers.publish.outcome import find_outcome
 from outliers.spec import (
     STORE_PATTERN,
     CaptureSpec,
@@ -36,30 +34,17 @@ from outliers.spec import (
     chosen,
     short_model_name,
 )
-from outliers.study.parts import split
-from outliers.study.prepare import Prepared, prepare
-from outliers.workspace import Workspace, open_workspace
-from tasks.analyze import analyze
-from tasks.extract import extract
-from tasks.limits import machine_slot
-from tasks.provision import provision
-from tasks.shard import STOP, forget_parts, merge, shard, stop_if_cancelled, told_of_parts
-from tasks.sync import sync
-from tasks.tenancy import Tenancy
-from tasks.watch import GUARDS
-
-POLL_SECONDS = 0.2
-CANCEL_SECONDS = 25.0
-"""Prefect ends a cancelled run 30 s after it was told."""
-
+from outliers.study.prepare import prepare
+from outliers.workspace import open_workspace
+from tasks.steps import TaskSteps
 
 Target = Annotated[str, Field(pattern=STORE_PATTERN, title="artifact store")]
-"""As StudySpec asks it, so that a deployment refuses it before a run exists: a run's parameters are there for all to read."""
+"""StudySpec's own pattern, so that a deployment refuses other targets before a run exists, whose parameters all can read."""
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 def short_name(model: ModelSpec | str | dict[str, Any]) -> str:
-    """`SmolLM2-135M`, from what was asked: nothing is looked up for a name."""
+    """`SmolLM2-135M`, from the parameters alone: nothing is looked up for a name."""
     name = model if isinstance(model, str) else ModelSpec.model_validate(model).id
     return short_model_name(name)
 
@@ -73,7 +58,7 @@ def run_name() -> str:
 
 
 def tag_run(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Tag a run that begins with its model and provider, such as `model:SmolLM2-135M` and `provider:ssh`.
+    """Tag a run, as it begins, with its model and provider, such as `model:SmolLM2-135M` and `provider:ssh`.
 
     A hook of the flow: the tags of a deployment are the same for all its runs, and `prefect.tags` is for tasks within.
     """
@@ -142,8 +127,10 @@ def study(
     check_options(spec.compute)  # before a model is looked for
     workspace = open_workspace(spec.compute.workspace)
     prepared = prepare(spec, workspace)
-    outcome = find_outcome(prepared, workspace) or run(prepared, workspace)
-    forget_parts(prepared, workspace)
+    run = StudyRun(prepared, workspace, str(flow_run.id or prepared.study_id), Lines(get_run_logger()))
+    on_study.get()(run)
+    outcome = find_outcome(prepared, workspace) or dispatch_study(run, TaskSteps())
+    forget_shards(run)
     show_outcome(outcome, workspace.study(prepared.study_id))
     get_run_logger().info(
         "%d systematic outlier features%s; %s",
@@ -152,80 +139,3 @@ def study(
         outcome.published or outcome.results,
     )
     return outcome.model_dump()
-
-
-def run(prepared: Prepared, workspace: Workspace) -> Outcome:
-    """The steps of a study that isn't there yet. They are called, not submitted: a cancelled run passes through here.
-
-    Results that are home are published, and nothing else is done: they need no machine.
-    """
-    get_run_logger().info("study %s, capture %s", prepared.study_id, prepared.capture_id)
-    if prepared.spec.publish_to is not None:
-        check_target(prepared.spec.publish_to)
-    spread = prepared.spec.compute.shards > 1
-    if (found := find_finished(prepared, workspace)) is not None:
-        get_run_logger().info("the results are in the workspace: they are published, no machine is asked for")
-        made_on = told_of_parts(prepared, workspace) if spread else {}
-        counted = {"results_digest": found["results_digest"], "files": len(found["files"])}
-    else:
-        check_travels(prepared)
-        made_on, counted = (run_parts if spread else run_whole)(prepared, workspace)
-    published = sync.with_options(refresh_cache=True)(prepared, made_on, workspace, counted)
-    return make_outcome(prepared, workspace, published=published, cached=False)
-
-
-def run_whole(prepared: Prepared, workspace: Workspace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A study on one machine, to its results in the workspace: (what made them, what the analysis says).
-
-    The machine is given back with them: a store that is away is not waited for on a machine that is paid.
-    """
-    source = provider(prepared.spec.compute.provider, workspace.root)
-    holder = str(flow_run.id or prepared.study_id)
-    # the slot first: it is given back once the machine is
-    with machine_slot(prepared.spec.compute.provider), Tenancy(source, prepared, workspace, holder) as tenancy:
-        machine = provision(prepared, workspace, tenancy)
-        tenancy.opened(machine)
-        state = machine_state(machine, prepared, workspace)
-        tenancy.kept_work |= state["capture"]
-        extracted = extract.with_options(refresh_cache=not state["capture"])(prepared, machine, workspace)
-        analyzed = analyze.with_options(refresh_cache=not state["results"])(
-            prepared, machine, workspace, extracted, state["results"]
-        )
-        return {"machine": dict(machine.provenance)}, analyzed
-
-
-def run_parts(prepared: Prepared, workspace: Workspace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A study that is spread: each part on a machine of its own, at once; then their summaries are joined here.
-
-    The parts are submitted, to run at once; a cancelled run tells them, waits for them, and only then ends.
-    """
-    parts = split(prepared, prepared.spec.compute.shards)
-    holder, logger = str(flow_run.id or prepared.study_id), get_run_logger()
-    STOP.clear()
-    GUARDS.append(stop_if_cancelled)
-    try:
-        futures = [
-            shard.with_options(refresh_cache=not is_here(part, prepared, workspace)).submit(
-                prepared, part, workspace, holder
-            )
-            for part in parts
-        ]
-        try:
-            while not all(future.state.is_final() for future in futures):
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            logger.warning("cancelled: ending %d parts", len(parts))
-            STOP.set()
-            wait(futures, timeout=CANCEL_SECONDS)
-            raise
-        failed = [
-            (part, future) for part, future in zip(parts, futures, strict=True) if not future.state.is_completed()
-        ]
-        for part, future in failed:
-            logger.error("part %s (sequences %s) failed: %s", part.title, part.span, future.state.message)
-        if failed:
-            # the first error is the run's; what the other parts have is kept, and Retry redoes the failed ones alone
-            failed[0][1].result()
-    finally:
-        GUARDS.remove(stop_if_cancelled)
-    return told_of_parts(prepared, workspace), merge.with_options(refresh_cache=True)(prepared, parts, workspace)

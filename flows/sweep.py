@@ -1,8 +1,8 @@
-"""Many studies, one child each, and what became of them: the flow and the deployment `sweep`.
+"""Many studies, one child each, and how each ended: the flow and the deployment `sweep`.
 
 A study that is there already is answered at once, so that a second run does only what is missing. One failure does not
-stop the others; the sweep's own state is then Failed, and says which, why, and which are done. Before it:
-`outliers.sweep.sweep`, which reads the file. The children: `sweep_children`, `sweep_processes`.
+stop the others; the sweep's own state is then Failed, and says which failed, why, and which are done. `outliers.sweep.sweep`
+reads the file; `sweep_children` and `sweep_processes` are the children.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -27,20 +26,20 @@ from pydantic import Field, TypeAdapter, WithJsonSchema
 
 from flows.hooks.cancelled import rests, was_cancelled, watches
 from flows.hooks.stale import begins, ends
+from flows.observers import on_sweep
 from flows.study import Target
-from flows.sweep_children import Deployments, Start, run_studies
+from flows.sweep_children import Deployments, Start, Tell, run_studies
 from flows.sweep_processes import Processes
 from outliers.sweep.outcome import Ended, sentence, short, summary
 from outliers.sweep.sweep import Sweep, SweepStudy, make_sweep, read_sweep
 from outliers.workspace import open_workspace
 from tasks.progress import tried_once
 
-# what the form shows and a server refuses before there is a run, whose page would show a target's password
+# the form shows these, and a server refuses other values before a run exists, whose page would show a target's password
 Parallel = Annotated[int, Field(ge=1, le=64)]
 Stagger = Annotated[float, Field(ge=0, le=3600)]
 
-# no address with a user or password in it, at any depth that a study has; without `properties`, for which the form would
-# show these alone: it shows JSON to be written
+# no address with a user or password in it, at any depth of a study; without `properties`, so that the form takes JSON
 _PLAIN: dict[str, Any] = {"not": {"type": "string", "pattern": r"://[^/\s]*@"}}
 _STORE = {"anyOf": [TypeAdapter(Target).json_schema(), {"type": "null"}]}
 _FIELDS = _PLAIN | {"patternProperties": {"": _PLAIN | {"items": _PLAIN}}, "items": _PLAIN}
@@ -57,15 +56,12 @@ _AXES = {
     },
 }
 StudyParts = Annotated[dict[str, Any], WithJsonSchema(_STUDY)]
-"""A study, or parts of one, as they are written; what a server refuses before there is a run is in its JSON schema."""
+"""A study, or sections of one, as written; its JSON schema has what a server refuses before a run exists."""
 Matrix = Annotated[dict[str, list[Any]], WithJsonSchema(_AXES)]
-
-WATCHERS: list[Callable[[SweepStudy, Ended | None], None]] = []
-"""Called in the process of the flow when a study starts (None) and when it ends; the command hangs its lines here."""
 
 
 def run_name() -> str:
-    """`sweep moe`, from what was asked."""
+    """`sweep moe`, from the parameters."""
     asked = flow_run.parameters
     return f"sweep {Path(asked['file']).stem}" if asked.get("file") else f"sweep of {len(asked.get('study') or ())}"
 
@@ -110,7 +106,7 @@ def sweep(
         deployment: which deployment, for children: deployment
     """
     planned = planned_sweep(file, study, defaults, matrix, parallel, stagger_seconds, publish_to, workspace)
-    board = Board(planned)
+    board = Board(planned, on_sweep.get())
     ended = run_studies(planned, _starter(planned, children, deployment), board.tell)
     failed = [end for end in ended if end.state != "done"]
     said = summary(ended) + (f". First: {planned.remedy}" if failed and planned.remedy else "")
@@ -144,9 +140,9 @@ def planned_sweep(
 
 
 def make_run_folder(planned: Sweep) -> Path:
-    """A new folder for what the children of this run say: <workspace of its first study>/sweeps/NAME/DATE-TIME-xxxxxxxx.
+    """A new folder for the children's files: <workspace of the first study>/sweeps/NAME/DATE-TIME-xxxxxxxx.
 
-    Two sweeps may bear one name, and run at once: what one writes, a child of the other must not read.
+    Two sweeps of one name may run at once, so each run has a folder of its own.
     """
     place = open_workspace(planned.studies[0].spec.compute.workspace).root / "sweeps" / planned.name
     place.mkdir(parents=True, exist_ok=True)
@@ -157,7 +153,7 @@ def _starter(planned: Sweep, children: str, deployment: str) -> Start:
     if children == "deployment":
         return Deployments(deployment, str(flow_run.id), get_run_logger().warning)
     with get_client(sync_client=True) as client:
-        # of a server that this process started for itself, too
+        # also the address of a server that this process started for itself
         address = str(client.api_url)
     folder = make_run_folder(planned)
     get_run_logger().info("what each study's process says is in %s", folder)
@@ -165,10 +161,10 @@ def _starter(planned: Sweep, children: str, deployment: str) -> Start:
 
 
 class Board:
-    """The sweep's table and progress in the Prefect UI, its log, and whoever watches in this process."""
+    """The sweep's table and progress in the Prefect UI, its log, and the observer of the flow."""
 
-    def __init__(self, planned: Sweep) -> None:
-        self._sweep = planned
+    def __init__(self, planned: Sweep, observe: Tell) -> None:
+        self._sweep, self._observe = planned, observe
         self._running: set[str] = set()
         self._ended: dict[str, Ended] = {}
         # a key takes small letters, digits and dashes
@@ -184,8 +180,7 @@ class Board:
             self._running.discard(study.name)
             self._ended[study.name] = end
         get_run_logger().info("%s", sentence(study, end))
-        for watch in WATCHERS:
-            watch(study, end)
+        self._observe(study, end)
         self._show()
 
     def _show(self) -> None:
@@ -200,7 +195,7 @@ class Board:
                 else:
                     update_progress_artifact(self._progress, progress=share, description=said)
         except (PrefectException, httpx.HTTPError) as error:
-            # a server that is away for a moment must not end the studies; the next change shows all
+            # a server that does not answer for a moment must not end the studies; the next change shows all
             get_run_logger().warning("the sweep's table could not be shown: %s", error)
 
     def _row(self, study: SweepStudy) -> dict[str, Any]:

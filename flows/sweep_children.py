@@ -1,10 +1,9 @@
-"""The studies of a sweep as children: at most so many at once, one's failure nothing to the others, all ended on cancel.
+"""The studies of a sweep as children: a limited number at once, each failing by itself, all ended on cancel.
 
-Two kinds, behind one seam. The command runs each study as a process of its own (`sweep_processes`), and the deployment
-as a run of the deployment `study`. Never as subflows in threads: LISTENERS, GUARDS and the ssh connections in a process
-belong to one study, and a signal reaches the main thread alone, so that a cancelled sweep's subflows run on to their end
-(measured on Prefect 3.8.8: SIGTERM after 2 s, two subflows in threads both ended by themselves at 6 s). One thread polls
-the children: there is nothing to lock. Before it: `outliers.sweep.sweep`. After it: `sweep`, which shows what happens.
+There are two kinds of children. The command runs each study as a process of its own (`sweep_processes`), and the deployment
+as a run of the deployment `study`. They are never subflows in threads: a signal reaches the main thread alone, so the
+subflows of a cancelled sweep run on to their end (measured on Prefect 3.8.8: SIGTERM after 2 s, two subflows in threads both
+ended by themselves at 6 s). One thread polls the children: there is nothing to lock.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ POLL_SECONDS = 0.2
 API_SECONDS = 2.0
 """Between two looks at a run of a deployment: each is a call to the server."""
 LATE_SECONDS = 60.0
-"""A run that no worker has taken for so long is worth a word."""
+"""After this long without a worker, a run is reported."""
 JOIN_SECONDS = 20.0
-"""For children to end once they are asked to: Prefect kills a cancelled run 30 s after its signal."""
+"""How long children have to end once they are asked to. Prefect kills a cancelled run 30 s after its signal."""
 
 
 class Child(Protocol):
@@ -49,7 +48,7 @@ class Child(Protocol):
         """Ask it to end; `join` waits for that."""
 
     def join(self, seconds: float) -> None:
-        """Wait at most so long for its end, and see to it."""
+        """Wait for its end, at most this long, and then make sure of it."""
 
 
 Start = Callable[[SweepStudy], Child]
@@ -67,15 +66,22 @@ def run_studies(
 ) -> tuple[Ended, ...]:
     """Run all studies of a sweep; how each ended, in the order of the file.
 
-    `look` tells the outcome of one that is there already. At most `parallel` run at once, two of one capture never, and
-    models of the hub begin `stagger_seconds` apart. What one child raises is that study's end and nobody else's; whatever
-    is raised here (a cancel, Ctrl-C) ends the children first.
+    At most `parallel` run at once, two of one capture never, and models of the hub begin `stagger_seconds` apart. An error
+    that one child raises ends that study alone; what is raised here (a cancel, Ctrl-C) ends the children first.
+
+    Args:
+        sweep: the studies and the limits
+        start: starts a child
+        tell: called when a study starts and when it ends
+        look: returns the outcome of a study that is there already
+        clock: seconds, monotonic
+        sleep: waits
     """
     waiting, running, ended = list(sweep.studies), dict[str, tuple[SweepStudy, Child]](), dict[str, Ended]()
     last_from_hub = float("-inf")
     try:
         while waiting or running:
-            # what has ended first: it holds neither a place nor its capture any more
+            # first those that have ended: they leave a place, and their capture
             for name, (one, child) in list(running.items()):
                 end = _polled(one, child)
                 if end is not None:
@@ -101,7 +107,7 @@ def run_studies(
 
 
 def _end(children: list[Child]) -> None:
-    """Ask all to end, then see to it; one that can't be asked is said, and the others are asked all the same."""
+    """Ask all to end, then make sure of it. One that can't be asked is logged, and the others are still asked."""
     until = time.monotonic() + JOIN_SECONDS
     for child in children:
         _tried(child.cancel)
@@ -118,12 +124,12 @@ def _tried(step: Callable[[], None]) -> None:
 
 
 def _polled(study: SweepStudy, child: Child) -> Ended | None:
-    """How a child ended; one that can't be looked at is ended, and has failed with what was in the way."""
+    """How a child ended. One that can't be polled is ended, and has failed with that error."""
     try:
         return child.poll()
     except Exception as error:
         # of one study, and it must not end the others
-        log.warning("%s can't be looked at", study.name, exc_info=True)
+        log.warning("%s can't be polled", study.name, exc_info=True)
         _end([child])
         return _failed(study, error)
 
@@ -137,7 +143,7 @@ def _failed(study: SweepStudy, error: Exception) -> Ended:
 def _begin(
     study: SweepStudy, waiting: list[SweepStudy], start: Start, look: Callable[[SweepStudy], Outcome | None]
 ) -> Child | Ended:
-    """The child of a study, or at once its end: it is there already, refused, or can't be started."""
+    """The child of a study; or its end at once, where it is there already, is refused, or can't be started."""
     try:
         outcome = _looked(study, look)
         if outcome is not None:
@@ -153,7 +159,7 @@ def _begin(
 
 
 def _has_next(study: SweepStudy, waiting: list[SweepStudy], look: Callable[[SweepStudy], Outcome | None]) -> bool:
-    """Whether one of those that wait reads the same capture, and is not there already nor refused."""
+    """Whether a waiting study reads the same capture, and is neither there already nor refused."""
     for other in waiting:
         if other.capture_key == study.capture_key:
             try:
@@ -168,17 +174,17 @@ def _looked(study: SweepStudy, look: Callable[[SweepStudy], Outcome | None]) -> 
     try:
         return look(study)
     except HubUnavailable:
-        return None  # it may answer the child, which waits for it
+        return None  # the child waits for the hub
     except OutliersError:
         raise
     except Exception:  # noqa: BLE001 - an unforeseen error of one study must not end the others
-        return None  # the child meets it too, and tells it with where it happened
+        return None  # the child meets it too, and reports it with its traceback
 
 
 class Deployments:
     """Starts each study as a run of a deployment; one that an earlier try of this sweep left running is joined.
 
-    `holder`: id of the sweep's own run. `say`: for a person, when a run waits for a worker.
+    `holder`: id of the sweep's own run. `say`: called with a sentence when a run waits for a worker.
     """
 
     def __init__(self, deployment: str, holder: str, say: Callable[[str], None]) -> None:
@@ -187,7 +193,7 @@ class Deployments:
     def __call__(self, study: SweepStudy) -> Child:
         parameters = study.spec.model_dump(mode="json")
         for number in itertools.count():
-            # a second try of the sweep's run gets the same run back, and takes another where that one has failed
+            # a retry of the sweep's run gets the same run back, or another one where that has failed
             key = f"sweep-{self._holder}-{study.name}-{number}"
             try:
                 run = run_deployment(self._deployment, parameters=parameters, timeout=0, idempotency_key=key)
@@ -240,7 +246,7 @@ class DeploymentChild:
             self._say(f"{self._study.name}: its run {self._run} could not be cancelled: {error}")
 
     def join(self, seconds: float) -> None:
-        """The worker ends it, and sees to it: nothing to wait for."""
+        """The worker ends it: there is nothing to wait for."""
 
     def _state(self) -> State[Any] | None:
         with get_client(sync_client=True) as client:

@@ -1,7 +1,6 @@
 """The studies of `outliers sweep` as processes: `outliers study --spec FILE --json`, each in a session of its own.
 
-What one says is in three files of the sweep's own folder: NAME.spec.json, NAME.json (its answer), NAME.log. Before it:
-`sweep_children`, whose seam this is one side of. After it: `flows.cli`, which runs in the process.
+Each has three files in the sweep's folder: NAME.spec.json, NAME.json (its answer), NAME.log.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _PROCESS = """
 import os, signal, sys, threading
-# asked to end, by the sweep or because it is gone: as Ctrl-C does, which takes the job along
+# a SIGTERM, from the sweep or because the sweep is gone, acts as Ctrl-C does, which takes the job along
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 def watch():
     os.read(0, 1)
@@ -37,14 +36,16 @@ threading.Thread(target=watch, daemon=True).start()
 from flows.cli.command import main
 sys.exit(main(sys.argv[1:]))
 """
-"""Its standard input ends when the sweep does, however that ends. Not by the kernel's signal at a parent's death: that comes
-once for each thread the parent had, and the second breaks off what the first has begun."""
+"""The program of a child. Its standard input ends when the sweep does, however that ends. The kernel's signal at a parent's
+death does not serve: it comes once for each thread of the parent, and the second one breaks off what the first began."""
 
 
 class Processes:
-    """Starts each study as a process: `outliers study`, with what it says in files below `folder`, which is this run's alone.
+    """Starts each study as a process, `outliers study`.
 
-    `api_url`: of the Prefect server that all of them use; each would start one of its own.
+    Args:
+        folder: for the files of the children; no other run uses it
+        api_url: of the Prefect server that all children use, or each would start one of its own
     """
 
     def __init__(self, folder: Path, api_url: str) -> None:
@@ -57,7 +58,7 @@ class Processes:
         return ProcessChild(study, spec, self._environment())
 
     def _environment(self) -> dict[str, str]:
-        # what is said of the sweep's own run is not true of a study
+        # these variables describe the sweep's own run, not a study's
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
         return kept | {"PREFECT_API_URL": self._api_url}
 
@@ -120,11 +121,11 @@ class ProcessChild:
 
 
 def _other_study(study: SweepStudy, outcome: Outcome) -> str:
-    """What is wrong where a process answers with another study than it was started for; else nothing."""
+    """What is wrong where a process answers with another study than it was started for; empty where nothing is."""
     try:
         expected = prepare(study.spec, open_workspace(study.spec.compute.workspace)).study_id
     except Exception as error:  # noqa: BLE001 - a study that is done: nothing here may make it fail
-        # the hub is silent now, say: there is nothing to compare with
+        # for instance, the hub does not answer now
         log.warning("%s: its answer can't be compared with what was asked: %s", study.name, error)
         return ""
     if outcome.study_id == expected:
@@ -134,7 +135,7 @@ def _other_study(study: SweepStudy, outcome: Outcome) -> str:
 
 
 def _last_words(log: Path, code: int) -> str:
-    """Why a process ended: what the command said last (`refused: ...`, `failed: ...`), else its last line."""
+    """Why a process ended: the command's last message (`refused: ...`, `failed: ...`), else its last line."""
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     said = [number for number, line in enumerate(lines) if line.startswith(("refused: ", "failed: "))]
     text = " ".join(lines[said[-1] :]) if said else (lines[-1] if lines else "it said nothing")

@@ -1,4 +1,4 @@
-"""Read the activations of every layer on the machine, in one pass; goes on from the journal."""
+"""The step `extract` as a Prefect task."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 from prefect import task
 
+from outliers.dispatch.steps import extract_study
+from outliers.dispatch.study_run import StudyRun
 from outliers.machines.base import Machine
-from outliers.study.prepare import Prepared
-from outliers.workspace import Workspace
 from tasks.policies import RETRIES, RETRY_SECONDS, extract_key, is_transient
-from tasks.watch import run_step
+from tasks.progress import TaskReporter
 
 
 @task(
     name="extract",
-    task_run_name="extract {prepared.title}",
+    task_run_name="extract {run.prepared.title}",
     retries=RETRIES,
     retry_delay_seconds=RETRY_SECONDS,
     retry_condition_fn=is_transient,
@@ -23,6 +23,7 @@ from tasks.watch import run_step
     result_serializer="json",
     cache_key_fn=extract_key,
 )
-def extract(prepared: Prepared, machine: Machine, workspace: Workspace) -> dict[str, Any]:
-    """What was read: sequences, tokens, bytes, seconds, device."""
-    return run_step(machine, prepared, "extract", f"extract-{prepared.capture_id}", workspace)
+def extract(run: StudyRun, machine: Machine) -> dict[str, Any]:
+    """As `outliers.dispatch.steps.extract_study`."""
+    with TaskReporter(run.prepared) as reporter:
+        return extract_study(run, machine, reporter)

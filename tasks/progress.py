@@ -1,7 +1,7 @@
-"""Progress of a step in Prefect's pages: sent by a thread of its own, so that no server holds the step up.
+"""What a task's step says, in Prefect's pages: log lines of the task run, and progress artifacts.
 
-Only the last state of each thing that is counted is sent, and a server that is away is left alone for longer and longer.
-Before it: `watch`, which follows the step. After it: Prefect's server.
+A thread of its own sends the progress, so that no server delays the step. Only the last state of each counted thing is
+sent, and the pauses after a server's failures get longer.
 """
 
 from __future__ import annotations
@@ -12,22 +12,27 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
+from types import TracebackType
 from uuid import UUID
 
 import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
+from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from outliers.events.event import Event
+from outliers.events.event import Level
+from outliers.events.stream import Lines
+from outliers.study.parts import Shard
+from outliers.study.prepare import Prepared
 from outliers.untrusted.visible import markdown
 
 ARTIFACT_SECONDS = 2.0
-"""Progress artifacts are updated at most this often: each is a call to the server."""
+"""Between two updates of an artifact: each is a call to the server."""
 PAUSE_SECONDS = (2.0, 60.0)
-"""After a failure the server is left alone for the first, then twice as long each time, up to the second."""
+"""The pause after a failure of the server: the first, then twice as long each time, up to the second."""
 CLOSE_SECONDS = 5.0
-"""The last state is waited for at the end of a step, where the server has answered so far."""
+"""How long the end of a step waits for its last state to be shown, where the server has answered so far."""
 
 _NOT_IN_KEYS = re.compile(r"[^a-z0-9-]+")
 _KEY_CHARS = 40
@@ -36,45 +41,72 @@ log = logging.getLogger("outliers.progress")
 
 
 def artifact_key(step: str, study_id: str) -> str:
-    """The key of a step's artifact, whatever a machine calls its step: small letters, digits and dashes."""
+    """The key of a step's artifact, whatever name a machine gives its step: small letters, digits and dashes."""
     return f"{_NOT_IN_KEYS.sub('-', step.lower())[:_KEY_CHARS]}-{study_id}".strip("-")
 
 
 @contextlib.contextmanager
 def tried_once() -> Iterator[None]:
-    """In the block Prefect's client asks once: what is only shown is worth no minute of retries."""
+    """In the block Prefect's client does not retry: what is only shown must not cost minutes."""
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
         yield
 
 
-class Progress:
-    """A progress artifact for each thing that a step counts (download, extract...), updated now and then. Never blocks."""
+class TaskReporter:
+    """A Reporter for the step of a task: lines of the task run's log, and a progress artifact for each thing that the step
+    counts (download, extract...), updated now and then. Never blocks.
 
-    def __init__(self, study_id: str, title: str) -> None:
-        self._study_id, self._title = study_id, title
+    Made within the task. As a context manager it waits at the end for the last state to be shown; not where the run is
+    cancelled.
+
+    Args:
+        prepared: the study, for names and keys
+        part: the shard of it that the task makes
+        artifact_seconds: at least this long between two updates
+    """
+
+    def __init__(
+        self, prepared: Prepared, part: Shard | None = None, *, artifact_seconds: float = ARTIFACT_SECONDS
+    ) -> None:
+        self._study_id = prepared.study_id + (f"-{part.number}of{part.of}" if part else "")
+        self._title = prepared.title + (f" {part.number}/{part.of}" if part else "")
+        self._artifact_seconds = artifact_seconds
+        self._lines = Lines(get_run_logger())
         self._artifacts: dict[str, UUID] = {}
-        self._pending: dict[str, Event] = {}
+        self._pending: dict[str, float] = {}
         self._changed = threading.Condition()
         self._over = threading.Event()
         self._pause = 0.0
         self._warned = False
         self._thread: threading.Thread | None = None
 
-    def show(self, event: Event) -> None:
-        """Note where the step is; returns at once."""
-        if not event.total:
+    def __enter__(self) -> TaskReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(wait=error is None or isinstance(error, Exception))
+
+    def log(self, level: Level, message: str) -> None:
+        """One line of the task run's log."""
+        self._lines.log(level, message)
+
+    def progress(self, step: str, done: int, total: int | None, unit: str) -> None:
+        """Note where the step is; returns at once. What has no total is not shown."""
+        if not total:
             return
         with self._changed:
-            self._pending[event.step] = event
+            self._pending[step] = min(100.0, 100.0 * done / total)
             self._changed.notify()
         if self._thread is None:
-            # the run that an artifact belongs to is known to this context
+            # the context knows which run an artifact belongs to
             context = contextvars.copy_context()
             self._thread = threading.Thread(target=context.run, args=(self._send,), name="progress", daemon=True)
             self._thread.start()
 
     def close(self, wait: bool = True) -> None:
-        """Nothing more comes. Waits for the last state to be shown, not for a server that is away."""
+        """No more progress comes. Waits for the last state to be shown, but not for a server that does not answer."""
         self._over.set()
         with self._changed:
             self._changed.notify()
@@ -82,41 +114,41 @@ class Progress:
             self._thread.join(CLOSE_SECONDS)
 
     def _send(self) -> None:
-        """The thread: whatever changed, at most every ARTIFACT_SECONDS, until all is over and said."""
+        """The thread: send what has changed, at most every `artifact_seconds`, until the end is shown."""
         while True:
             with self._changed:
                 while not self._pending and not self._over.is_set():
                     self._changed.wait()
-                taken, self._pending = self._pending, {}
-            if not taken:
+                changed, self._pending = self._pending, {}
+            if not changed:
                 return
             with tried_once():
-                self._tell_all(taken)
+                self._show_all(changed)
             if self._over.is_set() and self._pause:
-                return  # the step has ended, and nobody answers
-            self._over.wait(max(ARTIFACT_SECONDS, self._pause))
+                return  # the step has ended, and the server does not answer
+            self._over.wait(max(self._artifact_seconds, self._pause))
 
-    def _tell_all(self, taken: dict[str, Event]) -> None:
-        for event in taken.values():
+    def _show_all(self, changed: dict[str, float]) -> None:
+        for step, percent in changed.items():
             try:
-                self._tell(event, min(100.0, 100.0 * event.done / (event.total or 1)))
+                self._show(step, percent)
                 self._pause = 0.0
             except (PrefectException, httpx.HTTPError, OSError, RuntimeError) as error:
                 # what came meanwhile is newer
                 with self._changed:
-                    self._pending = {event.step: event} | self._pending
+                    self._pending = {step: percent} | self._pending
                 self._pause = min(max(PAUSE_SECONDS[0], 2 * self._pause), PAUSE_SECONDS[1])
                 if not self._warned:
                     self._warned = True
-                    log.warning("the progress of %s can't be shown, the step itself goes on: %s", event.step, error)
+                    log.warning("the progress of %s can't be shown, the step itself goes on: %s", step, error)
                 return
 
-    def _tell(self, event: Event, share: float) -> None:
-        if event.step in self._artifacts:
-            update_progress_artifact(self._artifacts[event.step], progress=share)
+    def _show(self, step: str, percent: float) -> None:
+        if step in self._artifacts:
+            update_progress_artifact(self._artifacts[step], progress=percent)
             return
         # Prefect shows a description as Markdown
-        key, description = artifact_key(event.step, self._study_id), markdown(f"{event.step} {self._title}")
-        made = create_progress_artifact(progress=share, key=key, description=description)
+        key, description = artifact_key(step, self._study_id), markdown(f"{step} {self._title}")
+        made = create_progress_artifact(progress=percent, key=key, description=description)
         if isinstance(made, UUID):
-            self._artifacts[event.step] = made
+            self._artifacts[step] = made

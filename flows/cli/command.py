@@ -224,7 +224,7 @@ def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: lis
 
 def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, argv: list[str]) -> None:
     from outliers.counting.shards import is_here
-    from outliers.dispatch.transfer import check_travels
+    from outliers.dispatch.transfer import check_transfer
     from outliers.machines.providers import provider
     from outliers.planning.remaining import check_rest
     from outliers.spec import DEFAULT_PROVIDER, chosen
@@ -232,7 +232,7 @@ def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, a
 
     compute = prepared.spec.compute
     source = provider(compute.provider, workspace.root)
-    check_travels(prepared)
+    check_transfer(prepared)
     missing = [shard for shard in split(prepared, compute.shards) if not is_here(shard, prepared, workspace)]
     names = {machine_name(prepared, shard) for shard in (missing if compute.shards > 1 else (None,))}
     try:

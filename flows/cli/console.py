@@ -1,5 +1,4 @@
-"""What a person sees at the terminal: progress while a study runs, the table at its end. Everything goes to standard error
-but the answer itself."""
+"""The terminal: progress while a study runs, the table at its end. All of it goes to standard error, except the answer."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ MB = 1_000_000
 
 @contextlib.contextmanager
 def busy(console: Console, text: str) -> Iterator[None]:
-    """Something turns while the block runs, where there is somebody to see it."""
+    """Show a spinner while the block runs, on a terminal."""
     if console.is_terminal:
         with console.status(Text(text)):
             yield
@@ -45,7 +44,7 @@ def busy(console: Console, text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def library_lines(console: Console) -> Iterator[None]:
-    """What the library itself says in the block is shown: what is read once, and what is damaged and made again."""
+    """Show the library's own log lines while the block runs: for instance, what is damaged and made again."""
     from rich.logging import RichHandler
 
     logger = logging.getLogger("outliers")
@@ -60,7 +59,7 @@ def library_lines(console: Console) -> Iterator[None]:
 
 
 class _Visible(logging.Formatter):
-    """A record as a line in which nothing acts on a terminal: the library names files, models and what others said."""
+    """Formats a record without control characters: the library names files and models, and quotes other programs."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
@@ -93,7 +92,7 @@ class Steps:
             yield
 
     def listen(self, step: str, event: Event) -> None:
-        """One event of a job; hang this into `tasks.watch.LISTENERS`."""
+        """One event of a job; a listener for `StudyRun.listen`."""
         if event.kind == "log":
             self.console.print(Text(f"  {step}: {event.message}", style="" if event.level == "info" else "yellow"))
         elif event.kind == "progress" and event.total:
@@ -117,7 +116,7 @@ class Steps:
 
 
 def _readable(event: Event) -> Event:
-    """Bytes as MB: whoever waits for sixty gigabytes can't read eleven digits."""
+    """Bytes as MB: eleven digits are hard to read."""
     if event.unit != "bytes" or event.total is None:
         return event
     return replace(event, done=-(-event.done // MB), total=-(-event.total // MB), unit="MB")

@@ -1,6 +1,6 @@
-"""The flow in the process of the command: the very one that the deployment runs, with Prefect's server beside it or elsewhere.
+"""The flow in the process of the command: the one that the deployment runs, with a Prefect server of its own or another.
 
-Prefect is imported only when a study has to run. Before it: `cli`, which has refused what can't work. After it: `study`.
+Prefect is imported only when a study has to run; the command has refused before what can't work.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from outliers.spec import StudySpec, chosen
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from outliers.dispatch.study_run import StudyRun
     from outliers.publish.outcome import Outcome
     from outliers.workspace import Workspace
 
@@ -32,7 +33,7 @@ STARTING = "starting Prefect (about 10 seconds)"
 
 
 def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome:
-    """Run the very flow that the deployment runs, in this process; its own Prefect, where no server is configured."""
+    """Run the flow of the deployment in this process, with a Prefect server of its own where none is configured."""
     server = settle_prefect(workspace.root)
     steps = Steps(console)
     if chosen(spec.compute.provider) != HERE:
@@ -41,29 +42,34 @@ def run_flow(spec: StudySpec, workspace: Workspace, console: Console) -> Outcome
         if not console.is_terminal:
             console.print(f"  {STARTING}")
         (check_server if server is None else check_settings)()
+        from flows.observers import observed, on_study
         from flows.study import study
         from outliers.publish.outcome import Outcome
-        from tasks.watch import LISTENERS, end_at_work
 
-        interrupt.LAST.append(end_at_work)
         if server is not None:
             server.wait()
 
     parameters: dict[str, Any] = {name: getattr(spec, name) for name in StudySpec.model_fields}
     parameters["compute"] = spec.compute.model_copy(update={"workspace": str(workspace.root)})
-    LISTENERS.append(steps.listen)
+
+    def observe(run: StudyRun) -> None:
+        run.listen(steps.listen)
+        interrupt.before_end(run.end_local_jobs)
+
     # Prefect hands a SIGTERM on when the run has seen it: as Ctrl-C, so that the server of this process ends too
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        # a library that prints (SkyPilot's does) must not get into the one object of --json
-        with steps.shown(), _library_lines(console), contextlib.redirect_stdout(sys.stderr):
-            return Outcome.model_validate(_through(lambda: study(**parameters)))
-    finally:
-        LISTENERS.remove(steps.listen)
+    # what a library prints (SkyPilot does) must not get into the JSON object of --json
+    with (
+        steps.shown(),
+        _library_lines(console),
+        contextlib.redirect_stdout(sys.stderr),
+        observed(on_study, observe),
+    ):
+        return Outcome.model_validate(_through(lambda: study(**parameters)))
 
 
 def _through(run: Callable[[], Any]) -> Any:
-    """What the flow returns; where its Prefect server went away for good meanwhile, JobFailed in place of a traceback."""
+    """Call the flow. Raises JobFailed where its Prefect server stops answering, in the place of a traceback."""
     import httpx
 
     try:
@@ -80,14 +86,14 @@ def _through(run: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def _library_lines(console: Console) -> Iterator[None]:
-    """What the library itself says is shown: a machine that is found, deployed to, lost, answers again, is released."""
+    """Show the library's own log lines: a machine that is found, deployed to, lost, answers again, is released."""
     import logging
 
     from rich.logging import RichHandler
 
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     handler.setLevel(logging.INFO)
-    names = ("outliers.machines", "outliers.tenancy", "outliers.own_server", "outliers.progress")
+    names = ("outliers.machines", "outliers.leases", "outliers.own_server", "outliers.progress")
     loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
         logger.addHandler(handler)
@@ -99,16 +105,16 @@ def _library_lines(console: Console) -> Iterator[None]:
 
 
 def settle_prefect(root: Path) -> OwnServer | None:
-    """Where the user has configured no Prefect, ours lives in the workspace and tells nobody anything.
+    """Where the user has configured no Prefect, keep one in the workspace, without telemetry.
 
-    Its server, which starts while Prefect is imported; None where Prefect itself knows one, or starts one as it was told to.
+    Returns its server, which starts while Prefect is imported; None where Prefect is configured to use or start another.
     """
     settle_home(root)
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
     server_password.adopt((home, root / "prefect"))
     if not is_decided(home):
         return OwnServer(home, give_up=interrupt.fail)
-    # where Prefect starts one after all, no page of another origin may use it
+    # where Prefect starts a server itself, no page of another origin may use that
     for name, value in door(f"http://{server_password.HOST}/api").items():
         os.environ.setdefault(name, value)
     return None

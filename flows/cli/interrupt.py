@@ -1,9 +1,9 @@
-"""Ctrl-C ends a command within seconds, wherever it is.
+"""Ctrl-C ends a command within seconds, whatever the command is doing.
 
-What a command does about Ctrl-C is done in the exception that it raises: the job ends, a machine is given back. Then
-Prefect tells its server, and waits for minutes where that is gone; a library may be in the middle of a long call. So a
-thread counts from the signal on, and ends the process when its time is over: nothing that is journaled is lost by that, the
-job has been ended, and the server of the command ends with it. Knows no Prefect. Before it: `cli`.
+A command handles Ctrl-C in the exception that it raises: the job ends, a machine is given back. Then Prefect reports to its
+server, and waits for minutes where that does not answer; a library may be in a long call. So a thread counts from the signal
+on, and ends the process when the time is over: the journal loses nothing by that, the job has been ended, and the command's
+server ends with it. Knows no Prefect.
 """
 
 from __future__ import annotations
@@ -18,22 +18,20 @@ from collections.abc import Callable, Iterator
 END_SECONDS = 4.5
 """From Ctrl-C to the end of the process, where everything is on this computer."""
 REMOTE_SECONDS = 45.0
-"""The same where a machine elsewhere is given back first: it may cost, so it is asked for as long as it may answer."""
+"""The same where a machine elsewhere is given back first: it may cost money, so the request gets time to be answered."""
 LAST_SECONDS = 1.5
-"""Before the end: what has not ended by itself is ended."""
+"""Before the end, for what `before_end` was given."""
 INTERRUPTED = 130
 SAID = "interrupted: the same command goes on where this one stopped"
 
-LAST: list[Callable[[], None]] = []
-"""Called once, in a thread, shortly before the process is ended: what must not outlive it."""
-
 
 class _Ending:
-    """How long the end may take, and why it came if not by Ctrl-C."""
+    """How the end of this process goes: there is one process, and so one end of it."""
 
     def __init__(self) -> None:
         self.seconds = END_SECONDS
         self.reason = ""
+        self.acts: list[Callable[[], None]] = []
         self.begun = threading.Event()
         self.lock = threading.Lock()
 
@@ -42,13 +40,18 @@ _ENDING = _Ending()
 
 
 def reason() -> str:
-    """Why the command was ended, where that was no Ctrl-C."""
+    """Why the command was ended, where it was not Ctrl-C; else empty."""
     return _ENDING.reason
 
 
 def allow(seconds: float) -> None:
-    """The end may take so long from now on."""
+    """Let the end take `seconds` from now on."""
     _ENDING.seconds = seconds
+
+
+def before_end(act: Callable[[], None]) -> None:
+    """Call `act` once, in a thread, shortly before the process is ended: it ends what must not outlive the process."""
+    _ENDING.acts.append(act)
 
 
 def fail(text: str) -> None:
@@ -67,13 +70,13 @@ def bounded(seconds: float = END_SECONDS) -> Iterator[None]:
     allow(seconds)
     listening, telling = os.pipe()
     os.set_blocking(telling, False)
-    # told by the C handler itself: also while the main thread is in a long call of a library
+    # the C handler writes to it, also while the main thread is in a long call of a library
     before = signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(listening,), name="interrupt", daemon=True).start()
     try:
         yield
     except KeyboardInterrupt:
-        # the end is sure to come: another Ctrl-C would only break off what is said and done until then
+        # the end is certain: another Ctrl-C would only break off what happens until then
         if _ENDING.begun.wait(1.0):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise
@@ -84,13 +87,13 @@ def bounded(seconds: float = END_SECONDS) -> Iterator[None]:
 
 def _listen(pipe: int) -> None:
     with open(pipe, "rb", buffering=0) as numbers:
-        while told := numbers.read(1):
-            if told[0] == signal.SIGINT:
+        while number := numbers.read(1):
+            if number[0] == signal.SIGINT:
                 _begin()
 
 
 def _begin() -> None:
-    """Count, once."""
+    """Start the count, once."""
     with _ENDING.lock:
         if _ENDING.begun.is_set():
             return
@@ -112,7 +115,7 @@ def _count(began: float) -> None:
 
 
 def _end_all() -> None:
-    for act in LAST.copy():
-        # the process ends whatever this says
+    for act in _ENDING.acts.copy():
+        # the process ends whatever this raises
         with contextlib.suppress(Exception):
             act()

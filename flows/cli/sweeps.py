@@ -1,7 +1,7 @@
 """`outliers sweep`: many studies from one file, and what they would take.
 
-Before it: `cli`, which parses. It runs the very flow that the deployment `sweep` runs, each study as a process of its
-own, and shows a line as one starts and ends. A sweep that is there already is answered without Prefect.
+It runs the flow of the deployment `sweep`, with each study as a process of its own, and shows a line when one starts or
+ends. A sweep that is there already is answered without Prefect.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DONE, FAILED, REFUSED = 0, 1, 2
 
 _TEXT = """Run the studies of a SWEEP.toml, one process each: models, dtypes, corpora, criteria.
 
-  parallel = 2                  # so many at once (default: 1)
+  parallel = 2                  # how many at once (default: 1)
   stagger_seconds = 15          # between the starts of two models of the hub
 
   [defaults]                    # any part of a study, for all of them
@@ -109,14 +109,14 @@ def sweep_command(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def all_there(sweep: Sweep, tell: Callable[[SweepStudy], None] = lambda study: None) -> tuple[Ended, ...] | None:
-    """How the studies ended, where all of them are there already; None as soon as one is not. `tell`: as each is begun."""
+    """How the studies ended, where all of them are there already; else None. `tell`: called before each is looked up."""
     ended = []
     for study in sweep.studies:
         tell(study)
         try:
             outcome = answer(study)
         except OutliersError:
-            return None  # the run says it of this study, and does the others
+            return None  # the run reports this study's error, and does the others
         if outcome is None:
             return None
         ended.append(end_of(study, outcome))
@@ -132,10 +132,10 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> tuple
 
     server = settle_prefect(open_workspace(sweep.studies[0].spec.compute.workspace).root)
     _say(console, f"  {len(sweep.studies)} studies, {sweep.parallel} at once; {STARTING}")
-    # its studies end first, and give their machines back
+    # the studies end first, and give their machines back
     interrupt.allow(interrupt.REMOTE_SECONDS)
     (check_server if server is None else check_settings)()
-    from flows.sweep import WATCHERS
+    from flows.observers import observed, on_sweep
     from flows.sweep import sweep as flow
 
     if server is not None:
@@ -148,10 +148,9 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> tuple
             ended[study.name] = end
         _say(console, f"  {sentence(study, end)}")
 
-    # as Ctrl-C: Prefect's own handler would end this process at once, and leave the server that it started
+    # as for Ctrl-C: Prefect's own handler would end this process at once, and leave the server that it started
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    WATCHERS.append(watch)
-    try:
+    with observed(on_sweep, watch):
         state: Any = flow(
             file=str(arguments.file.absolute()),
             parallel=sweep.parallel,
@@ -160,8 +159,6 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> tuple
             children="process",
             return_state=True,
         )
-    finally:
-        WATCHERS.remove(watch)
     if len(ended) < len(sweep.studies):
         raise JobFailed(f"the sweep itself ended early: {state.message}; the same command goes on")
     return tuple(ended[study.name] for study in sweep.studies)
@@ -221,7 +218,7 @@ def show_plan(console: Console, plan: SweepPlan) -> None:
 
 
 def refusals(plan: SweepPlan) -> list[tuple[str, str]]:
-    """Names and reason of what is refused: what is the same but for the model is said once, of all."""
+    """(names, reason) of the refused studies; reasons that differ in the model alone are joined."""
     groups: dict[str, list[StudyPlan]] = {}
     for study in plan.studies:
         if study.refused:
@@ -233,7 +230,7 @@ def refusals(plan: SweepPlan) -> list[tuple[str, str]]:
 
 
 def _counted(console: Console, sweep: Sweep, doing: str) -> Callable[[SweepStudy], None]:
-    """Says which study is looked at, where nothing turns: the first time a model may take half a minute."""
+    """Prints which study is looked up, where there is no spinner: a model may take half a minute the first time."""
     numbers = itertools.count(1)
 
     def tell(study: SweepStudy) -> None:

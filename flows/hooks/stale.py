@@ -1,17 +1,15 @@
-"""Runs that died with their worker: told by a lock that each run's process holds while it lives, and ended by `reap`.
+"""Runs that died with their worker: found by a lock that each run's process holds while it lives, and ended by `reap`.
 
     <workspace>/runs/<flow run id>     {"host", "pid", "run_count"}, and an flock of the process that runs the flow
 
-Prefect hears nothing of a flow that was killed together with its worker: its state would stay Running for ever. An flock
-ends with its process, however that ends, and a process id is used again; so the lock is what is asked. A run with a file
-of another computer is left alone: only there can be seen whether it lives.
+Prefect does not notice the death of a flow that was killed together with its worker: its state would stay Running for ever.
+An flock ends with its process, however that ends, while a process id is used again; so the lock decides. A run whose file
+names another computer is left alone: only that computer can see whether it lives.
 
 A run that was killed before it had its lock, in the seconds of its imports, stays Pending or Running for ever too. Prefect
-does not say on which computer that was; but a worker that lives tells the server so every half minute, and a run whose
-lock is held says so there (`BEGUN`). What no worker has had for ten minutes, and is no process here, is dead. Where that
-were wrong, nothing is lost: a run that is called Crashed and begins all the same is Running again.
-
-Before it: the hooks of the flows. After it: `reap`.
+does not say on which computer that was; but a living worker reports to the server every half minute, and a run whose lock is
+held has a label there (`BEGUN`). A run that no worker has had for ten minutes, and that is no process here, is dead. Where
+that is wrong nothing is lost: a run that is called Crashed and begins all the same is Running again.
 """
 
 from __future__ import annotations
@@ -46,6 +44,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
+from flows.hooks.live import begin, forget, known
 from outliers.errors import OutliersError
 from outliers.files.atomic import temporary_for
 from outliers.jobs import jobs
@@ -61,11 +60,11 @@ BEGUN = "outliers.begun"
 """Label of a run: the number of the attempt whose process has, or had, the lock."""
 GRACE_VARIABLE = "OUTLIERS_REAP_GRACE_SECONDS"
 GRACE_SECONDS = 600.0
-"""A run that has not begun is left alone for as long; imports from a slow disk take a minute, not ten."""
+"""How long a run that has not begun is left alone; imports from a slow disk take a minute, not ten."""
 FLOW_COMMAND = re.compile(r"prefect\.|.*/prefect/runner/")
-"""What a word of the command of a flow's process begins with, and of whoever starts it: Prefect's modules and their files."""
+"""How a word in the command line of a flow's process begins, and of the process that starts it: Prefect's modules and files."""
 MISSED_BEATS = 3
-"""As Prefect's server: a worker that was silent for as many of its heartbeats is offline."""
+"""A worker that has missed this many heartbeats is offline, as for Prefect's server."""
 LOST = (
     "The process of this run is gone, and its worker with it: killed, out of memory, or the machine was switched off. "
     "Retry goes on where it was: what is done is not done again."
@@ -75,9 +74,6 @@ UNBEGUN = (
     "switched off. Retry, once a worker runs (`prefect worker start --pool ...`): what was done before is not done again."
 )
 GONE = "The run was being cancelled; its process is gone, and its worker with it."
-
-_HELD: dict[UUID, int] = {}
-"""Open files of the runs of this process: closing one gives its lock up."""
 
 log = logging.getLogger("outliers.stale")
 
@@ -90,25 +86,28 @@ def begins(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = temporary_for(path)
     handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    # under its name it is never seen without its lock or its content
+    # renamed last: under its name the file always has its lock and its content
     fcntl.flock(handle, fcntl.LOCK_EX)
     os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "run_count": count}).encode())
     draft.replace(path)
-    _HELD[flow_run.id] = handle
+    begin(flow_run.id, handle)
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(flow_run.id, {BEGUN: count})
 
 
 def ends(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook of every end but a crash: the lock is given up. After a cancel the worker calls it, in another process.
+    """Hook of every end but a crash: give the lock up. After a cancel the worker calls it, in another process.
 
     Not on_crashed: the worker says Crashed once more after that hook, and what was retried meanwhile would be undone.
     """
-    if (handle := _HELD.pop(flow_run.id, None)) is not None:
+    run = known(flow_run.id)
+    if run is not None and run.lock_file is not None:
+        # the name first: under it the file always has its lock
         _mark(flow_run).unlink(missing_ok=True)
-        os.close(handle)
+        os.close(run.lock_file)
     else:
         _remove_if_free(_mark(flow_run))
+    forget(flow_run.id)
 
 
 def end_stale_runs(workspace: Workspace, grace_seconds: float | None = None) -> tuple[list[str], list[str]]:
@@ -125,11 +124,11 @@ def end_stale_runs(workspace: Workspace, grace_seconds: float | None = None) -> 
         for found in _running(client):
             # the end of a sweep may just have cancelled it
             run = client.read_flow_run(found.id)
-            # one that ended or was begun again while we looked is in another state now
+            # a run that has ended or begun again meanwhile is in another state now
             dead = _is_at_work(run) and (_is_dead(run) or _never_began(client, run, grace_seconds))
             if dead and client.read_flow_run(run.id).state_id == run.state_id:
-                told, troubles = _end(client, run)
-                done, failed = done + told, failed + troubles
+                ended, unended = _end(client, run)
+                done, failed = done + ended, failed + unended
         for path in sorted((workspace.root / FOLDER).glob("*-*")):
             if not is_locked(path) and _has_ended(client, path.name):
                 path.unlink(missing_ok=True)
@@ -137,7 +136,7 @@ def end_stale_runs(workspace: Workspace, grace_seconds: float | None = None) -> 
 
 
 def _end(client: SyncPrefectClient, run: FlowRun) -> tuple[list[str], list[str]]:
-    """Give a run without a process the end it should have had."""
+    """Set the final state of a run without a process."""
     if run.state is not None and run.state.type == StateType.CANCELLING:
         done, failed = _end_jobs(run)
         state: State[Any] = Cancelled(message=GONE)
@@ -168,7 +167,7 @@ def _has_ended(client: SyncPrefectClient, run: str) -> bool:
     try:
         state = client.read_flow_run(UUID(run)).state
     except (ObjectNotFound, ValueError):
-        # of another server, or no run at all
+        # a run of another server, or not a run
         return False
     return state is not None and state.is_final()
 
@@ -199,7 +198,7 @@ def _is_dead(run: FlowRun) -> bool:
 
 
 def _record(run: FlowRun) -> dict[str, Any]:
-    """What the file of a run says; nothing where there is none."""
+    """The content of a run's file; empty where there is no file."""
     try:
         return dict(json.loads(_mark(run).read_bytes()))
     except (OSError, ValueError):
@@ -208,12 +207,12 @@ def _record(run: FlowRun) -> dict[str, Any]:
 
 def _has_begun(run: FlowRun) -> bool:
     """Whether a process of this attempt has had the run's lock, on whatever computer."""
-    # one that is pending has the count of the attempt before, and that one's label and file
+    # a pending run has the count, the label and the file of the attempt before
     return not _is_pending(run) and run.run_count in (run.labels.get(BEGUN), _record(run).get("run_count"))
 
 
 def _never_began(client: SyncPrefectClient, run: FlowRun, grace_seconds: float) -> bool:
-    """Whether a worker took this run, and is gone, and no process of it came to have the lock or is about to."""
+    """Whether a worker took this run and is gone, and no process of the run has had the lock or is about to have it."""
     if run.state is None or run.work_pool_name is None or _has_begun(run):
         return False
     now = datetime.now(UTC)
@@ -223,12 +222,12 @@ def _never_began(client: SyncPrefectClient, run: FlowRun, grace_seconds: float) 
         pool = client.read_work_pool(run.work_pool_name)
     except ObjectNotFound:
         return False
-    # what other kinds of workers start may wait for long, and outlives them
+    # runs of other kinds of workers may wait for long, and outlive them
     return pool.type == "process" and not _has_worker(client, run, now, grace_seconds)
 
 
 def _has_process(run: FlowRun) -> bool:
-    """Whether the run's flow is a process of this computer. Its jobs, which outlive an attempt, are not asked."""
+    """Whether the run's flow is a process of this computer. Its jobs outlive an attempt and do not count."""
     for process in psutil.process_iter():
         mine = str(process.pid) == run.infrastructure_pid
         try:
@@ -237,7 +236,7 @@ def _has_process(run: FlowRun) -> bool:
             else:
                 mine = False  # its number is used again
         except psutil.AccessDenied:
-            pass  # another user's: as far as can be seen, it is the run's
+            pass  # another user's process: taken for the run's
         except psutil.Error:
             continue
         if mine:
@@ -246,12 +245,12 @@ def _has_process(run: FlowRun) -> bool:
 
 
 def _has_worker(client: SyncPrefectClient, run: FlowRun, now: datetime, grace_seconds: float) -> bool:
-    """Whether the worker that took the run has been heard of since."""
+    """Whether the worker that took the run has sent a heartbeat since."""
     name = run.labels.get("prefect.worker.name")
     if name == os.environ.get("PREFECT__WORKER_NAME"):
-        # it runs this very flow, on this computer: another one of that name, if no process of the run is here
+        # that worker runs this flow, on this computer: where no process of the run is here, it was another one of that name
         return False
-    # who was heard of last comes first
+    # the latest heartbeat comes first
     for worker in client.read_workers_for_work_pool(str(run.work_pool_name), offset=0, limit=200):
         silence = timedelta(seconds=max(grace_seconds, MISSED_BEATS * (worker.heartbeat_interval_seconds or 30)))
         if worker.name == name and worker.last_heartbeat_time is not None:
@@ -276,7 +275,7 @@ def _root(run: FlowRun) -> Path:
 
 
 def _end_jobs(run: FlowRun) -> tuple[list[str], list[str]]:
-    """End the steps on this computer that a cancelled run has left at work: they have its id in their environment."""
+    """End the jobs on this computer that a cancelled run has left at work: they have its id in their environment."""
     done, failed = [], []
     for handle in jobs.running(_root(run)):
         group = jobs.group_of(handle.folder)

@@ -1,6 +1,6 @@
-"""Plain requests to a Prefect server on this machine, as `make ui` needs them: no Prefect is imported for them.
+"""Plain requests to a Prefect server on this computer, for `make ui`, without importing Prefect.
 
-Before it: `ui`. After it: the server, behind its password and its CSRF protection where it has them.
+They pass the server's password and its CSRF protection, where it has them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flows.server.password import AUTH, HOST
 from outliers.errors import BadInput
 
 CANCEL_SECONDS = 45.0
-"""Prefect gives a cancelled run half a minute."""
+"""How long a cancelled run has to end; Prefect gives it half a minute."""
 _LISTENS = "0A"
 """State of a listening socket in /proc/net/tcp."""
 

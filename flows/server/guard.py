@@ -1,10 +1,10 @@
-"""The door of a Prefect server that this project starts: which requests reach the application at all.
+"""The guard of a Prefect server that this project starts: which requests reach the application at all.
 
-A browser sends requests to loopback for any page that is open in it. Prefect itself looks at no `Host` header, and answers
-a browser's requests from every origin. Here a request passes only if it names this server by a loopback name (else the
-name may be another's that was made to point here: DNS rebinding), and if no page of another origin is behind it. The
-password is asked for behind this door, by Prefect. Knows no Prefect and no password. Before it: uvicorn. After it: the
-application that `prefect.server.api.server.create_app` makes.
+A browser sends requests to loopback on behalf of any page that is open in it. Prefect does not check the `Host` header, and
+answers a browser's requests from every origin. Here a request passes only if it names this server by a loopback name (another
+name may have been made to point here: DNS rebinding), and if it does not come from a page of another origin. Behind this
+guard Prefect asks for the password. The guard knows no Prefect and no password; it wraps the application that
+`prefect.server.api.server.create_app` makes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
-"""Names that no page of another server can have. Any port: a forwarded port (`ssh -L`) is another one than the server's."""
+"""Names that no page of another server can have. Any port passes: a forwarded port (`ssh -L`) differs from the server's."""
 HOSTS = "OUTLIERS_UI_HOSTS"
 """Setting: names, separated by commas, under which a reverse proxy of the user's own offers the server."""
 ENTRANCE = "/enter"
-"""Path of the page that logs a browser in: the password stands behind `#`, which a browser sends to nobody."""
+"""Path of the page that logs a browser in: the password follows `#`, which a browser does not send."""
 CLOSED = ("/docs", "/redoc")
 """Prefect's descriptions of its API load scripts from elsewhere, and a script of this origin can read the password."""
 
@@ -36,7 +36,7 @@ _POLICY = (
     b"frame-ancestors 'none'"
 )
 _HEADERS = (
-    # no page of another origin may show this one in a frame, under its own buttons
+    # no page of another origin may show this one in a frame (clickjacking)
     (b"x-frame-options", b"DENY"),
     (b"content-security-policy", _POLICY),
     (b"cross-origin-resource-policy", b"same-origin"),
@@ -47,13 +47,13 @@ _HEADERS = (
 _SCRIPT = (
     "localStorage.setItem('prefect-password', btoa(decodeURIComponent(location.hash.slice(1))));location.replace('/');"
 )
-"""As the login page of Prefect's UI keeps a password (3.8.8, both UIs)."""
+"""Keeps the password as the login page of Prefect's UI does (3.8.8, both UIs)."""
 _HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
 _PAGE = f"<!doctype html><meta charset=utf-8><title>Prefect</title><script>{_SCRIPT}</script>".encode()
 
 
 class Guard:
-    """An ASGI application before another one. `names`: more hosts than LOOPBACK; `origins`: more origins than its own.
+    """An ASGI application that wraps another one. `names`: hosts besides LOOPBACK; `origins`: origins besides its own.
 
     `entrance`: whether there are pages, and so one that logs a browser in.
     """
@@ -117,7 +117,7 @@ class Guard:
         if found is None:
             return False
         named = _AUTHORITY.fullmatch(found[1])
-        # a proxy may name the server by a loopback name, where the browser names the proxy
+        # a proxy may use a loopback name for the server, while the browser uses the proxy's name
         return found[1] == host or (named is not None and named[1] in self._more)
 
 

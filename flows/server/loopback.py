@@ -1,8 +1,8 @@
-"""A server on this computer's own loopback is reached directly, whatever proxy the shell names for the rest of the world.
+"""A server on this computer's loopback is reached directly, whatever proxy the shell's variables name for other addresses.
 
-`HTTP_PROXY` without `NO_PROXY` sends also 127.0.0.1 to the proxy, which means its own loopback by that. Only the one address
-is taken out, with its port: an artifact store on loopback stays as the user has said. Before it: whoever has a server's URL.
-After it: urllib, httpx and websockets, which read `NO_PROXY`.
+`HTTP_PROXY` without `NO_PROXY` sends requests for 127.0.0.1 to the proxy too, where it is the proxy's own loopback. Only the
+server's address and port are excepted: an artifact store on loopback stays as the user configured it. urllib, httpx and
+websockets read `NO_PROXY`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def is_loopback(host: str | None) -> bool:
 
 
 def bypass_proxies(url: str) -> None:
-    """Add a server on loopback to NO_PROXY of this process and of those it starts; what the user listed there stays."""
+    """Add a server on loopback to NO_PROXY of this process and its children; the user's own entries stay."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)
@@ -35,7 +35,7 @@ def bypass_proxies(url: str) -> None:
         return
     # httpx can't read an IPv6 address with a port there
     name = host if ":" in host else f"{host}:{port}"
-    # the small name wins where both are set, also where it is empty: so do all who read them
+    # the lower-case name wins where both are set, also where it is empty, as for all clients that read them
     listed = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
     names = [entry.strip() for entry in listed.split(",") if entry.strip()]
     if name not in names and "*" not in names:

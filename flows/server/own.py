@@ -1,10 +1,9 @@
-"""Prefect's server for one command, where the user has configured none: on loopback, beside the process, gone with it.
+"""Prefect's server for one command, where the user has configured none: a process on loopback that ends with the command.
 
-Prefect would start one too: by importing its whole server into this process first, which takes seconds, one after the other,
-and leaving it to itself where this process is killed. What runs is the same application with the same services, behind a
-door (`guard`) and a password (`server_password`). One that dies while the command lives is started again, on the same socket
-and history: whoever asks meanwhile waits. Before it: `inprocess`, which says when. After it: a process of its own that runs
-`served`.
+Prefect would start one too, but it imports its whole server into this process first, which takes seconds, and does not end
+it where this process is killed. Here the same application with the same services runs in a process of its own (`served`),
+behind the `guard` and a `password`. A server that dies while the command lives is started again, on the same socket and
+history: requests wait in the meantime.
 """
 
 from __future__ import annotations
@@ -33,40 +32,40 @@ from outliers.jobs.supervisor import end_with_parent
 HOST = server_password.HOST
 STOP_SECONDS = 10.0
 LOOK_SECONDS = 0.5
-"""Between two looks whether it still lives."""
+"""Between two checks whether the server still runs."""
 RESTARTS = 3
-"""A server that dies a fourth time is not started again."""
+"""How often a server that dies is started again."""
 BACKLOG = 128
 LOG = "server.log"
 PRIVATE = 0o077
-"""The mask under which a server makes its files: database, log and results are this user's alone."""
+"""The umask of a server: only this user can read its database, log and results."""
 TIMEOUT, TIMEOUT_SECONDS = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", 120
 """Prefect's own setting; its 20 s are not enough on two busy cores."""
 log = logging.getLogger("outliers.own_server")
 
 DECIDED = ("PREFECT_API_URL", "PREFECT_PROFILES_PATH", "PREFECT_API_KEY")
-"""Settings with which a user says which server is meant, beside the files that Prefect reads."""
+"""Settings that choose a server, besides the files that Prefect reads."""
 NO_SERVER = ("PREFECT_SERVER_EPHEMERAL_ENABLED", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE")
-"""Settings with which a user says whether a command may start one."""
+"""Settings that say whether a command may start a server."""
 _PROFILE = "ephemeral"
-"""Prefect's own profile, where none is named: a command may start a server."""
+"""Prefect's default profile, with which a command may start a server."""
 _WORDS = ("api", "cloud", "ephemeral", "profile")
-"""Parts of the names of settings that say which server is meant, or whether one may be started."""
+"""Substrings of the names of settings that choose a server, or say whether one may be started."""
 _YES = ("1", "true", "yes", "on", "t", "y")
 
 
 def is_decided(home: Path) -> bool:
-    """Whether the user has told Prefect anything about servers: then Prefect goes by that, and nothing is started here.
+    """Whether the user has configured Prefect's servers: then Prefect follows that, and nothing is started here.
 
-    Leave to start one is no such word: that one is ours too, for Prefect's has no door. `home`: the folder of Prefect's
-    profiles. Knows what Prefect reads: the environment, profiles, and in the current folder .env, prefect.toml and
+    A permission to start one does not count: this module starts it then, because Prefect's has no guard. `home`: the folder
+    of Prefect's profiles. Knows what Prefect reads: the environment, profiles, and in the current folder .env, prefect.toml and
     [tool.prefect] of pyproject.toml.
     """
     return _decides(dict(os.environ)) or _profile_decides(home / "profiles.toml") or _folder_decides()
 
 
 def _folder_decides() -> bool:
-    """Whether a file of the current folder speaks of servers, or can't be read: then Prefect says what is wrong with it."""
+    """Whether a file of the current folder has settings of servers, or can't be read: then Prefect reports what is wrong."""
     said = []
     try:
         if Path("prefect.toml").exists():
@@ -85,7 +84,7 @@ def _folder_decides() -> bool:
 
 
 def _decides(settings: dict[str, Any]) -> bool:
-    """Whether settings name a server, or say that none may be started."""
+    """Whether settings choose a server, or forbid to start one."""
     if any(settings.get(name) for name in DECIDED):
         return True
     return any(str(settings.get(name, "")).lower() not in ("", *_YES) for name in NO_SERVER)
@@ -101,11 +100,11 @@ def _profile_decides(path: Path) -> bool:
             return bool(name != _PROFILE)
         return _decides({key.upper(): value for key, value in profile.items()})
     except (ValueError, TypeError, AttributeError, OSError):
-        return True  # Prefect says what is wrong with it
+        return True  # Prefect reports what is wrong with it
 
 
 def startup_seconds() -> int:
-    """How long a server may take to answer. BadInput where the user's setting is no number of seconds."""
+    """How long a server may take to answer. BadInput where the user's setting is not a number of seconds."""
     text = os.environ.get(TIMEOUT) or str(TIMEOUT_SECONDS)
     try:
         seconds = int(text)
@@ -125,14 +124,14 @@ def door(url: str) -> dict[str, str]:
 
 
 def private_log(path: Path) -> IO[bytes]:
-    """A log to add to, which only the user can read if it is made here. Raises OSError."""
+    """Open a log for appending; a new one is readable by this user alone. Raises OSError."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab")
 
 
 def start(held: socket.socket, environ: dict[str, str], log: IO[bytes], *options: str) -> subprocess.Popen[bytes]:
     """`python -m flows.server.served` on a socket that listens, with its `options`; it ends with this process."""
     return subprocess.Popen(
-        # -P: a folder called `flows` where the person stands is not ours
+        # -P: a folder called `flows` in the current folder must not be imported
         [sys.executable, "-P", "-m", "flows.server.served", str(held.fileno()), *options],
         env=environ,
         stdin=subprocess.DEVNULL,
@@ -140,7 +139,7 @@ def start(held: socket.socket, environ: dict[str, str], log: IO[bytes], *options
         stderr=log,
         umask=PRIVATE,
         pass_fds=[held.fileno()],
-        start_new_session=True,  # Ctrl-C is for the command: the server hears of the run's end first
+        start_new_session=True,  # Ctrl-C ends the command alone: the server must hear of the run's end first
         preexec_fn=end_with_parent(),
     )
 
@@ -157,8 +156,7 @@ class OwnServer:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log, self._give_up = home / LOG, give_up
         self._stopped = threading.Event()
-        # the socket is made here, and kept: nobody can take the port while the server is being loaded, and who asks while
-        # there is none waits
+        # the socket is made here and kept: no other process can take the port while the server loads, and requests wait
         self._held = socket.socket()
         self._held.bind((HOST, 0))
         self._held.listen(BACKLOG)
@@ -167,7 +165,7 @@ class OwnServer:
         bypass_proxies(self.url)
         server_password.settle(server_password.given() or server_password.make())
         self._process = self._start()
-        atexit.register(self.stop)  # before Prefect's own, which still talk to it and so run first
+        atexit.register(self.stop)  # registered before Prefect's own handlers, which still need it and so run first
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._from = size_of(self._log)
@@ -226,7 +224,7 @@ class OwnServer:
                 except OSError as error:
                     how = f"can't be started again: {error}"
             if how is not None and not self._stopped.is_set():
-                # who asks is refused from now on, and does not wait for nothing
+                # refuse connections from now on, so that nobody waits for an answer
                 self._held.close()
                 self._give_up(
                     f"Prefect's server {how}, and can't be started again; {self._last_words()}. What is done is kept: the same "
@@ -235,7 +233,7 @@ class OwnServer:
                 return
 
     def stop(self) -> None:
-        """End it; again is nothing."""
+        """End the server. May be repeated."""
         self._stopped.set()
         if self._process.poll() is None:
             self._process.terminate()

@@ -1,8 +1,7 @@
 """The password of a Prefect server that this project starts: made at random for each start, known to this user alone.
 
-It goes to whoever needs it through the environment, never on a command line or into a log. That of `make ui` is also in a
-file which only the user can read, so that commands in other terminals find it. Knows no Prefect. Before it: `ui` and
-`own_server`, which start servers, and `inprocess`, which uses one. After it: the environment of Prefect's processes.
+It is passed on in the environment of Prefect's processes, never on a command line or in a log. The password of `make ui` is
+also in a file which only the user can read, so that commands in other terminals find it. Knows no Prefect.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def adopt(homes: Iterable[Path]) -> None:
         parts = urlsplit(os.environ.get(URL, ""))
         port = parts.port or 80
     except ValueError:
-        return  # whoever asks the server says what is wrong with it
+        return  # the first request to the server reports what is wrong with it
     if parts.scheme != "http" or parts.username is not None or parts.hostname not in (HOST, "localhost"):
         return
     for home in homes:

@@ -1,7 +1,7 @@
-"""Whether the Prefect server that the user named can be used, asked in seconds before a flow begins.
+"""Whether the Prefect server that the user configured can be used, checked within seconds before a flow begins.
 
-Prefect itself tries for minutes, and then shows a traceback. Here a server that does not answer, that refuses these
-credentials, or that is no Prefect is one line each. Before it: `inprocess` and `sweeps`. After it: the flow.
+Prefect itself retries for minutes, and then shows a traceback. Here a server that does not answer, that refuses the
+credentials, or that is not Prefect gives one line each.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _client(settings: Any, shown: str) -> Any:
 
     scheme = shown.partition("://")[0]
     if scheme not in ("http", "https") or not urlsplit(shown).hostname:
-        raise BadInput(f"{shown} is no address of a Prefect server: http://HOST:PORT/api; {_SOURCE}")
+        raise BadInput(f"{shown} is not an address of a Prefect server: http://HOST:PORT/api; {_SOURCE}")
     headers = dict(settings.client.custom_headers)
     auth: tuple[str, str] | None = None
     if settings.api.auth_string is not None:

@@ -1,7 +1,7 @@
 """The process of a Prefect server that this project starts: the application of `prefect server start`, behind the `guard`.
 
-`python -m flows.server.served DESCRIPTOR [pages]`, on a socket that listens, until SIGTERM. Prefect's command would let any
-page of the user's browser in. Before it: `own` (a command's own, without pages) and `ui`. After it: uvicorn.
+`python -m flows.server.served DESCRIPTOR [pages]` serves on a listening socket until SIGTERM. Prefect's own command would
+admit any page of the user's browser. `own` starts it without pages for a command, `ui` with them.
 
 A new database is made by all migrations that Prefect ever had, which takes seconds. $OUTLIERS_PREFECT_SEED names one that was
 made before, by this version of Prefect: a home without a database begins with a copy of it.
@@ -23,7 +23,7 @@ SEED = "OUTLIERS_PREFECT_SEED"
 DATABASE = "prefect.db"
 
 FAILED = 3
-"""Exit code of a server that never answered, as uvicorn's own command has it."""
+"""Exit code of a server that never answered, the same as that of uvicorn's command."""
 
 
 def seed(home: Path) -> None:

@@ -1,7 +1,7 @@
 """Sets a Prefect server up for this project: work pool, limit on rented machines, deployments. `python -m flows.server.settle`.
 
-For the server that PREFECT_API_URL names. Run again it changes nothing: a pool or a limit that is there stays as the user
-made it, and the deployments are those of prefect.yaml. Before it: a server. After it: a worker, `flows.server.ui` starts one.
+The server is the one that PREFECT_API_URL names. A second run changes nothing: a pool or a limit that exists stays as the
+user made it, and the deployments are those of prefect.yaml. A worker is needed then; `flows.server.ui` starts one.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tasks.limits import LIMIT
 
 POOL = "outliers"
 MACHINES = 4
-"""Rented machines at once, where nobody says otherwise: enough for a sweep, few enough to pay for a mistake."""
+"""The default limit on rented machines at once: enough for a sweep, and few enough that a mistake stays cheap."""
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY_SECONDS = 300
 
 
 def settle(machines: int | None = None) -> list[str]:
-    """Make what is missing; returns a sentence for each thing. `machines`: the limit, also where there is one already."""
+    """Make what is missing; returns a sentence for each thing. `machines`: sets the limit, also where there is one."""
     with get_client(sync_client=True) as client:
-        said = [_pool(client), _limit(client, machines)]
-    return [*said, _deploy()]
+        made = [_pool(client), _limit(client, machines)]
+    return [*made, _deploy()]
 
 
 def _pool(client: SyncPrefectClient) -> str:
@@ -57,7 +57,7 @@ def _limit(client: SyncPrefectClient, machines: int | None) -> str:
 
 
 def _deploy() -> str:
-    """By Prefect's own command, from prefect.yaml: one description of the deployments."""
+    """Deploy with Prefect's own command: prefect.yaml is the only description of the deployments."""
     if not (ROOT / "prefect.yaml").exists():
         raise BadInput(f"{ROOT} has no prefect.yaml: deployments are made from a checkout of the project")
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]

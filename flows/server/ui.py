@@ -1,8 +1,7 @@
 """Prefect on this machine in one command: server, work pool, limit, deployments, worker. `make ui`, `python -m flows.server.ui`.
 
-All on loopback, behind a password, without telemetry. What is there already is used: a server on the port, the pool,
-the history in the folder. Ctrl-C ends what this started, by its pid, and nothing else. It knows no study. Before it:
-nothing. After it: a person with a browser.
+All of it is on loopback, behind a password, without telemetry. What exists is used: a server on the port, the pool, the
+history in the folder. Ctrl-C ends what this started, by its pid, and nothing else. It knows no study.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ QUIET = {
     # the newer pages ask amplitude.com for their settings, whatever the line above says (seen with Prefect 3.8.8)
     "PREFECT_SERVER_UI_V2_ENABLED": "false",
 }
-"""Nobody is told anything; a setting of the user's own wins."""
+"""No telemetry; the user's own settings win."""
 KEPT = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 """Prefect keeps slots in memory: after a restart of the server they would stay taken for good."""
 PAGES = "PREFECT_SERVER_UI_API_URL", "PREFECT_UI_API_URL"

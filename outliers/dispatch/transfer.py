@@ -1,7 +1,7 @@
-"""What of a study crosses to another machine: its spec and its token ids, a token for the hub, and a model only if asked.
+"""What is sent of a study to another machine: its spec, its token ids, a token for the hub, and a model only on request.
 
-Kilobytes, unless --upload-model sends weights that are on this machine alone. On this computer nothing crosses: the
-steps read the same workspace. Before it: the tasks. After it: a machine's `upload`, and the steps there.
+These are kilobytes, unless --upload-model sends weights that are on this computer alone. To this computer nothing is sent:
+its steps read the same workspace.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from outliers.dispatch.study_run import StudyRun
 from outliers.errors import PlanRefused
 from outliers.files.sealed import write_sealed
 from outliers.hub.cache import FOLDER_VARIABLE
@@ -17,21 +18,17 @@ from outliers.machines.lease import HUB, UPLOADS
 from outliers.model.source import ModelSource
 from outliers.spec import DEFAULT_PROVIDER, ComputeSpec, chosen
 from outliers.study.prepare import Prepared
-from outliers.workspace import Workspace
 
 HERE = DEFAULT_PROVIDER
 KEPT_OF_COMPUTE = {"gpu_count", "executor"}
-"""What a machine is told of how it was chosen. No price, host or folder of this side."""
+"""Fields of `compute` that a machine reads. No price, host or folder of this computer is among them."""
 KEPT_OF_GPUS = {"gpu_filter", "min_vram"}
-"""And which of its GPUs are used: not where the whole machine was rented for them, by a catalog's name for its GPUs, which
-is not the driver's."""
-
-_SENT: set[tuple[str, str, str]] = set()
-"""(machine, its disk, what): sent by this process already, so not asked about for every step."""
+"""Fields that select among a machine's GPUs. A rented machine does not get them: it was rented for its GPUs by a catalog's
+name, which is not the driver's."""
 
 
-def check_travels(prepared: Prepared) -> None:
-    """PlanRefused where the study's machine is another one and its model is here, unless it may be sent."""
+def check_transfer(prepared: Prepared) -> None:
+    """Refuse a study on another machine whose model is on this computer and may not be sent. Raises PlanRefused."""
     compute, source = prepared.spec.compute, prepared.model.source
     if chosen(compute.provider) == HERE or source.kind == "hub" or compute.upload_model:
         return
@@ -42,47 +39,50 @@ def check_travels(prepared: Prepared) -> None:
 
 
 def model_bytes(source: ModelSource) -> int:
-    """Bytes of the files that are sent for a model that is here."""
+    """Bytes of the files that are sent for a model on this computer."""
     return sum(path.stat().st_size for path in model_files(source))
 
 
 def model_files(source: ModelSource) -> tuple[Path, ...]:
-    """The files of a model that is here: of a folder only what its revision is the hash of."""
+    """The files of a model on this computer; of a folder only those that its revision is the hash of."""
     from outliers.model.folder import model_files
 
     place = Path(source.path)
     return (place,) if place.is_file() else model_files(place)
 
 
-def send_study(machine: Machine, prepared: Prepared, workspace: Workspace) -> str:
-    """Put the study on a machine as the file that every step reads; returns its path there."""
+def send_study(run: StudyRun, machine: Machine, prepared: Prepared | None = None) -> str:
+    """Put the run's study on a machine as the file that every step reads; returns its path there.
+
+    `prepared`: the study as this machine reads it (default: the run's).
+    """
+    prepared, workspace = prepared or run.prepared, run.workspace
     place = f"studies/{prepared.study_id}.json"
     away = machine.provider != HERE
     content = _for_machine(machine, prepared) if away else prepared
     local = workspace.root / ("sent" if away else "studies") / f"{prepared.study_id}.json"
     local.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(local, content.model_dump(mode="json"))
-    _once(machine, local, place, content.model_dump_json())
+    _send_once(run, machine, local, place, content.model_dump_json())
     if away:
         corpus = f"corpora/{prepared.corpus.key}"
-        _once(machine, workspace.root / corpus, corpus, prepared.corpus.key)
+        _send_once(run, machine, workspace.root / corpus, corpus, prepared.corpus.key)
     return f"{machine.workspace}/{place}"
 
 
-def send_model(machine: Machine, prepared: Prepared) -> None:
-    """Send the files of a model that is here alone; nothing for a model of the hub, or on this computer."""
-    source = prepared.model.source
+def send_model(run: StudyRun, machine: Machine) -> None:
+    """Send the files of a model that is on this computer alone; nothing for a model of the hub, or to this computer."""
+    source = run.prepared.model.source
     if machine.provider == HERE or source.kind == "hub":
         return
     for path in model_files(source):
-        _once(machine, path, f"{_uploads(machine, source)}/{path.name}", source.revision)
+        _send_once(run, machine, path, f"{_uploads(machine, source)}/{path.name}", source.revision)
 
 
 def secrets(machine: Machine, prepared: Prepared) -> dict[str, str]:
-    """What a job on another machine is told by its environment: who we are to the hub, where the hub is, and a place for its
-    files beside ours.
+    """Environment variables of a job on another machine: the hub's token, its address, and a folder for its files.
 
-    It crosses over standard input into the job's environment, and is written nowhere.
+    They are sent over standard input into the job's environment, and written nowhere.
     """
     if machine.provider == HERE or prepared.model.source.kind != "hub":
         return {}
@@ -95,13 +95,8 @@ def secrets(machine: Machine, prepared: Prepared) -> dict[str, str]:
     return found
 
 
-def forget_sent(machine: Machine) -> None:
-    """What was sent to a machine is looked for there again: a lease that ended may have taken it along."""
-    _SENT.difference_update({mark for mark in _SENT if mark[:2] == (machine.name, machine.instance_id)})
-
-
 def _for_machine(machine: Machine, prepared: Prepared) -> Prepared:
-    """The study as another machine reads it: the model where it is there, and nothing of this side's paths and hosts."""
+    """The study as another machine reads it: with the model's path there, and no path or host of this computer."""
     source = prepared.model.source
     if source.kind != "hub":
         place = _uploads(machine, source)
@@ -119,8 +114,8 @@ def _uploads(machine: Machine, source: ModelSource) -> str:
     return f"{machine.shared}/{UPLOADS}/{source.key}"
 
 
-def _once(machine: Machine, local: Path, remote: str, what: str) -> None:
-    mark = (machine.name, machine.instance_id, f"{remote} {what}")
-    if mark not in _SENT:
+def _send_once(run: StudyRun, machine: Machine, local: Path, remote: str, content: str) -> None:
+    what = f"{remote} {content}"
+    if not run.was_sent(machine, what):
         machine.upload(local, remote)
-        _SENT.add(mark)
+        run.note_sent(machine, what)

@@ -1,6 +1,6 @@
-"""run.log: what the steps of a study said, as it may be shown to others: no paths of this machine, no host, no user.
+"""run.log: the log lines of a study's steps, as others may read them: without paths, host and user of this computer.
 
-Knows lines, nothing of jobs. Before it: the tasks, which follow the steps. After it: `publish`, where it is asked for.
+Knows lines, and no jobs. It is published only on request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from outliers.events.event import Event
 
 NAME = "run.log"
 _HEAD_BYTES = 200
-"""Room for the line that says what was left out."""
+"""Room for the line that says what is left out."""
 _CONTINUED = re.compile(rb"\A[\x80-\xbf]{1,3}")
 _NOT_TEXT = re.compile(r"[^\t\n\r\x1b\x20-\x7e\x80-\U0010ffff]|[\x80-\x84\x86-\x9f\ud800-\udfff]")
 _ENCODED = re.compile(r"[A-Za-z0-9+/=_-]{1024,}")
@@ -49,24 +49,24 @@ def scrub(text: str, workspace: Path) -> str:
 
 
 def publishable(data: bytes, of_bytes: int, most_bytes: int) -> bytes:
-    """What is published of a log: at most `most_bytes` from its end, in whole lines, below a line that says so.
+    """The publishable end of a log: at most `most_bytes`, in whole lines, below a line that says what is left out.
 
-    `data`: the log, or its end; `of_bytes`: the size of all of it. What is no text stays what it is: that is judged after
-    this, by `contents`.
+    `data`: the log, or its end; `of_bytes`: the size of the whole log. Bytes that are not text stay: `contents` judges them
+    afterwards.
     """
     if len(data) == of_bytes <= most_bytes:
         return data
     end = data[-(most_bytes - _HEAD_BYTES) :]
-    # cut where a line ends; where one is longer than all of that, between two characters
+    # cut at the end of a line; within a line longer than `end`, between two characters
     kept = end.partition(b"\n")[2] or _CONTINUED.sub(b"", end)
     head = f"... the end of this log: the last {len(kept):,} of {of_bytes:,} bytes; the beginning is not published\n"
     return head.encode() + kept
 
 
 def _plain(text: str) -> str:
-    """A line as it may be published: what is no text, and runs of characters that could be encoded data, are taken out.
+    """A line without what is not text, and without runs of characters that could be encoded data.
 
-    So nothing that a step happens to print keeps its finished study from its target.
+    So no line that a step prints keeps its finished study from being published.
     """
     text = _NOT_TEXT.sub("\ufffd", text)
     return _ENCODED.sub(lambda run: f"{run[0][:32]}...({len(run[0]):,} characters)", text)

@@ -1,7 +1,4 @@
-"""How the studies of a sweep ended, as values and in words: for the terminal, the run's log, and the sweep's own state.
-
-Before it: the children of a sweep. After it: the flow `sweep` and the command.
-"""
+"""How the studies of a sweep ended, as values and as sentences: for the terminal, the run's log, and the sweep's state."""
 
 from __future__ import annotations
 
@@ -25,15 +22,15 @@ class Ended(BaseModel):
     model: str
     state: Literal["done", "failed", "cancelled"]
     cached: bool = False
-    """It was there already: nothing ran."""
+    """The study was there already: nothing ran."""
     reason: str = ""
     study_id: str | None = None
     features: int | None = None
-    """How many are systematic; None where the results are not to be had here."""
+    """How many features are systematic; None where the results are not available here."""
     report: str | None = None
     published: str | None = None
     run: str | None = None
-    """Id of the flow run, or the file with what the process said."""
+    """Id of the flow run, or the file with the output of the process."""
     seconds: float = 0.0
 
     @property
@@ -65,14 +62,14 @@ def end_without(
     run: str | None = None,
     seconds: float = 0.0,
 ) -> Ended:
-    """The end of a study of which no outcome is at hand, and why."""
+    """The end of a study without an outcome, and why."""
     return Ended(
         name=study.name, model=study.spec.model.id, state=state, reason=reason, run=run, seconds=round(seconds, 1)
     )
 
 
 def sentence(study: SweepStudy, end: Ended | None) -> str:
-    """One line a study as it starts (None) and ends."""
+    """One line for a study that starts (None) or ends."""
     if end is None:
         return f"{study.name}: started"
     if end.state != "done":

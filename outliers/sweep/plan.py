@@ -1,8 +1,8 @@
-"""Sweep -> SweepPlan: what every study would take and all of them together, before anything is spent.
+"""Sweep -> SweepPlan: what each study takes and all of them together, before anything is spent.
 
-Each study is planned as `outliers plan` plans it; one that can't be planned stands there with its error. A study whose
-capture an earlier one writes has none to write. Nothing is run, and the text isn't read: what is there already is not
-looked for. Before it: `sweep`. After it: `outliers sweep --dry-run`, which shows it.
+Each study is planned as `outliers plan` plans it; the plan of one that can't be planned is its error. A study whose capture
+an earlier one writes has none to write. Nothing is run, and no text is read: studies that are there already are not looked
+for. `outliers sweep --dry-run` shows it.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class SweepPlan(BaseModel):
     capture_bytes: int
     download_bytes: int
     refusals: tuple[str, ...]
-    """What is too much for all studies together, though each alone would fit."""
+    """What does not fit for all studies together, though it fits for each alone."""
     remedy: str | None = None
-    """What to do first, where models that are paths are not there."""
+    """What to do first, where models' paths do not exist."""
 
 
 def plan_sweep(
@@ -98,12 +98,12 @@ def plan_sweep(
 
 
 def wall_seconds(sweep: Sweep, lasts: Mapping[str, float]) -> float:
-    """When the last study ends, if they run as the flow runs them and each lasts so long, by name; others do not run."""
+    """When the last study ends, in seconds, if the flow runs them. `lasts`: seconds of each study that runs, by name."""
     waiting = [study for study in sweep.studies if study.name in lasts]
     running: list[tuple[float, SweepStudy]] = []
     now, hub_again = 0.0, 0.0
     while waiting or running:
-        # a difference of times would fall short of the stagger by its rounding, and the loop would stand still
+        # compared with a time: a difference of times, rounded, may stay below the stagger, and the loop would not end
         since_hub = sweep.stagger_seconds if now >= hub_again else 0.0
         study = next_to_start(sweep, waiting, [one for _, one in running], since_hub)
         if study is not None:
@@ -142,27 +142,27 @@ def _plan_study(study: SweepStudy, find: Callable[[str, Path], Provider], shared
 
 
 def _together(sweep: Sweep, fits: list[StudyPlan]) -> tuple[str, ...]:
-    """Captures stay on this machine's disk, and studies that run at once share its memory."""
+    """Why the studies on this computer don't fit together: captures share its disk, studies at once its memory."""
     here = {study.name for study in sweep.studies if chosen(study.spec.compute.provider) == DEFAULT_PROVIDER}
     plans = [study.plan for study in fits if study.name in here and study.plan]
     if not plans:
         return ()
-    said = []
+    refusals = []
     free_disk = min(int(plan.offers[0]["disk_free_bytes"]) for plan in plans)
     disk = sum(plan.capture_bytes_left for plan in plans)
     if disk > free_disk:
         needed, there = amounts(disk, free_disk, unit="GB")
-        said.append(
+        refusals.append(
             f"the captures need {needed} of disk here in all, {there} is free: fewer sequences, or another --workspace"
         )
     free = min(int(plan.offers[0]["ram_available_bytes"]) for plan in plans)
     largest = sorted((_ram(plan) for plan in plans), reverse=True)[: sweep.parallel]
     if sum(largest) > free:
         needed, there = amounts(sum(largest), free, unit="GB")
-        said.append(
+        refusals.append(
             f"{len(largest)} studies at once may need {needed} of memory here, {there} is free: a smaller --parallel"
         )
-    return tuple(said)
+    return tuple(refusals)
 
 
 def _ram(plan: Plan) -> int:

@@ -1,7 +1,6 @@
-"""The mistakes in a SWEEP.toml in words: where, who wrote it, what is allowed, and what was likely meant.
+"""Messages for the mistakes in a SWEEP.toml: where, in which section, what is allowed, and what was probably meant.
 
-Knows the fields and the usual slips of TOML; decides nothing. Before it: pydantic's errors. After it: `sweep`, which
-raises them as one BadInput with a line a mistake.
+It turns pydantic's errors into lines, and knows the fields and the usual slips of TOML. `sweep` raises them as one BadInput.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ PARTS: dict[str, type[BaseModel]] = {
     "compute": ComputeSpec,
 }
 OF_THE_SWEEP = ("parallel", "stagger_seconds", "needs")
-"""Fields that stand once, above all tables; below a table's line they are taken for that table's."""
+"""Fields that belong above all tables; below the header of a table, TOML reads them as fields of that table."""
 
 
 def errors_of(error: ValidationError) -> list[Any]:
-    """Its mistakes, as pydantic has them."""
+    """The mistakes of a validation, as pydantic's dictionaries."""
     return list(error.errors(include_url=False))
 
 
 def lines(error: ValidationError, place: str, kind: type[BaseModel]) -> str:
-    """All mistakes, a line each."""
-    return "\n".join(f"{place}: {told(item, kind)}" for item in errors_of(error))
+    """All mistakes, one line each."""
+    return "\n".join(f"{place}: {format_mistake(item, kind)}" for item in errors_of(error))
 
 
 def holds(content: dict[str, Any], path: tuple[str, ...]) -> bool:
@@ -46,7 +45,7 @@ def holds(content: dict[str, Any], path: tuple[str, ...]) -> bool:
 
 
 def origin(item: Any, layers: dict[str, dict[str, Any]], entry: dict[str, Any]) -> str:
-    """Who wrote the value that is wrong: the last layer that holds it; for what is missing, the study."""
+    """The section that has the wrong value: the last layer that holds it; for a missing value, the study."""
     path = tuple(step for step in item["loc"] if isinstance(step, str))
     study = next(name for name in layers if name.startswith("study"))
     known = f"{study} ({entry['name']})" if isinstance(entry.get("name"), str) else study
@@ -57,8 +56,8 @@ def origin(item: Any, layers: dict[str, dict[str, Any]], entry: dict[str, Any]) 
     return known
 
 
-def told(item: Any, kind: type[BaseModel]) -> str:
-    """One mistake: the field, what is wrong, what was given, and what is known where it is unknown."""
+def format_mistake(item: Any, kind: type[BaseModel]) -> str:
+    """One mistake as a line: the field, what is wrong, what was given, and the known fields where it is unknown."""
     path = [str(step) for step in item["loc"]]
     if item["type"] == "missing" and path[:1] == ["model"]:
         return "model is missing: a hub id, a folder, a .gguf file, or builtin:smollm2"
@@ -66,22 +65,22 @@ def told(item: Any, kind: type[BaseModel]) -> str:
         above = kind if len(path) == 1 else PARTS.get(path[0], kind)
         known = list(above.model_fields)
         meant = _elsewhere(path, item["input"], kind) or nearest(path[-1], known)
-        return f"{'.'.join(path)} is no field{meant}; known: {', '.join(known)}"
+        return f"{'.'.join(path)} is not a field{meant}; known: {', '.join(known)}"
     slip = _slip(path, item["input"], kind)
     if slip is not None:
         return f"{'.'.join(path)}: {slip}"
     message = str(item["msg"]).removeprefix("Value error, ")
-    given = "" if item["type"] in ("value_error", "missing") else f" (given: {shown(item['input'])})"
+    given = "" if item["type"] in ("value_error", "missing") else f" (given: {format_value(item['input'])})"
     return f"{'.'.join(path) or 'study'}: {message}{given}"
 
 
-def shown(value: Any) -> str:
-    """A value as it was written, without the user and password of an address: a run's page shows what is said here."""
+def format_value(value: Any) -> str:
+    """A value as written, without the user and password of an address: a run's page shows these messages."""
     return re.sub(r"://[^/\s'\"]*@", "://...@", repr(value))
 
 
 def _elsewhere(path: list[str], value: Any, kind: type[BaseModel]) -> str:
-    """Where a field belongs that is none here."""
+    """Where an unknown field belongs, as the end of a message; empty where that is unknown too."""
     name = path[-1]
     if kind is StudySpec and len(path) == 1 and name in OF_THE_SWEEP:
         return " of a study: write it above the first table"
@@ -96,19 +95,19 @@ def _elsewhere(path: list[str], value: Any, kind: type[BaseModel]) -> str:
 
 
 def _slip(path: list[str], value: Any, kind: type[BaseModel]) -> str | None:
-    """What was likely meant, where a value is of a wrong shape."""
+    """What was probably meant, where a value has the wrong shape; None where that is unknown."""
     if kind is not StudySpec:
         if path == ["study"]:
             return "write [[study]], in double brackets, once for each study"
         if path in (["defaults"], ["matrix"]) and isinstance(value, list):
             return f"write [{path[0]}], in single brackets: there is one"
         if len(path) == 2 and path[0] == "matrix" and not isinstance(value, (list, tuple)):
-            return f"takes a list of values: {path[1]} = [{shown(value)}]"
+            return f"takes a list of values: {path[1]} = [{format_value(value)}]"
         if path[:1] == ["study"] and len(path) == 2 and not isinstance(value, dict):
-            return f"a study is a table: write [[study]], and below it model = {shown(value)}"
+            return f"a study is a table: write [[study]], and below it model = {format_value(value)}"
         return None
     if len(path) == 1 and path[0] in PARTS and isinstance(value, list):
         if value and all(isinstance(one, dict) for one in value):
             return f"write [study.{path[0]}], in single brackets: a study has one"
-        return f"one for a study; several go into [matrix], {path[0]} = {shown(value)}"
+        return f"one for a study; several go into [matrix], {path[0]} = {format_value(value)}"
     return None

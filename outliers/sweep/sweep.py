@@ -1,9 +1,9 @@
 """SWEEP.toml -> Sweep: its studies, each a whole StudySpec with a name, before anything is looked up or run.
 
-A file has `[defaults]` (any part of a StudySpec), `[[study]]` entries over them, and `[matrix]`, whose every combination
-is a study of every entry; an entry's own value wins over the matrix, which then has no such axis for it. Paths are as
-seen from the file's folder. Knows no model, machine or Prefect. Before it: what a person wrote. After it: `sweep_plan`,
-which adds up what it would take, and the flow, which runs one child for each study.
+A file has `[defaults]` (any section of a StudySpec), `[[study]]` entries over them, and `[matrix]`, of which every
+combination is a study of every entry; an entry's own value wins over the matrix, which then has no such axis for it. Paths
+are relative to the file's folder. Knows no model, machine or Prefect. `plan` adds up what a sweep takes, and the flow runs
+one child for each study.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from outliers.names import nearest
 from outliers.publish.outcome import Outcome, find_outcome
 from outliers.spec import DEFAULT_PROVIDER, Part, StudySpec, chosen, digest, short_model_name
 from outliers.study.prepare import prepare
-from outliers.sweep.slips import PARTS, errors_of, holds, lines, origin, shown, told
+from outliers.sweep.slips import PARTS, errors_of, format_mistake, format_value, holds, lines, origin
 from outliers.workspace import open_workspace
 
 __all__ = [
@@ -33,23 +33,24 @@ __all__ = [
 ]  # fmt: skip
 
 BARE = {"model": "id", "corpus": "source"}
-"""A part that may be written as a bare string, and the field that it then is; its axis in a matrix bears the part's name."""
+"""A section that may be written as a bare string, and the field that the string is; its axis in a matrix has the section's
+name."""
 PATHS = (("model", "id"), ("corpus", "source"), ("compute", "workspace"))
 """Fields that may be a path."""
 
 MOST_STUDIES = 1000
-"""A matrix grows fast: more is taken for a mistake."""
+"""A matrix grows fast: more studies are taken for a mistake."""
 NEXT_SECONDS = 300
-"""How long a rented machine waits for the next study of the same capture; that one takes a few seconds to come."""
+"""How long a rented machine is kept for the next study of the same capture, which starts within seconds."""
 
 BESIDE = "beside the file"
-"""Where a value came from that no file has: an option of the command, a parameter of the deployment."""
+"""Origin of a value that is not in the file: an option of the command, a parameter of the deployment."""
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class SweepFile(Part):
-    """What a SWEEP.toml holds, as it is written."""
+    """The content of a SWEEP.toml, as written."""
 
     name: str | None = Field(None, pattern=NAME, description="name of the sweep (default: the file's)")
     parallel: int = Field(1, ge=1, le=64, description="how many studies run at once")
@@ -75,20 +76,20 @@ class SweepStudy(Part):
         """The same for studies that differ in criteria or target alone: they share a capture, and a machine."""
         spec = self.spec.model_dump(mode="json", include={"model", "corpus", "capture"})
         spec["capture"].pop("perplexity")
-        if spec["model"]["quantization"] == "auto":  # makes plain what can be, which is what `none` asks for
+        if spec["model"]["quantization"] == "auto":  # dequantizes what it can, as `none` asks for
             spec["model"]["quantization"] = "none"
         compute = self.spec.compute
         return digest([spec, chosen(compute.provider), compute.machine, compute.host, compute.workspace])
 
     @property
     def from_hub(self) -> bool:
-        """Whether the model is one of the hub, as far as its name tells."""
+        """Whether the model's name is one of the hub: neither a path nor built in."""
         name = self.spec.model.id
         return not (name.startswith(("builtin:", ".", "/", "~")) or name.endswith(".gguf") or Path(name).exists())
 
     @property
     def is_missing(self) -> bool:
-        """Whether the model is a path with nothing there."""
+        """Whether the model is a path that does not exist."""
         name = self.spec.model.id
         return name.startswith((".", "/", "~")) and not Path(name).expanduser().exists()
 
@@ -104,15 +105,16 @@ class Sweep(Part):
 
     @property
     def remedy(self) -> str | None:
-        """What to do first, where models that are paths are not there; None where all are, or nobody wrote what."""
+        """What to do first, where models' paths do not exist; None where all exist, or the file has no `needs`."""
         gone = [study.name for study in self.studies if study.is_missing]
         return f"{self.needs} (for {', '.join(gone)})" if gone and self.needs else None
 
 
 def read_sweep(path: Path, changes: dict[str, Any] | None = None, settings: dict[str, Any] | None = None) -> Sweep:
-    """The sweep in a TOML file. `changes`: parts of a StudySpec, `settings`: fields of SweepFile, that win over the file's.
+    """The sweep in a TOML file.
 
-    Raises BadInput with a line a mistake: the file, the entry, the field, what is allowed.
+    `changes`: sections of a StudySpec, `settings`: fields of SweepFile; both win over the file's. Raises BadInput with a line
+    for each mistake: the file, the entry, the field, what is allowed.
     """
     try:
         content = tomllib.loads(path.read_text("utf-8"))
@@ -124,7 +126,7 @@ def read_sweep(path: Path, changes: dict[str, Any] | None = None, settings: dict
     try:
         SweepFile.model_validate(settings or {})
     except ValidationError as error:
-        # the file is not to blame
+        # the mistake is not in the file
         raise BadInput(lines(error, f"beside {path}", SweepFile)) from error
     return make_sweep(content | (settings or {}), str(path), path.absolute().parent, changes)
 
@@ -132,7 +134,7 @@ def read_sweep(path: Path, changes: dict[str, Any] | None = None, settings: dict
 def make_sweep(
     content: dict[str, Any], place: str, folder: Path | None = None, changes: dict[str, Any] | None = None
 ) -> Sweep:
-    """The sweep of parsed TOML. `place`: its name in messages; `folder`: where its paths begin (None: as they are)."""
+    """The sweep of parsed TOML. `place`: its name in messages; `folder`: its paths are relative to this (None: unchanged)."""
     try:
         file = SweepFile.model_validate(content)
     except ValidationError as error:
@@ -164,7 +166,7 @@ def make_sweep(
                 for item in errors_of(error):
                     author = origin(item, layers, entry)
                     where = f"beside {place}" if author == BESIDE else f"{place}: {author}"
-                    mistakes.append(f"{where}: {told(item, StudySpec)}")
+                    mistakes.append(f"{where}: {format_mistake(item, StudySpec)}")
     if mistakes:
         raise BadInput("\n".join(dict.fromkeys(mistakes)))
     _check_distinct(studies, place)
@@ -187,7 +189,10 @@ def answer(study: SweepStudy) -> Outcome | None:
 def next_to_start(
     sweep: Sweep, waiting: Iterable[SweepStudy], running: Collection[SweepStudy], since_hub_seconds: float
 ) -> SweepStudy | None:
-    """The first study that may start now: at most `parallel` run, two of one capture never, models of the hub begin apart."""
+    """The first study that may start now, or None.
+
+    At most `parallel` run at once, two of one capture never, and models of the hub begin `stagger_seconds` apart.
+    """
     if len(running) >= sweep.parallel:
         return None
     held = {study.capture_key for study in running}
@@ -198,7 +203,7 @@ def next_to_start(
 
 
 def kept_for_next(study: SweepStudy) -> SweepStudy:
-    """The study with its rented machine kept a moment: without, the next of its capture would rent and fill another."""
+    """The study with its rented machine kept for NEXT_SECONDS, so that the next study of its capture finds it."""
     compute = study.spec.compute
     if compute.keep_running or chosen(compute.provider) == DEFAULT_PROVIDER:
         return study
@@ -207,7 +212,7 @@ def kept_for_next(study: SweepStudy) -> SweepStudy:
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Dictionaries over each other, the last one's values winning, parts merged field by field."""
+    """Merge nested dictionaries, field by field; the last one's values win."""
     out: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -217,7 +222,7 @@ def merged(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole(content: dict[str, Any]) -> dict[str, Any]:
-    """Parts written as a bare string, as tables."""
+    """Turn sections that are written as a bare string into tables."""
     return {
         key: {BARE[key]: value} if key in BARE and isinstance(value, str) else value for key, value in content.items()
     }
@@ -235,21 +240,21 @@ def _axis(name: str, values: tuple[Any, ...], place: str) -> tuple[tuple[str, ..
             paths[f"{part}.{field}"] = path
     if name not in paths:
         short = sorted(known for known in paths if "." not in known)
-        raise BadInput(f"{place}: [matrix]: {name} is no field{nearest(name, short)}; known: {', '.join(short)}")
+        raise BadInput(f"{place}: [matrix]: {name} is not a field{nearest(name, short)}; known: {', '.join(short)}")
     if not values or len({json.dumps(value, default=str) for value in values}) < len(values):
-        raise BadInput(f"{place}: [matrix]: {name} takes a list of different values; got {shown(list(values))}")
+        raise BadInput(f"{place}: [matrix]: {name} takes a list of different values; got {format_value(list(values))}")
     return paths[name], values
 
 
 def _check_axes(
     axes: tuple[tuple[tuple[str, ...], tuple[Any, ...]], ...], entries: tuple[dict[str, Any], ...], place: str
 ) -> None:
-    """No axis that every entry overrides: its values would be dropped without a word."""
+    """Refuse an axis that every entry overrides: its values would be dropped silently."""
     for path, values in axes:
         if entries and all(holds(entry, path) for entry in entries):
             name = path[0] if BARE.get(path[0]) == path[-1] else ".".join(path)
             remedy = "write these as a [[study]] each" if path == ("model", "id") else "take it out, or theirs"
-            lost = f"none of {shown(list(values))} would run"
+            lost = f"none of {format_value(list(values))} would run"
             raise BadInput(f"{place}: [matrix]: every [[study]] has its own {name}, so that {lost}: {remedy}")
 
 
@@ -263,7 +268,7 @@ def _nested(cell: list[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
 
 
 def _placed(content: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """Paths as seen from the file's folder: those that say so (./, ../), and those where something is."""
+    """Make paths absolute, from `folder`: those that begin with ./ or ../, and those that exist there."""
     if folder is None:
         return content
     for part, field in PATHS:
@@ -276,7 +281,7 @@ def _placed(content: dict[str, Any], folder: Path | None) -> dict[str, Any]:
 
 
 def _name(entry: dict[str, Any], spec: StudySpec, cell: list[tuple[tuple[str, ...], Any]], place: str) -> str:
-    """What was written, else the model's, and the values of the matrix."""
+    """The entry's name, else the model's, followed by the values of the matrix."""
     given = entry.get("name")
     if given is not None and not (isinstance(given, str) and re.fullmatch(NAME, given)):
         raise BadInput(f"{place}: name: letters, digits, '.', '_' and '-', at most 64; got {given!r}")
@@ -299,9 +304,9 @@ def _check_distinct(studies: list[SweepStudy], place: str) -> None:
 
 
 def _together(studies: list[SweepStudy]) -> list[SweepStudy]:
-    """In the order of the file, but on a machine that may be rented those of one capture behind its first.
+    """Order studies as in the file, but put those that share a capture on a rented machine behind the first of them.
 
-    It is kept for the next of them, and would wait for whatever stood between.
+    The machine is kept from one to the next, and costs while other studies run between them.
     """
     first: dict[str, int] = {}
     for place, study in enumerate(studies):

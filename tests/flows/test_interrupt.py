@@ -8,23 +8,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.cli import interrupt
-from outliers.events.event import Event
-from tasks.progress import CLOSE_SECONDS, Progress
+from tasks.progress import CLOSE_SECONDS, TaskReporter
 from tests.support.s3 import free_ports
 
+STUDY = SimpleNamespace(study_id="0123456789abcdef", title="a study")
 ROOT = Path(__file__).resolve().parents[2]
-START = "import hashlib, signal, sys, time\nfrom flows import interrupt\n"
+START = "import hashlib, signal, sys, time\nfrom flows.cli import interrupt\n"
 
 RETRIES = """
 with interrupt.bounded():
-    interrupt.LAST.append(lambda: print('last', flush=True))
-    interrupt.LAST.append(lambda: time.sleep(60))
+    interrupt.before_end(lambda: print('last', flush=True))
+    interrupt.before_end(lambda: time.sleep(60))
     print('ready', flush=True)
     while True:
         try:
@@ -87,7 +88,7 @@ def test_ctrl_c_ends_a_process_in_time(code, signals):
         took = time.monotonic() - began
     assert (process.returncode, err) == (130, interrupt.SAID + "\n")
     assert took < interrupt.END_SECONDS + 15
-    assert ("last" in out) == ("LAST" in code)
+    assert ("last" in out) == ("before_end" in code)
 
 
 def test_an_error_ends_it_as_ctrl_c_does_with_its_own_words():
@@ -106,21 +107,20 @@ def test_a_process_that_ends_well_is_left_alone():
 
 
 @pytest.mark.parametrize("dead", ["silent", "refusing"])
-def test_a_step_is_not_held_up_by_the_server_of_its_progress(dead, monkeypatch):
+def test_a_step_is_not_held_up_by_the_server_of_its_progress(dead):
     """One server takes connections and never answers, at the other there is nobody."""
-    monkeypatch.setattr("tasks.progress.ARTIFACT_SECONDS", 0.01)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         held.listen()
         port = held.getsockname()[1] if dead == "silent" else free_ports(1)[0]
         with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}), disable_run_logger():
-            progress = Progress("0123456789abcdef", "a study")
+            reporter = TaskReporter(STUDY, artifact_seconds=0.01)
             began = time.monotonic()
             for done in range(2000):
-                progress.show(Event(0.0, "progress", step="extract", done=done, total=2000))
+                reporter.progress("extract", done, 2000, "sequences")
             assert time.monotonic() - began < 2
             if dead == "refusing":
                 time.sleep(1)
             began = time.monotonic()
-            progress.close()
+            reporter.close()
             assert time.monotonic() - began < CLOSE_SECONDS + 2

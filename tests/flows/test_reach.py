@@ -117,9 +117,9 @@ def test_a_password_is_given_where_one_is_asked_for():
         ("http://someone:secret@127.0.0.1:{free}/api", "no Prefect server answers at http://127.0.0.1:"),
         ("https://127.0.0.1:{open}/api", "no Prefect server answers"),  # no TLS there
         ("http://no-such-host.invalid:4200/api", "no Prefect server answers"),
-        ("127.0.0.1:4200/api", "is no address of a Prefect server"),
-        ("ftp://127.0.0.1/api", "is no address of a Prefect server"),
-        ("http:///api", "is no address of a Prefect server"),
+        ("127.0.0.1:4200/api", "is not an address of a Prefect server"),
+        ("ftp://127.0.0.1/api", "is not an address of a Prefect server"),
+        ("http:///api", "is not an address of a Prefect server"),
         ("http://127.0.0.1:99999/api", "answers at|address"),
     ],
 )

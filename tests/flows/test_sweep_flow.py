@@ -231,7 +231,7 @@ def test_a_sweep_that_can_not_be_understood_fails_before_any_child(prefect_home)
     flow_run = start(prefect_home, study=[{"model": "a/b", "corpuss": "x"}])
     ended = prefect_home.wait(flow_run, *OVER)
     assert ended["state_name"] == "Failed"
-    assert "study 1: corpuss is no field (did you mean corpus?)" in ended["state"]["message"]
+    assert "study 1: corpuss is not a field (did you mean corpus?)" in ended["state"]["message"]
     assert children(prefect_home, flow_run) == []
 
 

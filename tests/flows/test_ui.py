@@ -29,14 +29,26 @@ pytestmark = pytest.mark.servers
 STORAGE = "remote-file-system/outliers-results"
 RENTS = """
 import time
+from types import SimpleNamespace
 from prefect import flow
 from tasks.limits import machine_slot
 
+def check():
+    pass
+
 @flow
 def rents(seconds):
-    with machine_slot("local"):
+    class Says:
+        def log(self, level, message):
+            print(message, flush=True)
+
+    def run_on(name):
+        compute = SimpleNamespace(provider=name)
+        return SimpleNamespace(check=check, prepared=SimpleNamespace(spec=SimpleNamespace(compute=compute)))
+
+    with machine_slot(run_on("local"), Says()):
         print("local does not wait")
-    with machine_slot("ssh", print):
+    with machine_slot(run_on("ssh"), Says()):
         print("has a slot")
         time.sleep(seconds)
 
@@ -68,7 +80,7 @@ def killed_and_waiting(ui):
         holder = script("rents(1000)")
         assert read_until(holder, "has a slot")
         waiter = script("rents(0)")
-        stopped = script("from tasks.watch import GUARDS\nGUARDS.append(lambda: 1 / 0)\nrents(0)")
+        stopped = script("check = lambda: 1 / 0\nrents(0)")
         for process in (waiter, stopped):
             seen = read_until(process, "waiting: every slot of outliers-machines is taken")
             assert "local does not wait" in seen

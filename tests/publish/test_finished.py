@@ -38,6 +38,7 @@ from tasks.sync import sync
 from tests.counting.test_counting import random_acts
 from tests.support import gguf_files, synthetic
 from tests.support.damaged import flip
+from tests.support.runs import quiet_run
 from tests.support.synthetic import Silent
 
 FILES = ("summary.json", "tokens.json", "features.parquet", "report.html", "manifest.json")
@@ -366,7 +367,7 @@ def test_a_hash_that_was_damaged_is_computed_again(tmp_path):
 
 def test_what_a_step_is_given_is_sealed(copy):
     workspace, study, _ = copy
-    place = Path(send_study(LocalMachine(workspace.root, "here"), study, workspace))
+    place = Path(send_study(quiet_run(study, workspace), LocalMachine(workspace.root, "here")))
     assert read_prepared(place, workspace) == study
     whole = place.read_bytes()
     for old, new in ((b'"magnitude": 6.0', b'"magnitude": 7.0'), (b'"num_tokens": ', b'"num_tokens": 1')):

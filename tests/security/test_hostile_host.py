@@ -201,16 +201,16 @@ def test_no_event_is_markup_or_acts_on_the_terminal():
 
 
 def test_a_step_can_not_fill_memory_with_its_log_nor_a_page_with_its_bars():
-    from tasks.watch import Said
+    from outliers.dispatch.run import StepOutput
 
-    said = Said("extract")
-    kept = [shown for _ in range(400) for shown in said.taken(Event(1.0, "log", message="m" * 65_000))]
+    said = StepOutput("extract")
+    kept = [shown for _ in range(400) for shown in said.accept(Event(1.0, "log", message="m" * 65_000))]
     assert sum(len(event.message) for event in kept) <= bounds.LOG_CHARS
     assert "nothing more of it is shown or kept" in kept[-1].message and len(said.lines) == len(kept)
-    counted = [said.taken(Event(1.0, "progress", step=f"s{number}", total=2)) for number in range(1000)]
+    counted = [said.accept(Event(1.0, "progress", step=f"s{number}", total=2)) for number in range(1000)]
     assert sum(map(len, counted)) == bounds.STEPS
-    assert said.taken(Event(1.0, "progress", step="s0", total=2))
-    assert said.taken(Event(1.0, "heartbeat"))
+    assert said.accept(Event(1.0, "progress", step="s0", total=2))
+    assert said.accept(Event(1.0, "heartbeat"))
 
 
 MARKUP = [

@@ -35,6 +35,7 @@ from outliers.steps import run_analyze, run_extract, run_report
 from outliers.study.prepare import Prepared, prepare, read_prepared
 from outliers.workspace import Workspace, open_workspace
 from tests.support import tiny
+from tests.support.runs import quiet_run
 from tests.support.synthetic import Silent
 
 STATES = ("all is there", "results gone", "results and summary gone", "capture gone")
@@ -205,7 +206,7 @@ class World:
     def _steps(self, prepared: Prepared, workspace: Workspace, draws: bool) -> str:
         """The steps on the machine, of which each does what is missing."""
         machine = LocalMachine(workspace.root, "here")
-        prepared = read_prepared(Path(send_study(machine, prepared, workspace)), workspace)
+        prepared = read_prepared(Path(send_study(quiet_run(prepared, workspace), machine)), workspace)
         how = "written again"
         if not has_summary(workspace.summary(prepared.capture_id, prepared.study_id)):
             begun = (workspace.capture(prepared.capture_id) / "journal.jsonl").exists()

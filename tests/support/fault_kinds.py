@@ -52,7 +52,7 @@ class ShardsCase(Case):
         self.place = self._place(self.part)
 
     def _place(self, part: Shard) -> Workspace:
-        return Workspace(self.workspace.root / "shards" / machine_name(self.study, part))
+        return Workspace(self.workspace.root / "shards" / f"{machine_name(self.study)}{part.suffix}")
 
     def places(self) -> tuple[Workspace, ...]:
         return tuple(self._place(part) for part in self.parts)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 
 import pytest
-from prefect.logging import disable_run_logger
 
+from outliers.dispatch.leases import MachineLease
+from outliers.dispatch.steps import provision_machine
 from outliers.machines.base import Holder, Rental
 from outliers.machines.local import LocalProvider
 from outliers.spec import StudySpec
 from outliers.study.demand import demand_of
 from outliers.study.parts import machine_name
 from outliers.study.prepare import prepare
-from tasks.provision import provision
 from tests.support import tiny
+from tests.support.runs import quiet_run
 
 
 class Asked(LocalProvider):
@@ -45,8 +45,8 @@ def test_a_machine_whose_launch_failed_is_chosen_by_the_whole_plan_again(tmp_pat
     prepared = prepare(StudySpec.model_validate(tiny.spec_for(folder, "builtin:python-docs", 4, 32)), workspace)
     name = machine_name(prepared)
     source = Asked(workspace.root, *([record(name, state)] if state else []))
-    with disable_run_logger():
-        provision.fn(prepared, workspace, SimpleNamespace(source=source, name=name, holder="run"))
+    run = quiet_run(prepared, workspace)
+    provision_machine(MachineLease(run, source), run.reporter)
     (request,) = source.requests
     demand = demand_of(prepared.spec, prepared.model)
     layout = demand.layout.total_bytes

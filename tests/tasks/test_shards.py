@@ -17,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outliers.counting.shards import folder_of, is_here, parts_folder, write_record
+from outliers.dispatch.run import start_step
+from outliers.dispatch.shard import check_together
 from outliers.errors import BadInput, PlanRefused
 from outliers.files.atomic import held_bytes
 from outliers.files.sealed import seal_folder
@@ -28,10 +30,9 @@ from outliers.study.demand import demand_of
 from outliers.study.parts import Shard, captures_of_shards, shard_workspace, split
 from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
-from tasks.shard import check_together
-from tasks.watch import start_step
 from tests.counting.test_counting import random_acts
 from tests.support import synthetic, tiny
+from tests.support.runs import quiet_run
 
 COMMAND = str(Path(sys.executable).with_name("outliers"))
 
@@ -86,19 +87,20 @@ def test_parts_that_do_not_fit_together_are_refused_every_one(tmp_path):
     """Not the first alone: the others would run into the memory that is not there. Those that are done need none."""
     workspace, prepared = open_workspace(tmp_path), prepared_of(8, 1)
     needed = request_for(demand_of(prepared.spec, prepared.model), 0).needed_ram_bytes
+    small, enough = quiet_run(prepared, workspace), quiet_run(prepared, workspace)
     for _ in range(3):
         with pytest.raises(
             PlanRefused, match=r"4 processes need .* GB of memory, .* GB is free: ask for fewer --shards"
         ):
-            check_together(prepared, 4, workspace, 4 * needed - 1, "small")
-    check_together(prepared, 4, workspace, 4 * needed, "enough")
-    check_together(prepared, 4, workspace, 0, "enough")  # what the first of them took is not missing
+            check_together(small, 4, 4 * needed - 1)
+    check_together(enough, 4, 4 * needed)
+    check_together(enough, 4, 0)  # what the first of them took is not missing
     for part in split(prepared, 4)[:2]:
         folder_of(part, prepared, workspace).mkdir(parents=True)
         write_record(folder_of(part, prepared, workspace), {})
         (folder_of(part, prepared, workspace) / "totals.npz").write_bytes(b"")
         seal_folder(folder_of(part, prepared, workspace), ("totals.npz",))
-    check_together(prepared, 4, workspace, 2 * needed, "the rest")
+    check_together(quiet_run(prepared, workspace), 4, 2 * needed)
 
 
 class Elsewhere:
@@ -123,9 +125,10 @@ class Elsewhere:
 def test_parts_that_begin_at_once_are_each_told_their_own_machines_paths(tmp_path):
     """What is sent lies under one name of the study here."""
     workspace, prepared = open_workspace(tmp_path), prepared_of(4, 1)
+    run = quiet_run(prepared, workspace)
     machines = [Elsewhere(f"host{number}") for number in range(6)]
     with ThreadPoolExecutor(len(machines)) as pool:
-        list(pool.map(lambda machine: start_step(machine, prepared, "analyze", "analyze-x", workspace), machines))
+        list(pool.map(lambda machine: start_step(run, machine, "analyze", "analyze-x"), machines))
     assert [machine.came for machine in machines] == [
         [f"/host{number}/uploads/{prepared.model.source.key}"] for number in range(6)
     ]

@@ -6,11 +6,12 @@ import json
 
 import pytest
 
-from outliers.dispatch.transfer import forget_sent, secrets, send_study
+from outliers.dispatch.transfer import secrets, send_study
 from outliers.study.prepare import read_prepared
 from outliers.workspace import open_workspace
 from tests.counting.test_counting import random_acts
 from tests.support import synthetic
+from tests.support.runs import quiet_run
 
 COMPUTE = {
     "provider": "sky",
@@ -58,8 +59,7 @@ def of_hub(prepared, kind):
 def test_a_machine_is_told_what_it_needs_alone(prepared, provider, tmp_path):
     """Which of its GPUs are used is a host's business; a rented machine was rented for them by a catalog's name."""
     machine = Away(provider)
-    machine.instance_id = f"disk-{provider}"
-    place = send_study(machine, prepared, open_workspace(tmp_path))
+    place = send_study(quiet_run(prepared, open_workspace(tmp_path)), machine)
     assert place == f"/there/machines/m/studies/{prepared.study_id}.json"
     (tmp_path / "told.json").write_text(machine.files[f"studies/{prepared.study_id}.json"])
     told = read_prepared(tmp_path / "told.json", open_workspace(tmp_path))
@@ -72,21 +72,22 @@ def test_a_machine_is_told_what_it_needs_alone(prepared, provider, tmp_path):
 
 
 def test_what_was_sent_is_sent_once_to_a_disk_until_it_may_be_gone(prepared, tmp_path):
-    machine, workspace = Away("ssh"), open_workspace(tmp_path)
-    machine.instance_id = "disk-of-this-test"
-    send_study(machine, prepared, workspace)
+    machine, run = Away("ssh"), quiet_run(prepared, open_workspace(tmp_path))
+    send_study(run, machine)
     first = list(machine.sent)
     assert first == [f"studies/{prepared.study_id}.json", f"corpora/{prepared.corpus.key}"]
-    send_study(machine, prepared, workspace)
+    send_study(run, machine)
     assert machine.sent == first
     other = Away("ssh")
-    other.instance_id = "another-disk-of-this-test"
-    forget_sent(other)
-    send_study(machine, prepared, workspace)
+    other.instance_id = "another-disk"
+    run.forget_sent(other)
+    send_study(run, machine)
     assert machine.sent == first
-    forget_sent(machine)
-    send_study(machine, prepared, workspace)
+    run.forget_sent(machine)
+    send_study(run, machine)
     assert machine.sent == first * 2
+    send_study(quiet_run(prepared, open_workspace(tmp_path)), machine)
+    assert machine.sent == first * 3, "another run has not sent it"
 
 
 @pytest.mark.parametrize(

@@ -7,24 +7,25 @@ import os
 import signal
 import threading
 import time
+from types import MappingProxyType
 
 import pytest
 
+from outliers.dispatch.leases import MachineLease
+from outliers.dispatch.run import undisturbed
+from outliers.dispatch.shard import shard_machine
 from outliers.errors import BadInput, BudgetSpent, JobFailed, MachineLost, StoreUnavailable
 from outliers.events.event import Event
 from outliers.machines.rentals import Rentals
 from outliers.study.parts import Shard, machine_name
 from outliers.workspace import open_workspace
-from tasks import tenancy as module
-from tasks.shard import _machine as machine_of
-from tasks.tenancy import Tenancy
-from tasks.watch import GUARDS, LISTENERS, heed_guards, undisturbed
 from tests.counting.test_counting import random_acts
 from tests.support import synthetic
+from tests.support.runs import quiet_run
 
 
 class Rented:
-    """A machine as far as a tenancy looks at one."""
+    """A machine as far as a lease looks at one."""
 
     provider, name = "sky", "m"
 
@@ -64,19 +65,37 @@ def study(**compute):
     return made.model_copy(update={"spec": spec})
 
 
+OFTEN = {"renew_seconds": 0.02}
+
+
+def lease_of(source, tmp_path, part=None, *, prepared=None, settings=MappingProxyType({}), **compute):
+    """A lease of a run of its own; `settings`: of the lease."""
+    return MachineLease(quiet_run(prepared or study(**compute), open_workspace(tmp_path)), source, part, **settings)
+
+
+def extracted(lease, part="", step="extract"):
+    """Tell the listeners of a run that a step got on."""
+    suffix = f" {part}" if part else ""
+    lease.run.emit(f"extract{suffix}", Event(0.0, "progress", step=f"{step}{suffix}", done=1, total=2))
+
+
 def end(error, tmp_path, work=False, price=2.0, **compute):
     """(keep_seconds, wait) with which the machine is left when the block ends with `error`."""
     source = Recorder()
-    holding = Tenancy(source, study(**compute), open_workspace(tmp_path), "run")
+    holding = lease_of(source, tmp_path, **compute)
     expected = contextlib.nullcontext() if error is None else pytest.raises(type(error))
     with expected as raised, holding:
         holding.opened(Rented(price))
         if work:
-            LISTENERS[-1]("extract", Event(0.0, "progress", step="extract", done=1, total=2))
+            extracted(holding)
         if error is not None:
             raise error
     assert error is None or raised.value is error
-    assert (GUARDS, LISTENERS) == ([], [])
+    # the run goes on without the lease: it neither hears nor ends its steps any more
+    known = holding.kept_work
+    extracted(holding)
+    holding.run.check()
+    assert holding.kept_work == known
     (left,) = source.left
     return (source.kept or left[0], left[1])
 
@@ -112,35 +131,33 @@ def test_every_end(error, work, compute, left, tmp_path):
 
 def test_an_error_on_leaving_hides_nothing(tmp_path, caplog):
     source, error = Recorder(MachineLost("no answer")), JobFailed("the step's own")
-    holding = Tenancy(source, study(), open_workspace(tmp_path), "run")
+    holding = lease_of(source, tmp_path)
     with pytest.raises(JobFailed, match="the step's own"), holding:
         raise error
     assert "outliers machines release outliers-" in caplog.text
-    with Tenancy(source, study(), open_workspace(tmp_path), "run"):
+    with lease_of(source, tmp_path):
         pass  # nor does it make a failure of a success
 
 
-def test_the_lease_is_renewed_while_the_block_lasts(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "RENEW_SECONDS", 0.05)
+def test_the_lease_is_renewed_while_the_block_lasts(tmp_path):
     source = Recorder()
-    with Tenancy(source, study(lease_seconds=900), open_workspace(tmp_path), "run") as holding:
+    with lease_of(source, tmp_path, settings=OFTEN, lease_seconds=900) as holding:
         holding.opened(Rented())
         until = time.monotonic() + 10
         while len(source.held) < 3 and time.monotonic() < until:
             time.sleep(0.01)
+        renewing = f"renew-{holding.name}"
+        assert renewing in {thread.name for thread in threading.enumerate()}
     assert len(source.held) >= 3 and set(source.held) == {900.0}
-    time.sleep(0.2)
-    held = len(source.held)
-    time.sleep(0.2)
-    assert len(source.held) == held
+    # nothing is left that could renew
+    assert renewing not in {thread.name for thread in threading.enumerate()}
 
 
-def test_no_trouble_ends_the_renewals(tmp_path, monkeypatch, caplog):
+def test_no_trouble_ends_the_renewals(tmp_path, caplog):
     """The thread that renews is what keeps the machine: a full disk on this side, or a library's own error, passes."""
-    monkeypatch.setattr(module, "RENEW_SECONDS", 0.02)
     troubles = (MachineLost("no answer"), OSError(28, "No space left on device"), KeyError("handle"))
     source = Recorder(troubles=troubles)
-    with Tenancy(source, study(lease_seconds=900), open_workspace(tmp_path), "run") as holding:
+    with lease_of(source, tmp_path, settings=OFTEN, lease_seconds=900) as holding:
         holding.opened(Rented())
         until = time.monotonic() + 10
         while not source.held and time.monotonic() < until:
@@ -150,8 +167,7 @@ def test_no_trouble_ends_the_renewals(tmp_path, monkeypatch, caplog):
     assert "No space left on device" in caplog.text
 
 
-def test_a_renewal_on_its_way_undoes_no_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "RENEW_SECONDS", 0.02)
+def test_a_renewal_on_its_way_undoes_no_end(tmp_path):
     begun, done = threading.Event(), []
 
     class Slow(Recorder):
@@ -164,53 +180,52 @@ def test_a_renewal_on_its_way_undoes_no_end(tmp_path, monkeypatch):
             done.append("left")
             return "left"
 
-    with Tenancy(Slow(), study(), open_workspace(tmp_path), "run") as holding:
+    with lease_of(Slow(), tmp_path, settings=OFTEN) as holding:
         holding.opened(Rented())
         begun.wait(10)
     assert done == ["held", "left"]
 
 
-def test_a_computer_that_was_asleep_renews_when_it_wakes(tmp_path, monkeypatch):
-    """Leases run by the clock on the wall, which goes on while a computer sleeps; a wait does not."""
+def test_a_computer_that_was_asleep_renews_when_it_wakes(tmp_path):
+    """Leases run by the system clock, which goes on while a computer sleeps; a wait does not."""
+    source, now, looks = Recorder(), [1000.0], [0]
 
-    class Clock:
-        now = 1000.0
+    def clock():
+        looks[0] += 1
+        return now[0]
 
-        def time(self):
-            return self.now
-
-    clock, source = Clock(), Recorder()
-    monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
-    with Tenancy(source, study(lease_seconds=900), open_workspace(tmp_path), "run") as holding:
+    with lease_of(source, tmp_path, settings={"look_seconds": 0.01, "clock": clock}, lease_seconds=900) as holding:
         holding.opened(Rented())
         for asleep, renewals in ((59, 0), (3600, 1), (59, 1), (2, 2)):
-            clock.now += asleep
-            time.sleep(0.3)
+            now[0] += asleep
+            enough, until = looks[0] + 5, time.monotonic() + 10  # a renewal looks twice
+            while looks[0] < enough:
+                assert time.monotonic() < until, "it does not look at the clock"
+                time.sleep(0.01)
             assert len(source.held) == renewals
 
 
 def test_only_what_the_machine_itself_has_journaled_keeps_it(tmp_path):
-    """The events of all parts are told to all of them."""
+    """Each lease hears the events of all shards."""
     source = Recorder()
     with (
         pytest.raises(JobFailed),
-        Tenancy(source, study(**GRACE), open_workspace(tmp_path), "run", Shard(1, 4, 0, 1)) as holding,
+        lease_of(source, tmp_path, Shard(1, 4, 0, 1), **GRACE) as holding,
     ):
         holding.opened(Rented())
         for part in ("2/4", "11/4"):
-            LISTENERS[-1](f"extract {part}", Event(0.0, "progress", step=f"extract {part}", done=1, total=2))
-        LISTENERS[-1]("extract 1/4", Event(0.0, "progress", step="download 1/4", done=1, total=2))
+            extracted(holding, part)
+        extracted(holding, "1/4", step="download")
         assert not holding.kept_work
         raise JobFailed("bug")
     assert source.left == [(0.0, True)]
-    with Tenancy(source, study(**GRACE), open_workspace(tmp_path), "run", Shard(1, 4, 0, 1)) as holding:
-        LISTENERS[-1]("extract 1/4", Event(0.0, "progress", step="extract 1/4", done=1, total=2))
+    with lease_of(source, tmp_path, Shard(1, 4, 0, 1), **GRACE) as holding:
+        extracted(holding, "1/4")
         assert holding.kept_work
 
 
 def rental(tmp_path, name, price, hours):
-    """A record of a machine that was asked for so many hours ago."""
+    """A record of a machine that was asked for `hours` ago."""
     rentals = Rentals(tmp_path)
     rentals.begin(name, "sky", "a cloud", price, "run", "a study", 600)
     rentals.mark(name, "up", since=time.time() - 3600 * hours)
@@ -219,57 +234,55 @@ def rental(tmp_path, name, price, hours):
 def test_no_lease_goes_beyond_the_budget(tmp_path):
     prepared = study(max_total_price=10.0, lease_seconds=1800)
     rental(tmp_path, machine_name(prepared), 4.0, hours=2.25)  # $9 of $10: 15 minutes are left
-    holding = Tenancy(Recorder(), prepared, open_workspace(tmp_path), "run")
-    holding._machine = Rented(4.0)
-    assert holding.seconds() == pytest.approx(900, abs=5)
-    holding._machine = Rented(0.0)
-    assert holding.seconds() == 1800
+    with lease_of(Recorder(), tmp_path, prepared=prepared) as holding:
+        holding.opened(Rented(4.0))
+        assert holding.seconds() == pytest.approx(900, abs=5)
+    with lease_of(Recorder(), tmp_path, prepared=prepared) as holding:
+        holding.opened(Rented(0.0))
+        assert holding.seconds() == 1800
 
 
-def test_a_spent_budget_ends_the_study_with_the_next_event(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "RENEW_SECONDS", 0.05)
+def test_a_spent_budget_ends_the_study_with_the_next_event(tmp_path):
     prepared, source = study(max_total_price=10.0, grace_seconds=900), Recorder()
     rental(tmp_path, machine_name(prepared), 4.0, hours=2.5)
     with (
         pytest.raises(BudgetSpent, match=r"has cost \$10\.00 at \$4\.00 an hour.*\$10\.00: it is released"),
-        Tenancy(source, prepared, open_workspace(tmp_path), "run") as holding,
+        lease_of(source, tmp_path, prepared=prepared, settings=OFTEN) as holding,
     ):
         holding.opened(Rented(4.0))
         until = time.monotonic() + 10
         while time.monotonic() < until:
-            for guard in GUARDS:
-                guard()
+            holding.run.check()
             time.sleep(0.01)
     assert source.held == []
     assert source.left == [(0.0, True)]
 
 
-def test_the_spent_budget_of_a_part_leaves_the_others(tmp_path, monkeypatch):
-    """Their events go through every guard, in threads of their own: it ends its own part, and its machine alone."""
-    monkeypatch.setattr(module, "RENEW_SECONDS", 0.05)
+def test_the_spent_budget_of_a_part_leaves_the_others(tmp_path):
+    """Each shard calls every guard of the run, in a thread of its own: a budget ends its own shard and machine alone."""
     prepared, sources = study(max_total_price=10.0, grace_seconds=900), (Recorder(), Recorder())
     rental(tmp_path, f"{machine_name(prepared)}-1of2", 4.0, hours=2.5)
-    spent, ended = threading.Event(), []
+    spent, ended, run = threading.Event(), [], quiet_run(prepared, open_workspace(tmp_path))
 
     def part(number):
         own = Shard(number, 2, number - 1, number)
-        with Tenancy(sources[number - 1], prepared, open_workspace(tmp_path), "run", own) as holding:
+        with MachineLease(run, sources[number - 1], own, **OFTEN) as holding:
             holding.opened(Rented(4.0))
             until = time.monotonic() + 10
             while time.monotonic() < until and not (number == 2 and spent.is_set()):
-                heed_guards()
+                run.check()
                 time.sleep(0.01)
-            heed_guards()
+            run.check()
             raise MachineLost("its own trouble")
 
-    def run(number):
+    def try_part(number):
         try:
             part(number)
         except (BudgetSpent, MachineLost) as error:
             ended.append((number, error))
             spent.set()
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in (2, 1)]
+    threads = [threading.Thread(target=try_part, args=(number,)) for number in (2, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -286,9 +299,9 @@ def test_what_earlier_machines_of_the_name_cost_counts(tmp_path):
     rental(tmp_path, name, 4.0, hours=2.0)
     Rentals(tmp_path).end(name, "lost")
     rental(tmp_path, name, 4.0, hours=0.25)
-    holding = Tenancy(Recorder(), prepared, open_workspace(tmp_path), "run")
-    holding._machine = Rented(4.0)
-    assert holding.seconds() == pytest.approx(900, abs=5)
+    with lease_of(Recorder(), tmp_path, prepared=prepared) as holding:
+        holding.opened(Rented(4.0))
+        assert holding.seconds() == pytest.approx(900, abs=5)
 
 
 @pytest.mark.parametrize("error", [None, MachineLost("gone")])
@@ -305,11 +318,11 @@ def test_parts_have_names_and_budgets_of_their_own(tmp_path):
     prepared = study(max_total_price=10.0, machine="lab")
     assert machine_name(prepared) == "lab"
     part = Shard(2, 5, 2, 4)
-    assert machine_name(prepared, part) == "lab-2of5"
     rental(tmp_path, "lab-2of5", 4.0, hours=0.25)
-    holding = Tenancy(Recorder(), prepared, open_workspace(tmp_path), "run", part)
-    holding._machine = Rented(4.0)
-    assert holding.seconds() == pytest.approx(900, abs=5)
+    with lease_of(Recorder(), tmp_path, part, prepared=prepared) as holding:
+        assert holding.name == "lab-2of5"
+        holding.opened(Rented(4.0))
+        assert holding.seconds() == pytest.approx(900, abs=5)
 
 
 class Refuses(Recorder):
@@ -328,9 +341,9 @@ def test_the_machine_of_a_part_is_asked_for_with_its_share_of_the_budget(tmp_pat
     rental(tmp_path, "lab-2of5", 4.0, hours=0.25)
     source = Refuses()
     source.workspace = tmp_path
-    holding = Tenancy(source, prepared, open_workspace(tmp_path), "run", part)
+    holding = lease_of(source, tmp_path, part, prepared=prepared)
     with pytest.raises(MachineLost):
-        machine_of(prepared, part, open_workspace(tmp_path), holding)
+        shard_machine(holding, part, holding.run.reporter)
     assert source.asked.max_total_price == 2.0
 
 
@@ -357,7 +370,7 @@ def test_a_cancelled_run_leaves_its_machine_undisturbed(tmp_path):
     source.leave = leave
     with (
         pytest.raises(KeyboardInterrupt, match="first"),
-        Tenancy(source, study(), open_workspace(tmp_path), "run") as own,
+        lease_of(source, tmp_path) as own,
     ):
         own.opened(Rented())
         raise KeyboardInterrupt("first")

@@ -1,0 +1,98 @@
+"""A study that is not finished yet, from its machine to its publication: the steps, in order.
+
+What was done before is not done again: `publish.outcome` says what is finished, the machine what it has, the journal where a
+capture goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from outliers.counting.shards import is_here
+from outliers.dispatch.leases import MachineLease
+from outliers.dispatch.shard import shard_provenance
+from outliers.dispatch.state import machine_state
+from outliers.dispatch.steps import DirectSteps, PendingShard, Steps
+from outliers.dispatch.study_run import StudyRun
+from outliers.dispatch.transfer import check_transfer
+from outliers.machines.providers import provider
+from outliers.publish.outcome import Outcome, find_finished, make_outcome
+from outliers.publish.publish import check_target
+from outliers.study.parts import split
+
+POLL_SECONDS = 0.2
+CANCEL_SECONDS = 25.0
+"""How long a cancelled run waits for its shards to end. Prefect kills a cancelled run 30 s after its signal."""
+
+
+def dispatch_study(run: StudyRun, steps: Steps | None = None) -> Outcome:
+    """Run the steps of a study that is not finished yet; its outcome.
+
+    Results that are in the workspace already are published, and nothing else is done: they need no machine. `steps`: how
+    each one is called (default: directly, in this process). Raises the errors of the steps; PlanRefused, with every reason,
+    where no machine fits; StudyCancelled once `run.cancel` was called.
+    """
+    steps = steps or DirectSteps()
+    prepared, workspace = run.prepared, run.workspace
+    run.reporter.log("info", f"study {prepared.study_id}, capture {prepared.capture_id}")
+    if prepared.spec.publish_to is not None:
+        check_target(prepared.spec.publish_to)
+    spread = prepared.spec.compute.shards > 1
+    if (found := find_finished(prepared, workspace)) is not None:
+        run.reporter.log("info", "the results are in the workspace: they are published, no machine is asked for")
+        made_on = shard_provenance(run) if spread else {}
+        counted = {"results_digest": found["results_digest"], "files": len(found["files"])}
+    else:
+        check_transfer(prepared)
+        made_on, counted = (run_shards if spread else run_whole)(run, steps)
+    published = steps.sync(run, made_on, counted)
+    return make_outcome(prepared, workspace, published=published, cached=False)
+
+
+def run_whole(run: StudyRun, steps: Steps) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A study on one machine, to its results in the workspace: (what made them, what the analysis says).
+
+    The machine is given back with them: no machine that is paid for waits while a store is away.
+    """
+    source = provider(run.prepared.spec.compute.provider, run.workspace.root)
+    # the slot first: it is given back after the machine
+    with steps.slot(run), MachineLease(run, source) as lease:
+        machine = steps.provision(lease)
+        lease.opened(machine)
+        state = machine_state(run, machine)
+        lease.kept_work |= state["capture"]
+        extracted = steps.extract(run, machine, again=not state["capture"])
+        analyzed = steps.analyze(run, machine, extracted, finished=state["results"])
+        return {"machine": dict(machine.provenance)}, analyzed
+
+
+def run_shards(run: StudyRun, steps: Steps) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A study that is spread: each shard on a machine of its own, all at once; then their summaries are joined here.
+
+    A run that is cancelled ends its shards, waits for them, and only then ends.
+    """
+    parts = split(run.prepared, run.prepared.spec.compute.shards)
+    pending: list[PendingShard] = []
+    try:
+        for part in parts:
+            again = not is_here(part, run.prepared, run.workspace)
+            pending.append(steps.start_shard(run, part, again=again))
+        while not all(shard.done() for shard in pending):
+            run.check()
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        run.reporter.log("warning", f"cancelled: ending {len(parts)} parts")
+        run.cancel()
+        until = time.monotonic() + CANCEL_SECONDS
+        for shard in pending:
+            shard.wait(max(0.0, until - time.monotonic()))
+        raise
+    failed = [shard for shard in pending if shard.failure() is not None]
+    for part, shard in zip(parts, pending, strict=True):
+        if (why := shard.failure()) is not None:
+            run.reporter.log("error", f"part {part.title} (sequences {part.span}) failed: {why}")
+    if failed:
+        # the first error is the run's; what the other shards made is kept, and Retry makes the failed ones alone
+        failed[0].result()
+    return shard_provenance(run), steps.merge(run, parts)
