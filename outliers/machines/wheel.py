@@ -24,6 +24,8 @@ EXTRAS = ("demo",)
 """Of the extras, what a machine is given too: a GGUF file is read there."""
 _STEM = "outlier_features"
 _DATE = (1980, 1, 1, 0, 0, 0)
+CONTROL = ("api", "atlas", "dispatch", "planning", "sweep")
+"""Packages that a machine never runs: a contract of imports holds it. They stay on this side."""
 _KEPT = (".py", ".typed", ".html")
 
 
@@ -42,7 +44,7 @@ class Wheel:
 
 
 def build_wheel(more: Mapping[str, bytes] | None = None) -> Wheel:
-    """The wheel of what runs here, and of `more` files by their names in it; the same files give the same bytes.
+    """The wheel of what runs here, less CONTROL, and of `more` files by their names in it; the same files give the same bytes.
 
     Raises DeployFailed where a file can't be read.
     """
@@ -52,6 +54,7 @@ def build_wheel(more: Mapping[str, bytes] | None = None) -> Wheel:
             f"outliers/{path.relative_to(root).as_posix()}": path.read_bytes()
             for path in sorted(root.rglob("*"))
             if path.is_file() and path.suffix in _KEPT and "__pycache__" not in path.parts
+            if path.relative_to(root).parts[0] not in CONTROL
         }
     except OSError as error:
         raise DeployFailed(f"this program's own files can't be read: {error}") from error

@@ -1,5 +1,5 @@
 """Many studies from one file: which ones, in which order, and what came of each.
 
-In: a YAML file. Out: a list of specs with their plans, and outcomes. It starts nothing itself.
+In: a TOML file. Out: a list of specs with their plans, and outcomes. It starts nothing itself.
 A newcomer reads `sweep`.
 """

@@ -16,7 +16,7 @@ from outliers.corpus.tokens import load_corpus
 from outliers.counting import analyze as analysis
 from outliers.counting.analyze import WorkItem, frame_of, layout_of_capture, summarize, summarize_into_folder
 from outliers.counting.bits import pattern_values
-from outliers.counting.kernels import compiled
+from outliers.counting.kernels import arguments
 from outliers.counting.kernels import tile as kernels
 from outliers.counting.summary import TOP_TOKENS, merge
 from outliers.counting.summary_files import read_counts, read_summary
@@ -204,7 +204,7 @@ def test_a_float32_is_counted_as_the_bfloat16_it_rounds_to():
     bits = np.concatenate([np.array([0x40C08000, 0x40BF8000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F7F8000, 0x80000001], np.uint32),
                            np.random.default_rng(0).integers(0, 0x7F7F0000, 500, np.uint32)])  # fmt: skip
     histogram = np.zeros(65_536, np.uint32)
-    kernels._tally(bits, compiled.FLOAT32, histogram)
+    kernels._tally(bits, arguments.FLOAT32, histogram)
     rounded = torch.from_numpy(bits.view(np.float32)).to(torch.bfloat16).view(torch.uint16).numpy().astype(np.int64)
     rounded[(rounded & 0x7FFF) == 0x7F80] -= 1
     np.testing.assert_array_equal(histogram, np.bincount(rounded, minlength=65_536))

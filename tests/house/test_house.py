@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from outliers.machines.wheel import CONTROL
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("flows", "outliers", "tasks")
 
@@ -58,6 +60,8 @@ def test_the_contracts_of_imports_name_every_package():
     )
     assert rooms["exhaustive"] and "exhaustive_ignores" not in rooms
     assert not any("ignore_imports" in contract for contract in config["contracts"])
+    (machine,) = [contract for contract in config["contracts"] if "CONTROL" in contract["name"]]
+    assert machine["forbidden_modules"] == [f"outliers.{name}" for name in CONTROL]
 
 
 def test_modules_begin_by_saying_what_they_are():

@@ -129,7 +129,7 @@ def test_dense_and_moe_layers_routers_and_experts(tmp_path, workspace):
 def test_attention_of_two_kinds_and_widths(tmp_path, workspace):
     info = anatomy(tmp_path, workspace, "Qwen3Next")
     assert info.anatomy.pattern("o_in") == "layers.*.linear_attn.out_proj:input | layers.*.self_attn.o_proj:input"
-    assert anatomy(tmp_path, workspace, "DeepseekV3").widths["o_in"] == 48
+    assert anatomy(tmp_path, workspace, "DeepseekV3").anatomy.widths["o_in"] == 48
     uneven = tiny.make_model(tmp_path / "uneven", "Qwen3Next", head_dim=16)
     spec = tiny.spec_for(uneven, "builtin:python-docs", capture={"sites": SITES})
     with pytest.raises(BadInput, match="the site o_in of uneven has another width in some layers"):

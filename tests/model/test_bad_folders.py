@@ -86,7 +86,7 @@ def config_lacking(*names):
         (config_with(vocab_size=0), "vocab_size = 0, which is not"),
         (config_with(vocab_size=259), "have another shape"),
         (config_with(num_attention_heads=5, head_dim=None), "5 num_attention_heads, which 2 num_key_value_heads can't"),
-        (config_with(num_attention_heads=6, head_dim=None), "is no multiple of its 6 num_attention_heads"),
+        (config_with(num_attention_heads=6, head_dim=None), "is not a multiple of its 6 num_attention_heads"),
         (config_with(num_attention_heads=0), "num_attention_heads = 0, which is not"),
         (config_with(hidden_act="no-such-function"), "can't build its config"),
         (config_with(rms_norm_eps="small"), "can't be read"),
@@ -240,7 +240,7 @@ def dropped(folder, index):
         (numbered, "has no weight_map"),
         (
             lambda folder, index: index.pop("metadata"),
-            'has no metadata, which transformers asks for where it loads: add "meta',
+            'has no metadata, which transformers needs: add "meta',
         ),
         (dropped, "lacks 9 weights of its model, first model.layers.2."),
     ],

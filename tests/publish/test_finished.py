@@ -14,6 +14,7 @@ from outliers.counting.merge import merge_summaries
 from outliers.counting.shards import folder_of as folder_of_part
 from outliers.counting.shards import is_here, write_record
 from outliers.counting.summary_files import has_summary, read_summary
+from outliers.dispatch.steps import sync_study
 from outliers.dispatch.transfer import send_study
 from outliers.errors import BadInput, CorruptCapture, DamagedResults, DigestConflict, PublishRefused
 from outliers.files.atomic import sha256_file
@@ -34,7 +35,6 @@ from outliers.store.verify import verify
 from outliers.study.parts import Shard
 from outliers.study.prepare import read_prepared
 from outliers.workspace import open_workspace
-from tasks.sync import sync
 from tests.counting.test_counting import random_acts
 from tests.support import gguf_files, synthetic
 from tests.support.damaged import flip
@@ -232,7 +232,7 @@ def test_a_publication_that_was_cut_off_is_gone_on_with_in_its_folder(copy, shel
     shutil.rmtree(tmp_path / "store")
     counted = {"results_digest": read_manifest(copy[2])["results_digest"]}
     for _ in range(2):
-        sync.fn(study, {"machine": {"provider": "local", "gpus": 0}}, copy[0], counted)
+        sync_study(quiet_run(study, copy[0]), {"machine": {"provider": "local", "gpus": 0}}, counted)
         place = Path(url.removeprefix("file://"))
         (place / "manifest.json").unlink()  # as if it had ended before that
     assert len(list(place.iterdir())) == 1

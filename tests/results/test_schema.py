@@ -146,7 +146,7 @@ DIGESTS = {
 """results_digest by dtype of the study below, from the code that wrote dicts by hand."""
 
 
-@pytest.mark.parametrize(("seed", "dtype"), enumerate(DIGESTS, 1))
+@pytest.mark.parametrize(("seed", "dtype"), [*enumerate(DIGESTS, 1)])
 def test_a_study_has_the_digest_that_it_had(workspace, seed, dtype):
     acts, _ = random_acts(seed, dtype, shape=(4, 5, 25))
     prepared = synthetic.prepared_for(acts, dtype)

@@ -103,7 +103,7 @@ def test_code_that_a_folder_names_is_not_run(model, workspace, what, monkeypatch
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("attention of the hub", "is no implementation of transformers' own: code from elsewhere is never run"),
+        ("attention of the hub", "is not an implementation of transformers' own: code from elsewhere is never run"),
         ("attention of the hub, by its inner name", "code from elsewhere is never run"),
         ("experts of the hub", "code from elsewhere is never run"),
         ("config, an unknown type", "contains custom code"),
