@@ -76,7 +76,7 @@ test-fast: $(DEV) ## the quick tests: nine of ten, in minutes
 
 # writes tests/support/slow.txt: which tests `make test-fast` leaves out
 test-times: $(DEV) sshd ## measure every test's processor time, for test-fast
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -p tests.support.times
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p tests.support.times
 
 # goes on after a failure, and says at the end how each went and how long it took; root on Debian, as some of them need
 test-all: ## everything CI runs, then each heavy target in turn, and a table of results and minutes

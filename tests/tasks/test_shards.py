@@ -32,6 +32,7 @@ from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests.counting.test_counting import random_acts
 from tests.support import synthetic, tiny
+from tests.support.commands import run_command
 from tests.support.runs import quiet_run
 
 COMMAND = str(Path(sys.executable).with_name("outliers"))
@@ -152,10 +153,8 @@ def arguments(folder, *more):
 
 def run(world, workspace, *more, **variables):
     folder, environment = world
-    return subprocess.run(
-        arguments(folder, "--workspace", str(workspace), *more),
-        env=environment | variables, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    words = arguments(folder, "--workspace", str(workspace), *more)[1:]
+    return run_command(folder, *words, environment=environment | variables)
 
 
 def prepared_in(world, workspace):
@@ -202,10 +201,7 @@ def test_three_processes_give_what_one_gives(world, whole, tmp_path):
 
 def captures(world, workspace, *more):
     _, environment = world
-    return subprocess.run(
-        [COMMAND, "captures", *more, "--workspace", str(workspace)],
-        env=environment, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    return run_command(workspace, "captures", *more, "--workspace", workspace, environment=environment)
 
 
 @pytest.mark.servers
