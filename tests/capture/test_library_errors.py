@@ -111,7 +111,7 @@ LIMITED = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from outliers import load, capture
+from outliers.capture import extract, load
 from outliers.__main__ import main
 import transformers.models.llama.modeling_llama
 torch.ones(8, 8) @ torch.ones(8, 8)
