@@ -9,6 +9,7 @@ made before, by this version of Prefect: a home without a database begins with a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -27,13 +28,21 @@ FAILED = 3
 
 
 def seed(home: Path) -> None:
-    """Give a home without a database a copy of the one that $OUTLIERS_PREFECT_SEED names, if it is there."""
+    """Give a home without a database a copy of the one that $OUTLIERS_PREFECT_SEED names.
+
+    Raises OSError where that can't be read. Of two servers that begin at once in one home, one makes the database.
+    """
     known, target = os.environ.get(SEED), home / DATABASE
-    if known and Path(known).is_file() and not target.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        draft = temporary_for(target)
+    if not known or target.exists():
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    draft = temporary_for(target)
+    try:
         shutil.copyfile(known, draft)
-        draft.rename(target)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, target)  # never over a database that another server has opened meanwhile
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def serve(descriptor: int, pages: bool) -> None:
@@ -42,8 +51,10 @@ def serve(descriptor: int, pages: bool) -> None:
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
 
-    seed(get_current_settings().home)
-    settings = get_current_settings().server
+    home, settings = get_current_settings().home, get_current_settings().server
+    address = settings.database.connection_url
+    if address is None or address.get_secret_value().endswith(str(home / DATABASE)):  # no other database was named
+        seed(home)
     app = create_app(ephemeral=not pages, final=True)
     if pages:
         names, origins = os.environ.get(HOSTS, "").split(","), settings.api.cors_allowed_origins.split(",")

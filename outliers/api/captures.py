@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outliers.errors import BadInput, CaptureError
+from outliers.errors import BadInput, CaptureError, CorruptCapture
 from outliers.store.captures import find_capture
 from outliers.store.chunks import ARRAYS, ChunkFiles, Journal
 from outliers.store.fingerprint import layout_from, read_fingerprint
+from outliers.store.journal import way_out
+from outliers.store.verify import check_side
 from outliers.study.layout import Layout
 from outliers.workspace import open_workspace
 
@@ -32,7 +34,8 @@ def open_capture(capture: str | os.PathLike[str], workspace: str | os.PathLike[s
     dimension too. A site whose width differs from the first one's has a dimension of its own, `feature_<site>`. Coordinates:
     `layer` (numbers of the model's layers), `length` (sequence; tokens), `token_id` (sequence, position). A chunk is read
     whole: all features of some positions of one layer and one sequence. Raises BadInput where there is no such capture, or
-    xarray is not installed, CaptureError for one that is not finished; reading raises CorruptCapture where a checksum differs.
+    xarray is not installed, CaptureError for one that is not finished, CorruptCapture where lengths or token ids are not
+    those that it was begun with; reading raises CorruptCapture where a checksum differs.
     """
     if importlib.util.find_spec("xarray") is None:
         raise BadInput("open_capture needs xarray: pip install 'outlier-features[notebook]'")
@@ -51,8 +54,10 @@ def open_capture(capture: str | os.PathLike[str], workspace: str | os.PathLike[s
         raise CaptureError(
             f"{folder} has {len(done)} of {layout.num_sequences} sequences: run its study again, which finishes it"
         )
+    files, fixed = ChunkFiles(folder, layout), fingerprint["fixed"]
+    if damage := check_side(files, fixed):
+        raise CorruptCapture(f"{folder / damage[0].file} {damage[0].problem}: {way_out(folder)}")
     group = zarr.open_group(folder / ARRAYS, mode="r")
-    files = ChunkFiles(folder, layout)
     width = next(iter(layout.widths.values()))
     variables = {}
     for site, own in layout.widths.items():
@@ -64,7 +69,7 @@ def open_capture(capture: str | os.PathLike[str], workspace: str | os.PathLike[s
         "length": ("sequence", np.asarray(group["lengths"])),
         "token_id": (("sequence", "position"), np.asarray(group["token_ids"])),
     }
-    attributes = {"capture_id": fingerprint["fixed"]["capture_id"], "model": fingerprint["fixed"]["model"]}
+    attributes = {name: fixed[name] for name in ("capture_id", "model", "revision") if name in fixed}
     return xarray.Dataset(variables, coordinates, attributes)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outliers.api.studies import Study, open_study
 from outliers.errors import BadInput
@@ -36,14 +35,13 @@ def plan(spec: StudySpec) -> Plan:
 def run_study(spec: StudySpec, *, progress: bool = True) -> Study:
     """Run a study on this computer, in this process, and open its results; one that is finished is opened at once.
 
-    It goes on where an earlier run was interrupted, whoever began it. spec.compute.workspace: where captures and results are
-    kept (default: $OUTLIERS_WORKSPACE, else ~/.outliers). progress: lines on standard error. Raises BadInput for a spec that
-    can't be had or that names another machine, PlanRefused where this computer can't hold the study, and the errors of the
-    steps (docs/reliability.md).
+    It goes on where an earlier run was interrupted, also one of the command. spec.compute.workspace: where captures and
+    results are kept (default: $OUTLIERS_WORKSPACE, else ~/.outliers). progress: lines on standard error. Raises BadInput for
+    a spec that can't be had or that names another machine, PlanRefused where this computer can't hold the study, and the
+    errors of the steps (docs/reliability.md).
     """
+    from outliers.events.stream import ConsoleReporter
     from outliers.machines.options import check_options
-    from outliers.machines.providers import provider
-    from outliers.planning.remaining import check_rest
     from outliers.publish.outcome import find_outcome
     from outliers.publish.publish import check_target
     from outliers.study.prepare import prepare
@@ -55,8 +53,7 @@ def run_study(spec: StudySpec, *, progress: bool = True) -> Study:
     if find_outcome(prepared, workspace) is None:
         if spec.publish_to is not None:
             check_target(spec.publish_to)
-        check_rest(prepared, workspace, provider(DEFAULT_PROVIDER, workspace.root))
-        _steps(prepared, workspace, progress)
+        _finish(prepared, workspace, ConsoleReporter() if progress else Quiet())
     return open_study(workspace.study(prepared.study_id))
 
 
@@ -71,21 +68,25 @@ def _check_here(spec: StudySpec) -> None:
         )
 
 
-def _steps(prepared: Prepared, workspace: Workspace, progress: bool) -> None:
-    from outliers.events.stream import ConsoleReporter
-    from outliers.publish.allowlist import check_listing
-    from outliers.publish.publish import model_slug, publish_study
-    from outliers.publish.publishable import read_publishable
+def _finish(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> None:
+    """Do what a study still lacks: its capture, its counts, its results, its publication."""
+    from outliers.dispatch.steps import sync_study
+    from outliers.dispatch.study_run import StudyRun
+    from outliers.machines.providers import provider
+    from outliers.planning.remaining import check_rest
+    from outliers.publish.outcome import find_finished
     from outliers.steps import capture_exists, run_analyze, run_extract, run_report
 
-    reporter: Reporter = ConsoleReporter() if progress else Quiet()
-    steps: tuple[Callable[..., dict[str, Any]], ...] = (run_extract, run_analyze, run_report)
-    for step in steps[capture_exists(prepared, workspace) :]:
-        step(prepared, workspace, reporter)
-    if prepared.spec.publish_to is not None:
-        folder = workspace.study(prepared.study_id)
-        check_listing(folder)
-        publish_study(read_publishable(folder), prepared.spec.publish_to, model_slug(prepared.model.source.id))
+    found = find_finished(prepared, workspace)
+    if found is None:
+        check_rest(prepared, workspace, provider(DEFAULT_PROVIDER, workspace.root))
+        if not capture_exists(prepared, workspace):
+            run_extract(prepared, workspace, reporter)
+        run_analyze(prepared, workspace, reporter)
+        found = run_report(prepared, workspace, reporter)
+    sync_study(
+        StudyRun(prepared, workspace, prepared.study_id, reporter), {}, {"results_digest": found["results_digest"]}
+    )
 
 
 class Quiet:

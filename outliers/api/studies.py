@@ -19,6 +19,7 @@ from outliers.errors import BadInput
 from outliers.names import nearest
 from outliers.publish.finished import read_finished
 from outliers.publish.shelf import read_folders, read_store, read_study
+from outliers.results.notes import ROWS_LEFT_OUT
 from outliers.untrusted.strict_json import strict_json
 from outliers.workspace import Workspace, open_workspace
 
@@ -54,9 +55,15 @@ class Study:
         return dict(strict_json(self._files["tokens.json"]))
 
     def features(self, frame: Kind = "pandas") -> Any:
-        """features.parquet: a row for each site, layer and feature, with the exact counts of each."""
+        """features.parquet: a row for each site, layer and feature that has a hit, with its exact counts.
+
+        Of a large model not all rows are kept (docs/results.md): a warning says how many are.
+        """
         import pyarrow.parquet as pq
 
+        for note in self.summary.get("notes", ()):
+            if note.startswith(ROWS_LEFT_OUT):
+                warnings.warn(note, stacklevel=2)
         return framed(pq.read_table(io.BytesIO(self._files["features.parquet"])), frame)
 
     def systematic(self, frame: Kind = "pandas") -> Any:
@@ -116,9 +123,9 @@ def _folder_of(study_id: str, workspace: Workspace) -> Path:
 def list_studies(place: str | os.PathLike[str] | None = None, frame: Kind = "pandas") -> Any:
     """A row for each finished study of a workspace, or of an artifact store (a URL).
 
-    Columns: study_id, capture_id, model, num_layers, hidden_size, num_tokens, site, reading, num_systematic, systematic (features
-    in ascending order), place, which `open_study` takes. What can't be read is left out, with a warning that says why. Raises
-    BadInput where there is no study.
+    Columns: study_id, capture_id, model, num_layers, hidden_size, num_tokens, site, reading, num_systematic, systematic (the 20
+    features of largest magnitude; `Study.systematic` has all), place, which `open_study` takes. What can't be read is left
+    out, with a warning that says why. Raises BadInput where there is no study.
     """
     import pyarrow as pa
 
@@ -129,10 +136,10 @@ def list_studies(place: str | os.PathLike[str] | None = None, frame: Kind = "pan
         shelf = read_folders(open_workspace(named).results)
     for item in shelf.skipped:
         warnings.warn(f"{item.url} is left out: {item.why}", stacklevel=2)
-    told = ("model", "num_layers", "hidden_size", "num_tokens", "site", "reading", "num_systematic", "systematic")
+    columns = ("model", "num_layers", "hidden_size", "num_tokens", "site", "reading", "num_systematic", "systematic")
     rows = [
         {"study_id": study.manifest["study_id"], "capture_id": study.manifest["capture_id"]}
-        | {name: study.manifest["headline"][name] for name in told}
+        | {name: study.manifest["headline"][name] for name in columns}
         | {"place": study.url}
         for study in shelf.studies
     ]

@@ -10,6 +10,9 @@ from outliers.results.schema import Perplexity
 from outliers.spec import BLOCK_SITES
 from outliers.study.prepare import Prepared
 
+ROWS_LEFT_OUT = "features.parquet holds "
+"""How the note begins that says how many rows of the table are kept."""
+
 GROWING = (
     "pooled, union and affected call a layer affected by a hit anywhere, which more tokens only add to: studies of different "
     "numbers of tokens do not compare by them; per_layer does, and a share of layers has no interval"

@@ -23,7 +23,7 @@ from outliers.files.parquet import write_parquet
 from outliers.results.bootstrap import LEVEL, SEED, Intervals, bootstrap
 from outliers.results.ladders import QUANTILES, layer_rows, magnitude_bins, threshold_ladder, without_first_tokens
 from outliers.results.lists import readings_at, rules_of, shortened, sizes
-from outliers.results.notes import notes, perplexity_notes
+from outliers.results.notes import ROWS_LEFT_OUT, notes, perplexity_notes
 from outliers.results.per_sequence import PerSequence, count_per_sequence
 from outliers.results.scale import ladder
 from outliers.results.schema import (
@@ -72,7 +72,7 @@ def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = 
     rows, left_out = published_rows(table, [row.feature for row in content.systematic], prepared.site)
     if left_out:
         content.notes.append(
-            f"features.parquet holds {rows.num_rows:,} of the {rows.num_rows + left_out:,} rows with a hit: those of the "
+            f"{ROWS_LEFT_OUT}{rows.num_rows:,} of the {rows.num_rows + left_out:,} rows with a hit: those of the "
             "systematic features, then the largest; the whole table stays beside the capture"
         )
     folder = workspace.study(prepared.study_id) if into is None else into

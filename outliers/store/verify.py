@@ -194,12 +194,12 @@ def _check_arrays(files: ChunkFiles, fixed: dict[str, Any], found: _Found) -> ND
                 found.damage.append(Damage(file=f"{ARRAYS}/{name}", problem=problem))
     if len(found.damage) > before:
         return None
-    found.damage += _check_side(files, fixed)
+    found.damage += check_side(files, fixed)
     return None if len(found.damage) > before else np.asarray(_read(files, "lengths"), np.int32)
 
 
-def _check_side(files: ChunkFiles, fixed: dict[str, Any]) -> list[Damage]:
-    """Check token ids, lengths and mask against the hashes under which the capture began."""
+def check_side(files: ChunkFiles, fixed: dict[str, Any]) -> list[Damage]:
+    """Damage of token ids, lengths and mask, by the hashes under which the capture began (`fixed` of its fingerprint)."""
     read = {}
     for name in _SIDE:
         try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,13 @@ import zarr
 
 import outliers
 from outliers import StudySpec, list_studies, open_capture, open_study, plan, run_study
+from outliers.api import Study
+from outliers.corpus.ids import lengths_hash, token_hash
 from outliers.errors import BadInput, CaptureError, CorruptCapture, DamagedResults
-from tests.support import tiny
+from outliers.results.notes import ROWS_LEFT_OUT
+from outliers.store.fingerprint import shapes_of, write_fingerprint
+from tests.counting.test_counting import random_acts
+from tests.support import synthetic, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,6 +158,63 @@ def test_positions_past_the_end_of_a_sequence_are_nan(home, tmp_path, llama):
     there = np.isfinite(capture.mlp_in.values).all(axis=(0, 3))
     assert np.array_equal(there, np.arange(24) < capture.length.values[:, None])
     assert set(capture.length.values) != {24}
+
+
+def test_every_chunk_of_a_sequence_is_read_where_it_belongs(workspace):
+    """Chunks of a few positions, sequences that end within one, and indices that cross them, against the values themselves."""
+    acts, exact = random_acts(3, "bfloat16", shape=(3, 4, 50), width=8)
+    lengths = np.array([50, 17, 33, 48], np.int32)
+    prepared = synthetic.prepared_for(acts, "bfloat16", lengths=lengths)
+    layout = synthetic.write_capture(prepared, workspace, acts, chunk_bytes=16 * 16, lengths=lengths)
+    assert layout.chunk_positions == 13, "the indices below cross the edges of chunks"
+    folder = workspace.capture(prepared.capture_id)
+    ids = np.arange(200, dtype=np.int32).reshape(4, 50)
+    fixed = {"format": 1, "token_sha256": token_hash(ids, lengths), "lengths_sha256": lengths_hash(lengths, 50)}
+    write_fingerprint(folder, {"fixed": fixed, "layout": shapes_of(layout), "threads": 1})
+    capture = open_capture(prepared.capture_id, workspace.root)
+    for site, values in exact.items():
+        wanted = np.array(values, np.float32)
+        wanted[:, np.arange(50)[None, :] >= lengths[:, None]] = np.nan
+        lazy = capture[site].variable
+        for key in (
+            (slice(None),) * 4,
+            (0, 3, [47, 15, 16, 2], slice(2, 7, 2)),
+            (slice(1, 3), [2, 1], slice(14, 40, 5), 3),
+        ):
+            expected = wanted
+            for axis, index in reversed(list(enumerate(key))):
+                expected = expected.take(np.arange(wanted.shape[axis])[index], axis)
+            assert np.array_equal(lazy[key].values, expected, equal_nan=True), (site, key)
+    (folder / "activations.zarr" / "lengths" / "c" / "0").write_bytes(np.array([50, 17, 33, 47], "<i4").tobytes())
+    with pytest.raises(CorruptCapture, match="lengths hashes to"):
+        open_capture(prepared.capture_id, workspace.root)
+
+
+def test_results_that_are_home_are_published_and_nothing_is_computed_again(made, home, tmp_path):
+    spec, study = made
+    moved = tmp_path / "ws"
+    shutil.copytree(home / "ws", moved)
+    shutil.rmtree(moved / "captures")  # what would be needed to compute anything
+    changes = {
+        "publish_to": f"file://{tmp_path}/other",
+        "compute": spec.compute.model_copy(update={"workspace": str(moved)}),
+    }
+    again = run_study(spec.model_copy(update=changes), progress=False)
+    assert again.manifest["results_digest"] == study.manifest["results_digest"]
+    assert list_studies(f"file://{tmp_path}/other").study_id[0] == study.study_id
+    assert not list(moved.glob("captures/*"))
+
+
+def test_a_table_that_was_cut_says_so(made):
+    _, study = made
+    note = f"{ROWS_LEFT_OUT}2 of the 5 rows with a hit"
+    summary = study.summary | {"notes": [note]}
+    cut = Study(study.place, study.manifest, dict(study._files) | {"summary.json": json.dumps(summary).encode()})
+    with pytest.warns(UserWarning, match=note):
+        cut.features("arrow")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        study.features("arrow")
 
 
 def test_the_page_runs(tmp_path):

@@ -57,7 +57,10 @@ class PrefectHome:
 
     def __enter__(self) -> PrefectHome:
         self.folder.mkdir(parents=True, exist_ok=True)
-        seed(self.folder / "home")
+        if not any(
+            "DATABASE_CONNECTION_URL" in name for name in self.environment
+        ):  # Postgres has a database of its own
+            seed(self.folder / "home")
         self._spawn("server", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))
         self._await(lambda: self._get("/health") is True, "server")
         self.prefect("work-pool", "create", "outliers", "--type", "process")
