@@ -332,7 +332,7 @@ def limits_of(frame: Frame) -> Limits:
 
 
 def is_compiled() -> bool:
-    """Whether the loops were compiled on this machine before; numba caches them beside the program, or where it can write."""
+    """Whether the loops were compiled on this machine before; numba caches them next to the program, or where it can write."""
     return compiled.is_cached(tile.COMPILED)
 
 
