@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 SLOW = Path(__file__).with_name("slow.txt")
-SLOW_SECONDS = 2.0
+SLOW_SECONDS = 1.2
 
 _used: Counter[str] = Counter()
 
