@@ -70,8 +70,8 @@ sshd:
 test: check sshd ## everything CI runs
 	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
-# for a person who edits: what takes a second or more, starts servers or runs long is left to `make test`
-test-fast: $(DEV) ## the quick tests: nine of ten, in minutes
+# for a person who edits: what takes 1.2 s of a core, starts servers or runs long is left to `make test`
+test-fast: $(DEV) ## the quick tests: three of five, in two and a half minutes
 	OUTLIERS_TEST_FAST=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # writes tests/support/slow.txt: which tests `make test-fast` leaves out
