@@ -31,7 +31,7 @@ def test_bare_strings_stand_for_model_and_corpus():
     ("given", "message"),
     [
         ({"compute": {"gpu_count": 9}}, "less than or equal to 8"),
-        ({"capture": {"sites": ["attn_out"]}}, "'attn_in', 'mlp_in', 'o_in' or 'resid'"),
+        ({"capture": {"sites": ["attn_out"]}}, "'attn_in', 'mlp_in', 'o_in', 'down_in' or 'resid'"),
         ({"capture": {"sites": []}}, "at least 1 item"),
         ({"capture": {"layers": [-1]}}, "0-based"),
         ({"captures": {}}, "Extra inputs are not permitted"),

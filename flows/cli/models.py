@@ -117,7 +117,11 @@ def show_model(console: Console, info: ModelInfo) -> None:
         if site in anatomy.sites:
             other = anatomy.alias_of(site)
             same = f" (the same tensor as {other})" if other else ""
+            there = anatomy.layers_of(site)
+            same += f" (layers {format_ranges(there)})" if len(there) < info.num_layers else ""
             sites.add_row(site, str(anatomy.widths.get(site, "differ")), anatomy.pattern(site) + same)
+        elif site == "down_in" and anatomy.moe_layers:
+            sites.add_row(site, "", "in no layer: each has experts in the place of an MLP")
         else:
             sites.add_row(site, "", "not known: --site-module " + site + "=PATTERN")
     console.print()

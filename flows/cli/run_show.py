@@ -157,15 +157,15 @@ def find_run(name: str, workspace: Workspace) -> Path:
 def chosen_rows(table: Any, summary: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The asked rows of features.parquet, the largest magnitude first; of one feature in the order of its layers."""
     from outliers.errors import BadInput
-    from outliers.spec import BLOCK, SITES
+    from outliers.spec import BLOCK, OWN_WIDTH_SITES, SITES
 
     sites = [site for site in (*SITES, BLOCK) if site in summary["readings"]]
     if arguments.site is not None and arguments.site not in sites:
         raise BadInput(f"--site {arguments.site} was not captured; there is: {', '.join(sites)}")
     _check_number("layer", arguments.layer, sorted({row["layer"] for row in summary["layers"]}))
     hidden = summary["model"]["hidden_size"]
-    # o_in has a width of its own, which is not in summary.json
-    wide = "o_in" in sites and arguments.site in (None, "o_in")
+    # such a site has a width of its own, which is not in summary.json
+    wide = any(site in sites and arguments.site in (None, site) for site in OWN_WIDTH_SITES)
     _check_number("feature", arguments.feature, range(max(hidden, arguments.feature or 0) + 1 if wide else hidden))
     site = arguments.site or (None if arguments.feature is not None else summary["criteria"]["site"])
     asked = {"site": site, "feature": arguments.feature, "layer": arguments.layer}

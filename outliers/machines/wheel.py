@@ -24,7 +24,7 @@ EXTRAS = ("demo",)
 """Of the extras, what a machine is given too: a GGUF file is read there."""
 _STEM = "outlier_features"
 _DATE = (1980, 1, 1, 0, 0, 0)
-CONTROL = ("api", "atlas", "dispatch", "planning", "sweep")
+CONTROL = ("api", "atlas", "dispatch", "export", "planning", "sweep")
 """Packages that a machine never runs: a contract of imports holds it. They stay on this side."""
 _KEPT = (".py", ".typed", ".html")
 

@@ -35,7 +35,8 @@ class Anatomy(BaseModel):
     layers: str
     """Path of the list of decoder layers, from the backbone."""
     sites: dict[str, tuple[str, ...]]
-    """Site -> path of its module in each layer. A site that can't be named is not there."""
+    """Site -> path of its module in each layer, empty in a layer without the site (`down_in` in a layer of experts). A site
+    that can't be named is not there."""
     widths: dict[str, int]
     """Site -> its features. Missing where the layers differ in it."""
     moe_layers: tuple[int, ...]
@@ -44,8 +45,12 @@ class Anatomy(BaseModel):
     experts: str | None
 
     def modules(self, sites: tuple[str, ...], layers: tuple[int, ...]) -> list[SiteModule]:
-        """Every (site, layer) exactly once, in the order of a forward pass's layers."""
+        """Every (site, layer) exactly once, in the order of a forward pass's layers; each site is in each of them."""
         return [_site_module(site, layer, self.sites[site][layer]) for layer in layers for site in sites]
+
+    def layers_of(self, site: str) -> tuple[int, ...]:
+        """The layers that have a site."""
+        return tuple(layer for layer, path in enumerate(self.sites[site]) if path)
 
     def alias_of(self, site: str) -> str | None:
         """The site that is the very same tensor in every layer and comes before this one, if any."""
@@ -57,7 +62,7 @@ class Anatomy(BaseModel):
     def pattern(self, site: str) -> str:
         """The paths of a site for a person: `*` for the layer's number, alternatives joined by `|`."""
         begin = f"{self.layers}."
-        patterns = {f"{begin}*{p[len(begin) + len(str(n)) :]}" for n, p in enumerate(self.sites[site])}
+        patterns = {f"{begin}*{p[len(begin) + len(str(n)) :]}" for n, p in enumerate(self.sites[site]) if p}
         return " | ".join(sorted(patterns))
 
 

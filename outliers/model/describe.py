@@ -30,7 +30,7 @@ from outliers.model.source import ModelSource
 from outliers.model.weights import ITEM_BYTES, Weights, weigh
 from outliers.workspace import Workspace
 
-INFO_VERSION = 3
+INFO_VERSION = 4
 """Of ModelInfo on disk: increased whenever what is counted changes."""
 
 DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {

@@ -23,13 +23,15 @@ class Family:
 
     Alternatives are tried in order and the first that is a child of the layer is taken, layer by layer. The two norms
     may be the same module (`alias_of`), or a path with `:input` where no norm comes before: what is read is always the
-    tensor that attention, or the MLP or router, receives.
+    tensor that attention, or the MLP or router, receives. `mlp_output` is the second projection of a dense MLP, which a
+    layer of experts does not have.
     """
 
     layers: str = "layers"
     attention_norm: tuple[str, ...] = ("input_layernorm",)
     mlp_norm: tuple[str, ...] = ("post_attention_layernorm",)
     attention_output: tuple[str, ...] = ("self_attn.o_proj",)
+    mlp_output: tuple[str, ...] = ("mlp.down_proj",)
     router: str | None = None
     experts: str | None = None
 
@@ -37,14 +39,19 @@ class Family:
 LLAMA = Family()
 GEMMA = Family(mlp_norm=("pre_feedforward_layernorm",))  # its post_attention_layernorm is on attention's own output
 GPT2 = Family(
-    layers="h", attention_norm=("ln_1",), mlp_norm=("ln_2",), attention_output=("attn.c_proj", "attn.out_proj")
+    layers="h",
+    attention_norm=("ln_1",),
+    mlp_norm=("ln_2",),
+    attention_output=("attn.c_proj", "attn.out_proj"),
+    mlp_output=("mlp.c_proj",),
 )
-NEOX = Family(attention_output=("attention.dense",))
+NEOX = Family(attention_output=("attention.dense",), mlp_output=("mlp.dense_4h_to_h",))
 OPT = Family(
     layers="decoder.layers",
     attention_norm=("self_attn_layer_norm",),
     mlp_norm=("final_layer_norm",),
     attention_output=("self_attn.out_proj",),
+    mlp_output=("fc2",),
 )
 # one norm for both, or one each, as the config has it
 FALCON = Family(
@@ -52,6 +59,7 @@ FALCON = Family(
     attention_norm=("ln_attn", "input_layernorm"),
     mlp_norm=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
     attention_output=("self_attention.dense",),
+    mlp_output=("mlp.dense_4h_to_h",),
 )
 # post-norm: the norms are on the outputs of attention and MLP, which read the residual stream itself
 POST_NORM = Family(attention_norm=("self_attn:input",), mlp_norm=("mlp:input",))
@@ -73,11 +81,15 @@ FAMILIES: dict[str, Family] = {
     "GPT2LMHeadModel": GPT2,
     "GPTNeoXForCausalLM": NEOX,
     # one norm for both attention and MLP, which run side by side
-    "GPTJForCausalLM": replace(GPT2, mlp_norm=("ln_1",)),
-    "PhiForCausalLM": Family(mlp_norm=("input_layernorm",), attention_output=("self_attn.dense",)),
+    "GPTJForCausalLM": replace(GPT2, mlp_norm=("ln_1",), mlp_output=("mlp.fc_out",)),
+    "PhiForCausalLM": Family(
+        mlp_norm=("input_layernorm",), attention_output=("self_attn.dense",), mlp_output=("mlp.fc2",)
+    ),
     "OPTForCausalLM": OPT,
     "FalconForCausalLM": FALCON,
-    "BloomForCausalLM": Family(layers="h", attention_output=("self_attention.dense",)),
+    "BloomForCausalLM": Family(
+        layers="h", attention_output=("self_attention.dense",), mlp_output=("mlp.dense_4h_to_h",)
+    ),
     "Olmo2ForCausalLM": POST_NORM,
     "Olmo3ForCausalLM": POST_NORM,
     "MixtralForCausalLM": MOE,
@@ -89,7 +101,9 @@ FAMILIES: dict[str, Family] = {
     "DeepseekV3ForCausalLM": MOE,
     "GptOssForCausalLM": MOE_ROUTER,
     "PhimoeForCausalLM": MOE_ROUTER,
-    "Llama4ForCausalLM": replace(LLAMA, router="feed_forward.router", experts="feed_forward.experts"),
+    "Llama4ForCausalLM": replace(
+        LLAMA, mlp_output=("feed_forward.down_proj",), router="feed_forward.router", experts="feed_forward.experts"
+    ),
     "GraniteMoeForCausalLM": replace(LLAMA, router="block_sparse_moe.router", experts="block_sparse_moe.experts"),
 }
 
@@ -109,6 +123,7 @@ def site_roles(row: Family) -> Mapping[str, tuple[str, ...]]:
         "attn_in": row.attention_norm,
         "mlp_in": row.mlp_norm,
         "o_in": tuple(name + INPUT for name in row.attention_output),
+        "down_in": tuple(name + INPUT for name in row.mlp_output),
         "resid": ("",),
     }
 

@@ -12,8 +12,8 @@ import torch
 
 from outliers.errors import BadInput, UnknownArchitecture
 from outliers.model.anatomy import Anatomy
-from outliers.model.families import INPUT, family, site_roles
-from outliers.spec import SITES
+from outliers.model.families import INPUT, Family, family, site_roles
+from outliers.spec import OWN_WIDTH_SITES, SITES
 
 
 def find_backbone(model: torch.nn.Module) -> str:
@@ -43,6 +43,10 @@ def study_anatomy(model: torch.nn.Module, config: Any, named: tuple[str, ...] = 
     for site in SITES:
         if site in patterns:
             sites[site] = _named(base, site, patterns[site], count)
+        elif site == "down_in" and row is not None:
+            paths = tuple(_mlp_output(base, f"{layers}.{n}", row, model) for n in range(count))
+            if any(paths):
+                sites[site] = paths
         elif site in roles:
             sites[site] = tuple(_resolve(base, f"{layers}.{n}", roles[site], site, model) for n in range(count))
     experts = row.experts if row else _experts_of_unknown(base.get_submodule(layers))
@@ -94,6 +98,16 @@ def _resolve(base: torch.nn.Module, layer: str, names: tuple[str, ...], site: st
     )
 
 
+def _mlp_output(base: torch.nn.Module, layer: str, row: Family, model: torch.nn.Module) -> str:
+    """Path of the MLP's second projection in one layer; empty text for a layer of experts, which has none.
+
+    A layer of experts may have a child of the same name for its shared expert: that one is no dense MLP.
+    """
+    if row.experts and _module(base, f"{layer}.{row.experts}") is not None:
+        return ""
+    return _resolve(base, layer, site_roles(row)["down_in"], "down_in", model)
+
+
 def _module(base: torch.nn.Module, path: str) -> torch.nn.Module | None:
     try:
         return base.get_submodule(path)
@@ -126,14 +140,15 @@ def _candidates(model: torch.nn.Module, base: torch.nn.Module, layers: str) -> s
 
 
 def _widths(base: torch.nn.Module, sites: dict[str, tuple[str, ...]], hidden: int) -> dict[str, int]:
-    """Features of each site: the hidden size; for `o_in` the input width of attention's output projection."""
+    """Features of each site: the hidden size; for `o_in` and `down_in` the input width of the projection that reads them."""
     widths = dict.fromkeys(sites, hidden)
-    if "o_in" in sites:
-        found = {_inputs(base.get_submodule(path.removesuffix(INPUT)), hidden) for path in sites["o_in"]}
-        if len(found) == 1:
-            widths["o_in"] = found.pop()
-        else:
-            del widths["o_in"]
+    for site in OWN_WIDTH_SITES:
+        if site in sites:
+            found = {_inputs(base.get_submodule(path.removesuffix(INPUT)), hidden) for path in sites[site] if path}
+            if len(found) == 1:
+                widths[site] = found.pop()
+            else:
+                del widths[site]
     return widths
 
 

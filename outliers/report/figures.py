@@ -24,7 +24,14 @@ DPI = 200
 """1,440 pixels wide: sharp on a phone and in print, and far below 150 KB (48 layers, four sites)."""
 
 INK, MUTED, GRID, DECIDING = "#1b1f24", "#667080", "#e3e6ea", "#b4232c"
-SITE_COLOURS = {"attn_in": "#0072b2", "mlp_in": "#e08214", "o_in": "#009e73", "resid": "#8e44ad", BLOCK: "#333333"}
+SITE_COLOURS = {
+    "attn_in": "#0072b2",
+    "mlp_in": "#e08214",
+    "o_in": "#009e73",
+    "down_in": "#d55e00",
+    "resid": "#8e44ad",
+    BLOCK: "#333333",
+}
 # (colour, line, marker): lines of different readings often lie on each other, so they differ in more than colour
 READING_STYLES = {
     "pooled": ("#0072b2", "-", "o"),

@@ -16,7 +16,7 @@ import numpy as np
 from outliers.report.figures import Json, number, percent
 from outliers.report.plots import Cells, captured_layers, captured_sites
 from outliers.results.answer import disagreement, perplexity_words, range_words, reading_counts, resampled
-from outliers.spec import BLOCK, BLOCK_SITES, READINGS
+from outliers.spec import BLOCK, BLOCK_SITES, OWN_WIDTH_SITES, READINGS
 from outliers.units import clip, format_ranges
 
 # The page without its plots stays below 300 KB, whatever was found; the page says what is cut.
@@ -207,7 +207,7 @@ def reading_rows(summary: Json) -> list[dict[str, Any]]:
 def _same_count(summary: Json, site: str, cells: Sequence[Mapping[str, str]]) -> str:
     """`576 of 576`, where that is what every reading says of a site; not of o_in, whose width no summary has."""
     counts, width = {int(cell["count"].replace(",", "")) for cell in cells}, summary["model"]["hidden_size"]
-    if site == "o_in" or len(counts) > 1 or 2 * min(counts) < width:
+    if site in OWN_WIDTH_SITES or len(counts) > 1 or 2 * min(counts) < width:
         return ""
     return f"{min(counts):,} of {width:,}"
 

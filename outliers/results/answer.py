@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outliers.results.intervals import BEFORE
-from outliers.spec import READINGS
+from outliers.spec import OWN_WIDTH_SITES, READINGS
 
 Json = Mapping[str, Any]
 
@@ -32,7 +32,7 @@ def crowded(summary: Json) -> str | None:
     """A warning where most features of the deciding site pass: the magnitude is below what is usual there. Else None."""
     rule, count = summary["criteria"], len(summary["systematic"])
     width = summary["model"]["hidden_size"]
-    if rule["site"] == "o_in" or 2 * count < width:  # the width of o_in is not in a summary
+    if rule["site"] in OWN_WIDTH_SITES or 2 * count < width:  # their width is not in a summary
         return None
     return (
         f"{count:,} of the {width:,} features of {rule['site']} pass: abs(x) >= {rule['magnitude']:g} is no exception there; "

@@ -26,7 +26,15 @@ from outliers.model.describe import (
 )
 from outliers.model.quantization import Place, installed_packages
 from outliers.model.source import find_model, local_path
-from outliers.spec import ANALYSIS_VERSION, DEFAULT_PROVIDER, FORMAT_VERSION, StudySpec, chosen, digest
+from outliers.spec import (
+    ANALYSIS_VERSION,
+    DEFAULT_PROVIDER,
+    FORMAT_VERSION,
+    FORMATS_VERSION,
+    StudySpec,
+    chosen,
+    digest,
+)
 from outliers.study.layout import Layout
 from outliers.workspace import Workspace
 
@@ -59,7 +67,9 @@ class Prepared(BaseModel):
 
     def public_spec(self) -> dict[str, object]:
         """The spec as results may carry it: ids in the place of paths, no machine, no workspace, no target."""
-        spec = self.spec.model_dump(mode="json", exclude={"compute", "publish_to"})
+        spec = self.spec.model_dump(mode="json", exclude={"compute", "publish_to", "probe"})
+        if not self.spec.formats.formats:
+            del spec["formats"]
         spec["model"] |= {"id": self.model.source.id, "revision": self.model.source.revision, "dtype": self.model.dtype}
         spec["corpus"]["source"] = self.corpus.source
         return spec
@@ -85,7 +95,7 @@ def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -
             f"--sequence-length {spec.corpus.sequence_length} is more than the {info.max_positions} positions that "
             f"{info.source.name} was made for"
         )
-    resolve_layers(spec, info)
+    _check_layers(spec, info, resolve_layers(spec, info))
     if weights:
         check_checkpoint(info, workspace, head=spec.capture.perplexity)
     return info
@@ -106,6 +116,11 @@ def _place(spec: StudySpec) -> Place:
 
 def _check_sites(spec: StudySpec, info: ModelInfo) -> None:
     for site in spec.capture.sites:
+        if site not in info.anatomy.sites and site == "down_in" and info.anatomy.moe_layers:
+            raise BadInput(
+                f"the site down_in of {info.source.name} is in no layer, for each has experts in the place of an MLP: leave it "
+                "out of --sites"
+            )
         if site not in info.anatomy.sites:
             raise BadInput(
                 f"the site {site} of {info.architecture} is not known: name its module with --site-module {site}=PATTERN, "
@@ -115,6 +130,18 @@ def _check_sites(spec: StudySpec, info: ModelInfo) -> None:
             raise BadInput(
                 f"the site {site} of {info.source.name} has another width in some layers, and one array holds one width: "
                 "leave it out of --sites"
+            )
+
+
+def _check_layers(spec: StudySpec, info: ModelInfo, layers: tuple[int, ...]) -> None:
+    """BadInput where a site is not in one of the layers: an array has a row for each of them."""
+    for site in spec.capture.sites:
+        there = info.anatomy.layers_of(site)
+        absent = [layer for layer in layers if layer not in there]
+        if absent:
+            raise BadInput(
+                f"the site {site} of {info.source.name} is not in layer {absent[0]}, which has experts: leave it out of --sites, "
+                f"or read the layers that have it with --layers {','.join(map(str, there))}"
             )
 
 
@@ -166,6 +193,8 @@ def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
     }
     if spec.capture.perplexity:
         payload["perplexity"] = True
+    if spec.formats.formats:
+        payload["formats"] = [FORMATS_VERSION, list(spec.formats.formats), spec.formats.format_tokens]
     study = digest(payload)
     return Prepared(
         spec=spec,

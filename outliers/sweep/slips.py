@@ -11,13 +11,24 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from outliers.names import nearest
-from outliers.spec import CaptureSpec, ComputeSpec, CorpusSpec, CriteriaSpec, ModelSpec, StudySpec
+from outliers.spec import (
+    CaptureSpec,
+    ComputeSpec,
+    CorpusSpec,
+    CriteriaSpec,
+    FormatsSpec,
+    ModelSpec,
+    ProbeSpec,
+    StudySpec,
+)
 
 PARTS: dict[str, type[BaseModel]] = {
     "model": ModelSpec,
     "corpus": CorpusSpec,
     "capture": CaptureSpec,
     "criteria": CriteriaSpec,
+    "formats": FormatsSpec,
+    "probe": ProbeSpec,
     "compute": ComputeSpec,
 }
 OF_THE_SWEEP = ("parallel", "stagger_seconds", "needs")

@@ -24,6 +24,8 @@ from tests.support.captured import stored
 from tests.support.synthetic import Silent
 
 SITES = ("attn_in", "mlp_in", "o_in", "resid")
+LAST = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h")
+"""What the second projection of an MLP is called in one family or another."""
 ONE_NORM = ("Falcon", "GPTJ", "Phi")
 
 
@@ -36,6 +38,13 @@ def child(layer, *words):
 
 def received(args, kwargs):
     return args[0] if args else kwargs["hidden_states"]
+
+
+def projection_of(layer):
+    """Attention's output projection."""
+    attention = child(layer, "Attention", "GatedDeltaNet")
+    projections = [getattr(attention, name, None) for name in ("o_proj", "dense", "out_proj", "c_proj")]
+    return next(p for p in projections if p is not None)
 
 
 def independent(model, ids, step):
@@ -53,23 +62,33 @@ def independent(model, ids, step):
     for index, layer in enumerate(layers):
         attention = child(layer, "Attention", "GatedDeltaNet")
         on_input(attention, "attn_in", index)
-        projections = [getattr(attention, name, None) for name in ("o_proj", "dense", "out_proj", "c_proj")]
-        on_input(next(p for p in projections if p is not None), "o_in", index)
+        on_input(projection_of(layer), "o_in", index)
         on_input(
             layer.fc1 if hasattr(layer, "fc1") else child(layer, "MLP", "SparseMoeBlock", "TextMoe", "MoE"),
             "mlp_in",
             index,
         )
+        last = [getattr(layer, "fc2", None), *(getattr(part, name, None) for part in layer.children() for name in LAST)]
+        dense = "experts" not in {path.rpartition(".")[2] for path, _ in layer.named_modules()}
+        outputs = [p for p in last if p is not None and p is not projection_of(layer)]
+        if dense:
+            assert len({id(p) for p in outputs}) == 1
+            found.setdefault("down_in", {}).setdefault(index, [])
+            on_input(outputs[0], "down_in", index)
         layer.register_forward_hook(
             lambda _m, _a, out, at=index: found["resid"][at].append((out[0] if isinstance(out, tuple) else out).clone())
         )
     with torch.inference_mode():
         logits = [model(input_ids=ids[at : at + step]).logits.float() for at in range(0, len(ids), step)]
     count, positions = ids.shape
+    dense = found.pop("down_in", {})  # of the layers without experts
     tensors = {
         site: torch.stack([torch.cat([t.reshape(-1, positions, t.shape[-1]) for t in layer]) for layer in layers_])
         for site, layers_ in found.items()
     }
+    if dense:
+        found_in = [torch.cat([t.reshape(-1, positions, t.shape[-1]) for t in dense[layer]]) for layer in sorted(dense)]
+        tensors["down_in"] = torch.stack(found_in) if len({t.shape for t in found_in}) == 1 else found_in
     assert all(tensor.shape[1] == count for tensor in tensors.values())
     return tensors, torch.cat(logits)
 
@@ -83,12 +102,16 @@ def mean_loss(logits, ids):
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
 def test_every_family_gives_what_its_modules_receive(tmp_path, workspace, text, family):
     folder = tiny.make_model(tmp_path / "model", family, dtype="bfloat16")
-    spec = tiny.spec_for(folder, text, sequences=3, capture={"sites": SITES, "batch_sequences": 2, "perplexity": True})
+    moe = describe_model(find_model(ModelSpec(id=folder), workspace), "auto", workspace).anatomy.moe_layers
+    sites = SITES if moe else (*SITES, "down_in")
+    spec = tiny.spec_for(folder, text, sequences=3, capture={"sites": sites, "batch_sequences": 2, "perplexity": True})
     study = prepare(StudySpec.model_validate(spec), workspace)
     extract(study, workspace, Silent())
     ids = torch.from_numpy(load_corpus(study.corpus, workspace).token_ids.astype(np.int64))
     tensors, logits = independent(load_model(study.model, workspace, "cpu"), ids, step=2)
-    for site, tensor in tensors.items():
+    assert moe or "down_in" in tensors
+    for site in sites:
+        tensor = tensors[site]
         np.testing.assert_array_equal(stored(workspace, study, site), tensor.float().numpy(), err_msg=site)
     alias = layout_of(study.spec, study.model).aliases
     assert alias == ({"mlp_in": "attn_in"} if family in ONE_NORM else {})
@@ -97,6 +120,32 @@ def test_every_family_gives_what_its_modules_receive(tmp_path, workspace, text, 
     loss = sum(e["nll"] for e in entries) / sum(e["nll_tokens"] for e in entries)
     assert loss == pytest.approx(mean_loss(logits, ids), rel=2e-3)
     assert sum(e["nll_tokens"] for e in entries) == 3 * 23
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in sorted(tiny.CONFIGS) if "Qwen3Moe, one dense" in name or "Llama4" in name]
+)
+def test_down_in_of_the_dense_layers_of_a_mixed_model(tmp_path, workspace, text, family):
+    folder = tiny.make_model(tmp_path / "model", family, dtype="bfloat16")
+    info = describe_model(find_model(ModelSpec(id=folder), workspace), "auto", workspace)
+    dense = tuple(layer for layer in range(info.num_layers) if layer not in info.anatomy.moe_layers)
+    assert info.anatomy.layers_of("down_in") == dense
+    spec = tiny.spec_for(folder, text, sequences=2, capture={"sites": ("down_in",)})
+    with pytest.raises(BadInput, match="read the layers that have it with --layers " + ",".join(map(str, dense))):
+        prepare(StudySpec.model_validate(spec), workspace)
+    spec["capture"]["layers"] = dense
+    study = prepare(StudySpec.model_validate(spec), workspace)
+    extract(study, workspace, Silent())
+    ids = torch.from_numpy(load_corpus(study.corpus, workspace).token_ids.astype(np.int64))
+    tensors, _ = independent(load_model(study.model, workspace, "cpu"), ids, step=1)
+    np.testing.assert_array_equal(stored(workspace, study, "down_in"), tensors["down_in"].float().numpy())
+
+
+def test_down_in_of_a_model_of_experts_alone_is_refused(tmp_path, workspace, text):
+    folder = tiny.make_model(tmp_path / "model", "Mixtral")
+    spec = tiny.spec_for(folder, text, capture={"sites": ("down_in",)})
+    with pytest.raises(BadInput, match="is in no layer, for each has experts"):
+        prepare(StudySpec.model_validate(spec), workspace)
 
 
 def test_the_families_tried_are_the_table():
@@ -167,7 +216,7 @@ def test_an_unknown_family_lists_its_candidates_and_can_be_named(tmp_path, works
     [
         ("attn_in=layers.*.nothing", "3 of 3 modules are not there, first layers.0.nothing"),
         ("attn_in=layers.0.input_layernorm", "is not SITE=PATTERN"),
-        ("attention=layers.*.input_layernorm", "SITE one of attn_in, mlp_in, o_in, resid"),
+        ("attention=layers.*.input_layernorm", "SITE one of attn_in, mlp_in, o_in, down_in, resid"),
         ("attn_in=layers.*.input_layernorm", "the site mlp_in of Starcoder2ForCausalLM is not known"),
     ],
 )

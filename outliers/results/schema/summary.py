@@ -123,8 +123,9 @@ class StudySummary(Strict):
 
     @property
     def max_width(self) -> int:
-        """Most features a site can have: o_in is wider than the hidden size (3 x at GLM-4.5-Air), never 8 times."""
-        return 8 * self.model.hidden_size
+        """Most features a site can have: o_in is wider than the hidden size (3 x at GLM-4.5-Air), down_in too (8 x at Gemma 2B),
+        never 16 times."""
+        return 16 * self.model.hidden_size
 
     @property
     def max_rows(self) -> int:

@@ -14,17 +14,23 @@ from fractions import Fraction
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from outliers.names import LOCAL
+from outliers.spec.formats import FormatsSpec as FormatsSpec
+from outliers.spec.part import Part as Part
+from outliers.spec.part import bare
+from outliers.spec.probe import ProbeSpec as ProbeSpec
 
-SiteName = Literal["attn_in", "mlp_in", "o_in", "resid"]
+SiteName = Literal["attn_in", "mlp_in", "o_in", "down_in", "resid"]
 AnySiteName = Literal["block", SiteName]
 """A site, or `block`: attn_in and mlp_in together."""
 ReadingName = Literal["pooled", "union", "per_layer", "affected"]
 
-SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in", "o_in", "resid")
+SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in", "o_in", "down_in", "resid")
 READINGS: tuple[ReadingName, ...] = ("pooled", "union", "per_layer", "affected")
+OWN_WIDTH_SITES: tuple[SiteName, ...] = ("o_in", "down_in")
+"""Sites whose features are not the hidden dimensions."""
 BLOCK: Final = "block"
 BLOCK_SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in")
 
@@ -43,6 +49,10 @@ FORMAT_VERSION = 1
 """Of the capture on disk; part of capture_id."""
 ANALYSIS_VERSION = 3
 """Raised whenever a number's meaning or value changes; part of study_id, so no mended bug is answered from old results."""
+FORMATS_VERSION = 1
+"""The same for the errors of number formats; part of the study_id of a study that has them."""
+PROBE_VERSION = 1
+"""The same for probes; part of probe_id."""
 
 
 def chosen(name: str) -> str:
@@ -65,34 +75,6 @@ def digest(payload: Any) -> str:
     """sha256 (hex) of `payload` as JSON with sorted keys: the same on every machine, day and hash seed."""
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _say_bounds(schema: dict[str, Any]) -> None:
-    """Add to each description in a JSON schema what is allowed: Prefect's form checks bounds without showing them."""
-    for field in schema.get("properties", {}).values():
-        said: str = field.get("description", "")
-        bounds: dict[str, float] = {}
-        for option in (field, *field.get("anyOf", ())):
-            bounds |= {name: option[name] for name in ("minimum", "exclusiveMinimum", "maximum") if name in option}
-        low, above, high = (bounds.get(name) for name in ("minimum", "exclusiveMinimum", "maximum"))
-        texts = [f"{low:,} to {high:,}"] if low is not None and high is not None else []
-        texts += [f"more than {above:g}"] if above is not None else []
-        texts += [f"at least {low:,}"] if low is not None and high is None else []
-        texts += [f"at most {high:,}"] if high is not None and low is None else []
-        if texts and texts[0] not in said:
-            field["description"] = f"{said}; {', '.join(texts)}"
-
-
-class Part(BaseModel):
-    """A frozen section of a spec: unknown fields are errors. A form shows a field under its own name."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        validate_default=True,
-        json_schema_extra=_say_bounds,
-        field_title_generator=lambda name, info: name,
-    )
 
 
 class ModelSpec(Part):
@@ -149,7 +131,7 @@ class CaptureSpec(Part):
     """Which activations are kept on the machine's disk."""
 
     sites: tuple[SiteName, ...] = Field(
-        BLOCK_SITES, min_length=1, description="places in every layer: attn_in, mlp_in, o_in, resid"
+        BLOCK_SITES, min_length=1, description="places in every layer: attn_in, mlp_in, o_in, down_in, resid"
     )
     layers: Literal["all"] | tuple[int, ...] = Field("all", description="all, or 0-based layers such as 0,5,11")
     codec: Literal["none", "zstd"] = Field("none", description="compression of the capture: none, or shuffled zstd")
@@ -308,18 +290,19 @@ class ComputeSpec(Part):
         return executor
 
 
-def _bare(field: str) -> BeforeValidator:
-    """A section written as a bare string stands for its first field."""
-    return BeforeValidator(lambda value: {field: value} if isinstance(value, str) else value)
-
-
 class StudySpec(Part):
     """One study: a model, a corpus, what to keep, what to look for, where to run, where to publish."""
 
-    model: Annotated[ModelSpec, _bare("id")] = Field(description="the model")
-    corpus: Annotated[CorpusSpec, _bare("source")] = Field(default_factory=CorpusSpec, description="the text it reads")
+    model: Annotated[ModelSpec, bare("id")] = Field(description="the model")
+    corpus: Annotated[CorpusSpec, bare("source")] = Field(default_factory=CorpusSpec, description="the text it reads")
     capture: CaptureSpec = Field(default_factory=CaptureSpec, description="the activations kept on disk")
     criteria: CriteriaSpec = Field(default_factory=CriteriaSpec, description="what is looked for")
+    formats: Annotated[FormatsSpec, bare("formats")] = Field(
+        default_factory=FormatsSpec, description="number formats that are tried on the activations"
+    )
+    probe: Annotated[ProbeSpec, bare("probe")] = Field(
+        default_factory=ProbeSpec, description="what is changed in the model to see what that does to it"
+    )
     compute: ComputeSpec = Field(default_factory=ComputeSpec, description="the machine")
     publish_to: str | None = Field(
         None,
