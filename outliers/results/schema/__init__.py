@@ -6,6 +6,7 @@ docs/results.md are made from them. They are strict: unknown keys, wrong types a
 errors, so that nothing but a study's numbers fits in. A newcomer adds a key here, with its description, and then writes it.
 """
 
+from outliers.results.schema.advice import Advice, Cause, FormatVerdict, Place, Repair
 from outliers.results.schema.blocks import (
     CorpusBlock,
     CriteriaBlock,
@@ -32,6 +33,7 @@ from outliers.results.schema.layers import (
     Perplexity,
     Sweep,
 )
+from outliers.results.schema.probes import Change, Gate, Gates, Probes, Reference, SensitivityRecord, SuperWeight
 from outliers.results.schema.summary import StudySummary
 from outliers.results.schema.tokens import (
     MassiveFeature,
@@ -48,11 +50,17 @@ __all__ = [
     "MAX_MAGNITUDES",
     "MOMENT_COLUMNS",
     "NULLABLE_COLUMNS",
+    "Advice",
+    "Cause",
+    "Change",
     "CorpusBlock",
     "CriteriaBlock",
     "DeviationLadder",
     "FeatureRecord",
     "FeatureRow",
+    "FormatVerdict",
+    "Gate",
+    "Gates",
     "Histogram",
     "IntervalBlock",
     "IntervalCounts",
@@ -63,9 +71,15 @@ __all__ = [
     "MassiveToken",
     "ModelBlock",
     "Perplexity",
+    "Place",
     "Positions",
+    "Probes",
     "Readings",
+    "Reference",
+    "Repair",
+    "SensitivityRecord",
     "StudySummary",
+    "SuperWeight",
     "Sweep",
     "TokenFeature",
     "Tokens",
