@@ -110,8 +110,9 @@ def _check_entry(prefix: str, entry: os.DirEntry[str]) -> None:
     if entry.is_symlink():
         raise _forbidden(path, "is a symbolic link; only files themselves are published")
     if entry.is_dir():
-        if path != "plots":
-            raise _forbidden(path, "is a folder; the only folder of a study is plots/")
+        # probes/ has manifests of its own (`publish.probes`)
+        if path not in ("plots", "probes"):
+            raise _forbidden(path, "is a folder; the only folders of a study are plots/ and probes/")
     elif not allowed_name(path) and (unfinished is None or not allowed_name(prefix + unfinished)):
         raise _forbidden(path, f"is not on the allow-list: {', '.join(sorted(_NAMES))}, plots/<a-z0-9_->.png")
 

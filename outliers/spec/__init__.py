@@ -341,6 +341,11 @@ class StudySpec(Part):
     @model_validator(mode="after")
     def _consistent(self) -> StudySpec:
         self.deciding_site  # noqa: B018 - raises where it can't be told
+        if self.probe.asked and self.compute.shards > 1:
+            raise ValueError(
+                "a probe reads the whole model on one machine, and --shards gives each machine a part of the corpus: leave one "
+                "of them out; `outliers probe STUDY` probes the study once it is done"
+            )
         return self
 
     @property
