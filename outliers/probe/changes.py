@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.errors import BadInput
-from outliers.probe.ids import AUTO, asked_of
+from outliers.probe.asked import AUTO, asked_of
 from outliers.spec import BLOCK_SITES, OWN_WIDTH_SITES
 from outliers.spec.formats import parse_format
 from outliers.study.prepare import Prepared
+from outliers.study.probes import CHECKED_FEATURES, RANDOM_FEATURES
 
 Kind = Literal["identity", "floor", "zero", "mean", "format", "map", "weights", "prefix", "weight"]
 Group = Literal["", "systematic", "matched", "random", "asked", "control random", "control nearest"]
@@ -28,9 +29,9 @@ REFERENCE, IDENTITY, SHARED, FLOOR = "untouched", "identity", "identity, layers 
 QUANTIZED_SITES = ("attn_in", "mlp_in", "o_in", "down_in")
 RANGES = ("int8_tensor", "fp8_tensor")
 """Formats that are tried with the range of all tokens, and with that of all but first tokens."""
-MOST_SINGLES = 8
+MOST_SINGLES = CHECKED_FEATURES
 """Systematic features up to which each is changed alone, too; of more, the largest MOST_SINGLES are."""
-RANDOM = 5
+RANDOM = RANDOM_FEATURES
 """Features of `random` without a number."""
 
 
@@ -56,6 +57,7 @@ class Change:
     sites, layers: where. features: those that are zeroed or replaced. held: those that stay as they are while the others are
     quantized. weights: the format of the readers' weights. smooth: SmoothQuant's strength. first_tokens: whether a static
     range is of all tokens. prefix: whether a prefix comes before each sequence. of: the weight that a control stands beside.
+    alone: whether it is one feature of a set.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Change:
     prefix: bool = False
     weight: WeightAt | None = None
     of: str | None = None
+    alone: bool = False
 
     @property
     def first_layer(self) -> int:
@@ -196,7 +199,7 @@ def _of_features(
 ) -> list[Change]:
     sites, layers = feature_sites(prepared), prepared.layers
     return [
-        Change(f"{kind} {name}", kind, sites, layers, group, features)
+        Change(f"{kind} {name}", kind, sites, layers, group, features, alone=name.startswith("systematic "))
         for name, group, features in feature_sets(names, known, feature_width(prepared), seed)
     ]
 

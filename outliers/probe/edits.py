@@ -26,8 +26,9 @@ Place = tuple[str, int]
 class Edit(Protocol):
     """A change of a site's tensor."""
 
-    routers: bool
-    """Whether routers and gates of shared experts receive the change too."""
+    @property
+    def routers(self) -> bool:
+        """Whether routers and gates of shared experts receive the change too."""
 
     def __call__(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """x: (copy, sequence, position, feature); scale: (copy, sequence, position, 1), what x was multiplied with."""

@@ -64,7 +64,7 @@ class Ranges:
             return self.statistics.largest(
                 site, layer, first_tokens=change.first_tokens, rotated=rotated, prefix=change.prefix
             )
-        return self.findings.largest[site][self.statistics.layers.index(layer)]
+        return np.asarray(self.findings.largest[site][self.statistics.layers.index(layer)])
 
     def means(self, place: Place, features: tuple[int, ...]) -> tuple[float, ...]:
         """The mean of each feature at a place."""
@@ -77,7 +77,7 @@ class Ranges:
         """(feature,): the largest abs(x) over the sites, layers and tokens, of sites of one width."""
         whole = Change("", "identity")
         rows = [self.largest((site, layer), whole) for site in sites for layer in self.statistics.layers]
-        return np.stack(rows).max(axis=0)
+        return np.asarray(np.stack(rows).max(axis=0))
 
 
 def range_source(change: Change, ranges: Ranges) -> str | None:

@@ -1,4 +1,4 @@
-"""The journal of a probe -> probes.json and the rows of sensitivity.parquet. No torch here.
+"""The journal of a probe -> probes.json and the rows of sensitivity.parquet.
 
 Means are over the tokens of all sequences. Intervals are percentiles over resamples of whole sequences of the paired
 difference to the untouched model on the same sequences; below FEWEST_SEQUENCES there are none.
@@ -12,29 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from outliers.errors import ForbiddenFile
-from outliers.probe.changes import (
-    FLOOR,
-    IDENTITY,
-    REFERENCE,
-    SHARED,
-    Change,
-    error_formats,
-    map_name,
-)
+from outliers.probe import changes as plan
+from outliers.probe.asked import asked_of
+from outliers.probe.changes import FLOOR, IDENTITY, REFERENCE, SHARED, error_formats, map_name, quantized_sites
 from outliers.probe.formats import Ranges, range_source
-from outliers.probe.ids import AUTO, asked_of
 from outliers.probe.journal import ProbeJournal
 from outliers.probe.single_weights import Single
 from outliers.results.bootstrap import LEVEL, RESAMPLES, draws
 from outliers.results.intervals import FEWEST_SEQUENCES
-from outliers.results.schema import first_error
-from outliers.results.schema.probes import SENSITIVITY_SCHEMA, Probes
-from outliers.results.write import LARGEST_LOSS, identity, json_bytes
+from outliers.results.schema import Change, Gate, Gates, Probes, Reference, SuperWeight, first_error
+from outliers.results.write import LARGEST_LOSS, json_bytes
+from outliers.spec import SITES
+from outliers.spec.formats import parse_format
 from outliers.study.prepare import Prepared
 
 DISTINCT = 2.0
@@ -42,7 +35,7 @@ DISTINCT = 2.0
 
 
 @dataclass(frozen=True)
-class Gates:
+class Checked:
     """What was checked while it was measured. captured: losses of the capture; shared: layers behind which passes begin."""
 
     captured: Mapping[int, float]
@@ -63,10 +56,12 @@ class Measured:
         """(sequence,): one measure of a change."""
         return np.array([self._done[change, sequence][name] for sequence in self.sequences], np.float64)
 
-    def mean(self, values: NDArray[np.float64]) -> float | None:
-        """Of a token; None where it is not finite."""
-        found = math.fsum(values.tolist()) / math.fsum(self.tokens.tolist()) if np.isfinite(values).all() else math.nan
-        return found if math.isfinite(found) else None
+    def mean(self, change: str, name: str) -> float:
+        """Of a token; NaN where a sequence's is not finite."""
+        values = self.column(change, name)
+        if not np.isfinite(values).all():
+            return math.nan
+        return math.fsum(values.tolist()) / math.fsum(self.tokens.tolist())
 
     def ends(self, values: NDArray[np.float64]) -> list[float] | None:
         """The ends of the mean of a token over resamples of the sequences; None for few sequences, or what is not finite."""
@@ -82,223 +77,240 @@ class Measured:
         return math.fsum(self._done[REFERENCE, sequence]["errors"][form][key] for sequence in self.sequences)
 
 
-def write_numbers(
-    prepared: Prepared,
-    probe_id: str,
-    journal: ProbeJournal,
-    changes: Sequence[Change],
-    sequences: Sequence[int],
-    gates: Gates,
-    ranges: Ranges,
-    weights: Sequence[Single],
-    device: str,
-    prefix: tuple[int, ...],
-) -> tuple[bytes, list[dict[str, Any]]]:
-    """The bytes of probes.json, and the rows of sensitivity.parquet. Raises ForbiddenFile for what the schema does not allow."""
-    measured = Measured(journal, sequences)
-    places = sensitivity_rows(prepared, measured, changes)
-    floor = measured.mean(measured.column(FLOOR, "kl"))
-    dtype = prepared.model.dtype
-    asked = asked_of(prepared.spec)
-    known = identity(prepared)
-    content = {
-        "schema_version": 1,
-        "probe_id": probe_id,
-        "study_id": prepared.study_id,
-        "capture_id": prepared.capture_id,
-        "model": known["model"],
-        "corpus": known["corpus"],
-        "dtype": dtype if asked.probe_dtype == "study" else asked.probe_dtype,
-        "device": device,
-        "sequences": len(measured.sequences),
-        "tokens": int(measured.tokens.sum()) + len(measured.sequences),
-        "asked": _asked(prepared),
-        "prefix_ids": list(prefix),
-        "intervals": _intervals(measured),
-        "gates": _gates(measured, changes, gates, floor),
-        "reference": _reference(measured),
-        "changes": [
-            _change(measured, change, floor, ranges, _predicted(change, places))
-            for change in changes
-            if change.kind != "map"
-        ],
-        "super_weights": [_weight(measured, single) for single in weights],
-    }
+@dataclass(frozen=True)
+class Made:
+    """What a probe was made of, for its numbers. prefix: ids before each sequence where a change has them."""
+
+    prepared: Prepared
+    probe_id: str
+    changes: tuple[plan.Change, ...]
+    checked: Checked
+    ranges: Ranges
+    weights: tuple[Single, ...]
+    prefix: tuple[int, ...]
+
+
+def write_numbers(made: Made, journal: ProbeJournal, sequences: Sequence[int]) -> tuple[bytes, list[dict[str, Any]]]:
+    """The bytes of probes.json, and the rows of sensitivity.parquet.
+
+    Raises ForbiddenFile for numbers that the schema does not allow.
+    """
+    measured, asked = Measured(journal, sequences), asked_of(made.prepared.spec)
+    rows = sensitivity_rows(made, measured)
+    floor = measured.mean(FLOOR, "kl")
+    loss = measured.mean(REFERENCE, "nll")
+    told = [change for change in made.changes if change.kind not in ("identity", "floor")]
+    whole = [change for change in told if _is_finite(measured, change)]
     try:
-        return json_bytes(Probes.model_validate(content).model_dump()), places
+        content = Probes(
+            probe_id=made.probe_id,
+            study_id=made.prepared.study_id,
+            capture_id=made.prepared.capture_id,
+            model=made.prepared.model.source.id,
+            corpus=made.prepared.corpus.source,
+            dtype=made.prepared.model.dtype if asked.probe_dtype == "study" else asked.probe_dtype,
+            sequences=len(measured.sequences),
+            tokens=int(measured.tokens.sum()),
+            sites=[site for site in SITES if site in quantized_sites(made.prepared)],
+            gates=_gates(measured, made, floor),
+            reference=Reference(
+                perplexity=_perplexity(loss), nll=loss, top1_probability=_share(measured, REFERENCE, "top1_probability")
+            ),
+            changes=[_change(measured, made, change, floor, rows) for change in whole],
+            super_weights=[_super_weight(single) for single in made.weights if single.output is not None],
+            notes=_notes(measured, made, floor, [change.name for change in told if change not in whole]),
+        )
     except ValidationError as error:
         raise ForbiddenFile(
-            f"the numbers of the probe {probe_id} are not what is published: {first_error(error)}"
+            f"the numbers of the probe {made.probe_id} are not what is published: {first_error(error)}"
         ) from error
+    return json_bytes(content.model_dump(mode="json")), rows
 
 
-def _asked(prepared: Prepared) -> dict[str, Any]:
-    asked: dict[str, Any] = asked_of(prepared.spec).model_dump(mode="json", exclude={"probe"})
-    if asked["prefix"] is not None:
-        digits = asked["prefix"].replace(",", "").isdigit()
-        asked["prefix"] = AUTO if asked["prefix"] == AUTO else "ids" if digits else "text"
-    return asked
+def _is_finite(measured: Measured, change: plan.Change) -> bool:
+    """Whether a change gives numbers, and a perplexity within float64."""
+    values = [measured.mean(change.name, name) for name in ("nll", "kl", "top1_probability")]
+    return all(map(math.isfinite, values)) and values[0] < LARGEST_LOSS
 
 
-def _intervals(measured: Measured) -> dict[str, Any]:
-    if measured.weights is not None:
-        return {"level": LEVEL, "resamples": RESAMPLES, "reason": None}
+def _notes(measured: Measured, made: Made, floor: float, left_out: list[str]) -> list[str]:
+    found = [
+        "a format at a site is emulated: values are rounded as the format's rule says and computed with in the model's dtype; a "
+        "kernel that multiplies in the format adds up in another order"
+    ]
     count = len(measured.sequences)
-    return {
-        "level": None,
-        "resamples": None,
-        "reason": f"{count} sequences: below {FEWEST_SEQUENCES} an interval over sequences covers too little",
-    }
+    if measured.weights is None:
+        found.append(f"{count} sequences: under {FEWEST_SEQUENCES} there are no intervals")
+    if made.checked.why_not is not None:
+        found.append(f"the untouched pass was not compared with the capture: {made.checked.why_not}")
+    if not floor > 0:
+        found.append("moving one feature by its last bit changed nothing: the floor is 0, and every KL above 0 counts")
+    if left_out:
+        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
+        found.append(f"gave values that are not finite, and are left out: {', '.join(left_out[:8])}{more}"[:1_000])
+    if any(change.kind == "map" for change in made.changes):
+        found.append(
+            "the sum of a map's predictions takes what its places cost to add up, which holds where each is small"
+        )
+    return found
 
 
-def _gates(measured: Measured, changes: Sequence[Change], gates: Gates, floor: float | None) -> dict[str, Any]:
-    smallest = next(change for change in changes if change.name == FLOOR)
-    names = [name for name in (IDENTITY, SHARED) if any(change.name == name for change in changes)]
-    return {
-        "reference": {
-            "compared": gates.why_not is None,
-            "sequences": sum(sequence in gates.captured for sequence in measured.sequences),
-            "reason": gates.why_not,
-        },
-        "identity": {
-            "kl": max(float(np.abs(measured.column(name, "kl")).max()) for name in names),
-            "shared_behind": list(gates.shared),
-        },
-        "floor": {
-            "site": smallest.sites[0],
-            "layer": smallest.layers[0],
-            "feature": smallest.features[0],
-            "kl": floor,
-            "kl_interval": measured.ends(measured.column(FLOOR, "kl")),
-        },
-    }
+def _gates(measured: Measured, made: Made, floor: float) -> Gates:
+    compared = [sequence for sequence in measured.sequences if sequence in made.checked.captured]
+    why_not = made.checked.why_not
+    if why_not is None and len(compared) < len(measured.sequences):
+        why_not = f"the capture's journal has losses of {len(compared)} of {len(measured.sequences)} sequences"
+    names = {change.name for change in made.changes} & {IDENTITY, SHARED}
+    smallest = next(change for change in made.changes if change.name == FLOOR)
+    finite = math.isfinite(floor)
+    return Gates(
+        reference=Gate(compared=why_not is None, reason=why_not, value=0.0 if compared else None),
+        identity=Gate(
+            compared=True, reason=None, value=max(float(np.abs(measured.column(name, "kl")).max()) for name in names)
+        ),
+        floor=Gate(
+            compared=finite,
+            reason=None if finite else f"moving feature {smallest.features[0]} by its last bit gave no finite KL",
+            value=floor if finite else None,
+        ),
+        prefix_sharing=bool(made.checked.shared),
+    )
 
 
-def _perplexity(loss: float | None) -> float | None:
-    return math.exp(loss) if loss is not None and loss < LARGEST_LOSS else None
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf
 
 
-def _reference(measured: Measured) -> dict[str, Any]:
-    loss = measured.mean(measured.column(REFERENCE, "nll"))
-    return {
-        "loss": loss,
-        "perplexity": _perplexity(loss),
-        "top1_probability": _share(measured.mean(measured.column(REFERENCE, "top1_probability"))),
-        "tokens": int(measured.tokens.sum()),
-    }
-
-
-def _share(value: float | None) -> float | None:
+def _share(measured: Measured, change: str, name: str) -> float:
     """A mean of probabilities, without what rounding adds beyond 1."""
-    return None if value is None else min(1.0, max(0.0, value))
+    return min(1.0, max(0.0, measured.mean(change, name)))
+
+
+_KINDS: dict[str, str] = {"format": "quantize", "weights": "quantize"}
+_GROUPS: dict[str, str] = {"asked": "given", "control random": "control", "control nearest": "control"}
+
+
+def _group(change: plan.Change) -> str:
+    """The word for what is changed: `each` is one systematic feature of several alone; a format's own name for a format."""
+    if change.kind in ("format", "map", "weights"):
+        return str(change.format or change.weights)
+    if change.kind == "prefix":
+        return "prefix"
+    if change.group == "systematic" and change.alone:
+        return "each"
+    return _GROUPS.get(change.group, change.group)
+
+
+def _range(change: plan.Change) -> str | None:
+    if change.format is None or not parse_format(change.format).is_static:
+        return None
+    return "all" if change.first_tokens else "without_first_tokens"
 
 
 def _change(
-    measured: Measured, change: Change, floor: float | None, ranges: Ranges, predicted: float | None
-) -> dict[str, Any]:
+    measured: Measured, made: Made, change: plan.Change, floor: float, rows: Sequence[Mapping[str, Any]]
+) -> Change:
     before, after = measured.column(REFERENCE, "nll"), measured.column(change.name, "nll")
-    untouched, loss = measured.mean(before), measured.mean(after)
-    moved = measured.ends(after - before)
-    agreement = measured.column(change.name, "agreement")
-    kl = measured.mean(measured.column(change.name, "kl"))
-    ends = None
-    if moved is not None and untouched is not None and untouched + moved[1] < LARGEST_LOSS:
-        ends = [math.exp(untouched + end) for end in moved]
-    return {
-        "name": change.name,
-        "kind": change.kind,
-        "group": change.group,
-        "sites": list(change.sites),
-        "layers": list(change.layers),
-        "features": list(change.features),
-        "format": change.format,
-        "held_out": list(change.held),
-        "weights": change.weights,
-        "smooth": change.smooth,
-        "first_tokens": change.first_tokens,
-        "prefix": change.prefix,
-        "ranges": range_source(change, ranges),
-        "loss": loss,
-        "perplexity": _perplexity(loss),
-        "perplexity_interval": ends,
-        "kl": kl,
-        "kl_interval": measured.ends(measured.column(change.name, "kl")),
-        "top1_probability": _share(measured.mean(measured.column(change.name, "top1_probability"))),
-        "agreement": _share(measured.mean(agreement)),
-        "agreement_interval": measured.ends(agreement),
-        "distinguishable": kl is None or (kl > 0 and kl >= DISTINCT * (floor or 0.0)),
-        "predicted_kl": predicted,
-    }
+    moved, loss = measured.ends(after - before), measured.mean(REFERENCE, "nll")
+    kl = measured.mean(change.name, "kl")
+    values = {single.at.name: single.value for single in made.weights}
+    weight = change.weight.name if change.weight else None
+    ends = [math.exp(loss + end) for end in moved] if moved and loss + moved[1] < LARGEST_LOSS else None
+    return Change.model_validate(
+        {
+            "name": change.name,
+            "kind": _KINDS.get(change.kind, change.kind),
+            "group": _group(change),
+            "sites": list(change.sites),
+            "layers": list(change.layers),
+            "features": list(change.features),
+            "format": change.format,
+            "weights": change.weights,
+            "held": list(change.held),
+            "range": _range(change),
+            "ranges_of": range_source(change, made.ranges),
+            "smooth": change.smooth,
+            "prefix": list(made.prefix) if change.prefix else [],
+            "weight": weight,
+            "value": values[weight] if weight else None,
+            "control_of": change.of,
+            "perplexity": _perplexity(measured.mean(change.name, "nll")),
+            "perplexity_interval": ends,
+            "kl": kl,
+            "kl_interval": measured.ends(measured.column(change.name, "kl")),
+            "top1_probability": _share(measured, change.name, "top1_probability"),
+            "agreement": _share(measured, change.name, "agreement"),
+            "agreement_interval": measured.ends(measured.column(change.name, "agreement")),
+            "distinguishable": kl > 0 and not kl < DISTINCT * floor,
+            "predicted_kl": _predicted(change, rows),
+        }
+    )
 
 
-def _weight(measured: Measured, single: Single) -> dict[str, Any]:
-    name = f"weight {single.at.name}" + (f" ({single.group})" if single.of is not None else "")
-    return {
-        "name": single.at.name,
-        "layer": single.at.layer,
-        "module": single.at.module,
-        "row": single.at.row,
-        "column": single.at.column,
-        "group": single.group,
-        "of": single.of,
-        "value": _finite(single.value),
-        "output": _finite(single.output),
-        "sequence": single.sequence,
-        "position": single.position,
-        "perplexity": _perplexity(measured.mean(measured.column(name, "nll"))),
-        "kl": measured.mean(measured.column(name, "kl")),
-    }
+def _super_weight(single: Single) -> SuperWeight:
+    return SuperWeight.model_validate(
+        {
+            "layer": single.at.layer,
+            "module": single.at.module,
+            "row": single.at.row,
+            "column": single.at.column,
+            "value": single.value,
+            "output": single.output,
+            "input": single.input,
+            "sequence": single.sequence,
+            "position": single.position,
+        }
+    )
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def sensitivity_rows(prepared: Prepared, measured: Measured, changes: Sequence[Change]) -> list[dict[str, Any]]:
+def sensitivity_rows(made: Made, measured: Measured) -> list[dict[str, Any]]:
     """A row for each place of the map and each format, the map's own first; none without a map."""
-    formats = error_formats(prepared)
+    formats = error_formats(made.prepared)
     tokens = float(measured.tokens.sum()) + len(measured.sequences)
     found = []
-    for change in changes:
+    for change in made.changes:
         if change.kind != "map":
             continue
         site, layer = change.sites[0], change.layers[0]
-        kl = measured.mean(measured.column(map_name(formats[0], site, layer), "kl"))
+        kl = measured.mean(map_name(formats[0], site, layer), "kl")
         square, own = measured.errors("square", site, layer), measured.errors(formats[0], site, layer)
         for form in formats:
             lost = measured.errors(form, site, layer)
+            if not (math.isfinite(lost) and math.isfinite(square)):
+                continue  # a row that is not there is seen; one with a made-up number is not
             found.append(
                 {
                     "site": site,
                     "layer": layer,
                     "format": form,
-                    "kl": kl if form == formats[0] else None,
-                    "squared_error": _finite(lost / tokens),
-                    "relative_error": _finite(lost / square) if square else None,
-                    "predicted_kl": kl if form == formats[0] else _scaled(kl, lost, own),
+                    "kl": _finite(kl) if form == formats[0] else None,
+                    "squared_error": lost / tokens,
+                    "relative_error": lost / square if square else 0.0,
+                    "predicted_kl": _finite(kl) if form == formats[0] else _scaled(kl, lost, own),
                 }
             )
     return found
 
 
-def _scaled(kl: float | None, lost: float, own: float) -> float | None:
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _scaled(kl: float, lost: float, own: float) -> float | None:
     """The map's KL times a ratio of squared errors; None where the map's format loses nothing and the other does."""
-    if kl is None or not math.isfinite(lost) or not math.isfinite(own):
+    if not math.isfinite(kl) or not math.isfinite(own):
         return None
     if own == 0:
         return 0.0 if lost == 0 else None
-    return kl * (lost / own)
+    return _finite(kl * (lost / own))
 
 
-def _predicted(change: Change, places: Sequence[Mapping[str, Any]]) -> float | None:
+def _predicted(change: plan.Change, rows: Sequence[Mapping[str, Any]]) -> float | None:
     """What the map says of a format at all its places together: the sum; None without a map, or where a place has none."""
     plain = not (change.held or change.weights or change.smooth or change.prefix) and change.first_tokens
     if change.kind != "format" or not plain:
         return None
-    own = [row["predicted_kl"] for row in places if row["format"] == change.format]
-    return math.fsum(own) if own and all(value is not None for value in own) else None
-
-
-def table_of(places: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """sensitivity.parquet's table."""
-    return pa.Table.from_pylist([dict(row) for row in places], schema=SENSITIVITY_SCHEMA)
+    own = [row["predicted_kl"] for row in rows if row["format"] == change.format]
+    if len(own) < len(change.sites) * len(change.layers) or any(value is None for value in own):
+        return None
+    return math.fsum(own)

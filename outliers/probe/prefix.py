@@ -6,7 +6,7 @@ import re
 
 from outliers.corpus.tokenizing import Encoder
 from outliers.errors import BadInput
-from outliers.probe.ids import AUTO, asked_of
+from outliers.probe.asked import AUTO, asked_of
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 

@@ -73,10 +73,8 @@ def _look(
 ) -> dict[int, _Seen]:
     """One pass. All tensors are held until its end, so that no storage is used twice."""
     seen = {layer: _Seen() for layer in layers}
-    handles = []
+    handles = [_watch_site(base, at, seen[at.layer]) for at in anatomy.modules(sites, layers)]
     try:
-        for at in anatomy.modules(sites, layers):
-            handles.append(_watch_site(base, at, seen[at.layer]))
         for layer in layers:
             path = f"{anatomy.layers}.{layer}"
             for name, module in base.get_submodule(path).named_modules():

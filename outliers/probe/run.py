@@ -16,7 +16,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ from outliers.corpus.tokens import Corpus, load_corpus
 from outliers.errors import Busy, CaptureMismatch
 from outliers.events.stream import Reporter
 from outliers.files.atomic import write_atomic
-from outliers.files.parquet import write_parquet
 from outliers.files.sealed import check_folder, drop_folder, read_sealed, seal_folder, write_sealed
 from outliers.locks import held_if_free
+from outliers.probe.asked import AUTO, asked_of, needs_findings
 from outliers.probe.changes import (
     Change,
     Known,
@@ -48,31 +47,27 @@ from outliers.probe.changes import (
 from outliers.probe.engine import Batch, Engine
 from outliers.probe.findings import Findings, find_findings, require_findings
 from outliers.probe.formats import Ranges
-from outliers.probe.ids import AUTO, asked_of, needs_findings, probe_id
 from outliers.probe.journal import ProbeJournal
-from outliers.probe.numbers import Gates, table_of, write_numbers
+from outliers.probe.numbers import Checked, Made, write_numbers
+from outliers.probe.prefix import prefix_ids
 from outliers.probe.readers import find_readers
 from outliers.probe.session import Session, sharing_holds
 from outliers.probe.sharing import Kept, kept_layers
 from outliers.probe.single_weights import Single, choose_weights, resolve_weights, spike_modules
 from outliers.probe.statistics import Collector, Rotated, Statistics, load, save, watch_spike
 from outliers.probe.weights import is_turned
+from outliers.results.schema.probes import sensitivity_bytes
 from outliers.spec.formats import parse_format
 from outliers.store.chunks import Journal
 from outliers.store.fingerprint import difference, read_fingerprint
 from outliers.study.prepare import Prepared, model_info
+from outliers.study.probes import PROBES, SENSITIVITY, probe_folder, probe_id
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
 NUMBERS, JOURNAL, BEGUN = "numbers", "journal.jsonl", "begun.json"
-PROBES, SENSITIVITY = "probes.json", "sensitivity.parquet"
 _MEMORY = "give fewer --batch-sequences, a shorter --sequence-length, or a machine with more memory (--min-vram, --min-cpu-ram)"
-
-
-def probe_folder(prepared: Prepared, workspace: Workspace) -> Path:
-    """Where a probe of a prepared study lies."""
-    return workspace.capture(prepared.capture_id) / "probes" / probe_id(prepared)
 
 
 def has_probe(prepared: Prepared, workspace: Workspace) -> bool:
@@ -100,17 +95,6 @@ def probe(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[
         return _Run(prepared, workspace, reporter, folder, own).run()
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What a probe reads: its batches, and the corpus that they are of."""
-
-    batches: tuple[Batch, ...]
-
-    @property
-    def tokens(self) -> int:
-        return sum(batch.tokens for batch in self.batches)
-
-
 class _Run:
     """One call of `probe` that has something to do."""
 
@@ -125,7 +109,7 @@ class _Run:
         corpus = load_corpus(self.prepared.corpus, self.workspace)
         findings = find_findings(self.prepared, self.workspace, corpus)
         systematic = require_findings(findings, self.prepared) if needs_findings(self.prepared.spec) else ()
-        prefix = find_prefix(self.prepared, self.workspace, findings)
+        prefix = prefix_ids(self.prepared, self.workspace, findings.massive_token)
         spec = self._spec()
         info = self.prepared.model if spec is self.prepared.spec else model_info(spec, self.workspace)
         named = resolve_weights(self.prepared, self.workspace)
@@ -218,8 +202,9 @@ class _Run:
         advance = self._progress(batches, changes)
         log.info("%d changes on %d sequences", len(changes), sum(batch.counted for batch in batches))
         Session(engine, journal, changes, ranges, kept, captured, error_formats(prepared), advance).run(batches)
-        gates = Gates(captured=captured, why_not=why_not, shared=kept.wanted if kept is not None else ())
-        self._write(journal, changes, batches, gates, ranges, weights, devices, prefix)
+        gates = Checked(captured=captured, why_not=why_not, shared=kept.wanted if kept is not None else ())
+        made = Made(prepared, self.own, changes, gates, ranges, weights, prefix)
+        self._write(made, journal, [sequence for batch in batches for sequence in batch.measured])
         return {
             "probe_id": self.own,
             "changes": len(changes),
@@ -290,27 +275,14 @@ class _Run:
 
         return advance
 
-    def _write(
-        self,
-        journal: ProbeJournal,
-        changes: tuple[Change, ...],
-        batches: tuple[Batch, ...],
-        gates: Gates,
-        ranges: Ranges,
-        weights: tuple[Single, ...],
-        devices: Devices,
-        prefix: tuple[int, ...],
-    ) -> None:
+    def _write(self, made: Made, journal: ProbeJournal, sequences: list[int]) -> None:
         """The numbers, in a draft that becomes the folder."""
-        sequences = [sequence for batch in batches for sequence in batch.measured]
-        content, places = write_numbers(
-            self.prepared, self.own, journal, changes, sequences, gates, ranges, weights, devices.kind, prefix
-        )
+        content, places = write_numbers(made, journal, sequences)
         draft = self.folder / "draft"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         write_atomic(draft / PROBES, content)
-        write_parquet(draft / SENSITIVITY, table_of(places))
+        write_atomic(draft / SENSITIVITY, sensitivity_bytes(places))
         seal_folder(draft)
         drop_folder(self.folder / NUMBERS)
         draft.rename(self.folder / NUMBERS)
@@ -342,10 +314,3 @@ def _middle(values: Any) -> int:
     """The feature of the median mean square: neither dead nor an outlier."""
     order = np.argsort(values, kind="stable")
     return int(order[(order.size - 1) // 2])
-
-
-def find_prefix(prepared: Prepared, workspace: Workspace, findings: Findings) -> tuple[int, ...]:
-    """The ids that come before each sequence. Raises BadInput where there are none, or too many."""
-    from outliers.probe.prefix import prefix_ids
-
-    return prefix_ids(prepared, workspace, findings.massive_token)

@@ -101,8 +101,8 @@ class Session:
         wanted = self.captured.get(sequence)
         if wanted is not None and wanted != nll:
             raise ProbeMismatch(
-                f"sequence {sequence} has a loss of {nll!r} nats here, and {wanted!r} in the capture's journal: the model that is "
-                "probed does not compute what was captured, and nothing that follows would mean anything. Look for a changed "
+                f"sequence {sequence} has a loss of {nll!r} nats here, and {wanted!r} in the capture's journal: the model that "
+                "is probed does not compute what was captured, and nothing that follows would mean anything. Look for a changed "
                 "model, another number of threads or another program; `outliers verify` checks the capture"
             )
 
@@ -110,8 +110,8 @@ class Session:
         before = self.journal.done.get((REFERENCE, entry["sequence"]))
         if before is not None and any(before[name] != entry[name] for name in ("nll", "captured_nll")):
             raise ProbeMismatch(
-                f"the untouched pass over sequence {entry['sequence']} has a loss of {entry['nll']!r} nats, and {before['nll']!r} "
-                "when the probe was begun: the same pass gives other numbers here, so changes can't be measured"
+                f"the untouched pass over sequence {entry['sequence']} has a loss of {entry['nll']!r} nats, and "
+                f"{before['nll']!r} when the probe was begun: the same pass gives other numbers, and no change can be measured"
             )
 
     def _errors(self, batch: Batch) -> Any:
@@ -162,8 +162,8 @@ def _behind(change: Change, layer: int) -> Change:
 def _check_identity(change: Change, sequence: int, measures: Measures) -> None:
     if change.name in (IDENTITY, SHARED) and measures.kl != 0:
         raise ProbeMismatch(
-            f"a change that changes nothing ({change.name}) gives a KL of {measures.kl!r} nats on sequence {sequence}: two passes of "
-            "this model over the same tokens differ here, so no effect of a change can be told from chance"
+            f"a change that changes nothing ({change.name}) gives a KL of {measures.kl!r} nats on sequence {sequence}: two "
+            "passes of this model over the same tokens differ here, so no effect of a change can be told from chance"
         )
 
 

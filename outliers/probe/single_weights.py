@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from outliers.errors import BadInput
 from outliers.model.describe import build_empty
 from outliers.model.families import INPUT
 from outliers.model.pretrained import load_config
+from outliers.probe.asked import AUTO, asked_of
 from outliers.probe.changes import Group, WeightAt, parse_weight
 from outliers.probe.engine import Engine
-from outliers.probe.ids import AUTO, asked_of
 from outliers.probe.statistics import SPIKE, Statistics
 from outliers.probe.weights import is_turned, nearest_weight
 from outliers.study.prepare import Prepared
@@ -35,7 +35,7 @@ CANDIDATES = 3
 class Single:
     """A weight that is set to zero. of: the name of the weight that a control stands beside. value: the weight.
 
-    output, sequence, position: of a candidate, the value that pointed at it and where it sits.
+    output, input, sequence, position: of a candidate, the value that pointed at it, what was multiplied, and where it sits.
     """
 
     at: WeightAt
@@ -43,6 +43,7 @@ class Single:
     of: str | None = None
     value: float | None = None
     output: float | None = None
+    input: float | None = None
     sequence: int | None = None
     position: int | None = None
 
@@ -64,7 +65,8 @@ def resolve_weights(prepared: Prepared, workspace: Workspace) -> tuple[Single, .
 def _check_mlp(prepared: Prepared) -> None:
     if "down_in" not in prepared.model.anatomy.sites:
         raise BadInput(
-            f"--weight auto: {prepared.model.source.name} has no layer with a dense MLP that is known; name a weight by its module"
+            f"--weight auto: {prepared.model.source.name} has no layer with a dense MLP that is known; name a weight "
+            "by its module"
         )
 
 
@@ -78,8 +80,8 @@ def _resolved(layer: torch.nn.Module, at: WeightAt, name: str) -> WeightAt:
     fits = [at.module] if at.module in linear else [path for path in linear if path.endswith(f".{at.module}")]
     if len(fits) != 1:
         raise BadInput(
-            f"--weight {at.name}: layer {at.layer} of {name} has {'no' if not fits else 'several'} such module with a matrix: give "
-            f"one of {', '.join(linear)}"
+            f"--weight {at.name}: layer {at.layer} of {name} has {'no' if not fits else 'several'} such module with a matrix: "
+            f"give one of {', '.join(linear)}"
         )
     shape = tuple(linear[fits[0]].weight.shape)
     rows, columns = shape[::-1] if is_turned(linear[fits[0]]) else shape
@@ -123,6 +125,7 @@ def _candidates(engine: Engine, statistics: Statistics) -> list[Single]:
             Single(
                 WeightAt(layer, module, int(own["row"]), int(own["column"])),
                 output=own["value"],
+                input=own["input"],
                 sequence=int(own["sequence"]),
                 position=int(own["position"]),
             )
@@ -139,7 +142,7 @@ def _weight(engine: Engine, at: WeightAt) -> torch.Tensor:
 
 def _valued(engine: Engine, single: Single) -> Single:
     value = float(_weight(engine, single.at)[single.at.row, single.at.column])
-    return Single(single.at, single.group, single.of, value, single.output, single.sequence, single.position)
+    return replace(single, value=value)
 
 
 def _controls(engine: Engine, at: WeightAt, seed: str) -> Iterator[Single]:

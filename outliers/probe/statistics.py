@@ -27,7 +27,7 @@ from outliers.quantization.emulate import rotate
 ALL, REST = "all", "rest"
 """Ranges of all tokens, and of all but the first of each sequence."""
 FILE, SEAL = "statistics.npz", "statistics.json"
-SPIKE = ("value", "sequence", "position", "row", "column", "weight")
+SPIKE = ("value", "sequence", "position", "row", "column", "input")
 """Columns of a layer's largest output of its MLP. Row and column are those of the projection's weight."""
 
 
@@ -65,11 +65,11 @@ class Statistics:
 
     def mean(self, site: str, layer: int) -> NDArray[np.float64]:
         """(feature,): mean over the tokens."""
-        return self.arrays[f"{site}.sum"][self.layers.index(layer)] / max(1, self.tokens)
+        return np.asarray(self.arrays[f"{site}.sum"][self.layers.index(layer)] / max(1, self.tokens))
 
     def mean_square(self, site: str, layer: int) -> NDArray[np.float64]:
         """(feature,): mean of squares over the tokens."""
-        return self.arrays[f"{site}.square"][self.layers.index(layer)] / max(1, self.tokens)
+        return np.asarray(self.arrays[f"{site}.square"][self.layers.index(layer)] / max(1, self.tokens))
 
     def largest(
         self, site: str, layer: int, *, first_tokens: bool = True, rotated: Rotated | None = None, prefix: bool = False
@@ -77,7 +77,7 @@ class Statistics:
         """(feature,): the largest magnitude."""
         which = ALL if first_tokens else REST
         key = f"{'prefix.' if prefix else ''}{site}.{f'{rotated.key}.' if rotated else ''}{which}"
-        return self.arrays[key][self.layers.index(layer)]
+        return np.asarray(self.arrays[key][self.layers.index(layer)])
 
 
 class Collector:
@@ -160,7 +160,7 @@ def watch_spike(
                 continue
             weight = projection.weight[:, row] if turned else projection.weight[row]
             column = int((weight.double() * inputs[number, position].double()).abs().argmax())
-            found.spikes[at] = (value, sequence, position, row, column, float(weight[column]))
+            found.spikes[at] = (value, sequence, position, row, column, float(inputs[number, position, column]))
 
     return module.register_forward_hook(after)
 
