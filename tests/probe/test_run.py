@@ -60,7 +60,7 @@ REFUSED = [
     ({"quantize": ("had64+nvfp4",)}, "rotates blocks of 64 features, and attn_in has 32"),
     ({"prefix": "260"}, "ids of .* end at 259"),
     ({"prefix": "auto"}, "knows no massive activation here"),
-    ({"smooth": (0.5,)}, "go with formats"),
+    ({"smooth": (0.5,), "map": "int8_token"}, "go with formats"),
 ]
 
 
@@ -215,7 +215,7 @@ def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeyp
     random = np.random.RandomState(3)
     for attempt in range(5):
         shutil.rmtree(place)
-        stops = sorted(random.randint(1, passes, 3).tolist())
+        stops = random.randint(1, passes // 2, 3).tolist()
         while stops:
             counted.clear()
             stop = stops.pop()
@@ -227,12 +227,13 @@ def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeyp
                 return whole(self, *args, **options)
 
             monkeypatch.setattr(engine.Engine, "forward", stopping)
-            with pytest.raises(Stopped):
+            try:
                 probe(study, workspace, Silent())
-                raise Stopped  # it was finished already
-            path = place / "journal.jsonl"
-            if path.exists():
-                path.write_bytes(path.read_bytes() + b'{"change": "zero 3", "seq')
+                break
+            except Stopped:
+                path = place / "journal.jsonl"
+                if path.exists():
+                    path.write_bytes(path.read_bytes() + b'{"change": "zero 3", "seq')
         monkeypatch.setattr(engine.Engine, "forward", whole)
         probe(study, workspace, Silent())
         assert {path.name: path.read_bytes() for path in (place / "numbers").iterdir()} == wanted, attempt
