@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 import outliers.probe.engine as engine
 import outliers.probe.run as run
@@ -23,10 +24,13 @@ from outliers.corpus.tokens import load_corpus
 from outliers.counting.analyze import analyze
 from outliers.errors import BadInput, Busy, ProbeMismatch
 from outliers.locks import acquire
+from outliers.probe.prefix import prefix_ids
 from outliers.probe.run import probe
 from outliers.store.journal import _line
+from outliers.study.probe_memory import probe_memory
 from outliers.study.probes import probe_folder, probe_id
 from outliers.workspace import open_workspace
+from tests.support.captured import prepared
 from tests.support.probe_oracle import (
     DENSE,
     Oracle,
@@ -213,7 +217,7 @@ def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeyp
     probe(study, workspace, Silent())
     passes = len(counted)
     random = np.random.RandomState(3)
-    for attempt in range(5):
+    for attempt in range(7):
         shutil.rmtree(place)
         stops = random.randint(1, passes // 2, 3).tolist()
         while stops:
@@ -262,3 +266,36 @@ def test_a_probe_that_is_killed_goes_on(workspace, llama, text):
     shutil.rmtree(place)
     probe(study, workspace, Silent())
     assert {file.name: file.read_bytes() for file in (place / "numbers").iterdir()} == wanted
+
+
+def test_a_prefix_is_a_text_ids_or_the_token_of_the_largest_massive_activation(world):
+    workspace, folder, text = world
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+    def ids(prefix, massive=None, **parts):
+        return prefix_ids(study_of(workspace, folder, text, {"prefix": prefix}, **parts), workspace, massive)
+
+    assert ids("ab") == (alphabet.index("a"), alphabet.index("b"))
+    assert ids("7,9") == (7, 9) and ids("auto", 5) == (5,)
+    long = prepared(workspace, folder, text, sequences=1, length=511, probe={"prefix": "ab"})
+    with pytest.raises(BadInput, match=r"makes sequences of 513 tokens, and .* was made for 512 positions"):
+        prefix_ids(long, workspace, None)
+
+
+def test_what_a_probe_takes_grows_with_what_it_is_asked(world):
+    """Every term of the memory shows: bytes that are known here from the shapes."""
+    workspace, folder, text = world
+    plain = study_of(workspace, folder, text, {"zero": ("3",)}, model={"dtype": "bfloat16"})
+    info = plain.model
+
+    def taken(**asked):
+        return probe_memory(study_of(workspace, folder, text, asked, model={"dtype": "bfloat16"}).spec, info)
+
+    base = taken(zero=("3",))
+    wide = taken(zero=("3",), probe_dtype="float32")
+    assert base.model == info.weights.memory_bytes and wide.model == 2 * base.model and wide.work > base.work
+    # 2 sequences of 24 tokens of 32 features in 2 bytes, of 3 layers
+    assert taken(map="int8_token").work - base.work == 3 * 2 * 24 * 32 * 2
+    copies = taken(quantize=("int8_token",), weights="int8_channel").work - taken(quantize=("int8_token",)).work
+    assert copies == 3 * max(info.weights.layer_bytes)
+    assert base.work >= 7 * (32 * 1024 * 1024 // (8 * 260)) * 260 * 8
