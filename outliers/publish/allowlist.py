@@ -24,6 +24,8 @@ MAX_FILE_BYTES = 8_000_000
 MAX_STUDY_BYTES = 16_000_000
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
 REPORT, LOG, MANIFEST = "report.html", "run.log", "manifest.json"
+ADVICE = "advice.json"
+"""Of a probe, beside its own manifest (`publish.probes`)."""
 NUMBERS = (SUMMARY, TOKENS, FEATURES)
 """The files that a machine makes and a study must have."""
 

@@ -33,7 +33,16 @@ from outliers.results.schema.layers import (
     Perplexity,
     Sweep,
 )
-from outliers.results.schema.probes import Change, Gate, Gates, Probes, Reference, SensitivityRecord, SuperWeight
+from outliers.results.schema.probes import (
+    SENSITIVITY_SCHEMA,
+    Change,
+    Gate,
+    Gates,
+    Probes,
+    Reference,
+    SensitivityRecord,
+    SuperWeight,
+)
 from outliers.results.schema.summary import StudySummary
 from outliers.results.schema.tokens import (
     MassiveFeature,
@@ -50,6 +59,7 @@ __all__ = [
     "MAX_MAGNITUDES",
     "MOMENT_COLUMNS",
     "NULLABLE_COLUMNS",
+    "SENSITIVITY_SCHEMA",
     "Advice",
     "Cause",
     "Change",

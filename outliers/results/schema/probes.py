@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
+import pyarrow as pa
 from pydantic import Field
 
+from outliers.files.parquet import parquet_bytes
 from outliers.results.schema.advice import Span
+from outliers.results.schema.arrow import arrow_schema
 from outliers.results.schema.fields import (
     MAX_LAYERS,
     Count,
@@ -150,3 +154,12 @@ class SensitivityRecord(Strict):
     predicted_kl: Number | None = Field(
         description="the map's KL there times this squared error over the map format's; null without a map"
     )
+
+
+SENSITIVITY_SCHEMA: Any = arrow_schema(SensitivityRecord)
+"""The columns of sensitivity.parquet. KL in nats a token; errors in the square of the activations' unit."""
+
+
+def sensitivity_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """sensitivity.parquet from its rows."""
+    return parquet_bytes(pa.Table.from_pylist([dict(row) for row in rows], schema=SENSITIVITY_SCHEMA))
