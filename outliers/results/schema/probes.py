@@ -85,10 +85,19 @@ class Change(Strict):
     range: Literal["all", "without_first_tokens"] | None = Field(
         description="the tokens that a static scale is made of; null: each token has its own"
     )
+    ranges_of: Literal["study", "probe"] | None = Field(
+        None,
+        description="whose tokens a static scale, a mean or SmoothQuant's scales are of: all of the study's, or those that the "
+        "probe reads; null: there are none",
+    )
     smooth: Number | None = Field(description="SmoothQuant's strength; null: none")
     prefix: Annotated[list[Count], Field(max_length=64)] = Field(description="ids of the tokens before each sequence")
     weight: Name | None = Field(description="name of the single weight, `LAYER.MODULE[ROW,COLUMN]`")
     value: Number | None = Field(description="what that weight was")
+    control_of: Name | None = Field(
+        None,
+        description="name of the single weight that this one, of the same matrix, stands beside; null: it is no control",
+    )
     perplexity: Size = Field(description="exp of the mean negative log-likelihood with the change")
     perplexity_interval: Span | None = Field(
         description="ends of its middle 95% over resamples of the sequences, paired with the untouched model's; null under "
