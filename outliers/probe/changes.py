@@ -126,21 +126,14 @@ class Known:
 
 
 def matched_features(systematic: Sequence[int], magnitudes: NDArray[np.float64]) -> tuple[int, ...]:
-    """As many features that are not systematic, each nearest to one of the systematic in magnitude.
+    """As many features that are not systematic, the largest of these; of equal ones the smaller number.
 
-    magnitudes: (feature,), the largest abs(x) of each over the sites, layers and tokens. The largest systematic feature chooses
-    first; nearest is by ratio; of equal ones the smaller number is taken.
+    magnitudes: (feature,), the largest abs(x) of each over the sites, layers and tokens. Whatever a model loses without its
+    systematic features is due to their being systematic only if it keeps as much without others that are as large.
     """
-    left = [feature for feature in range(magnitudes.size) if feature not in set(systematic)]
-    sizes = np.log(np.maximum(magnitudes, np.finfo(np.float64).tiny))
-    found: list[int] = []
-    for feature in sorted(systematic, key=lambda number: (-magnitudes[number], number)):
-        if not left:
-            break
-        best = min(left, key=lambda number: (abs(sizes[number] - sizes[feature]), number))
-        left.remove(best)
-        found.append(best)
-    return tuple(found)
+    without = set(systematic)
+    left = [feature for feature in range(magnitudes.size) if feature not in without]
+    return tuple(sorted(left, key=lambda number: (-float(magnitudes[number]), number))[: len(without)])
 
 
 def random_features(count: int, width: int, without: Sequence[int], seed: str) -> tuple[int, ...]:
