@@ -47,7 +47,7 @@ class Rule:
 
     @classmethod
     def of(cls, fmt: Format, width: int, amax: NDArray[np.float32] | None) -> Rule:
-        """amax: (feature,) float32, the largest magnitudes of the corpus, for static formats; those of a tensor take its largest."""
+        """amax: (feature,) float32, the largest magnitudes of the corpus, for static formats; a tensor's is their largest."""
         kind, _, scope = fmt.base.partition("_")
         channel = np.zeros(0, np.float32)
         overall = np.float32(0)
@@ -87,5 +87,14 @@ class Rule:
         errors: NDArray[np.float64],
     ) -> None:
         """Add a tile's squared errors to `errors`, see `kernels.tile.add_errors`."""
-        where: tuple[Any, ...] = (self.kind, self.scope, self.amax, self.channel, self.group, self.added, self.block, self.factor)
+        where: tuple[Any, ...] = (
+            self.kind,
+            self.scope,
+            self.amax,
+            self.channel,
+            self.group,
+            self.added,
+            self.block,
+            self.factor,
+        )
         add_errors(values, good, held, width, *where, scratch, errors)

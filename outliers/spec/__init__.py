@@ -341,6 +341,11 @@ class StudySpec(Part):
     @model_validator(mode="after")
     def _consistent(self) -> StudySpec:
         self.deciding_site  # noqa: B018 - raises where it can't be told
+        if self.formats.formats and self.compute.shards > 1:
+            raise ValueError(
+                f"--formats needs the range of the whole corpus, and each of {self.compute.shards} --shards sees a part of it: "
+                "leave one of them out"
+            )
         return self
 
     @property

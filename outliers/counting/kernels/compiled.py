@@ -23,7 +23,7 @@ def compiler(files):
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
     def compiled(function):
-        """Compile a function at its first call, which takes seconds; cache it for later processes where a folder can be written."""
+        """Compile a function at its first call, which takes seconds; cache it where a folder can be written."""
         function.__qualname__ += f"-{digest}"
         options = {"nogil": True, "error_model": "numpy"}
         try:

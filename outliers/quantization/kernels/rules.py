@@ -36,7 +36,7 @@ def quantize_row(x, out, kind, scope, amax, channel, group, added):
     """
     if kind == NVFP4:
         _nvfp4(x, out, amax, group)
-    elif kind == MXFP4 or kind == MXFP8:
+    elif kind in (MXFP4, MXFP8):
         _mx(x, out, kind, group, added)
     elif scope == BY_CHANNEL:
         for j in range(x.size):

@@ -1,4 +1,5 @@
-"""The exact form of what a study gives: summary.json, tokens.json and features.parquet, each described once.
+"""The exact form of what a study gives: summary.json, tokens.json, features.parquet, quantization.parquet. Each is described
+once.
 
 The writer builds these models. The boundary of publishing validates by them, and checks that the parts of a summary agree
 (`StudySummary.check_consistent`). Readers validate by the same models with `extra="ignore"`. Arrow schemas and the tables of
@@ -32,6 +33,13 @@ from outliers.results.schema.layers import (
     Perplexity,
     Sweep,
 )
+from outliers.results.schema.quantization import (
+    QUANTIZATION_NULLABLE,
+    QUANTIZATION_SCHEMA,
+    RANGES,
+    QuantizationBlock,
+    QuantizationRecord,
+)
 from outliers.results.schema.summary import StudySummary
 from outliers.results.schema.tokens import (
     MassiveFeature,
@@ -48,6 +56,9 @@ __all__ = [
     "MAX_MAGNITUDES",
     "MOMENT_COLUMNS",
     "NULLABLE_COLUMNS",
+    "QUANTIZATION_NULLABLE",
+    "QUANTIZATION_SCHEMA",
+    "RANGES",
     "CorpusBlock",
     "CriteriaBlock",
     "DeviationLadder",
@@ -64,6 +75,8 @@ __all__ = [
     "ModelBlock",
     "Perplexity",
     "Positions",
+    "QuantizationBlock",
+    "QuantizationRecord",
     "Readings",
     "StudySummary",
     "Sweep",
