@@ -145,8 +145,8 @@ def _check_formats(spec: StudySpec, info: ModelInfo) -> None:
                 fits = [other for other in ROTATIONS if width % other == 0]
                 remedy = f"had{max(fits)}+ does" if fits else "no rotation does"
                 raise BadInput(
-                    f"--formats {name} rotates blocks of {block} features, and the site {site} of {info.source.name} has {width}, "
-                    f"which {block} does not divide: {remedy}; or leave the site out of --sites"
+                    f"--formats {name} rotates blocks of {block} features, and the site {site} of {info.source.name} has "
+                    f"{width}, which {block} does not divide: {remedy}; or leave the site out of --sites"
                 )
 
 
