@@ -36,6 +36,8 @@ PRESETS: Final[dict[str, tuple[str, ...]]] = {
     "all": BASES,
 }
 """One word for several formats."""
+ROTATIONS: Final = (16, 32, 64, 128)
+"""Widths of the blocks of a rotation."""
 _ROTATED = re.compile(r"had(16|32|64|128)\+(.+)")
 
 

@@ -1,4 +1,5 @@
-"""The exact form of what a study gives: summary.json, tokens.json and features.parquet, each described once.
+"""The exact form of what a study gives: summary.json, tokens.json, features.parquet, quantization.parquet. Each is described
+once.
 
 The writer builds these models. The boundary of publishing validates by them, and checks that the parts of a summary agree
 (`StudySummary.check_consistent`). Readers validate by the same models with `extra="ignore"`. Arrow schemas and the tables of
@@ -33,6 +34,7 @@ from outliers.results.schema.layers import (
     Perplexity,
     Sweep,
 )
+<<<<<<< HEAD
 from outliers.results.schema.probes import (
     SENSITIVITY_SCHEMA,
     Change,
@@ -42,6 +44,14 @@ from outliers.results.schema.probes import (
     Reference,
     SensitivityRecord,
     SuperWeight,
+=======
+from outliers.results.schema.quantization import (
+    QUANTIZATION_NULLABLE,
+    QUANTIZATION_SCHEMA,
+    RANGES,
+    QuantizationBlock,
+    QuantizationRecord,
+>>>>>>> 79b4d58cd5b3334ea0aafb4ebc5dd95f3d043b29
 )
 from outliers.results.schema.summary import StudySummary
 from outliers.results.schema.tokens import (
@@ -59,10 +69,16 @@ __all__ = [
     "MAX_MAGNITUDES",
     "MOMENT_COLUMNS",
     "NULLABLE_COLUMNS",
+<<<<<<< HEAD
     "SENSITIVITY_SCHEMA",
     "Advice",
     "Cause",
     "Change",
+=======
+    "QUANTIZATION_NULLABLE",
+    "QUANTIZATION_SCHEMA",
+    "RANGES",
+>>>>>>> 79b4d58cd5b3334ea0aafb4ebc5dd95f3d043b29
     "CorpusBlock",
     "CriteriaBlock",
     "DeviationLadder",
@@ -83,7 +99,12 @@ __all__ = [
     "Perplexity",
     "Place",
     "Positions",
+<<<<<<< HEAD
     "Probes",
+=======
+    "QuantizationBlock",
+    "QuantizationRecord",
+>>>>>>> 79b4d58cd5b3334ea0aafb4ebc5dd95f3d043b29
     "Readings",
     "Reference",
     "Repair",
