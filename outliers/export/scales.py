@@ -43,7 +43,7 @@ def safetensors_bytes(arrays: dict[str, NDArray[np.float32]]) -> bytes:
     """A safetensors file of arrays."""
     from safetensors.numpy import save
 
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    return save({name: np.asarray(array, order="C") for name, array in arrays.items()})
 
 
 def pickle_bytes(arrays: dict[str, NDArray[np.float32]]) -> bytes:
@@ -51,5 +51,5 @@ def pickle_bytes(arrays: dict[str, NDArray[np.float32]]) -> bytes:
     import torch
 
     out = io.BytesIO()
-    torch.save({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}, out)
+    torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, out)
     return out.getvalue()
