@@ -341,17 +341,15 @@ class StudySpec(Part):
     @model_validator(mode="after")
     def _consistent(self) -> StudySpec:
         self.deciding_site  # noqa: B018 - raises where it can't be told
-<<<<<<< HEAD
         if self.probe.asked and self.compute.shards > 1:
             raise ValueError(
                 "a probe reads the whole model on one machine, and --shards gives each machine a part of the corpus: leave one "
                 "of them out; `outliers probe STUDY` probes the study once it is done"
-=======
+            )
         if self.formats.formats and self.compute.shards > 1:
             raise ValueError(
                 f"--formats needs the range of the whole corpus, and each of {self.compute.shards} --shards sees a part of it: "
                 "leave one of them out"
->>>>>>> 79b4d58cd5b3334ea0aafb4ebc5dd95f3d043b29
             )
         return self
 

@@ -34,7 +34,6 @@ from outliers.results.schema.layers import (
     Perplexity,
     Sweep,
 )
-<<<<<<< HEAD
 from outliers.results.schema.probes import (
     SENSITIVITY_SCHEMA,
     Change,
@@ -44,14 +43,13 @@ from outliers.results.schema.probes import (
     Reference,
     SensitivityRecord,
     SuperWeight,
-=======
+)
 from outliers.results.schema.quantization import (
     QUANTIZATION_NULLABLE,
     QUANTIZATION_SCHEMA,
     RANGES,
     QuantizationBlock,
     QuantizationRecord,
->>>>>>> 79b4d58cd5b3334ea0aafb4ebc5dd95f3d043b29
 )
 from outliers.results.schema.summary import StudySummary
 from outliers.results.schema.tokens import (
@@ -69,16 +67,13 @@ __all__ = [
     "MAX_MAGNITUDES",
     "MOMENT_COLUMNS",
     "NULLABLE_COLUMNS",
-<<<<<<< HEAD
+    "QUANTIZATION_NULLABLE",
+    "QUANTIZATION_SCHEMA",
+    "RANGES",
     "SENSITIVITY_SCHEMA",
     "Advice",
     "Cause",
     "Change",
-=======
-    "QUANTIZATION_NULLABLE",
-    "QUANTIZATION_SCHEMA",
-    "RANGES",
->>>>>>> 79b4d58cd5b3334ea0aafb4ebc5dd95f3d043b29
     "CorpusBlock",
     "CriteriaBlock",
     "DeviationLadder",
@@ -99,12 +94,9 @@ __all__ = [
     "Perplexity",
     "Place",
     "Positions",
-<<<<<<< HEAD
     "Probes",
-=======
     "QuantizationBlock",
     "QuantizationRecord",
->>>>>>> 79b4d58cd5b3334ea0aafb4ebc5dd95f3d043b29
     "Readings",
     "Reference",
     "Repair",
