@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from outliers.errors import CaptureError, CorruptCapture, DamagedResults
+from outliers.errors import BadInput, CaptureError, CorruptCapture, DamagedResults
 from outliers.events.stream import Reporter
 from outliers.files.sealed import write_sealed
 from outliers.study.prepare import Prepared
@@ -40,14 +40,28 @@ def run_analyze(
     sequences: range | None = None,
     executor: str | None = None,
 ) -> dict[str, Any]:
-    """Summarize the capture, or some sequences of it; the private summary stays next to it."""
+    """Summarize the capture, or some sequences of it, and measure the errors of the study's number formats.
+
+    The private summary stays next to the capture. Raises BadInput for formats of some sequences alone.
+    """
     from outliers.counting.analyze import analyze
     from outliers.counting.executors import open_executor
 
+    formats = prepared.spec.formats.formats
+    if formats and sequences is not None:
+        raise BadInput(
+            "--formats needs the range of the whole corpus, and --sequences counts a part of it: leave one of them out"
+        )
     began = time.monotonic()
     chosen = executor or prepared.spec.compute.executor
+    folder = workspace.summary(prepared.capture_id, prepared.study_id)
     with open_executor(chosen) as (who, workers):
-        folder = analyze(prepared, workspace, reporter, sequences=sequences, executor=who, workers=workers)
+        if not (formats and _is_counted(prepared, workspace)):
+            folder = analyze(prepared, workspace, reporter, sequences=sequences, executor=who, workers=workers)
+    if formats:
+        from outliers.quantization.measure import measure_formats
+
+        measure_formats(prepared, workspace, reporter, workers=workers if who is None else None)
     result = {
         "seconds": round(time.monotonic() - began, 3),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -55,6 +69,17 @@ def run_analyze(
     }
     write_sealed(folder / "analysis.json", result)
     return result
+
+
+def _is_counted(prepared: Prepared, workspace: Workspace) -> bool:
+    """Whether a run was ended between counting and the errors of formats: the counts are whole, the errors are missing."""
+    from outliers.counting.summary_files import has_summary, read_summary
+    from outliers.results.format_errors import has_errors
+
+    folder = workspace.summary(prepared.capture_id, prepared.study_id)
+    if not has_summary(folder) or has_errors(folder):
+        return False
+    return bool(read_summary(folder).sequences.size == prepared.corpus.num_sequences)
 
 
 def peak_rss_bytes() -> int:
@@ -100,11 +125,13 @@ def run_verify(prepared: Prepared, workspace: Workspace, reporter: Reporter, *, 
 def run_state(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
     """What of the study is here and finished: checked, not believed. A repaired capture's results are to be made again."""
     from outliers.counting.summary_files import has_summary
+    from outliers.results.format_errors import has_errors
     from outliers.store.repair import is_repaired
 
+    private = workspace.summary(prepared.capture_id, prepared.study_id)
     return {
         "capture": capture_exists(prepared, workspace),
-        "summary": has_summary(workspace.summary(prepared.capture_id, prepared.study_id)),
+        "summary": has_summary(private) and (not prepared.spec.formats.formats or has_errors(private)),
         "results": not is_repaired(workspace, prepared.capture_id) and _results_exist(prepared, workspace),
     }
 

@@ -35,30 +35,36 @@ def show_command(workspace: Workspace, arguments: argparse.Namespace, console: C
     found = read_run(arguments.run, workspace)
     rows = chosen_rows(found.table, found.summary, arguments)
     if arguments.json:
-        print(json.dumps({"summary": found.summary, "label": found.label, "features": rows}))
+        more = {} if found.formats is None else {"quantization": found.formats.to_pylist()}
+        print(json.dumps({"summary": found.summary, "label": found.label, "features": rows} | more))
         return
-    _show(console, found, rows, arguments)
+    if arguments.formats:
+        _show_formats(console, found, arguments)
+    else:
+        _show(console, found, rows, arguments)
 
 
 class Run(NamedTuple):
-    """A finished study: the content of summary.json, the table features.parquet, and its label."""
+    """A finished study: the content of summary.json, the table features.parquet, its label, and the table quantization.parquet,
+    None where no format was measured."""
 
     summary: dict[str, Any]
     table: Any
     label: str | None
+    formats: Any = None
 
 
 def read_run(name: str | None, workspace: Workspace) -> Run:
     """A study from wherever it is; of no name, the newest of the workspace.
 
-    Of a published study the manifest and two files are read and no other. Raises BadInput, PublishRefused.
+    Of a published study the manifest and its tables are read and no other file. Raises BadInput, PublishRefused.
     """
     import pyarrow as pa
 
     from outliers.errors import BadInput
     from outliers.files.parquet import read_parquet
-    from outliers.publish.allowlist import FEATURES, SUMMARY
-    from outliers.publish.contents import NotAllowedError, check_features, check_summary
+    from outliers.publish.allowlist import FEATURES, QUANTIZATION, SUMMARY
+    from outliers.publish.contents import NotAllowedError, check_features, check_quantization, check_summary
     from outliers.publish.shelf import read_study
 
     names = (SUMMARY, FEATURES)
@@ -76,7 +82,13 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         summary = check_summary(files[SUMMARY])
         name = FEATURES
         check_features(files[FEATURES], summary)
-        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest))
+        name = QUANTIZATION
+        if url is not None and summary.quantization is not None:
+            files |= read_study(url, (QUANTIZATION,)).files
+        errors = files.get(QUANTIZATION)
+        check_quantization(errors, summary)
+        formats = None if errors is None else read_parquet(errors)
+        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest), formats)
     except NotAllowedError as error:
         raise BadInput(
             f"{place} is not a study that this program reads: {name} {error}. A newer one may have written it: update "
@@ -229,6 +241,21 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
     if len(rows) > ROWS:
         console.print(f"and {len(rows) - ROWS:,} more rows (--feature, --site, --layer choose; --json has all)")
     for text in summary["notes"]:
+        line(console, "note", text, style="dim")
+
+
+def _show_formats(console: Console, run: Run, arguments: argparse.Namespace) -> None:
+    from flows.cli.run_formats import format_lines, format_table
+    from outliers.errors import BadInput
+
+    if run.formats is None:
+        raise BadInput(
+            f"the study {run.summary['study_id']} has no number formats: run it with --formats int8_token,nvfp4, "
+            "which is a study of its own from the same capture"
+        )
+    lines = format_lines(run.formats.to_pylist(), arguments.site, arguments.layer)
+    console.print(format_table(lines, run.summary["quantization"]))
+    for text in run.summary["notes"]:
         line(console, "note", text, style="dim")
 
 

@@ -60,6 +60,9 @@ def add_runs_parsers(verbs: Any) -> None:
     show.add_argument("--feature", type=int, metavar="N", help="this feature, layer by layer")
     show.add_argument("--site", metavar="SITE", help="rows of this site alone: attn_in, mlp_in, o_in, resid, block")
     show.add_argument("--layer", type=int, metavar="N", help="rows of this layer alone")
+    show.add_argument(
+        "--formats", action="store_true", help="the errors of number formats: over all layers, and in the worst one"
+    )
     add_common_options(show)
 
 

@@ -24,6 +24,7 @@ from outliers.untrusted.strict_json import strict_json
 from outliers.workspace import Workspace, open_workspace
 
 NUMBERS = ("summary.json", "tokens.json", "features.parquet")
+QUANTIZATION = "quantization.parquet"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ class Study:
                 warnings.warn(note, stacklevel=2)
         return framed(pq.read_table(io.BytesIO(self._files["features.parquet"])), frame)
 
+    def quantization(self, frame: Kind = "pandas") -> Any:
+        """quantization.parquet: a row for each site, layer and number format. Raises BadInput for a study without `--formats`."""
+        import pyarrow.parquet as pq
+
+        if QUANTIZATION not in self._files:
+            raise BadInput(
+                f"{self.place} has no {QUANTIZATION}: run the study with --formats, such as int8_token,nvfp4"
+            )
+        return framed(pq.read_table(io.BytesIO(self._files[QUANTIZATION])), frame)
+
     def systematic(self, frame: Kind = "pandas") -> Any:
         """A row for each systematic outlier feature, largest magnitude first; empty where there are none."""
         import pyarrow as pa
@@ -98,14 +109,18 @@ def open_study(study: str | os.PathLike[str], workspace: str | os.PathLike[str] 
     named = os.fspath(study)
     if "://" in named:
         found = read_study(named, NUMBERS)
-        return Study(found.url, found.manifest, found.files)
+        files = dict(found.files)
+        if QUANTIZATION in {file["path"] for file in found.manifest["files"]}:
+            files |= read_study(named, (QUANTIZATION,)).files
+        return Study(found.url, found.manifest, files)
     folder = Path(named).expanduser()
     if os.sep not in named:
         folder = _folder_of(named, open_workspace(None if workspace is None else os.fspath(workspace)))
     finished = read_finished(folder)
     if finished is None:
         raise BadInput(f"{folder} holds no finished study: it has no manifest.json; run the study to its end")
-    return Study(str(folder), finished.manifest, {name: finished.files[name] for name in NUMBERS})
+    kept = (*NUMBERS, QUANTIZATION)
+    return Study(str(folder), finished.manifest, {name: data for name, data in finished.files.items() if name in kept})
 
 
 def _folder_of(study_id: str, workspace: Workspace) -> Path:

@@ -99,7 +99,7 @@ def analyze(
     folder = workspace.capture(prepared.capture_id)
     layout = layout_of_capture(folder)
     wanted = range(layout.num_sequences) if sequences is None else sequences
-    done = {line["sequence"] for line in _lines(folder, wanted).values()}
+    done = {line["sequence"] for line in journal_lines(folder, wanted).values()}
     if len(done) < len(wanted):
         raise CaptureError(f"{folder} has {len(done)} of {len(wanted)} sequences: extract again to finish it")
     corpus = load_corpus(prepared.corpus, workspace)
@@ -136,7 +136,7 @@ def layout_of_capture(folder: Path) -> Layout:
     return layout_from(fingerprint)
 
 
-def _lines(folder: Path, wanted: Iterable[int]) -> dict[int, dict[str, Any]]:
+def journal_lines(folder: Path, wanted: Iterable[int]) -> dict[int, dict[str, Any]]:
     """Journal lines of the wanted sequences, with checksums as arrays: lists take twenty times the memory."""
     asked = frozenset(wanted)
 
@@ -246,7 +246,7 @@ def _spread(whole: WorkItem, executor: Executor, workers: int, progress: Callabl
     shutil.rmtree(whole.target / "parts")
     if undecided(total):
         layout = layout_of_capture(whole.folder)
-        files, lines = ChunkFiles(whole.folder, layout), _lines(whole.folder, whole.sequences)
+        files, lines = ChunkFiles(whole.folder, layout), journal_lines(whole.folder, whole.sequences)
         look_again(total, files, layout, lines, whole.lengths.tolist(), workers)
     return total
 
@@ -307,7 +307,7 @@ class _Reader:
     def __init__(self, item: WorkItem, layout: Layout, workers: int) -> None:
         self.item, self.layout = item, layout
         self.files = ChunkFiles(item.folder, layout)
-        self.lines = _lines(item.folder, item.sequences)
+        self.lines = journal_lines(item.folder, item.sequences)
         widest = max(layout.widths.values()) * layout.itemsize
         self.rows = max(4, TILE_BYTES // widest // 4 * 4)
         self._chunks = sum(layout.chunks_of(int(length)) for length in item.lengths)

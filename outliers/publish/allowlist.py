@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,23 @@ from outliers.publish import contents, runlog
 MAX_FILE_BYTES = 8_000_000
 MAX_STUDY_BYTES = 16_000_000
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
+QUANTIZATION = "quantization.parquet"
 REPORT, LOG, MANIFEST = "report.html", "run.log", "manifest.json"
+ADVICE = "advice.json"
+"""Of a probe, beside its own manifest (`publish.probes`)."""
 NUMBERS = (SUMMARY, TOKENS, FEATURES)
 """The files that a machine makes and a study must have."""
+OPTIONAL = (QUANTIZATION,)
+"""Numbers of studies that ask for them: the errors of number formats."""
 
-_NAMES = frozenset({SUMMARY, TOKENS, FEATURES, REPORT, LOG, MANIFEST})
+_NAMES = frozenset({*NUMBERS, *OPTIONAL, REPORT, LOG, MANIFEST})
 _PLOT = re.compile(r"plots/[a-z0-9_-]{1,100}\.png")
 _REMEDY = "take it out of the results folder, or write the study's results again"
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """The three files of a study, checked: their bytes by name, and both JSON files parsed."""
+    """The numbers of a study, checked: their bytes by name, and both JSON files parsed."""
 
     files: Mapping[str, bytes] = field(repr=False)
     summary: dict[str, Any] = field(repr=False)
@@ -46,11 +51,21 @@ def allowed_name(path: str) -> bool:
     return path in _NAMES or _PLOT.fullmatch(path) is not None
 
 
+def number_names(present: Collection[str]) -> tuple[str, ...]:
+    """Names of a study's numbers: those that each has, and of the optional ones those among `present`."""
+    return (*NUMBERS, *(name for name in OPTIONAL if name in present))
+
+
+def numbers_in(folder: Path) -> tuple[str, ...]:
+    """`number_names` of the files in a folder."""
+    return number_names([name for name in OPTIONAL if os.path.lexists(folder / name)])
+
+
 def check_numbers(files: Mapping[str, bytes]) -> Numbers:
-    """The three files of a study from their bytes. ForbiddenFile for the first that is not what its name says."""
-    path = SUMMARY
+    """The numbers of a study from their bytes. ForbiddenFile for the first that is not what its name says."""
+    path, names = SUMMARY, number_names(files)
     try:
-        for path in NUMBERS:
+        for path in names:
             if len(files[path]) > MAX_FILE_BYTES:
                 raise _forbidden(path, f"has {len(files[path]):,} bytes, at most {MAX_FILE_BYTES:,} are published")
         path = SUMMARY
@@ -59,9 +74,11 @@ def check_numbers(files: Mapping[str, bytes]) -> Numbers:
         contents.check_tokens(files[TOKENS], summary)
         path = FEATURES
         contents.check_features(files[FEATURES], summary)
+        path = QUANTIZATION
+        contents.check_quantization(files.get(QUANTIZATION), summary)
     except contents.NotAllowedError as error:
         raise _forbidden(path, str(error)) from error
-    kept = {name: bytes(files[name]) for name in NUMBERS}
+    kept = {name: bytes(files[name]) for name in names}
     return Numbers(kept, json.loads(kept[SUMMARY]), json.loads(kept[TOKENS]))
 
 
@@ -70,7 +87,7 @@ def read_numbers(folder: Path) -> Numbers:
     for name in NUMBERS:
         if not os.path.lexists(folder / name):
             raise PublishRefused(f"{folder} has no {name}: not a finished study; analyze the capture again")
-    return check_numbers({name: read_regular(folder, name) for name in NUMBERS})
+    return check_numbers({name: read_regular(folder, name) for name in numbers_in(folder)})
 
 
 def read_log(folder: Path) -> bytes | None:

@@ -15,6 +15,10 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from outliers.files.parquet import open_parquet
+from outliers.publish.format_contents import check_quantization as check_quantization
+from outliers.publish.parquet_contents import MAX_ROWS as MAX_ROWS
+from outliers.publish.parquet_contents import NotAllowedError as NotAllowedError
+from outliers.publish.parquet_contents import check_columns, check_extras, check_nulls
 from outliers.results.intervals import SHARE_SPANS
 from outliers.results.schema import (
     EARLIER_FEATURES_SCHEMA,
@@ -33,21 +37,11 @@ from outliers.results.schema.fields import check_unique
 from outliers.spec import BLOCK
 
 MAX_LOG_BYTES = 1_000_000
-MAX_PARQUET_EXTRA_BYTES = 65_536
-"""Page indexes, magic numbers and the like; what lies in a Parquet file beyond its columns and its footer."""
-MAX_PARQUET_METADATA_BYTES = 65_536
-MAX_PARQUET_PLAIN_BYTES = 256_000_000
-MAX_ROWS = 300_000
-"""More than `tables` publishes of the widest model: a few bytes of a packed column can stand for any number of rows."""
 
 _NOT_TEXT = re.compile(r"[^\t\n\r\x1b\x20-\x7e\x80-\U0010ffff]|[\x80-\x84\x86-\x9f]")
 _ENCODED = re.compile(r"[A-Za-z0-9+/=_-]{4096,}")
 
 _Model = TypeVar("_Model", bound=BaseModel)
-
-
-class NotAllowedError(Exception):
-    """Why the bytes may not be published, as a phrase that follows the file's name."""
 
 
 def check_summary(data: bytes) -> StudySummary:
@@ -94,49 +88,18 @@ def check_features(data: bytes, summary: StudySummary) -> None:
     """features.parquet: exactly FEATURES_SCHEMA, at most one row a (site, layer, feature) of `summary`'s model."""
     try:
         file = open_parquet(data)
-        columns = {field.name: str(field.type) for field in file.schema_arrow}
-        known = (FEATURES_SCHEMA.names, EARLIER_FEATURES_SCHEMA.names)
-        if list(columns) not in known or len(columns) != len(file.schema_arrow):
-            raise NotAllowedError(f"has the columns {list(columns)[:20]}, not {FEATURES_SCHEMA.names}")
-        for name, kind in columns.items():
-            if not _same_type(file.schema_arrow.field(name).type, FEATURES_SCHEMA.field(name).type):
-                raise NotAllowedError(f"has {kind} in the column {name}, not {FEATURES_SCHEMA.field(name).type}")
+        check_columns(file.schema_arrow, FEATURES_SCHEMA, (FEATURES_SCHEMA.names, EARLIER_FEATURES_SCHEMA.names))
         most_rows = min(summary.max_rows, MAX_ROWS)
         if file.metadata.num_rows > most_rows:
             raise NotAllowedError(f"has {file.metadata.num_rows:,} rows, its model can have {most_rows:,}")
-        _check_extras(file.metadata, len(data))
+        check_extras(file.metadata, len(data), MAX_MAGNITUDES)
         _check_rows(file.read(use_threads=False), summary)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise NotAllowedError(f"is not readable Parquet: {str(error)[:200]}") from error
 
 
-def _same_type(found: Any, wanted: Any) -> bool:
-    if pa.types.is_list(wanted):
-        return bool(pa.types.is_list(found) and found.value_type == wanted.value_type)
-    return bool(found == wanted)
-
-
-def _check_extras(metadata: Any, size: int) -> None:
-    """Refuses bytes that belong to no column: between the pages, before them, or as metadata."""
-    held = sum(len(key) + len(value) for key, value in (metadata.metadata or {}).items())
-    if held > MAX_PARQUET_METADATA_BYTES:
-        raise NotAllowedError(f"holds {held:,} bytes of metadata, at most {MAX_PARQUET_METADATA_BYTES:,} are published")
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    columns = [group.column(n) for group in groups for n in range(group.num_columns)]
-    most = max((column.num_values for column in columns), default=0)
-    if most > metadata.num_rows * MAX_MAGNITUDES:
-        raise NotAllowedError(f"holds {most:,} values in a column of {metadata.num_rows:,} rows")
-    if (plain := sum(column.total_uncompressed_size for column in columns)) > MAX_PARQUET_PLAIN_BYTES:
-        raise NotAllowedError(f"unpacks to {plain:,} bytes, at most {MAX_PARQUET_PLAIN_BYTES:,} are read")
-    extra = size - metadata.serialized_size - sum(column.total_compressed_size for column in columns)
-    if extra > MAX_PARQUET_EXTRA_BYTES:
-        raise NotAllowedError(f"holds {extra:,} bytes outside of its columns, at most {MAX_PARQUET_EXTRA_BYTES:,}")
-
-
 def _check_rows(table: Any, summary: StudySummary) -> None:
-    for name in table.column_names:
-        if name not in NULLABLE_COLUMNS and table[name].null_count:
-            raise NotAllowedError(f"has {table[name].null_count:,} nulls in the column {name}; none are allowed")
+    check_nulls(table, NULLABLE_COLUMNS)
     if not table.num_rows:
         return
     known = set(summary.readings)
@@ -190,7 +153,7 @@ def check_sensitivity(data: bytes, probes: Probes) -> list[dict[str, Any]]:
             raise NotAllowedError(f"has the columns {list(columns)[:20]}, not {SENSITIVITY_SCHEMA.names}")
         if file.metadata.num_rows > MAX_ROWS:
             raise NotAllowedError(f"has {file.metadata.num_rows:,} rows, at most {MAX_ROWS:,} are published")
-        _check_extras(file.metadata, len(data))
+        check_extras(file.metadata, len(data))
         rows: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()
         for row in rows:
             SensitivityRecord.model_validate(row)

@@ -22,8 +22,15 @@ from outliers.errors import PublishRefused
 from outliers.files.atomic import write_atomic
 from outliers.files.beneath import read_beneath
 from outliers.files.parquet import read_parquet
-from outliers.publish.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, SUMMARY, TOKENS
-from outliers.results.schema import FEATURES_SCHEMA, MOMENT_COLUMNS, NULLABLE_COLUMNS, first_error
+from outliers.publish.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, QUANTIZATION, SUMMARY, TOKENS, numbers_in
+from outliers.results.schema import (
+    FEATURES_SCHEMA,
+    MOMENT_COLUMNS,
+    NULLABLE_COLUMNS,
+    QUANTIZATION_NULLABLE,
+    QUANTIZATION_SCHEMA,
+    first_error,
+)
 from outliers.spec import digest
 from outliers.untrusted.strict_json import strict_json
 
@@ -81,17 +88,17 @@ def results_digest(results: Path) -> str:
     """sha256 (hex) of a study's numbers: equal for equal results, whatever wrote the files.
 
     Covers summary.json and tokens.json as parsed, and the integer and selection columns of features.parquet in row
-    order; not the moments, which agree to 1e-12 only. Raises PublishRefused where a file is missing or unreadable.
+    order; not the moments, which agree to 1e-12 only. quantization.parquet, where there is one, counts whole: its sums do not
+    depend on the number of threads. Raises PublishRefused where a file is missing or unreadable.
     """
     try:
-        names = (SUMMARY, TOKENS, FEATURES)
-        return digest_of({name: read_beneath(results, name, MAX_FILE_BYTES) for name in names})
+        return digest_of({name: read_beneath(results, name, MAX_FILE_BYTES) for name in numbers_in(results)})
     except OSError as error:
         raise PublishRefused(f"{error.filename} can't be read: {error.strerror}; analyze the capture again") from error
 
 
 def digest_of(contents: Mapping[str, bytes]) -> str:
-    """`results_digest` from the bytes of the three files, by name."""
+    """`results_digest` from the bytes of the numbers, by name."""
     payload: dict[str, Any] = {}
     for name in (SUMMARY, TOKENS):
         try:
@@ -104,7 +111,18 @@ def digest_of(contents: Mapping[str, bytes]) -> str:
         payload[FEATURES] = [table.num_rows, *([name, _column_digest(name, table[name])] for name in kept)]
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise PublishRefused(f"{FEATURES} is not a table of features: {error}; analyze the capture again") from error
+    if QUANTIZATION in contents:
+        payload[QUANTIZATION] = _quantization_digest(contents[QUANTIZATION])
     return digest(payload)
+
+
+def _quantization_digest(data: bytes) -> list[Any]:
+    try:
+        table = read_parquet(data)
+        names = QUANTIZATION_SCHEMA.names
+        return [table.num_rows, *([name, _column_digest(name, table[name])] for name in names)]
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise PublishRefused(f"{QUANTIZATION} is not a table of errors: {error}; analyze the capture again") from error
 
 
 def _column_digest(name: str, column: Any) -> str:
@@ -112,7 +130,7 @@ def _column_digest(name: str, column: Any) -> str:
     flat = column.combine_chunks()
     hasher = hashlib.sha256()
     if column.null_count:
-        if name not in NULLABLE_COLUMNS:
+        if name not in (*NULLABLE_COLUMNS, *QUANTIZATION_NULLABLE):
             raise ValueError(f"the column {name} has nulls")
         # which rows have no value, then the others' values
         hasher.update(np.packbits(flat.is_null().to_numpy(zero_copy_only=False)).tobytes())

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from outliers.counting.summary_files import has_summary
 from outliers.errors import DamagedResults, OutliersError, WorkspaceError
 from outliers.events.stream import Lines
-from outliers.publish.allowlist import NUMBERS
+from outliers.publish.allowlist import NUMBERS, OPTIONAL
 from outliers.publish.finished import Finished, read_finished
 from outliers.publish.probes import PAGE, find_probe, read_probe
 from outliers.publish.publish import fetch, model_slug, published_manifest
@@ -109,7 +109,8 @@ def find_outcome(prepared: Prepared, workspace: Workspace) -> Outcome | None:
 
 def _essence(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest without what is rendered: other versions of matplotlib draw the same pictures in other bytes."""
-    return manifest | {"folder": None, "files": [file for file in manifest["files"] if file["path"] in NUMBERS]}
+    numbers = (*NUMBERS, *OPTIONAL)
+    return manifest | {"folder": None, "files": [file for file in manifest["files"] if file["path"] in numbers]}
 
 
 def find_finished(prepared: Prepared, workspace: Workspace) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from outliers.files.atomic import write_atomic
 from outliers.files.beneath import read_beneath
 from outliers.locks import locked
 from outliers.machines.base import Machine
-from outliers.publish.allowlist import MANIFEST, MAX_FILE_BYTES, read_regular
+from outliers.publish.allowlist import ADVICE, MANIFEST, MAX_FILE_BYTES, read_regular
 from outliers.publish.contents import NotAllowedError, check_probes, check_sensitivity
 from outliers.publish.stores.open import opened
 from outliers.results.schema import Advice, Probes, first_error
@@ -40,7 +40,7 @@ from outliers.study.probes import PROBE_NUMBERS, PROBES, SENSITIVITY, placed_pro
 from outliers.untrusted.strict_json import strict_json
 from outliers.workspace import Workspace
 
-ADVICE, PAGE = "advice.json", "probe.html"
+PAGE = "probe.html"
 FILES = (*PROBE_NUMBERS, ADVICE, PAGE)
 MAX_MANIFEST_BYTES = 16_000
 POLL_SECONDS = 0.1

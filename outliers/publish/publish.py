@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from outliers.errors import AccessDenied, BadInput, DigestConflict, ForbiddenFile, PublishRefused, StoreUnavailable
-from outliers.publish.allowlist import MANIFEST, NUMBERS, allowed_name, check_numbers
+from outliers.publish.allowlist import MANIFEST, NUMBERS, allowed_name, check_numbers, number_names
 from outliers.publish.manifest import MAX_MANIFEST_BYTES, dump_manifest, parse_manifest, slug_safe
 from outliers.publish.publishable import Publishable, is_written, make_publishable, read_publishable, write_publishable
 from outliers.publish.stores.base import Store
@@ -125,7 +125,7 @@ def fetch(target: str, model_slug: str, study_id: str, into: Path) -> dict[str, 
             raise PublishRefused(
                 f"the manifest of {store.url}/{place} names no {missing[0]}; remove it and publish again"
             )
-        files = {name: _object(store, f"{place}/{manifest['folder']}", named[name]) for name in NUMBERS}
+        files = {name: _object(store, f"{place}/{manifest['folder']}", named[name]) for name in number_names(named)}
         try:
             study = make_publishable(check_numbers(files), spec=manifest["spec"], provenance=manifest["provenance"])
         except ForbiddenFile as error:

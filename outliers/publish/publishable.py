@@ -21,6 +21,7 @@ from outliers.publish.allowlist import (
     MAX_FILE_BYTES,
     MAX_STUDY_BYTES,
     NUMBERS,
+    OPTIONAL,
     REPORT,
     Numbers,
     check_listing,
@@ -75,7 +76,7 @@ def render_files(numbers: Numbers, provenance: Mapping[str, Any]) -> dict[str, b
     from outliers.report.report import make_page
 
     try:
-        plots = _plots(*(numbers.files[name] for name in NUMBERS))
+        plots = _plots(*(numbers.files.get(name) for name in (*NUMBERS, *OPTIONAL)))
         page = make_page(numbers.files, plots, provenance)
     except _BAD_NUMBERS as error:
         raise ForbiddenFile(
@@ -85,10 +86,11 @@ def render_files(numbers: Numbers, provenance: Mapping[str, Any]) -> dict[str, b
 
 
 @functools.lru_cache(maxsize=KEPT_PLOTS)
-def _plots(summary: bytes, tokens: bytes, features: bytes) -> tuple[Plot, ...]:
+def _plots(*files: bytes | None) -> tuple[Plot, ...]:
     from outliers.report.report import make_plots
 
-    return make_plots(dict(zip(NUMBERS, (summary, tokens, features), strict=True)))
+    named = zip((*NUMBERS, *OPTIONAL), files, strict=True)
+    return make_plots({name: data for name, data in named if data is not None})
 
 
 def read_publishable(folder: Path) -> Publishable:

@@ -2,7 +2,7 @@
 
 Each of the few known files is asked for by its name and read as a regular file of limited size. It must pass its schema; the
 study, model, corpus and criteria in it must be those that were asked for, and every text of the corpus the one that this
-side's own corpus has there. Then the three files are written anew from their values, so that no byte of the machine's own
+side's own corpus has there. Then the files are written anew from their values, so that no byte of the machine's own
 is kept.
 """
 
@@ -20,10 +20,13 @@ from outliers.publish.allowlist import (
     FEATURES,
     MAX_FILE_BYTES,
     NUMBERS,
+    OPTIONAL,
+    QUANTIZATION,
     SUMMARY,
     TOKENS,
     Numbers,
     check_numbers,
+    number_names,
     read_regular,
 )
 from outliers.publish.manifest import digest_of
@@ -33,7 +36,7 @@ from outliers.untrusted.visible import visible_line
 from outliers.workspace import Workspace
 
 MAX_PROVENANCE_BYTES = 128_000
-MAX_BYTES = len(NUMBERS) * MAX_FILE_BYTES + MAX_PROVENANCE_BYTES
+MAX_BYTES = (len(NUMBERS) + len(OPTIONAL)) * MAX_FILE_BYTES + MAX_PROVENANCE_BYTES
 MAX_PROVENANCE_ITEMS = 4_000
 MAX_PROVENANCE_TEXT = 400
 
@@ -48,10 +51,11 @@ def receive_study(
     """
     place = f"captures/{prepared.capture_id}/summaries/{prepared.study_id}/{MADE}"
     with tempfile.TemporaryDirectory() as made:
-        aside, names = Path(made) / MADE, (*NUMBERS, PROVENANCE)
+        aside, numbered = Path(made) / MADE, number_names(asked_of(prepared))
+        names = (*numbered, PROVENANCE)
         try:
             machine.download(place, aside, max_bytes=MAX_BYTES, max_files=len(names), names=names)
-            numbers = check_received({name: read_regular(aside, name) for name in NUMBERS}, prepared, workspace)
+            numbers = check_received({name: read_regular(aside, name) for name in numbered}, prepared, workspace)
             known = read_provenance(read_regular(aside, PROVENANCE, MAX_PROVENANCE_BYTES))
         except (BadInput, PublishRefused, ValueError) as error:
             raise JobFailed(
@@ -68,6 +72,11 @@ def receive_study(
     return placed
 
 
+def asked_of(prepared: Prepared) -> tuple[str, ...]:
+    """The optional numbers that a study asks for."""
+    return (QUANTIZATION,) if prepared.spec.formats.formats else ()
+
+
 def check_received(files: dict[str, bytes], prepared: Prepared, workspace: Workspace) -> Numbers:
     """The numbers in `files`, written anew. ForbiddenFile where one is not what its name says, ValueError where they are of
     something else, or hold text that the corpus does not."""
@@ -80,7 +89,7 @@ def check_received(files: dict[str, bytes], prepared: Prepared, workspace: Works
 def written_anew(numbers: Numbers) -> Numbers:
     """The same values in the bytes that this program writes: no spaces, keys in order, no metadata, no padding."""
     from outliers.files.parquet import parquet_bytes, read_parquet
-    from outliers.results.schema import FEATURES_SCHEMA
+    from outliers.results.schema import FEATURES_SCHEMA, QUANTIZATION_SCHEMA
     from outliers.results.write import json_bytes
 
     table = read_parquet(numbers.files[FEATURES])
@@ -91,6 +100,9 @@ def written_anew(numbers: Numbers) -> Numbers:
         TOKENS: json_bytes(numbers.tokens),
         FEATURES: parquet_bytes(table.replace_schema_metadata(None)),
     }
+    if QUANTIZATION in numbers.files:
+        errors = read_parquet(numbers.files[QUANTIZATION]).cast(QUANTIZATION_SCHEMA)
+        files[QUANTIZATION] = parquet_bytes(errors.replace_schema_metadata(None))
     return check_numbers(files)
 
 
@@ -104,6 +116,11 @@ def _check_study(numbers: Numbers, prepared: Prepared) -> None:
         kept = {key: found.get(key) for key in value} if isinstance(value, dict) else found
         if kept != value or (name in ("model", "corpus") and found.keys() != value.keys()):
             raise ValueError(f"{SUMMARY} says {name} {str(found)[:200]}, the study asks for {str(value)[:200]}")
+    formats = (numbers.summary.get("quantization") or {}).get("formats", [])
+    if formats != list(prepared.spec.formats.formats):
+        raise ValueError(
+            f"{SUMMARY} has errors of the formats {formats}, the study asks for {prepared.spec.formats.formats}"
+        )
     if (numbers.tokens["text"], numbers.tokens["site"]) != (prepared.text, prepared.site):
         raise ValueError(f"{TOKENS} says text {numbers.tokens['text']} at {numbers.tokens['site']}")
 

@@ -1,6 +1,7 @@
 """A finished summary -> numbers, where it was counted; numbers -> the results folder, on the control side.
 
-    <capture>/summaries/<study_id>/numbers/    what a machine gives: summary.json, tokens.json, features.parquet, provenance.json
+    <capture>/summaries/<study_id>/numbers/    what a machine gives: summary.json, tokens.json, features.parquet,
+                                               provenance.json; with --formats quantization.parquet
     <capture>/summaries/<study_id>.json        results_digest of the study as it was first reported
 
 A machine writes numbers and renders nothing. The page, the pictures and the manifest are made of checked numbers on the side
@@ -26,7 +27,7 @@ from outliers.events.stream import Reporter
 from outliers.files.atomic import NO_ROOM, write_atomic
 from outliers.files.sealed import check_folder, drop_folder, read_sealed, seal_folder, write_sealed
 from outliers.locks import locked
-from outliers.publish.allowlist import NUMBERS, Numbers, read_numbers, read_regular
+from outliers.publish.allowlist import Numbers, numbers_in, read_numbers, read_regular
 from outliers.publish.finished import read_finished
 from outliers.publish.manifest import digest_of
 from outliers.publish.publishable import Publishable, make_publishable, read_publishable, write_publishable
@@ -109,7 +110,7 @@ def has_numbers(prepared: Prepared, workspace: Workspace) -> bool:
     if not check_folder(folder):
         return False
     try:
-        digest = digest_of({name: read_regular(folder, name) for name in NUMBERS})
+        digest = digest_of({name: read_regular(folder, name) for name in numbers_in(folder)})
     except PublishRefused:
         return False
     return known_digest(prepared, workspace) == digest
@@ -165,7 +166,7 @@ def _write_numbers(prepared: Prepared, workspace: Workspace, reporter: Reporter)
     shutil.rmtree(draft, ignore_errors=True)
     write_results(prepared, workspace, draft)
     write_atomic(draft / PROVENANCE, json.dumps(provenance(prepared, workspace), sort_keys=True).encode())
-    digest = digest_of({name: read_regular(draft, name) for name in NUMBERS})
+    digest = digest_of({name: read_regular(draft, name) for name in numbers_in(draft)})
     _compare(prepared, workspace, digest, reporter)
     seal_folder(draft)
     drop_folder(made)

@@ -56,6 +56,33 @@ def ends(counts: NDArray[np.int64], wholes: NDArray[np.int64]) -> tuple[float, f
     return _around(share, _share(middle - half), _share(middle + half))
 
 
+def ratio_ends(parts: NDArray[np.float64], wholes: NDArray[np.float64]) -> tuple[float, float] | None:
+    """The two ends of sum(parts) / sum(wholes), a ratio that no bound holds from above; `share_span` says what they are.
+
+    parts, wholes: (sequence,) float64, not negative, of at least two sequences; where a whole is 0, its part is too. It is
+    `ends` on the scale of the logarithm. None where the wholes are 0.
+    """
+    part, whole = math.fsum(parts.tolist()), math.fsum(wholes.tolist())
+    if not whole:
+        return None
+    size, ratio = parts.size, part / whole
+    if size < FEWEST_SEQUENCES:
+        ratios = parts[wholes > 0] / wholes[wholes > 0]
+        return _about(ratio, float(ratios.min()), float(ratios.max()))
+    if not part:
+        return 0.0, 0.0
+    # in units of the whole, so that neither the squares of large sums nor those of small ones leave float64
+    residuals = (parts - ratio * wholes) / whole
+    error = math.sqrt(size / (size - 1) * math.fsum((residuals**2).tolist())) / ratio
+    half = min(700.0, student_quantile(size - 1) * error)
+    return _about(ratio, ratio * math.exp(-half), ratio * math.exp(half))
+
+
+def _about(ratio: float, low: float, high: float) -> tuple[float, float]:
+    """Ends rounded to DIGITS significant digits, with the ratio between them."""
+    return min(ratio, float(f"{low:.{DIGITS - 1}e}")), max(ratio, float(f"{high:.{DIGITS - 1}e}"))
+
+
 def _around(share: float, low: float, high: float) -> tuple[float, float]:
     """Rounded ends with the share between them."""
     return min(share, round(low, DIGITS)), max(share, round(high, DIGITS))

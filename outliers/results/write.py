@@ -1,4 +1,4 @@
-"""A Summary -> what may be published: summary.json, features.parquet, tokens.json.
+"""A Summary -> what may be published: summary.json, features.parquet, tokens.json; quantization.parquet with `--formats`.
 
 The contents hold no clock, path or host, so that two runs of one study can be compared byte for byte.
 """
@@ -21,6 +21,7 @@ from outliers.errors import CaptureError, ForbiddenFile
 from outliers.files.atomic import write_atomic
 from outliers.files.parquet import write_parquet
 from outliers.results.bootstrap import LEVEL, SEED, Intervals, bootstrap
+from outliers.results.format_errors import errors_block, errors_table, read_errors
 from outliers.results.ladders import QUANTILES, layer_rows, magnitude_bins, threshold_ladder, without_first_tokens
 from outliers.results.lists import readings_at, rules_of, shortened, sizes
 from outliers.results.notes import ROWS_LEFT_OUT, notes, perplexity_notes
@@ -54,15 +55,18 @@ class Findings:
 
 
 def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = None) -> Path:
-    """Write the three files of a study into its results folder, or into another, from its summary; returns that folder.
+    """Write the files of a study's numbers into its results folder, or into another, from its summary; returns that folder.
 
     Raises CaptureError where the summary is not of the whole corpus, ForbiddenFile for numbers or texts that the schema does
     not allow.
     """
     private = workspace.summary(prepared.capture_id, prepared.study_id)
     found, corpus = load_findings(prepared, private), load_corpus(prepared.corpus, workspace)
+    errors = read_errors(private, prepared) if prepared.spec.formats.formats else None
     try:
         content = summarize_study(prepared, found, corpus)
+        if errors is not None:
+            content.quantization = errors_block(prepared, errors)
         tokens = describe_tokens(prepared, found.summary, content, corpus)
     except ValidationError as error:
         raise ForbiddenFile(
@@ -83,6 +87,8 @@ def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = 
     write_atomic(folder / "tokens.json", json_bytes(tokens))
     write_parquet(private / "features.parquet", table)
     write_parquet(folder / "features.parquet", rows)
+    if errors is not None:
+        write_parquet(folder / "quantization.parquet", errors_table(errors))
     return folder
 
 

@@ -35,6 +35,7 @@ from outliers.spec import (
     chosen,
     digest,
 )
+from outliers.spec.formats import ROTATIONS, parse_format
 from outliers.study.layout import Layout
 from outliers.workspace import Workspace
 
@@ -90,6 +91,7 @@ def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -
     if info.quantization is not None:
         check_place(info, _place(spec))
     _check_sites(spec, info)
+    _check_formats(spec, info)
     if info.max_positions is not None and spec.corpus.sequence_length > info.max_positions:
         raise BadInput(
             f"--sequence-length {spec.corpus.sequence_length} is more than the {info.max_positions} positions that "
@@ -131,6 +133,21 @@ def _check_sites(spec: StudySpec, info: ModelInfo) -> None:
                 f"the site {site} of {info.source.name} has another width in some layers, and one array holds one width: "
                 "leave it out of --sites"
             )
+
+
+def _check_formats(spec: StudySpec, info: ModelInfo) -> None:
+    """BadInput where a rotation does not fit the features of a captured site."""
+    for name in spec.formats.formats:
+        block = parse_format(name).rotation
+        for site in spec.capture.sites:
+            width = info.anatomy.widths[site]
+            if block and width % block:
+                fits = [other for other in ROTATIONS if width % other == 0]
+                remedy = f"had{max(fits)}+ does" if fits else "no rotation does"
+                raise BadInput(
+                    f"--formats {name} rotates blocks of {block} features, and the site {site} of {info.source.name} has "
+                    f"{width}, which {block} does not divide: {remedy}; or leave the site out of --sites"
+                )
 
 
 def _check_layers(spec: StudySpec, info: ModelInfo, layers: tuple[int, ...]) -> None:

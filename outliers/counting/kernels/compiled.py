@@ -16,17 +16,25 @@ from numba import njit
 
 FILES = sorted(Path(__file__).parent.glob("*.py"))
 """The sources of the loops."""
-_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in FILES)).hexdigest()[:16]
 
 
-def compiled(function):
-    """Compile a function at its first call, which takes seconds; cache it for later processes where a folder can be written."""
-    function.__qualname__ += f"-{_DIGEST}"
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # "cannot cache function: no locator available": neither beside the program nor in a home
-        return njit(**options)(function)
+def compiler(files):
+    """A decorator that compiles a function whose loops and constants are all in `files`."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+    def compiled(function):
+        """Compile a function at its first call, which takes seconds; cache it where a folder can be written."""
+        function.__qualname__ += f"-{digest}"
+        options = {"nogil": True, "error_model": "numpy"}
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # "cannot cache function: no locator available": neither beside the program nor in a home
+            return njit(**options)(function)
+
+    return compiled
+
+
+compiled = compiler(FILES)
 
 
 def is_cached(function: Any) -> bool:

@@ -1,4 +1,5 @@
-"""The exact form of what a study gives: summary.json, tokens.json and features.parquet, each described once.
+"""The exact form of what a study gives: summary.json, tokens.json, features.parquet, quantization.parquet. Each is described
+once.
 
 The writer builds these models. The boundary of publishing validates by them, and checks that the parts of a summary agree
 (`StudySummary.check_consistent`). Readers validate by the same models with `extra="ignore"`. Arrow schemas and the tables of
@@ -43,6 +44,13 @@ from outliers.results.schema.probes import (
     SensitivityRecord,
     SuperWeight,
 )
+from outliers.results.schema.quantization import (
+    QUANTIZATION_NULLABLE,
+    QUANTIZATION_SCHEMA,
+    RANGES,
+    QuantizationBlock,
+    QuantizationRecord,
+)
 from outliers.results.schema.summary import StudySummary
 from outliers.results.schema.tokens import (
     MassiveFeature,
@@ -59,6 +67,9 @@ __all__ = [
     "MAX_MAGNITUDES",
     "MOMENT_COLUMNS",
     "NULLABLE_COLUMNS",
+    "QUANTIZATION_NULLABLE",
+    "QUANTIZATION_SCHEMA",
+    "RANGES",
     "SENSITIVITY_SCHEMA",
     "Advice",
     "Cause",
@@ -84,6 +95,8 @@ __all__ = [
     "Place",
     "Positions",
     "Probes",
+    "QuantizationBlock",
+    "QuantizationRecord",
     "Readings",
     "Reference",
     "Repair",

@@ -29,6 +29,7 @@ from outliers.results.schema.layers import (
     Perplexity,
     Sweep,
 )
+from outliers.results.schema.quantization import QuantizationBlock
 from outliers.spec import BLOCK, AnySiteName, ReadingName
 
 MassiveList = Annotated[list[MassiveRow], Field(max_length=MAX_MASSIVE)]
@@ -37,8 +38,8 @@ MassiveList = Annotated[list[MassiveRow], Field(max_length=MAX_MASSIVE)]
 class StudySummary(Strict):
     """summary.json, schema_version 1.
 
-    A field with a default is absent from studies that were made before it was counted; `perplexity` also where it was not
-    asked for.
+    A field with a default is absent from studies that were made before it was counted; `perplexity` and `quantization`
+    also where they were not asked for.
     """
 
     schema_version: Literal[1] = Field(description="1")
@@ -89,6 +90,7 @@ class StudySummary(Strict):
     quantile_levels: Annotated[list[Share], Field(max_length=MAX_QUANTILES)] = Field(
         [], description="levels of `layers[].quantiles`"
     )
+    quantization: QuantizationBlock | None = Field(None, description="only with `--formats`")
 
     def check_consistent(self) -> None:
         """Raise ValueError where parts contradict each other. The boundary of publishing calls this; a reader need not."""
