@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers.probe.changes import matched_features, random_features
+from outliers.probe.changes import Known, feature_sets, matched_features, random_features
 from outliers.probe.edits import LastPlace, Mean, Zero
 from outliers.probe.journal import ProbeJournal
 from outliers.probe.sharing import kept_layers
@@ -176,3 +176,12 @@ def test_one_weight_is_zero_for_a_block(turned):
     rows = (values.t() if turned else values).numpy()
     sizes = {(r, c): abs(abs(rows[r, c]) - abs(rows[2, 3])) for r in range(5) for c in range(7) if (r, c) != (2, 3)}
     assert nearest_weight(module, 2, 3) == min(sizes, key=lambda at: (sizes[at], at))
+
+
+def test_a_set_of_many_numbers_has_a_short_name():
+    known = Known((), np.zeros(1000))
+    names = [str(number) for number in range(100, 356)]
+    found = feature_sets(names, known, 1000, "seed")
+    assert found[0] == ("the 256 given", "asked", tuple(range(100, 356)))
+    assert found[1] == ("100", "asked", (100,)) and len(found) == 257
+    assert feature_sets(("systematic", "matched"), known, 1000, "seed") == []
