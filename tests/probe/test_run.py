@@ -26,6 +26,8 @@ from outliers.errors import BadInput, Busy, ProbeMismatch
 from outliers.locks import acquire
 from outliers.probe.prefix import prefix_ids
 from outliers.probe.run import probe
+from outliers.quantization.emulate import emulate
+from outliers.spec.formats import parse_format
 from outliers.store.journal import _line
 from outliers.study.probe_memory import probe_memory
 from outliers.study.probes import probe_folder, probe_id
@@ -34,7 +36,9 @@ from tests.support.captured import prepared
 from tests.support.probe_oracle import (
     DENSE,
     Oracle,
+    assert_same,
     made,
+    measures,
     numbers_of,
     study_of,
     zero,
@@ -299,3 +303,29 @@ def test_what_a_probe_takes_grows_with_what_it_is_asked(world):
     copies = taken(quantize=("int8_token",), weights="int8_channel").work - taken(quantize=("int8_token",)).work
     assert copies == 3 * max(info.weights.layer_bytes)
     assert base.work >= 7 * (32 * 1024 * 1024 // (8 * 260)) * 260 * 8
+
+
+def test_layers_are_computed_where_more_than_the_hidden_state_passes_between_them(workspace, llama, text, monkeypatch):
+    """A model whose last MLP uses what its first one left: no layer is left out, and the map is right."""
+    study = study_of(workspace, llama, text, {"map": "int4_token"}, capture=DENSE | {"perplexity": False})
+    extract(study, workspace, Silent())
+
+    def carrying(info, *args, **options):
+        model = load_model(info, *args, **options)
+        left = {}
+        first, last = model.model.layers[0].mlp, model.model.layers[2].mlp
+        first.register_forward_hook(lambda _m, _a, out: left.update(value=out.abs().mean()))
+        last.register_forward_hook(lambda _m, _a, out: out + left.pop("value", 0))
+        return model
+
+    monkeypatch.setattr(run, "load_model", carrying)
+    probe(study, workspace, Silent())
+    found, _ = numbers_of(study, workspace)
+    assert not found.gates.prefix_sharing and found.gates.identity.value == 0
+    monkeypatch.setattr("tests.support.probe_oracle.load_model", carrying)
+    oracle = Oracle(study, workspace)
+    untouched = oracle.logits()
+    for change in found.changes:
+        form = parse_format("int4_token")
+        hooks = oracle.at(change.sites[0], change.layers[0], lambda x, own=form: emulate(x, own))
+        assert_same(change, measures(untouched, oracle.logits(hooks), oracle.ids))
