@@ -62,7 +62,9 @@ def make_export(study: Study, request: ExportRequest) -> Exported:
     skips = find_skips(study, request.skip_above) if target.lists else Skips(())
     made = target.make(study, asked, skips)
     if target.lists:
-        made.lines += skips.lines()[request.to == "llama-quantize" :]  # which has its own rule for the head and for routers
+        made.lines += skips.lines()[
+            request.to == "llama-quantize" :
+        ]  # which has its own rule for the head and for routers
     if target.bitwise and study.prepared.model.dtype != "float32":
         made.lines.append(
             f"the study computed in {study.prepared.model.dtype}: its numbers are not those of a program in float32 "
