@@ -153,7 +153,7 @@ def check_sensitivity(data: bytes, probes: Probes) -> list[dict[str, Any]]:
             raise NotAllowedError(f"has the columns {list(columns)[:20]}, not {SENSITIVITY_SCHEMA.names}")
         if file.metadata.num_rows > MAX_ROWS:
             raise NotAllowedError(f"has {file.metadata.num_rows:,} rows, at most {MAX_ROWS:,} are published")
-        check_extras(file.metadata, len(data))
+        check_extras(file.metadata, len(data), 1)
         rows: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()
         for row in rows:
             SensitivityRecord.model_validate(row)
