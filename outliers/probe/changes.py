@@ -31,6 +31,8 @@ RANGES = ("int8_tensor", "fp8_tensor")
 """Formats that are tried with the range of all tokens, and with that of all but first tokens."""
 MOST_SINGLES = CHECKED_FEATURES
 """Systematic features up to which each is changed alone, too; of more, the largest MOST_SINGLES are."""
+MOST_NAME = 80
+"""Characters up to which the numbers of several features are a change's name."""
 RANDOM = RANDOM_FEATURES
 """Features of `random` without a number."""
 
@@ -183,7 +185,9 @@ def feature_sets(names: Sequence[str], known: Known, width: int, seed: str) -> l
             chosen = random_features(int(count or RANDOM), width, (*known.systematic, *matched), seed)
             found += [(f"random {feature}", "random", (feature,)) for feature in chosen]
     if len(numbers) > 1:
-        found.append((",".join(map(str, numbers)), "asked", tuple(numbers)))
+        all_of = ",".join(map(str, numbers))
+        name = all_of if len(all_of) <= MOST_NAME else f"the {len(numbers)} given"
+        found.append((name, "asked", tuple(numbers)))
     return found + [(str(number), "asked", (number,)) for number in numbers]
 
 

@@ -11,6 +11,7 @@ from outliers.model.families import INPUT
 from outliers.model.sites import study_anatomy
 from outliers.probe.edits import Identity, Mean, Zero, edited
 from outliers.probe.engine import Batch, Engine
+from outliers.probe.measure import compare
 from outliers.probe.readers import find_readers
 from outliers.probe.sharing import Kept
 from tests.support import tiny
@@ -162,3 +163,26 @@ def test_experts_that_receive_another_tensor_are_refused():
         # the hook of the search comes after it, and sees what the experts really get
     with pytest.raises(SiteError, match="receive another tensor than mlp_in"):
         find_readers(model.model, anatomy, ("mlp_in",), (0, 1, 2), torch.arange(12)[None])
+
+
+@pytest.mark.parametrize("family", list(tiny.CONFIGS))
+def test_what_is_measured_is_what_whole_logits_give(family):
+    """The head on slices beside the model's own forward, caps and divisors included; one sequence is shorter."""
+    engine, batch, _, _layers = engine_of(family)
+    places = [place for place in engine.readers if place[0] in ("attn_in", "mlp_in")]
+    lengths = (12, 9)
+    untouched, changed = engine.forward(batch), by_readers(engine, batch, dict.fromkeys(places, Zero(FEATURES)))
+    first, (second,) = compare(engine.head, untouched, [changed], batch.ids, lengths)
+    with torch.inference_mode():
+        p = torch.log_softmax(engine.model(input_ids=batch.ids).logits.double(), -1)
+        with edited(engine.readers, dict.fromkeys(places, Zero(FEATURES)), engine.now):
+            q = torch.log_softmax(engine.model(input_ids=batch.ids).logits.double(), -1)
+    for row, length in enumerate(lengths):
+        at, targets = slice(0, length - 1), batch.ids[row, 1:length, None]
+        for own, found in ((first[row], p), (second[row], q)):
+            assert own.tokens == length - 1
+            assert own.nll == pytest.approx(float(-found[row, at].gather(-1, targets).sum()), rel=1e-6)
+            assert own.top1_probability == pytest.approx(float(found[row, at].exp().amax(-1).sum()), rel=1e-6)
+            assert own.agreement == int((found[row, at].argmax(-1) == p[row, at].argmax(-1)).sum())
+        kl = (p[row, at].exp() * (p[row, at] - q[row, at])).sum()
+        assert second[row].kl == pytest.approx(float(kl), rel=1e-5, abs=1e-13) and first[row].kl == 0

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 import outliers.probe.engine as engine
 import outliers.probe.run as run
@@ -23,14 +24,21 @@ from outliers.corpus.tokens import load_corpus
 from outliers.counting.analyze import analyze
 from outliers.errors import BadInput, Busy, ProbeMismatch
 from outliers.locks import acquire
+from outliers.probe.prefix import prefix_ids
 from outliers.probe.run import probe
+from outliers.quantization.emulate import emulate
+from outliers.spec.formats import parse_format
 from outliers.store.journal import _line
+from outliers.study.probe_memory import probe_memory
 from outliers.study.probes import probe_folder, probe_id
 from outliers.workspace import open_workspace
+from tests.support.captured import prepared
 from tests.support.probe_oracle import (
     DENSE,
     Oracle,
+    assert_same,
     made,
+    measures,
     numbers_of,
     study_of,
     zero,
@@ -60,7 +68,7 @@ REFUSED = [
     ({"quantize": ("had64+nvfp4",)}, "rotates blocks of 64 features, and attn_in has 32"),
     ({"prefix": "260"}, "ids of .* end at 259"),
     ({"prefix": "auto"}, "knows no massive activation here"),
-    ({"smooth": (0.5,)}, "go with formats"),
+    ({"smooth": (0.5,), "map": "int8_token"}, "go with formats"),
 ]
 
 
@@ -213,9 +221,9 @@ def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeyp
     probe(study, workspace, Silent())
     passes = len(counted)
     random = np.random.RandomState(3)
-    for attempt in range(5):
+    for attempt in range(7):
         shutil.rmtree(place)
-        stops = sorted(random.randint(1, passes, 3).tolist())
+        stops = random.randint(1, passes // 2, 3).tolist()
         while stops:
             counted.clear()
             stop = stops.pop()
@@ -227,12 +235,13 @@ def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeyp
                 return whole(self, *args, **options)
 
             monkeypatch.setattr(engine.Engine, "forward", stopping)
-            with pytest.raises(Stopped):
+            try:
                 probe(study, workspace, Silent())
-                raise Stopped  # it was finished already
-            path = place / "journal.jsonl"
-            if path.exists():
-                path.write_bytes(path.read_bytes() + b'{"change": "zero 3", "seq')
+                break
+            except Stopped:
+                path = place / "journal.jsonl"
+                if path.exists():
+                    path.write_bytes(path.read_bytes() + b'{"change": "zero 3", "seq')
         monkeypatch.setattr(engine.Engine, "forward", whole)
         probe(study, workspace, Silent())
         assert {path.name: path.read_bytes() for path in (place / "numbers").iterdir()} == wanted, attempt
@@ -261,3 +270,62 @@ def test_a_probe_that_is_killed_goes_on(workspace, llama, text):
     shutil.rmtree(place)
     probe(study, workspace, Silent())
     assert {file.name: file.read_bytes() for file in (place / "numbers").iterdir()} == wanted
+
+
+def test_a_prefix_is_a_text_ids_or_the_token_of_the_largest_massive_activation(world):
+    workspace, folder, text = world
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+    def ids(prefix, massive=None, **parts):
+        return prefix_ids(study_of(workspace, folder, text, {"prefix": prefix}, **parts), workspace, massive)
+
+    assert ids("ab") == (alphabet.index("a"), alphabet.index("b"))
+    assert ids("7,9") == (7, 9) and ids("auto", 5) == (5,)
+    long = prepared(workspace, folder, text, sequences=1, length=511, probe={"prefix": "ab"})
+    with pytest.raises(BadInput, match=r"makes sequences of 513 tokens, and .* was made for 512 positions"):
+        prefix_ids(long, workspace, None)
+
+
+def test_what_a_probe_takes_grows_with_what_it_is_asked(world):
+    """Every term of the memory shows: bytes that are known here from the shapes."""
+    workspace, folder, text = world
+    plain = study_of(workspace, folder, text, {"zero": ("3",)}, model={"dtype": "bfloat16"})
+    info = plain.model
+
+    def taken(**asked):
+        return probe_memory(study_of(workspace, folder, text, asked, model={"dtype": "bfloat16"}).spec, info)
+
+    base = taken(zero=("3",))
+    wide = taken(zero=("3",), probe_dtype="float32")
+    assert base.model == info.weights.memory_bytes and wide.model == 2 * base.model and wide.work > base.work
+    # 2 sequences of 24 tokens of 32 features in 2 bytes, of 3 layers
+    assert taken(map="int8_token").work - base.work == 3 * 2 * 24 * 32 * 2
+    copies = taken(quantize=("int8_token",), weights="int8_channel").work - taken(quantize=("int8_token",)).work
+    assert copies == 3 * max(info.weights.layer_bytes)
+    assert base.work >= 7 * (32 * 1024 * 1024 // (8 * 260)) * 260 * 8
+
+
+def test_layers_are_computed_where_more_than_the_hidden_state_passes_between_them(workspace, llama, text, monkeypatch):
+    """A model whose last MLP uses what its first one left: no layer is left out, and the map is right."""
+    study = study_of(workspace, llama, text, {"map": "int4_token"}, capture=DENSE | {"perplexity": False})
+    extract(study, workspace, Silent())
+
+    def carrying(info, *args, **options):
+        model = load_model(info, *args, **options)
+        left = {}
+        first, last = model.model.layers[0].mlp, model.model.layers[2].mlp
+        first.register_forward_hook(lambda _m, _a, out: left.update(value=out.abs().mean()))
+        last.register_forward_hook(lambda _m, _a, out: out + left.pop("value", 0))
+        return model
+
+    monkeypatch.setattr(run, "load_model", carrying)
+    probe(study, workspace, Silent())
+    found, _ = numbers_of(study, workspace)
+    assert not found.gates.prefix_sharing and found.gates.identity.value == 0
+    monkeypatch.setattr("tests.support.probe_oracle.load_model", carrying)
+    oracle = Oracle(study, workspace)
+    untouched = oracle.logits()
+    for change in found.changes:
+        form = parse_format("int4_token")
+        hooks = oracle.at(change.sites[0], change.layers[0], lambda x, own=form: emulate(x, own))
+        assert_same(change, measures(untouched, oracle.logits(hooks), oracle.ids))
