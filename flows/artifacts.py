@@ -59,7 +59,10 @@ def markdown(outcome: Outcome) -> str:
         lines += ["", f"and {count - TABLE_ROWS} more: see report.html"]
     for text in outcome.remarks():
         lines += ["", plain(text)]
+    if outcome.verdict:
+        lines += ["", "## What can be quantized", "", plain(outcome.verdict)]
     places = [f"- report: {code(outcome.report)}", f"- results: {code(outcome.results)}"]
+    places += [f"- probe: {code(outcome.probe)}"] if outcome.probe else []
     places += [f"- published: {code(outcome.published)}"] if outcome.published else []
     ids = f"Study {code(outcome.study_id)}, capture {code(outcome.capture_id)}"
     return "\n".join([*lines, "", ids, "", *places])

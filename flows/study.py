@@ -29,7 +29,9 @@ from outliers.spec import (
     ComputeSpec,
     CorpusSpec,
     CriteriaSpec,
+    FormatsSpec,
     ModelSpec,
+    ProbeSpec,
     StudySpec,
     chosen,
     short_model_name,
@@ -87,6 +89,8 @@ def study(
     corpus: CorpusSpec | str = CorpusSpec(),
     capture: CaptureSpec = CaptureSpec(),
     criteria: CriteriaSpec = CriteriaSpec(),
+    formats: FormatsSpec = FormatsSpec(),
+    probe: ProbeSpec = ProbeSpec(),
     compute: ComputeSpec = ComputeSpec(),
     publish_to: Target | None = None,
     label: Label | None = None,
@@ -103,6 +107,8 @@ def study(
         corpus: a text file, a folder, a data set's name on the hub, or builtin:python-docs; how many tokens of it
         capture: which activations are kept on the machine's disk
         criteria: what counts as a systematic outlier feature
+        formats: number formats whose error is measured on the activations
+        probe: what is changed in the model to see what that does to it
         compute: which machine, and for how much
         publish_to: artifact store, s3://bucket/prefix or file:///folder; none keeps the results in the workspace
         label: part of the study's id, for a second publication of the same study from other hardware
@@ -115,6 +121,8 @@ def study(
             "corpus": corpus,
             "capture": capture,
             "criteria": criteria,
+            "formats": formats,
+            "probe": probe,
             "compute": compute,
             "publish_to": publish_to,
             "label": label,

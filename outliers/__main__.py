@@ -3,6 +3,7 @@
     python -m outliers extract SPEC.json --workspace DIR
     python -m outliers analyze SPEC.json --workspace DIR
     python -m outliers report  SPEC.json --workspace DIR
+    python -m outliers probe   SPEC.json --workspace DIR
     python -m outliers verify  SPEC.json --workspace DIR
 
 SPEC.json is a StudySpec (`outliers study ... --print-spec`), or what the flow has made of one. A study is the first
@@ -35,6 +36,7 @@ _HELP = {
     "extract": "read the activations of every layer in one pass into the workspace; goes on where it was stopped",
     "analyze": "count, from the finished capture; the model is not loaded",
     "report": "write the results folder: JSON, Parquet, plots, report.html, manifest",
+    "probe": "read the corpus again with changes in the model, and say what they do; goes on where it was stopped",
     "verify": "check every checksum of the capture",
     "state": "say what of the study is here and finished",
 }

@@ -19,6 +19,7 @@
     │   │   ├── DamagedResults        a results folder is not what its manifest says
     │   │   ├── AccessDenied          wrong key, no rights, no such bucket
     │   │   └── DigestConflict        this study is published there with other numbers
+    │   ├── ProbeMismatch         a probe's own check failed: its numbers can't be believed
     │   ├── SummaryMismatch       two summaries that are not of disjoint parts of one study
     │   ├── DiskFull              the workspace's disk took no more; what is journaled stays
     │   ├── MemoryFull            the memory of the machine or of a GPU took no more; what is journaled stays
@@ -122,6 +123,10 @@ class AccessDenied(PublishRefused):
 
 class DigestConflict(PublishRefused):
     """The study is published there already, with other numbers."""
+
+
+class ProbeMismatch(PermanentError):
+    """A check of a probe failed: the untouched pass is not the captured one, or a change that changes nothing did."""
 
 
 class SummaryMismatch(PermanentError):

@@ -1,4 +1,4 @@
-"""The steps of a study as they run on the machine with the data: extract, analyze, report, verify.
+"""The steps of a study as they run on the machine with the data: extract, analyze, report, probe, verify.
 
 Each takes a Prepared, a workspace and a Reporter, and returns a small dict. Each can be run again at any time and does only
 what is missing. `python -m outliers` and the jobs call these.
@@ -102,6 +102,13 @@ def run_report(
     return (write_numbers if numbers else write_study)(prepared, workspace, reporter)
 
 
+def run_probe(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
+    """Make or finish the probe of a study; its numbers lie beside the capture."""
+    from outliers.probe.run import probe
+
+    return probe(prepared, workspace, reporter)
+
+
 def run_verify(prepared: Prepared, workspace: Workspace, reporter: Reporter, *, repair: bool = False) -> dict[str, Any]:
     """Check the capture, every checksum of it; with `repair` what is damaged is marked, for `extract` to compute again.
 
@@ -156,6 +163,7 @@ STEPS: dict[str, Callable[[Prepared, Workspace, Reporter], dict[str, Any]]] = {
     "extract": run_extract,
     "analyze": run_analyze,
     "report": run_report,
+    "probe": run_probe,
     "verify": run_verify,
     "state": run_state,
 }

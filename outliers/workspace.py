@@ -2,6 +2,7 @@
 
     captures/<capture_id>/   activations, journal, private summaries (gigabytes)
     results/<study_id>/      what may be published (kilobytes)
+    asked/<study_id>.json    each study as it was asked for
     jobs/<name>/<attempt>/   detached steps: events, exit
     models/<key>/            descriptions of a model; converted GGUF weights
     corpora/<key>/           token ids, made once
@@ -24,6 +25,7 @@ from outliers.files.private import ensure_private
 
 WORKSPACE_FORMAT = 1
 PRIVATE = (
+    "asked",
     "captures",
     "corpora",
     "jobs",
@@ -80,6 +82,10 @@ class Workspace:
     def study(self, study_id: str) -> Path:
         """The results folder of one study."""
         return self.results / study_id
+
+    def asked(self, study_id: str) -> Path:
+        """The study as it was asked for here, with its machine and target: `outliers probe` asks again."""
+        return self.root / "asked" / f"{study_id}.json"
 
     def summary(self, capture_id: str, study_id: str) -> Path:
         """The private summary of one study, next to its capture; never published."""

@@ -11,6 +11,7 @@ from prefect.tasks import Task
 from outliers.dispatch.study_run import StudyRun
 from outliers.errors import MachineGone, TransientError
 from outliers.spec import digest
+from outliers.study.probes import probe_id
 
 RETRIES = 3
 RETRY_SECONDS: list[float] = [2, 10, 30]
@@ -33,6 +34,12 @@ def analyze_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     """The results of a study, in this workspace, from the summary on that machine."""
     run = parameters["run"]
     return f"analyze-{run.prepared.study_id}-{parameters['machine'].instance_id}-{_workspace(run)}"
+
+
+def probe_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """The results of a probe, in this workspace."""
+    run = parameters["run"]
+    return f"probe-{probe_id(run.prepared)}-{parameters['machine'].instance_id}-{_workspace(run)}"
 
 
 def shard_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from outliers.study.parts import Shard
 from tasks.analyze import analyze
 from tasks.extract import extract
 from tasks.limits import machine_slot
+from tasks.probe import probe
 from tasks.provision import provision
 from tasks.shard import merge, shard
 from tasks.sync import sync
@@ -35,6 +36,9 @@ class TaskSteps:
 
     def analyze(self, run: StudyRun, machine: Machine, extracted: dict[str, Any], *, finished: bool) -> dict[str, Any]:
         return analyze.with_options(refresh_cache=not finished)(run, machine, extracted, finished)
+
+    def probe(self, run: StudyRun, machine: Machine, analyzed: dict[str, Any]) -> dict[str, Any]:
+        return probe.with_options(refresh_cache=True)(run, machine, analyzed)
 
     def start_shard(self, run: StudyRun, part: Shard, *, again: bool) -> PendingShard:
         return _TaskShard(shard.with_options(refresh_cache=again).submit(run, part))

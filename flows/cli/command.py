@@ -1,5 +1,4 @@
-"""The command `outliers`: study, plan, sweep, runs, atlas, merge, models, machines, captures,
-verify.
+"""The command `outliers`: study, probe, advise, plan, sweep, runs, atlas, merge, models, machines, captures, verify.
 
 Bad input is refused, and a finished study answered, before Prefect is imported.
 Exit codes: 0 done, 2 refused before anything ran, 1 failed.
@@ -34,6 +33,8 @@ _EXAMPLES = """examples:
   outliers plan  --model Qwen/Qwen3-30B-A3B --num-sequences 4
   outliers models inspect Qwen/Qwen3-30B-A3B
   outliers runs show STUDY --feature 247
+  outliers probe STUDY --check
+  outliers advise STUDY --budget 0.05
   outliers sweep sweeps/moe.toml --dry-run
   outliers machines add lab1 anna@gpu1.lab.example
   outliers captures list
@@ -93,6 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     from flows.cli.machines import add_machines_parser
 
     add_machines_parser(verbs)
+    from flows.cli.probes import add_probe_parsers
+
+    add_probe_parsers(verbs)
     return parser
 
 
@@ -120,6 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         "merge": merge_command,
         "sweep": sweep_command,
         "machines": machines_command,
+        "probe": probe_command,
+        "advise": advise_command,
     }
     from flows.cli import interrupt
 
@@ -150,7 +156,6 @@ def _quiet_libraries() -> None:
 
 def study_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers study`."""
-    from flows.cli.console import busy, library_lines
     from flows.cli.options import read_spec
 
     _quiet_libraries()
@@ -158,6 +163,12 @@ def study_command(arguments: argparse.Namespace, console: Console, argv: list[st
     if arguments.print_spec:
         print(spec.model_dump_json(indent=1))
         return DONE
+    return _run(spec, arguments, console, argv)
+
+
+def _run(spec: StudySpec, arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """Answer a study that is finished, or check it and run it."""
+    from flows.cli.console import busy, library_lines
     from outliers.publish.outcome import find_outcome
     from outliers.workspace import open_workspace
 
@@ -214,9 +225,10 @@ def _prepare(spec: StudySpec, workspace: Workspace, console: Console) -> Prepare
 def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: list[str]) -> None:
     """Refuse what can't work before anything heavy starts: the machine, the disk, the memory, the target."""
     from outliers.publish.outcome import find_finished
+    from outliers.publish.probes import is_probed
     from outliers.publish.publish import check_target
 
-    if find_finished(prepared, workspace) is None:
+    if find_finished(prepared, workspace) is None or not is_probed(prepared, workspace):
         _check_machine(prepared, workspace, console, argv)
     if prepared.spec.publish_to is not None:
         check_target(prepared.spec.publish_to)
@@ -374,6 +386,24 @@ def machines_command(arguments: argparse.Namespace, console: Console, argv: list
     from outliers.workspace import open_workspace
 
     return DONE if act(open_workspace(arguments.workspace), arguments, console) else FAILED
+
+
+def probe_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers probe`."""
+    from flows.cli.probes import probe_spec
+    from outliers.workspace import open_workspace
+
+    _quiet_libraries()
+    return _run(probe_spec(arguments, open_workspace(arguments.workspace)), arguments, console, argv)
+
+
+def advise_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers advise`."""
+    from flows.cli.probes import advise_command as show
+    from outliers.workspace import open_workspace
+
+    show(open_workspace(arguments.workspace), arguments, console)
+    return DONE
 
 
 def sweep_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:

@@ -138,7 +138,13 @@ def show_outcome(console: Console, outcome: Outcome, held: int, answer: str) -> 
         console.print(f"and {count - TABLE_ROWS} more, in the report")
     for text in outcome.remarks():
         console.print(Text(visible(text)), soft_wrap=True)
+    if outcome.verdict:
+        console.print()
+        console.print(Text(visible(outcome.verdict)), soft_wrap=True)
+        console.print()
     line(console, "report", outcome.report)
+    if outcome.probe:
+        line(console, "probe", outcome.probe)
     line(console, "results", outcome.results)
     if outcome.published:
         line(console, "published", f"{outcome.published} ({outcome.published_bytes / 1000:.0f} KB)")

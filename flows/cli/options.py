@@ -46,6 +46,16 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", type=Path, metavar="FILE", help="begin with the StudySpec in this JSON file")
 
 
+def add_part_options(parser: argparse.ArgumentParser, parts: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> None:
+    """Add the options of some parts alone, for a command whose study is known."""
+    for part in parts:
+        model = PARTS[part]
+        group = parser.add_argument_group(part, (model.__doc__ or "").split("\n")[0])
+        for name, field in model.model_fields.items():
+            if name not in leave_out:
+                _add(group, part, name, field)
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """--workspace and --json, as the commands have them that read what a workspace holds."""
     parser.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
@@ -110,6 +120,18 @@ def read_spec(arguments: argparse.Namespace) -> StudySpec:
             content[dest] = value
     if "model" not in content:
         raise BadInput("--model is missing: a hub id, a folder, a .gguf file, or builtin:smollm2")
+    try:
+        return StudySpec.model_validate(content)
+    except ValidationError as error:
+        raise BadInput("\n".join(_explain(item) for item in error.errors(include_url=False))) from error
+
+
+def overlaid(content: dict[str, Any], arguments: argparse.Namespace, parts: tuple[str, ...]) -> StudySpec:
+    """A StudySpec from `content` with the options of some parts over it. BadInput names the option and what it takes."""
+    for dest, value in vars(arguments).items():
+        part, _, name = dest.partition(".")
+        if value is not None and part in parts and name:
+            content.setdefault(part, {})[name] = _split(PARTS[part].model_fields[name], value)
     try:
         return StudySpec.model_validate(content)
     except ValidationError as error:

@@ -11,15 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from typing_extensions import TypedDict
 
 from outliers.atlas.read import read_summary
 from outliers.publish.shelf import Published
 from outliers.results.intervals import BEFORE
-from outliers.results.schema import FeatureRow, StudySummary
+from outliers.results.schema import Advice, FeatureRow, StudySummary
 from outliers.results.schema.arrow import Int32
 from outliers.spec import BLOCK, BLOCK_SITES, CorpusSpec
+from outliers.spec.formats import bits_of
 from outliers.units import format_ranges
 from outliers.untrusted.visible import visible_values
 
@@ -147,6 +148,18 @@ class AtlasRow(BaseModel):
         description="mean over the pairs; null where summary.json lists not all of them"
     )
     legacy_position_fraction: float | None = Field(description="the same")
+    probe_id: str | None = Field(None, description="of the probe that the next columns are of; null: not probed")
+    best_format: str | None = Field(
+        None,
+        description="of the formats within the budget, activations quantized, the one with the fewest bits, then the least KL; "
+        "null: none, or not probed",
+    )
+    budget: float | None = Field(None, description="that budget, as KL in nats a token; null: not probed")
+    int8_kl: float | None = Field(None, description="KL of int8_token at all captured sites; null: not probed")
+    nvfp4_kl: float | None = Field(None, description="KL of nvfp4; null: not probed")
+    perplexity_without_features: float | None = Field(
+        None, description="perplexity with the systematic features set to zero; null: not probed"
+    )
     features: tuple[AtlasFeature, ...] = Field(description="the systematic features, largest first (below)")
 
     @field_validator("*", mode="after")
@@ -218,8 +231,39 @@ def row_of(study: Published) -> AtlasRow:
         perplexity=None if found.perplexity is None else found.perplexity.value,
         perplexity_tokens=None if found.perplexity is None else found.perplexity.tokens,
         **_legacy(found),
+        **_verdict(study.verdicts, found.study_id),
         features=features,
     )
+
+
+def _verdict(given: Sequence[bytes], study_id: str) -> dict[str, Any]:
+    """The columns of a study's probe; of several the one that tried most. A verdict that is none of this study's is left out."""
+    found = []
+    for data in given:
+        try:
+            advice = Advice.model_validate_json(data, extra="ignore")
+        except ValidationError:
+            continue
+        if advice.study_id == study_id:
+            found.append(advice)
+    if not found:
+        return {}
+    best = max(found, key=lambda advice: (len(advice.formats), len(advice.causes), advice.probe_id))
+    kls = {item.format: item.confirmed_kl for item in best.formats if item.weights is None}
+    fit = [
+        (bits_of(item.format), item.confirmed_kl or 0.0, item.format)
+        for item in best.formats
+        if item.verdict in ("within", "indistinguishable") and item.weights is None
+    ]
+    zeroed = [cause.perplexity for cause in best.causes if (cause.kind, cause.what) == ("zero", "systematic")]
+    return {
+        "probe_id": best.probe_id,
+        "best_format": min(fit)[2] if fit else None,
+        "budget": best.budget,
+        "int8_kl": kls.get("int8_token"),
+        "nvfp4_kl": kls.get("nvfp4"),
+        "perplexity_without_features": zeroed[0] if zeroed else None,
+    }
 
 
 def _options(asked: Any) -> str | None:

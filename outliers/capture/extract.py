@@ -89,7 +89,7 @@ def extract(
 def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -> Layout:
     """Check the fingerprint of an existing capture, or begin a new one. An existing capture keeps its codec."""
     layout = layout_of(prepared.spec, prepared.model)
-    fixed = _conditions(prepared, devices)
+    fixed = conditions(prepared, devices)
     found = read_fingerprint(folder)
     if found is None:
         _clear(folder)
@@ -127,7 +127,7 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(arrays)
 
 
-def _conditions(prepared: Prepared, devices: Devices) -> dict[str, Any]:
+def conditions(prepared: Prepared, devices: Devices) -> dict[str, Any]:
     """The conditions that stay the same from the first batch of a capture to the last."""
     return {
         "format": FORMAT_VERSION,

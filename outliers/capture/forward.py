@@ -161,11 +161,7 @@ class HookedPass:
         (sequence, position, hidden), after the final norm. Raises SiteError.
         """
         self.batch, self.seen, self._reading = batch, set(), read
-        options: dict[str, Any] = {"use_cache": False}
-        if min(batch.lengths) < batch.positions:
-            lengths = torch.tensor(batch.lengths, device=ids.device)
-            columns = torch.arange(batch.positions, device=ids.device)
-            options["attention_mask"] = (columns < lengths[:, None]).long()  # (sequence, position)
+        options = pass_options(ids, batch.lengths)
         try:
             with torch.inference_mode():
                 output = self.base(input_ids=ids, **options)
@@ -179,6 +175,19 @@ class HookedPass:
             )
         hidden: torch.Tensor = output[0]
         return hidden
+
+
+def pass_options(ids: torch.Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """What the base model is given with its ids: a mask where a sequence has padding, and no cache.
+
+    ids: (sequence, position). A pass with other options has other last bits, so every pass of a study takes these.
+    """
+    options: dict[str, Any] = {"use_cache": False}
+    if min(lengths) < ids.shape[1]:
+        own = torch.tensor(lengths, device=ids.device)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        options["attention_mask"] = (columns < own[:, None]).long()  # (sequence, position)
+    return options
 
 
 def _received(at: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

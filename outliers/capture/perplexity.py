@@ -23,7 +23,8 @@ class Head:
         self.linear: torch.nn.Module = model.get_output_embeddings()
         self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
         self.divisor = getattr(config, "logits_scaling", None)  # Granite
-        self.slice_tokens = max(1, SLICE_BYTES // (4 * int(config.vocab_size)))
+        self.vocabulary = int(config.vocab_size)
+        self.slice_tokens = max(1, SLICE_BYTES // (4 * self.vocabulary))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits (token, vocabulary) of hidden states (token, hidden)."""

@@ -23,12 +23,14 @@ from outliers.planning.offers import request_for
 from outliers.planning.remaining import check_rest
 from outliers.publish.allowlist import check_listing, read_log, read_numbers
 from outliers.publish.manifest import read_manifest
+from outliers.publish.probes import publish_probe, receive_probe
 from outliers.publish.publish import model_slug, publish_study
 from outliers.publish.publishable import Publishable, make_publishable, write_publishable
 from outliers.publish.received import receive_study
 from outliers.publish.reporting import alone
 from outliers.study.demand import demand_of
 from outliers.study.parts import Shard
+from outliers.study.probes import placed_probe, probe_id
 
 
 class PendingShard(Protocol):
@@ -64,6 +66,9 @@ class Steps(Protocol):
 
     def analyze(self, run: StudyRun, machine: Machine, extracted: dict[str, Any], *, finished: bool) -> dict[str, Any]:
         """As `analyze_study`. `extracted`: what `extract` returned, which comes before."""
+
+    def probe(self, run: StudyRun, machine: Machine, analyzed: dict[str, Any]) -> dict[str, Any]:
+        """As `probe_study`. `analyzed`: what `analyze` returned, which comes before."""
 
     def start_shard(self, run: StudyRun, part: Shard, *, again: bool) -> PendingShard:
         """Begin `make_shard`; it goes on beside this call."""
@@ -110,6 +115,16 @@ def analyze_study(run: StudyRun, machine: Machine, reporter: Reporter, *, finish
     return counted | receive_study(prepared, machine, workspace, reporter, str(written.get("results_digest")))
 
 
+def probe_study(run: StudyRun, machine: Machine, reporter: Reporter) -> dict[str, Any]:
+    """Make the study's probe on the machine, bring its numbers home, and draw the verdict from them here.
+
+    Returns the probe's id, and what was measured in short. A probe that was stopped goes on where its journal ends.
+    """
+    prepared, workspace = run.prepared, run.workspace
+    made = run_step(run, machine, "probe", f"probe-{probe_id(prepared)}", reporter)
+    return made | receive_probe(prepared, machine, workspace)
+
+
 def sync_study(run: StudyRun, made_on: dict[str, Any], analyzed: dict[str, Any]) -> str | None:
     """Publish the results folder at the artifact store, from this computer, which has the store's keys.
 
@@ -128,7 +143,11 @@ def sync_study(run: StudyRun, made_on: dict[str, Any], analyzed: dict[str, Any])
     if prepared.spec.publish_to is None:
         return None
     check_listing(workspace.study(prepared.study_id))
-    return publish_study(study, prepared.spec.publish_to, model_slug(prepared.model.source.id))
+    slug = model_slug(prepared.model.source.id)
+    url = publish_study(study, prepared.spec.publish_to, slug)
+    if prepared.spec.probe.asked:
+        publish_probe(placed_probe(prepared, workspace), prepared.spec.publish_to, slug)
+    return url
 
 
 def _write(run: StudyRun, made_on: dict[str, Any], analyzed: dict[str, Any]) -> Publishable:
@@ -168,6 +187,9 @@ class DirectSteps:
 
     def analyze(self, run: StudyRun, machine: Machine, extracted: dict[str, Any], *, finished: bool) -> dict[str, Any]:
         return analyze_study(run, machine, run.reporter, finished=finished)
+
+    def probe(self, run: StudyRun, machine: Machine, analyzed: dict[str, Any]) -> dict[str, Any]:
+        return probe_study(run, machine, run.reporter)
 
     def start_shard(self, run: StudyRun, part: Shard, *, again: bool) -> PendingShard:
         pool = ThreadPoolExecutor(1, thread_name_prefix=f"shard{part.suffix}")

@@ -16,8 +16,10 @@ from outliers.dispatch.state import machine_state
 from outliers.dispatch.steps import DirectSteps, PendingShard, Steps
 from outliers.dispatch.study_run import StudyRun
 from outliers.dispatch.transfer import check_transfer
+from outliers.files.sealed import write_sealed
 from outliers.machines.providers import provider
 from outliers.publish.outcome import Outcome, find_finished, make_outcome
+from outliers.publish.probes import is_probed
 from outliers.publish.publish import check_target
 from outliers.study.parts import split
 
@@ -29,7 +31,8 @@ CANCEL_SECONDS = 25.0
 def dispatch_study(run: StudyRun, steps: Steps | None = None) -> Outcome:
     """Run the steps of a study that is not finished yet; its outcome.
 
-    Results that are in the workspace already are published, and nothing else is done: they need no machine. `steps`: how
+    Results that are in the workspace already are published, and nothing else is done: they need no machine, unless a probe of
+    them is still to be made, which goes to the machine that has their capture. `steps`: how
     each one is called (default: directly, in this process). Raises the errors of the steps; PlanRefused, with every reason,
     where no machine fits; StudyCancelled once `run.cancel` was called.
     """
@@ -38,22 +41,34 @@ def dispatch_study(run: StudyRun, steps: Steps | None = None) -> Outcome:
     run.reporter.log("info", f"study {prepared.study_id}, capture {prepared.capture_id}")
     if prepared.spec.publish_to is not None:
         check_target(prepared.spec.publish_to)
+    keep_asked(run)
     spread = prepared.spec.compute.shards > 1
-    if (found := find_finished(prepared, workspace)) is not None:
+    found = find_finished(prepared, workspace)
+    if found is not None and is_probed(prepared, workspace):
         run.reporter.log("info", "the results are in the workspace: they are published, no machine is asked for")
         made_on = shard_provenance(run) if spread else {}
         counted = {"results_digest": found["results_digest"], "files": len(found["files"])}
     else:
         check_transfer(prepared)
-        made_on, counted = (run_shards if spread else run_whole)(run, steps)
+        made_on, counted = run_shards(run, steps) if spread else run_whole(run, steps, found)
     published = steps.sync(run, made_on, counted)
     return make_outcome(prepared, workspace, published=published, cached=False)
 
 
-def run_whole(run: StudyRun, steps: Steps) -> tuple[dict[str, Any], dict[str, Any]]:
+def keep_asked(run: StudyRun) -> None:
+    """Keep the study as it was asked for: the next probe of it asks for the same machine and target."""
+    place = run.workspace.asked(run.prepared.study_id)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(place, run.prepared.model_dump(mode="json"))
+
+
+def run_whole(
+    run: StudyRun, steps: Steps, found: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """A study on one machine, to its results in the workspace: (what made them, what the analysis says).
 
-    The machine is given back with them: no machine that is paid for waits while a store is away.
+    found: the manifest of results that are in the workspace; then a probe is left, and a machine that still has the capture
+    reads nothing again. The machine is given back with the results: no machine that is paid for waits while a store is away.
     """
     source = provider(run.prepared.spec.compute.provider, run.workspace.root)
     # the slot first: it is given back after the machine
@@ -62,9 +77,16 @@ def run_whole(run: StudyRun, steps: Steps) -> tuple[dict[str, Any], dict[str, An
         lease.opened(machine)
         state = machine_state(run, machine)
         lease.kept_work |= state["capture"]
-        extracted = steps.extract(run, machine, again=not state["capture"])
-        analyzed = steps.analyze(run, machine, extracted, finished=state["results"])
-        return {"machine": dict(machine.provenance)}, analyzed
+        if found is not None and state["capture"] and state["summary"]:
+            made_on: dict[str, Any] = {}
+            analyzed: dict[str, Any] = {"results_digest": found["results_digest"], "files": len(found["files"])}
+        else:
+            made_on = {"machine": dict(machine.provenance)}
+            extracted = steps.extract(run, machine, again=not state["capture"])
+            analyzed = steps.analyze(run, machine, extracted, finished=state["results"])
+        if not is_probed(run.prepared, run.workspace):
+            steps.probe(run, machine, analyzed)
+        return made_on, analyzed
 
 
 def run_shards(run: StudyRun, steps: Steps) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -116,18 +116,26 @@ def size(workspace: Path, request: dict[str, Any]) -> dict[str, Any]:
     place = workspace / request["path"]
     part = _part(place, request["sha256"])
     whole = place.is_file() and sha256_file(place) == request["sha256"]
-    return {"whole": whole, "part": part.stat().st_size if part.exists() else 0}
+    try:
+        there = part.stat().st_size
+    except FileNotFoundError:  # also where another upload of the same bytes has just given it its name
+        there = 0
+    return {"whole": whole, "part": there}
 
 
 def settle(workspace: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Give an uploaded file its name, if it is what was sent."""
+    """Give an uploaded file its name, if it is what was sent. Of two uploads of the same bytes, one finds it done already."""
     place = workspace / request["path"]
     part = _part(place, request["sha256"])
-    found = sha256_file(part)
-    if found != request["sha256"]:
-        part.unlink()
-        raise MachineLost(f"{place.name} arrived with other bytes than were sent; it was removed, send it again")
-    part.replace(place)
+    try:
+        found = sha256_file(part)
+        if found != request["sha256"]:
+            part.unlink()
+            raise MachineLost(f"{place.name} arrived with other bytes than were sent; it was removed, send it again")
+        part.replace(place)
+    except FileNotFoundError as error:
+        if not place.is_file() or sha256_file(place) != request["sha256"]:
+            raise MachineLost(f"{place.name} was removed while it was sent; send it again") from error
     return {}
 
 

@@ -19,6 +19,7 @@ from outliers.model.describe import ModelInfo
 from outliers.spec import DEFAULT_PROVIDER
 from outliers.study.demand import Demand
 from outliers.study.layout import Layout
+from outliers.study.probes import count_passes
 from outliers.units import format_gb, format_mb_per_second, format_price, format_seconds
 
 OWN = (DEFAULT_PROVIDER, "ssh")
@@ -51,6 +52,8 @@ MEASURE_SIZE = 768
 
 ANALYSIS_CORE_SECONDS_PER_GB = 1.0
 """One thread took 0.5 to 0.7 s a gigabyte, 2.2 where 1% of all values are hits (docs/performance.md)."""
+PROBE_FACTOR = 1.7
+"""A changed pass and its head over a bare pass: 1.1 for int8, 1.69 for NVFP4 (docs/performance.md)."""
 COMPILE_SECONDS = 10.0
 """numba's kernels, once on a machine (docs/performance.md)."""
 
@@ -122,7 +125,8 @@ def estimate(demand: Demand, offer: Offer, gpus: tuple[str, ...], left: int, dow
     if left:
         steps += _fetch(info, offer.provider, download, shards)
         steps += [_load(info, shards if here else 1, offer.facts.cpus), _pass(demand, layout, offer, gpus, left)]
-    return (*steps, _analysis(compute.executor, layout.total_bytes, offer.facts))
+    steps.append(_analysis(compute.executor, layout.total_bytes, offer.facts))
+    return (*steps, *_probe(demand, offer, gpus))
 
 
 def total_seconds(steps: tuple[Step, ...]) -> float:
@@ -270,6 +274,37 @@ def _analysis(executor: str, size: int, facts: Facts) -> Step:
         )
     compiling = f"and {COMPILE_SECONDS:g} s to compile where that is not done yet"
     return Step(name="analysis", seconds=round(seconds + COMPILE_SECONDS, 1), assumption=f"{text}, {compiling}")
+
+
+def _probe(demand: Demand, offer: Offer, gpus: tuple[str, ...]) -> list[Step]:
+    """The passes of a probe, with the model loaded once more; nothing where none is asked for."""
+    spec, info = demand.spec, demand.model
+    if not spec.probe.asked:
+        return []
+    passes = count_passes(spec, len(demand.layout.layers))
+    sequences = min(spec.probe.probe_sequences, demand.layout.num_sequences)
+    tokens = sequences * demand.layout.positions
+    dtype = "float32" if spec.probe.probe_dtype == "float32" else info.dtype
+    flops = passes * PROBE_FACTOR * tokens * flops_per_token(info, demand.layout.positions)
+    work = f"at most {passes:,.0f} passes over {tokens:,} tokens, {PROBE_FACTOR:g} of a pass each for the edits"
+    load = info.weights.checkpoint_bytes / DISK_BYTES_PER_SECOND + IMPORT_SECONDS
+    if gpus:
+        cards = [find_card(name) for name in gpus]
+        known = [card for card in cards if card is not None]
+        if len(known) < len(cards):
+            return [Step(name="probe", seconds=None, assumption=f"{work}, on a GPU whose speed is not known")]
+        rate = min(getattr(card, dtype) for card in known) * 1e12 * GPU_EFFICIENCY
+        reason = f"{GPU_EFFICIENCY:g}, assumed, of the GPU's peak in {dtype}"
+    else:
+        rate, reason = _processor(dtype, offer)
+    seconds = flops / rate + load
+    return [
+        Step(
+            name="probe",
+            seconds=round(seconds, 1),
+            assumption=f"{work}, at {rate / 1e9:,.0f} GFLOP/s, {reason}, and loading the model again",
+        )
+    ]
 
 
 def measure_flops(dtype: str) -> float:

@@ -1,5 +1,6 @@
-"""What a change in the model does to its predictions: zeroed features, quantized inputs, single weights, prefix tokens.
+"""What a change does to a model: the corpus is read again with a change at a site, beside the untouched pass.
 
-In: a study, its corpus and model, a ProbeSpec. Out: a journal of losses and divergences a sequence, and from it probes.json
-and sensitivity.parquet. A newcomer may add a change in `changes`, with a test that edits the model by other means.
+`run.probe` is the step. `changes` says what is changed, from a ProbeSpec and a study's findings, without torch. `readers` finds
+the modules that read a site, `edits` changes what they receive, `measure` compares with the untouched pass, `session` goes
+through the batches, and `numbers` makes of the journal what is published.
 """

@@ -25,6 +25,8 @@ MAX_STUDY_BYTES = 16_000_000
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
 QUANTIZATION = "quantization.parquet"
 REPORT, LOG, MANIFEST = "report.html", "run.log", "manifest.json"
+ADVICE = "advice.json"
+"""Of a probe, beside its own manifest (`publish.probes`)."""
 NUMBERS = (SUMMARY, TOKENS, FEATURES)
 """The files that a machine makes and a study must have."""
 OPTIONAL = (QUANTIZATION,)
@@ -125,8 +127,9 @@ def _check_entry(prefix: str, entry: os.DirEntry[str]) -> None:
     if entry.is_symlink():
         raise _forbidden(path, "is a symbolic link; only files themselves are published")
     if entry.is_dir():
-        if path != "plots":
-            raise _forbidden(path, "is a folder; the only folder of a study is plots/")
+        # probes/ has manifests of its own (`publish.probes`)
+        if path not in ("plots", "probes"):
+            raise _forbidden(path, "is a folder; the only folders of a study are plots/ and probes/")
     elif not allowed_name(path) and (unfinished is None or not allowed_name(prefix + unfinished)):
         raise _forbidden(path, f"is not on the allow-list: {', '.join(sorted(_NAMES))}, plots/<a-z0-9_->.png")
 

@@ -26,10 +26,14 @@ from outliers.results.schema import (
     MAX_MAGNITUDES,
     MOMENT_COLUMNS,
     NULLABLE_COLUMNS,
+    SENSITIVITY_SCHEMA,
+    Probes,
+    SensitivityRecord,
     StudySummary,
     Tokens,
     first_error,
 )
+from outliers.results.schema.fields import check_unique
 from outliers.spec import BLOCK
 
 MAX_LOG_BYTES = 1_000_000
@@ -128,6 +132,39 @@ def _check_rows(table: Any, summary: StudySummary) -> None:
     for name in MOMENT_COLUMNS:
         if block[name].null_count != block.num_rows:
             raise NotAllowedError(f"has a {name} at the site block, which has none")
+
+
+def check_probes(data: bytes) -> Probes:
+    """probes.json, parsed; each change has a name of its own."""
+    probes = _checked_json(data, Probes)
+    try:
+        check_unique((change.name for change in probes.changes), "the change")
+    except ValueError as error:
+        raise NotAllowedError(f"is not the JSON that is published: {error}") from error
+    return probes
+
+
+def check_sensitivity(data: bytes, probes: Probes) -> list[dict[str, Any]]:
+    """The rows of sensitivity.parquet: exactly SENSITIVITY_SCHEMA, one row a (site, layer, format) of the probe's sites."""
+    try:
+        file = open_parquet(data)
+        columns = {field.name: field.type for field in file.schema_arrow}
+        if columns != dict(zip(SENSITIVITY_SCHEMA.names, SENSITIVITY_SCHEMA.types, strict=True)):
+            raise NotAllowedError(f"has the columns {list(columns)[:20]}, not {SENSITIVITY_SCHEMA.names}")
+        if file.metadata.num_rows > MAX_ROWS:
+            raise NotAllowedError(f"has {file.metadata.num_rows:,} rows, at most {MAX_ROWS:,} are published")
+        check_extras(file.metadata, len(data), 1)
+        rows: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()
+        for row in rows:
+            SensitivityRecord.model_validate(row)
+        check_unique(((row["site"], row["layer"], row["format"]) for row in rows), "the row")
+    except ValidationError as error:
+        raise NotAllowedError(f"has a row that is not one: {first_error(error)}") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise NotAllowedError(f"is not readable Parquet: {str(error)[:200]}") from error
+    if strange := {row["site"] for row in rows} - set(probes.sites):
+        raise NotAllowedError(f"has rows of the site {min(strange)}, the probe has {', '.join(probes.sites)}")
+    return rows
 
 
 def check_log(data: bytes) -> None:

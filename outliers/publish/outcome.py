@@ -18,11 +18,13 @@ from outliers.errors import DamagedResults, OutliersError, WorkspaceError
 from outliers.events.stream import Lines
 from outliers.publish.allowlist import NUMBERS, OPTIONAL
 from outliers.publish.finished import Finished, read_finished
+from outliers.publish.probes import PAGE, find_probe, read_probe
 from outliers.publish.publish import fetch, model_slug, published_manifest
 from outliers.publish.reporting import alone, known_digest, render_again, write_study
 from outliers.results.answer import crowded, disagreement, perplexity_words, range_words, reading_counts, resampled
 from outliers.store.repair import is_repaired
 from outliers.study.prepare import Prepared
+from outliers.study.probes import placed_probe
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,10 @@ class Outcome(BaseModel):
     """How many features pass each of the four readings at the deciding site."""
     crowded: str | None = None
     """A warning where most features of a site are systematic."""
+    verdict: str | None = None
+    """What can be quantized, in words, where the study was probed."""
+    probe: str | None = None
+    """Page of the probe."""
 
     @property
     def disagreement(self) -> str:
@@ -87,16 +93,18 @@ def find_outcome(prepared: Prepared, workspace: Workspace) -> Outcome | None:
         return None
     target = prepared.spec.publish_to
     slug = model_slug(prepared.model.source.id)
+    if not find_probe(prepared, workspace, target, slug):
+        return None
     published = None if target is None else published_manifest(target, slug, prepared.study_id)
     if target is None or published is None:
         local = _local(prepared, workspace)
-        return _outcome(prepared, local, published=None, cached=True) if local and target is None else None
+        return _outcome(prepared, workspace, local, published=None, cached=True) if local and target is None else None
     found = _whole(prepared, workspace)
     if found is None or _essence(found.manifest) != _essence(published):
         log.warning("fetching the published results of %s into %s", prepared.title, workspace.study(prepared.study_id))
         found = _fetched(prepared, workspace, target, slug)
     url = f"{target}/{slug}/{prepared.study_id}/manifest.json"
-    return _outcome(prepared, found, published=url, cached=True)
+    return _outcome(prepared, workspace, found, published=url, cached=True)
 
 
 def _essence(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +131,7 @@ def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | N
     found = _read(prepared, workspace)
     if found is None:
         raise DamagedResults(f"{folder} has no manifest.json: that study is not finished; run the same study again")
-    return _outcome(prepared, found, published=published, cached=cached)
+    return _outcome(prepared, workspace, found, published=published, cached=cached)
 
 
 def _read(prepared: Prepared, workspace: Workspace) -> Finished | None:
@@ -182,8 +190,11 @@ def _fetched(prepared: Prepared, workspace: Workspace, target: str, slug: str) -
     return found
 
 
-def _outcome(prepared: Prepared, found: Finished, *, published: str | None, cached: bool) -> Outcome:
+def _outcome(
+    prepared: Prepared, workspace: Workspace, found: Finished, *, published: str | None, cached: bool
+) -> Outcome:
     summary = found.summary
+    probe = read_probe(placed_probe(prepared, workspace)) if prepared.spec.probe.asked else None
     return Outcome(
         study_id=prepared.study_id,
         capture_id=prepared.capture_id,
@@ -199,4 +210,6 @@ def _outcome(prepared: Prepared, found: Finished, *, published: str | None, cach
         interval=resampled(summary),
         readings=reading_counts(summary),
         crowded=crowded(summary),
+        verdict=None if probe is None else probe.advice.paragraph,
+        probe=None if probe is None else str(probe.folder / PAGE),
     )

@@ -2,6 +2,7 @@
 
     <target>/<model slug>/<study_id>/manifest.json      read for each study
     <target>/<model slug>/<study_id>/<folder>/summary.json      read only where it is asked for
+    <target>/<model slug>/<study_id>/probes/<probe_id>/advice.json      the same, of MOST_PROBES at most
 
 Slugs and study ids are listed by delimiter, the files below a study never are: a store of S models costs 1 + S listings
 and one or two small reads a study. It writes nothing and judges no number.
@@ -21,7 +22,7 @@ from typing import Any
 from outliers.errors import AccessDenied, BadInput, DamagedResults, OutliersError, PublishRefused, TargetError
 from outliers.files.atomic import unfinished_name
 from outliers.files.beneath import LISTED
-from outliers.publish.allowlist import MANIFEST, SUMMARY
+from outliers.publish.allowlist import ADVICE, MANIFEST, SUMMARY
 from outliers.publish.finished import REMEDY, read_finished
 from outliers.publish.manifest import MAX_MANIFEST_BYTES, headline_of, parse_manifest, slug_safe
 from outliers.publish.stores.base import Store
@@ -34,6 +35,8 @@ WORKERS = 10
 
 LOOKED_INTO = 3
 """Most folders of each kind that are read to distinguish a store from a study."""
+MOST_PROBES = 8
+"""Probes of one study whose verdicts are read."""
 MAX_PLACES = 50_000
 """Folders of studies that are read of one store."""
 MAX_WHY = 600
@@ -62,6 +65,8 @@ class Published:
     url: str
     manifest: dict[str, Any]
     files: Mapping[str, bytes] = field(repr=False, default_factory=dict)
+    verdicts: tuple[bytes, ...] = field(repr=False, default=())
+    """advice.json of each of its probes, as it lies there; nothing of it is checked yet."""
 
     @property
     def summary(self) -> bytes | None:
@@ -245,11 +250,26 @@ def _read(
         files = {name: _file(store, place, manifest, name) for name in names}
         if SUMMARY in files:
             _check_summary(url, manifest, files[SUMMARY])
-        return Published(url, visible_values(manifest), files)
+        verdicts = _verdicts(store, place) if SUMMARY in files else ()
+        return Published(url, visible_values(manifest), files, verdicts)
     except (AccessDenied, PublishRefused, TargetError) as error:
         return Skipped(url, str(error))
     except ENTRY_ERRORS as error:
         return Skipped(url, f"{url} can't be read ({format_error(error)}); remove it and publish again")
+
+
+def _verdicts(store: Store, place: str) -> tuple[bytes, ...]:
+    """advice.json of the published probes of a study; those that can't be read are left out, for the study stands without."""
+    found = []
+    try:
+        names = sorted(name for name in store.children(f"{place}/probes/").folders if slug_safe(name))
+        for name in names[:MOST_PROBES]:
+            if store.read(f"{place}/probes/{name}/{MANIFEST}", MAX_MANIFEST_BYTES) is not None:
+                data = store.read(f"{place}/probes/{name}/{ADVICE}")
+                found += [] if data is None else [data]
+    except (AccessDenied, PublishRefused, TargetError):
+        return tuple(found)
+    return tuple(found)
 
 
 def _check_summary(url: str, manifest: Mapping[str, Any], summary: bytes) -> None:

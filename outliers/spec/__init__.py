@@ -346,6 +346,11 @@ class StudySpec(Part):
                 f"--formats needs the range of the whole corpus, and each of {self.compute.shards} --shards sees a part of it: "
                 "leave one of them out"
             )
+        if self.probe.asked and self.compute.shards > 1:
+            raise ValueError(
+                "a probe reads the whole model on one machine, and --shards gives each machine a part of the corpus: leave one "
+                "of them out; `outliers probe STUDY` probes the study once it is done"
+            )
         return self
 
     @property

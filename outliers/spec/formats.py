@@ -76,6 +76,15 @@ def parse_format(name: str) -> Format:
     return found
 
 
+def bits_of(name: str) -> float:
+    """Bits a value of a format, its groups' scales included; scales of a token, column or tensor are not counted."""
+    base = parse_format(name).base
+    bits = 4.0 if "4" in base.partition("_")[0].removeprefix("mx") else 8.0
+    if base == "nvfp4":
+        return bits + 8 / 16  # an e4m3 scale for each 16 values
+    return bits + 8 / 32 if base.startswith("mx") else bits  # an e8m0 scale for each 32
+
+
 def expand(names: tuple[str, ...]) -> tuple[str, ...]:
     """Formats with each preset in the place of its word, each once, in the order given. Raises ValueError."""
     found = [own for name in names for own in PRESETS.get(name, (name,))]

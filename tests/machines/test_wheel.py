@@ -44,11 +44,11 @@ def test_the_same_files_give_the_same_bytes_and_other_files_another_key(tmp_path
     shutil.copytree(Path(outliers.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     first = build_wheel()
     monkeypatch.setattr(version, "FOLDER", copy)
-    os.utime(copy / "spec.py", (1, 1))
-    (copy / "spec.py").chmod(0o600)
+    os.utime(copy / "steps.py", (1, 1))
+    (copy / "steps.py").chmod(0o600)
     (copy / "notes.txt").write_text("not ours")
     assert build_wheel() == first
-    (copy / "spec.py").write_text((copy / "spec.py").read_text() + "\n")
+    (copy / "steps.py").write_text((copy / "steps.py").read_text() + "\n")
     changed = build_wheel()
     assert changed.key != first.key
     assert changed.name == first.name == f"outlier_features-{outliers.__version__}-py3-none-any.whl"

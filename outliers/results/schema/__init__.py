@@ -7,6 +7,7 @@ docs/results.md are made from them. They are strict: unknown keys, wrong types a
 errors, so that nothing but a study's numbers fits in. A newcomer adds a key here, with its description, and then writes it.
 """
 
+from outliers.results.schema.advice import Advice, Cause, FormatVerdict, Place, Repair
 from outliers.results.schema.blocks import (
     CorpusBlock,
     CriteriaBlock,
@@ -32,6 +33,16 @@ from outliers.results.schema.layers import (
     MassiveRow,
     Perplexity,
     Sweep,
+)
+from outliers.results.schema.probes import (
+    SENSITIVITY_SCHEMA,
+    Change,
+    Gate,
+    Gates,
+    Probes,
+    Reference,
+    SensitivityRecord,
+    SuperWeight,
 )
 from outliers.results.schema.quantization import (
     QUANTIZATION_NULLABLE,
@@ -59,11 +70,18 @@ __all__ = [
     "QUANTIZATION_NULLABLE",
     "QUANTIZATION_SCHEMA",
     "RANGES",
+    "SENSITIVITY_SCHEMA",
+    "Advice",
+    "Cause",
+    "Change",
     "CorpusBlock",
     "CriteriaBlock",
     "DeviationLadder",
     "FeatureRecord",
     "FeatureRow",
+    "FormatVerdict",
+    "Gate",
+    "Gates",
     "Histogram",
     "IntervalBlock",
     "IntervalCounts",
@@ -74,11 +92,17 @@ __all__ = [
     "MassiveToken",
     "ModelBlock",
     "Perplexity",
+    "Place",
     "Positions",
+    "Probes",
     "QuantizationBlock",
     "QuantizationRecord",
     "Readings",
+    "Reference",
+    "Repair",
+    "SensitivityRecord",
     "StudySummary",
+    "SuperWeight",
     "Sweep",
     "TokenFeature",
     "Tokens",

@@ -35,7 +35,7 @@ class ModelBlock(Strict):
     active_parameters: Count | None = Field(description="those that compute for one token; null: unknown")
     num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = Field(description="decoder layers, read or not")
     hidden_size: Annotated[int, Field(ge=1, le=MAX_FEATURES)] = Field(
-        description="features at every site but `o_in`, which has a width of its own"
+        description="features at every site but `o_in` and `down_in`, which have widths of their own"
     )
     dtype: Name = Field(description="in which it computed")
     num_experts: Count | None = Field(description="of a layer; null: dense")

@@ -13,7 +13,7 @@ from outliers.results.schema.arrow import Float32, Int32, arrow_schema, is_optio
 class FeatureRecord(BaseModel):
     """The columns of features.parquet. The table is made as arrays, never row by row."""
 
-    site: str = Field(description="`attn_in`, `mlp_in`, `o_in`, `resid` or `block`")
+    site: str = Field(description="`attn_in`, `mlp_in`, `o_in`, `down_in`, `resid` or `block`")
     layer: Int32 = Field(description="number of the layer, 0-based")
     feature: Int32 = Field(description="number of the feature, 0-based")
     tokens: int = Field(description="tokens whose value is finite; for `block` all tokens")

@@ -1,0 +1,336 @@
+"""What is changed, one `Change` each, from a ProbeSpec and what is known of the study. No torch here.
+
+Features are changed at attn_in and mlp_in in all layers of the study; where a site of another width decides (o_in, down_in), at
+that one. Formats are tried at all captured sites but resid, jointly. Every change is measured against the untouched pass, and
+none depends on another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outliers.errors import BadInput
+from outliers.probe.asked import AUTO, asked_of
+from outliers.spec import BLOCK_SITES, OWN_WIDTH_SITES
+from outliers.spec.formats import parse_format
+from outliers.study.prepare import Prepared
+from outliers.study.probes import CHECKED_FEATURES, RANDOM_FEATURES
+
+Kind = Literal["identity", "floor", "zero", "mean", "format", "map", "weights", "prefix", "weight"]
+Group = Literal["", "systematic", "matched", "random", "asked", "control random", "control nearest"]
+
+REFERENCE, IDENTITY, SHARED, FLOOR = "untouched", "identity", "identity, layers shared", "floor"
+QUANTIZED_SITES = ("attn_in", "mlp_in", "o_in", "down_in")
+RANGES = ("int8_tensor", "fp8_tensor")
+"""Formats that are tried with the range of all tokens, and with that of all but first tokens."""
+MOST_SINGLES = CHECKED_FEATURES
+"""Systematic features up to which each is changed alone, too; of more, the largest MOST_SINGLES are."""
+RANDOM = RANDOM_FEATURES
+"""Features of `random` without a number."""
+
+
+@dataclass(frozen=True, order=True)
+class WeightAt:
+    """One weight: row is its output, column its input. module: relative to the layer."""
+
+    layer: int
+    module: str
+    row: int
+    column: int
+
+    @property
+    def name(self) -> str:
+        """`11.mlp.down_proj[507,1229]`."""
+        return f"{self.layer}.{self.module}[{self.row},{self.column}]"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of the model. `name` is its key in the journal.
+
+    sites, layers: where. features: those that are zeroed or replaced. held: those that stay as they are while the others are
+    quantized. weights: the format of the readers' weights. smooth: SmoothQuant's strength. first_tokens: whether a static
+    range is of all tokens. prefix: whether a prefix comes before each sequence. of: the weight that a control stands beside.
+    alone: whether it is one feature of a set.
+    """
+
+    name: str
+    kind: Kind
+    sites: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    group: Group = ""
+    features: tuple[int, ...] = ()
+    format: str | None = None
+    held: tuple[int, ...] = ()
+    weights: str | None = None
+    smooth: float | None = None
+    first_tokens: bool = True
+    prefix: bool = False
+    weight: WeightAt | None = None
+    of: str | None = None
+    alone: bool = False
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that it changes: those before it compute what the untouched pass has computed."""
+        return 0 if self.prefix else min(self.layers, default=0)
+
+
+def quantized_sites(prepared: Prepared) -> tuple[str, ...]:
+    """The captured sites that formats are tried at; one that is the same tensor as another is not named twice."""
+    return _own(prepared, tuple(site for site in QUANTIZED_SITES if site in prepared.spec.capture.sites))
+
+
+def feature_sites(prepared: Prepared) -> tuple[str, ...]:
+    """Where features are zeroed or replaced. Raises BadInput where the model has no site for them."""
+    if prepared.site in OWN_WIDTH_SITES:
+        return (prepared.site,)
+    sites = prepared.spec.capture.sites
+    chosen = tuple(site for site in BLOCK_SITES if site in sites) or BLOCK_SITES
+    known = tuple(site for site in chosen if site in prepared.model.anatomy.sites)
+    if not known:
+        raise BadInput(
+            f"neither attn_in nor mlp_in of {prepared.model.architecture} is known, and features are changed there: name its "
+            "module with --site-module attn_in=PATTERN"
+        )
+    return _own(prepared, known)
+
+
+def _own(prepared: Prepared, sites: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(site for site in sites if prepared.model.anatomy.alias_of(site) not in sites)
+
+
+def feature_width(prepared: Prepared) -> int:
+    """How many features there are to change."""
+    return prepared.model.anatomy.widths.get(feature_sites(prepared)[0], prepared.model.hidden_size)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the study and the untouched pass say before anything is changed.
+
+    systematic: the study's list. magnitudes: (feature,), see `matched_features`. weights: single weights with their controls.
+    floor_feature: the feature that is moved by its last bit.
+    """
+
+    systematic: tuple[int, ...]
+    magnitudes: NDArray[np.float64]
+    weights: tuple[tuple[WeightAt, Group, str | None], ...] = ()
+    floor_feature: int = 0
+
+
+def matched_features(systematic: Sequence[int], magnitudes: NDArray[np.float64]) -> tuple[int, ...]:
+    """As many features that are not systematic, each nearest to one of the systematic in magnitude.
+
+    magnitudes: (feature,), the largest abs(x) of each over the sites, layers and tokens. The largest systematic feature chooses
+    first; nearest is by ratio; of equal ones the smaller number is taken.
+    """
+    left = [feature for feature in range(magnitudes.size) if feature not in set(systematic)]
+    sizes = np.log(np.maximum(magnitudes, np.finfo(np.float64).tiny))
+    found: list[int] = []
+    for feature in sorted(systematic, key=lambda number: (-magnitudes[number], number)):
+        if not left:
+            break
+        best = min(left, key=lambda number: (abs(sizes[number] - sizes[feature]), number))
+        left.remove(best)
+        found.append(best)
+    return tuple(found)
+
+
+def random_features(count: int, width: int, without: Sequence[int], seed: str) -> tuple[int, ...]:
+    """`count` of the other features, by a hash of their number with `seed`: the same on every machine and version."""
+    left = [feature for feature in range(width) if feature not in set(without)]
+    return tuple(sorted(left, key=lambda number: hashlib.sha256(f"{seed} {number}".encode()).digest())[:count])
+
+
+def all_changes(prepared: Prepared, known: Known, seed: str, *, shared: bool) -> tuple[Change, ...]:
+    """Every change of a probe, each once. seed: the probe's id. shared: whether layers may be left out."""
+    asked = asked_of(prepared.spec)
+    sites, layers = feature_sites(prepared), prepared.layers
+    everywhere = tuple(dict.fromkeys((*sites, *quantized_sites(prepared))))
+    found = [Change(IDENTITY, "identity", everywhere, layers)]
+    if shared:
+        found.append(Change(SHARED, "identity", everywhere, layers))
+    found.append(Change(FLOOR, "floor", sites[:1], layers[:1], features=(known.floor_feature,)))
+    for kind, names in (("zero", asked.zero), ("mean", asked.mean)):
+        found += _of_features(prepared, known, seed, "zero" if kind == "zero" else "mean", names)
+    found += _of_formats(prepared, known)
+    found += _of_map(prepared)
+    found += [
+        Change(_weight_name(at, group), "weight", layers=(at.layer,), group=group, weight=at, of=of)
+        for at, group, of in known.weights
+    ]
+    return tuple({change.name: change for change in found}.values())
+
+
+def _weight_name(at: WeightAt, group: Group) -> str:
+    return f"weight {at.name}" + (f" ({group})" if group.startswith("control") else "")
+
+
+def feature_sets(names: Sequence[str], known: Known, width: int, seed: str) -> list[tuple[str, Group, tuple[int, ...]]]:
+    """(name, group, features) of each set that is changed together, in the order asked for."""
+    found: list[tuple[str, Group, tuple[int, ...]]] = []
+    numbers = [int(name) for name in names if name.isdigit()]
+    matched = matched_features(known.systematic, known.magnitudes)
+    for name in names:
+        word, _, count = name.partition("=")
+        if word == "systematic" and known.systematic:
+            found.append(("systematic", "systematic", known.systematic))
+            if len(known.systematic) > 1:
+                found += [(f"systematic {f}", "systematic", (f,)) for f in known.systematic[:MOST_SINGLES]]
+        elif word == "matched" and matched:
+            found.append(("matched", "matched", matched))
+        elif word == "random":
+            chosen = random_features(int(count or RANDOM), width, (*known.systematic, *matched), seed)
+            found += [(f"random {feature}", "random", (feature,)) for feature in chosen]
+    if len(numbers) > 1:
+        found.append((",".join(map(str, numbers)), "asked", tuple(numbers)))
+    return found + [(str(number), "asked", (number,)) for number in numbers]
+
+
+def _of_features(
+    prepared: Prepared, known: Known, seed: str, kind: Literal["zero", "mean"], names: Sequence[str]
+) -> list[Change]:
+    sites, layers = feature_sites(prepared), prepared.layers
+    return [
+        Change(f"{kind} {name}", kind, sites, layers, group, features, alone=name.startswith("systematic "))
+        for name, group, features in feature_sets(names, known, feature_width(prepared), seed)
+    ]
+
+
+def held_features(prepared: Prepared, systematic: tuple[int, ...]) -> tuple[int, ...]:
+    """The features of --hold, ascending; empty where it names none, or the study has none."""
+    names = asked_of(prepared.spec).hold
+    found = {int(name) for name in names if name.isdigit()}
+    if "systematic" in names:
+        found |= set(systematic)
+    return tuple(sorted(found))
+
+
+def held_sites(prepared: Prepared) -> tuple[str, ...]:
+    """The sites whose features the held ones are."""
+    return tuple(site for site in feature_sites(prepared) if site in quantized_sites(prepared))
+
+
+def _of_formats(prepared: Prepared, known: Known) -> list[Change]:
+    asked, sites, layers = asked_of(prepared.spec), quantized_sites(prepared), prepared.layers
+    held = held_features(prepared, known.systematic) if held_sites(prepared) else ()
+    found: list[Change] = []
+
+    def add(name: str, kind: Kind = "format", **options: object) -> None:
+        found.append(Change(name, kind, sites, layers, **options))  # type: ignore[arg-type]
+
+    if asked.weights:
+        add(f"weights {asked.weights}", "weights", weights=asked.weights)
+    if asked.prefix:
+        add("prefix", "prefix", prefix=True)
+    for own in asked.quantize:
+        add(own, format=own)
+        if parse_format(own).base in RANGES:
+            add(f"{own}, range without first tokens", format=own, first_tokens=False)
+        if held:
+            add(f"{own}, held", format=own, held=held)
+        if asked.weights:
+            add(f"{own}, weights {asked.weights}", format=own, weights=asked.weights)
+        for strength in asked.smooth:
+            add(f"{own}, smooth {strength:g}", format=own, smooth=strength)
+            if asked.weights:
+                add(
+                    f"{own}, smooth {strength:g}, weights {asked.weights}",
+                    format=own,
+                    smooth=strength,
+                    weights=asked.weights,
+                )
+        if asked.prefix:
+            add(f"{own}, prefix", format=own, prefix=True)
+    return found
+
+
+def map_name(form: str, site: str, layer: int) -> str:
+    """The name of one cell of a sensitivity map."""
+    return f"map {form} {site} {layer}"
+
+
+def _of_map(prepared: Prepared) -> list[Change]:
+    form = asked_of(prepared.spec).map
+    if form is None:
+        return []
+    return [
+        Change(map_name(form, site, layer), "map", (site,), (layer,), format=form)
+        for layer in prepared.layers
+        for site in quantized_sites(prepared)
+    ]
+
+
+def error_formats(prepared: Prepared) -> tuple[str, ...]:
+    """The formats whose squared error is measured at each place, for a sensitivity map; the map's own is first."""
+    asked = asked_of(prepared.spec)
+    if asked.map is None:
+        return ()
+    return tuple(dict.fromkeys((asked.map, *asked.quantize, *prepared.spec.formats.formats)))
+
+
+def parse_weight(name: str) -> WeightAt:
+    """`11.mlp.down_proj[507,1229]`, as ProbeSpec lets it through."""
+    path, _, place = name.removesuffix("]").partition("[")
+    layer, _, module = path.partition(".")
+    row, _, column = place.partition(",")
+    return WeightAt(int(layer), module, int(row), int(column))
+
+
+def check_probe(prepared: Prepared) -> None:
+    """Raise BadInput for a probe that can't be made, before a model is loaded. What the study found is not known here."""
+    asked = asked_of(prepared.spec)
+    if not asked.asked and prepared.spec.probe.probe == "none":
+        raise BadInput(
+            "nothing is asked of the probe: give --check, or --zero, --mean, --quantize, --weight, --map or --prefix"
+        )
+    width, name = feature_width(prepared), prepared.model.source.name
+    for option, given in (("--zero", asked.zero), ("--mean", asked.mean), ("--hold", asked.hold)):
+        for feature in (int(one) for one in given if one.isdigit()):
+            if feature >= width:
+                raise BadInput(
+                    f"{option} {feature}: {name} has the features 0 to {width - 1} at {', '.join(feature_sites(prepared))}"
+                )
+        if option == "--hold" and (wrong := [one for one in given if not (one.isdigit() or one == "systematic")]):
+            raise BadInput(f"--hold {wrong[0]}: give systematic, or numbers of features")
+    _check_sites(prepared)
+    for layer in (parse_weight(one).layer for one in asked.weight if one != AUTO):
+        if layer >= prepared.model.num_layers:
+            raise BadInput(f"--weight of layer {layer}: {name} has layers 0 to {prepared.model.num_layers - 1}")
+    if prepared.model.quantization is not None and (asked.weights or asked.weight):
+        raise BadInput(
+            f"the weights of {name} stay quantized in {prepared.model.quantization}, and no single one can be changed: give "
+            "--quantization none, which is another study"
+        )
+
+
+def _check_sites(prepared: Prepared) -> None:
+    """Raise BadInput for a format without a site, or whose rotation does not fit one."""
+    asked, sites = asked_of(prepared.spec), quantized_sites(prepared)
+    formats = (*asked.quantize, *(one for one in (asked.map, asked.weights) if one))
+    if formats and not sites:
+        raise BadInput(
+            f"--quantize {formats[0]}: the study captured {', '.join(prepared.spec.capture.sites)}, and formats are tried at "
+            f"{', '.join(QUANTIZED_SITES)}: capture one of these (--sites)"
+        )
+    for form in dict.fromkeys((*formats, *error_formats(prepared))):
+        block = parse_format(form).rotation
+        for site in sites:
+            features = prepared.model.anatomy.widths[site]
+            if block and features % block:
+                raise BadInput(
+                    f"{form} rotates blocks of {block} features, and {site} has {features}: give another block"
+                )
+    if (
+        (asked.smooth or asked.hold or asked.weights)
+        and not asked.quantize
+        and not (asked.weights and not asked.smooth)
+    ):
+        raise BadInput("--smooth and --hold go with formats: give --quantize int8_token, or others")

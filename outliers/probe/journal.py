@@ -1,0 +1,89 @@
+"""The journal of a probe: a line for each (change, sequence) that was measured.
+
+    {"change": "zero 247", "sequence": 3, "nll": ..., "tokens": ..., "kl": ..., "top1_probability": ..., "agreement": ...,
+     "line_crc32": ...}
+
+Lines are appended and fsynced; a torn last line is cut off when it is opened, and a line that is not what was written counts
+as absent, with those after it: they are measured again. Knows lines, nothing of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from outliers.files.atomic import sync_folder, write_all
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, int]
+"""(change, sequence)."""
+
+
+class ProbeJournal:
+    """`done`: (change, sequence) -> its line. Made by `open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: dict[Key, dict[str, Any]] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> ProbeJournal:
+        """Read a journal, and cut off what can't be read."""
+        journal = cls(path)
+        content = path.read_bytes() if path.exists() else b""
+        whole = 0
+        for line in content.splitlines(keepends=True):
+            entry = _parse(line)
+            if entry is None:
+                break
+            journal.done[entry["change"], entry["sequence"]] = entry
+            whole += len(line)
+        if whole < len(content):
+            log.warning("%s has %d bytes at its end that are no lines: cut off", path, len(content) - whole)
+            with path.open("r+b") as file:
+                file.truncate(whole)
+                os.fsync(file.fileno())
+        return journal
+
+    def append(self, entries: list[dict[str, Any]]) -> None:
+        """Record lines in one durable write. Raises OSError, and then none is recorded."""
+        begun = self.path.exists()
+        with self.path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                write_all(file.fileno(), b"".join(_line(entry) for entry in entries))
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
+        if not begun:
+            sync_folder(self.path.parent)
+        for entry in entries:
+            self.done[entry["change"], entry["sequence"]] = entry
+
+    def lacks(self, change: str, sequences: range) -> bool:
+        """Whether a sequence has no line of this change."""
+        return any((change, sequence) not in self.done for sequence in sequences)
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    body = {key: value for key, value in entry.items() if key != "line_crc32"}
+    crc = zlib.crc32(json.dumps(body, sort_keys=True).encode())
+    return json.dumps(body | {"line_crc32": crc}, sort_keys=True).encode() + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The entry of one complete line; None if it is not what was written."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        sound = isinstance(entry["sequence"], int) and isinstance(entry["change"], str) and _line(entry) == line
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return entry if sound else None

@@ -1,0 +1,143 @@
+"""Pictures of a probe: what the model loses without some features, what formats cost, and which places are sensitive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from outliers.report.figures import DECIDING, INK, Json, dress, entitle, new_figure, number, plain_log, png
+from outliers.report.plots import Plot
+from outliers.results.schema import Advice, Change, Probes
+from outliers.spec import SITES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_BARS = 40
+"""Bars of one picture; the costliest are shown."""
+GROUP_COLOURS = {
+    "systematic": "#b4232c",
+    "each": "#d9777d",
+    "matched": "#e08214",
+    "random": "#7d8896",
+    "given": "#0072b2",
+    "control": "#7d8896",
+}
+OTHER_COLOUR = "#0072b2"
+
+
+def draw_probe(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: Advice) -> tuple[Plot, ...]:
+    """The pictures of a probe, in the order of its page; those without data are left out."""
+    return tuple(plot for plot in (causes(probes), formats(probes, advice), sensitivity(probes, rows)) if plot)
+
+
+def causes(probes: Probes) -> Plot | None:
+    """Bars of the perplexity without some features or weights, beside the controls; None where nothing was taken out."""
+    changes = [change for change in probes.changes if change.kind in ("zero", "mean", "weight")]
+    changes = sorted(changes, key=lambda change: -change.perplexity)[:MAX_BARS]
+    if not changes:
+        return None
+    figure = new_figure(1.3 + 0.24 * len(changes))
+    axes = figure.subplots()
+    values = [change.perplexity for change in changes]
+    colours = [GROUP_COLOURS.get(change.group, OTHER_COLOUR) for change in changes]
+    _bars(axes, values, [change.perplexity_interval for change in changes], colours)
+    axes.set_yticks(range(len(changes)), [_label(change) for change in changes])
+    axes.axvline(probes.reference.perplexity, color=DECIDING, linewidth=1.2, linestyle="--")
+    axes.set_xlim(left=0.9 * min([probes.reference.perplexity, *values]))
+    entitle(
+        figure, axes, _titled(probes), "perplexity without some features", f"dashed: untouched. {_measured(probes)}"
+    )
+    dress(axes, "perplexity (log scale)", "")
+    plain_log(axes, "x")
+    worst = changes[0]
+    alt = f"Bars of {len(changes)} changes; the largest perplexity is {number(worst.perplexity)}, {_label(worst)}."
+    return Plot("causes.png", alt, png(figure))
+
+
+def formats(probes: Probes, advice: Advice) -> Plot | None:
+    """Bars of the KL of each format at all sites, with its repairs; None where no format was tried."""
+    changes = [change for change in probes.changes if change.kind == "quantize" and change.kl > 0]
+    changes = sorted(changes, key=lambda change: -change.kl)[:MAX_BARS]
+    if not changes:
+        return None
+    figure = new_figure(1.3 + 0.24 * len(changes))
+    axes = figure.subplots()
+    colours = ["#0072b2" if not _repair(change) else "#7cb5dd" for change in changes]
+    _bars(axes, [change.kl for change in changes], [change.kl_interval for change in changes], colours)
+    axes.set_yticks(range(len(changes)), [_label(change) for change in changes])
+    axes.axvline(advice.budget, color=DECIDING, linewidth=1.2, linestyle="--")
+    floor = 2 * advice.floor
+    axes.set_xlim(left=0.5 * min([*(change.kl for change in changes), advice.budget]))
+    if floor > 0:
+        axes.axvspan(axes.get_xlim()[0], max(floor, axes.get_xlim()[0]), color="#eceef1", zorder=0)
+    below = f"dashed: the budget, {number(advice.budget)}; grey: not distinguishable. {_measured(probes)}"
+    entitle(figure, axes, _titled(probes), "what each format costs", below)
+    dress(axes, "KL to the untouched model, nats a token (log scale)", "")
+    plain_log(axes, "x")
+    alt = f"Bars of {len(changes)} formats; the costliest is {_label(changes[0])} with KL {number(changes[0].kl)}."
+    return Plot("formats.png", alt, png(figure))
+
+
+def sensitivity(probes: Probes, rows: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """Site by layer: the measured KL of one format at one place; None without a map."""
+    measured = [row for row in rows if row["kl"] is not None]
+    if not measured:
+        return None
+    from matplotlib.colors import LogNorm
+
+    sites = [site for site in SITES if any(row["site"] == site for row in measured)]
+    layers = sorted({int(row["layer"]) for row in measured})
+    values = np.full((len(sites), len(layers)), np.nan)  # (site, layer); NaN: not measured
+    for row in measured:
+        values[sites.index(row["site"]), layers.index(row["layer"])] = max(row["kl"], 0.0)
+    floor = max(2 * (probes.gates.floor.value or 0.0), float(np.nanmax(values)) * 1e-4, 1e-12)
+    figure = new_figure(1.3 + 0.42 * len(sites))
+    axes = figure.subplots()
+    norm = LogNorm(floor, max(float(np.nanmax(values)), floor * 10))
+    image = axes.imshow(np.maximum(values, floor), aspect="auto", cmap="YlOrRd", norm=norm, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=12)
+    bar.set_label("KL, nats a token", fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=8, colors=INK, length=2)
+    bar.outline.set_visible(False)
+    entitle(figure, axes, _titled(probes), f"{measured[0]['format']} at one place alone", _measured(probes))
+    dress(axes, "layer (0-based)", "")
+    axes.grid(False)
+    axes.set_yticks(range(len(sites)), sites)
+    step = max(1, len(layers) // 16)
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    worst = max(measured, key=lambda row: row["kl"])
+    alt = (
+        f"Heat map of {len(sites)} sites over {len(layers)} layers; the largest KL is {number(worst['kl'])}, at {worst['site']} "
+        f"of layer {worst['layer']}."
+    )
+    return Plot("sensitivity.png", alt, png(figure))
+
+
+def _bars(axes: Axes, values: Sequence[float], spans: Sequence[Sequence[float] | None], colours: Sequence[str]) -> None:
+    """Horizontal bars, the first on top, with a line from end to end of each interval."""
+    places = np.arange(len(values))
+    axes.barh(places, values, color=list(colours), height=0.66)
+    for place, span in zip(places.tolist(), spans, strict=True):
+        if span is not None:
+            axes.plot([max(span[0], 1e-12), max(span[1], 1e-12)], [place, place], color=INK, linewidth=1.1)
+    axes.invert_yaxis()
+
+
+def _label(change: Change) -> str:
+    name = "".join(char if " " <= char <= "~" else "?" for char in change.name)
+    return name if len(name) <= 44 else f"{name[:43]}…"
+
+
+def _repair(change: Change) -> bool:
+    return bool(change.held or change.smooth is not None or change.prefix or (change.format or "").startswith("had"))
+
+
+def _titled(probes: Probes) -> Json:
+    return {"model": {"id": probes.model}}
+
+
+def _measured(probes: Probes) -> str:
+    return f"{probes.tokens:,} tokens of {probes.sequences:,} sequences, {probes.dtype}"

@@ -1,0 +1,69 @@
+"""The identity of a probe, and the names of what it leaves: arithmetic on ids, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from outliers.spec import PROBE_VERSION, StudySpec, digest
+from outliers.study.prepare import ID_LENGTH, Prepared
+from outliers.workspace import Workspace
+
+PROBES, SENSITIVITY = "probes.json", "sensitivity.parquet"
+PROBE_NUMBERS = (PROBES, SENSITIVITY)
+"""What a machine makes of a probe."""
+
+
+def probe_id(prepared: Prepared) -> str:
+    """The id of the probe that a study asks for: features and ranges come from the study, so its id is a part.
+
+    The formats that `--probe check` tries are the study's own, and a part of study_id.
+    """
+    payload = {
+        "probe": prepared.spec.probe.model_dump(mode="json"),
+        "capture": prepared.capture_id,
+        "study": prepared.study_id,
+        "version": PROBE_VERSION,
+    }
+    return digest(payload)[:ID_LENGTH]
+
+
+def probe_folder(prepared: Prepared, workspace: Workspace) -> Path:
+    """Where the probe works on the machine with the model: its journal, and its numbers."""
+    return workspace.capture(prepared.capture_id) / "probes" / probe_id(prepared)
+
+
+def placed_probe(prepared: Prepared, workspace: Workspace) -> Path:
+    """Where the results of the probe are on the side that asked for it."""
+    return workspace.study(prepared.study_id) / "probes" / probe_id(prepared)
+
+
+CHECKED_FEATURES = 8
+"""Systematic features that `--probe check` takes one at a time, at most."""
+RANDOM_FEATURES = 5
+"""Random features that it takes, one at a time, as a control."""
+DEFAULT_FORMATS = ("int8_token", "fp8_token", "mxfp4_even", "nvfp4")
+"""Formats that it tries where the study names none."""
+
+
+def count_passes(spec: StudySpec, layers: int) -> float:
+    """Forward passes over the probe's sequences, an upper bound: the reference, the gates, and one a change.
+
+    A change that begins at layer l skips the layers before it: a map takes half of its passes. How many features are
+    systematic is not known before; CHECKED_FEATURES of them are counted.
+    """
+    probe = spec.probe
+    found = 3.0  # reference, identity, floor
+    features = [*probe.zero, *probe.mean]
+    formats = list(probe.quantize)
+    if probe.probe == "check":
+        features += ["systematic", "matched", "systematic", "matched", f"random={RANDOM_FEATURES}"]
+        found += 2 * CHECKED_FEATURES
+        formats += list(spec.formats.formats or DEFAULT_FORMATS)
+        found += len(formats)  # again with the systematic features held out
+    for name in features:
+        found += int(name.partition("=")[2] or 1)
+    tries = 1 + bool(probe.hold) + len(probe.smooth) + 2 * (probe.prefix is not None)
+    found += len(set(formats)) * tries + 3 * len(probe.weight)
+    if probe.map is not None:
+        found += layers * len(spec.capture.sites) / 2
+    return found
