@@ -1,4 +1,4 @@
-"""quantization.parquet at the boundary: written with the other numbers, part of the digest, and refused with one thing too many."""
+"""quantization.parquet at the boundary: one of the numbers, part of the digest, and refused with one thing too many."""
 
 from __future__ import annotations
 
