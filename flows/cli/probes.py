@@ -136,6 +136,8 @@ def show_advice(console: Console, found: Probed, advice: Any) -> None:
     console.print(table)
     console.print()
     console.print(Text(visible(advice.paragraph)), soft_wrap=True)
+    for item in advice.not_tried:
+        console.print(Text(visible(f"  {item}")), soft_wrap=True)
     console.print()
     line(console, "probe", str(found.folder / "probe.html"))
 
