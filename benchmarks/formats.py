@@ -19,24 +19,27 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks import counting
+from outliers.counting.accumulate import Span, Tally
+from outliers.counting.analyze import TILE_BYTES as COUNT_BYTES
+from outliers.counting.summary import Frame
 from outliers.quantization.emulate import emulate
 from outliers.quantization.kernels import tile as kernels
 from outliers.quantization.measure import TILE_BYTES
 from outliers.quantization.rules import Rule, padded
+from outliers.spec import CriteriaSpec
 from outliers.spec.formats import BASES, parse_format
 
+SITES = ("attn_in", "mlp_in")
 TOKENS, WIDTH = 2048, 2048
 NUMPY_ROWS = 256
 FORMATS = (*BASES, "had16+nvfp4", "had64+nvfp4")
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-MIDDLES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
 
 
 def values(tokens: int, width: int) -> NDArray[np.uint16]:
@@ -97,6 +100,22 @@ def by_torch(bits: NDArray[np.uint16], amax: float) -> float:
     return float((emulate(x, parse_format("nvfp4"), amax=amax) - x).double().square().sum())
 
 
+def counter(bits: NDArray[np.uint16]) -> Callable[[], object]:
+    """Counting every statistic of a chunk at both sites of the block."""
+    criteria = CriteriaSpec()
+    widths = dict.fromkeys(SITES, bits.shape[1])
+    frame = Frame("benchmark", "bfloat16", tuple(widths.items()), 1, len(bits), 6.0, criteria.magnitudes, "block")
+    tally, rows = Tally(frame), max(4, COUNT_BYTES // (2 * bits.shape[1]) // 4 * 4)
+    marks = np.zeros((2, len(bits)), np.bool_)
+    own = bits.copy()  # what is not finite is set to 0 there
+
+    def tiles(layer: int) -> Iterator[dict[str, NDArray[Any]]]:
+        for at in range(0, len(own), rows):
+            yield dict.fromkeys(SITES, own[at : at + rows])
+
+    return lambda: tally.count(Span(0, 0, len(own), marks), range(1), tiles, rows)
+
+
 def measure(rounds: int, tokens: int) -> dict[str, float]:
     """Median seconds of each variant, all in turn within each round."""
     bits = values(tokens, WIDTH)
@@ -104,7 +123,7 @@ def measure(rounds: int, tokens: int) -> dict[str, float]:
     amax = np.abs(wide).max(0)
     top = float(amax.max())
     variants: dict[str, Callable[[], object]] = {
-        "count": lambda: counting.kernel((bits, bits)),
+        "count": counter(bits),
         "numpy": lambda: by_numpy(bits, top),
         "torch": lambda: by_torch(bits, top),
     }

@@ -232,6 +232,10 @@ def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: lis
     from outliers.publish.probes import is_probed
     from outliers.publish.publish import check_target
 
+    if prepared.spec.probe.asked:
+        from outliers.probe.changes import check_before
+
+        check_before(prepared)
     if find_finished(prepared, workspace) is None or not is_probed(prepared, workspace):
         _check_machine(prepared, workspace, console, argv)
     if prepared.spec.publish_to is not None:

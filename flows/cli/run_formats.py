@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+_RANGES = {"without_first_tokens": "no first tokens"}
 _KINDS = ("format", "held_out", "range")
 
 
@@ -54,11 +55,14 @@ def format_table(lines: list[FormatLine], block: dict[str, Any]) -> Any:
     table = Table(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
     for name in ("site", "format", "range"):
         table.add_column(name, no_wrap=True)
-    for name in ("held out", "all layers", "worst layer", "there"):
+    for name in ("held", "dB", "worst layer", "dB"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in lines:
         table.add_row(
-            *(Text(visible_values(text)) for text in (one.site, one.format, (one.range or "").replace("_", " "))),
+            *(
+                Text(visible_values(text))
+                for text in (one.site, one.format, _RANGES.get(one.range or "", one.range or ""))
+            ),
             f"{one.held_out:,}" if one.held_out else "",
             _shown(one.sqnr_db),
             str(one.worst_layer),

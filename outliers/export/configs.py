@@ -135,12 +135,18 @@ TORCHAO: dict[str, dict[str, Any]] = {
 
 
 def torchao(study: Study, skips: Skips, scheme: str) -> dict[str, Any]:
-    """`quantization_config` with an FqnToConfig: what has null is left alone. The first of these that fits wins: a whole name,
-    a pattern behind `re:` that fits from end to end, `_default`."""
+    """`quantization_config` with an FqnToConfig: what has null is left alone. A whole name goes before a pattern, which stands
+    behind `re:` and fits from end to end. Experts that are one module are no torch.nn.Linear, and stay as they are."""
     check_linear(study, "torchao")
+    anatomy = study.prepared.model.anatomy
+    base = f"{anatomy.backbone}.{anatomy.layers}."
+    kinds = dict.fromkeys(
+        reader.name.removeprefix(f"{base}{reader.layer}.")
+        for reader in study.readers
+        if reader.kind == "projection" and reader.name not in skips.always
+    )
     table: dict[str, Any] = dict.fromkeys((*skips.always, *skips.projections))
-    table |= {f"re:{re.escape(name)}(\\..*)?": None for name in skips.experts}
-    table["_default"] = TORCHAO[scheme]
+    table[f"re:{re.escape(base)}\\d+\\.({'|'.join(map(re.escape, kinds))})"] = TORCHAO[scheme]
     config = {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": table}}
     return {"quant_method": "torchao", "quant_type": {"default": config}}
 

@@ -281,6 +281,19 @@ def parse_weight(name: str) -> WeightAt:
     return WeightAt(int(layer), module, int(row), int(column))
 
 
+def check_before(prepared: Prepared) -> None:
+    """Raise BadInput for a probe that is not to be made, before a machine is asked for: as `check_probe`, and without losses.
+
+    A study without losses could be probed, and nothing would show that the probed model is the one that was captured.
+    """
+    if not prepared.spec.capture.perplexity:
+        raise BadInput(
+            "a probe compares its untouched pass with the losses of the capture, which this study does not measure: add "
+            "--perplexity; activations that are captured already are kept, and one pass measures the losses"
+        )
+    check_probe(prepared)
+
+
 def check_probe(prepared: Prepared) -> None:
     """Raise BadInput for a probe that can't be made, before a model is loaded. What the study found is not known here."""
     asked = asked_of(prepared.spec)

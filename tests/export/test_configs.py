@@ -170,7 +170,7 @@ def test_modelopt_turns_on_what_has_a_range(study, modules, linear, inputs, larg
         assert amax[f"{name}.input_quantizer.amax"] == pytest.approx(np.abs(inputs[name]).max(), rel=2e-5)
 
 
-def test_gptqmodel_autoround_and_torchao_leave_exactly_those_alone(study, linear, large):
+def test_gptqmodel_autoround_and_torchao_leave_exactly_those_alone(study, modules, linear, large):
     wanted = large | {"lm_head"}
     dynamic = json.loads(made(study, "gptqmodel", skip_above=EVERY).content)["dynamic"]
     assert all(key.startswith("-:") and value == {} for key, value in dynamic.items())
@@ -180,7 +180,10 @@ def test_gptqmodel_autoround_and_torchao_leave_exactly_those_alone(study, linear
     quant = json.loads(made(study, "torchao", skip_above=EVERY).content)["quant_type"]["default"]
     table = quant["_data"]["fqn_to_config"]
     assert {name for name, value in table.items() if value is None} == wanted
-    assert list(table)[-1] == "_default" and table["_default"]["_type"] == "Int8DynamicActivationInt8WeightConfig"
+    (pattern,) = (name for name in table if name.startswith("re:"))
+    assert table[pattern]["_type"] == "Int8DynamicActivationInt8WeightConfig"
+    # a whole name goes before the pattern
+    assert {name for name in modules if re.fullmatch(pattern[3:], name)} == linear - {"lm_head"}
 
 
 def test_llama_quantize_gets_a_pattern_for_each_kind(study, large):
