@@ -37,7 +37,8 @@ def e4m3(x):
 
 def nvfp4(x, amax):
     """Groups of 16 with a scale in E4M3 under one global scale; E2M1 by its table of magnitudes."""
-    whole = np.float32(448 * 6) / np.float32(amax)
+    # rounded twice, as the library has it
+    whole = np.float32(1) / np.float32(amax) * np.float32(448 * 6)
     groups = x.reshape(*x.shape[:-1], -1, 16)
     scale = e4m3(np.abs(groups).max(-1, keepdims=True) / np.float32(6) * whole)
     scale = np.where(scale == 0, np.float32(0.125), scale) / whole
@@ -146,14 +147,16 @@ def test_the_known_answers_are_those_of_whole_logits(answers):
 
 
 def test_the_super_weight_of_the_model_comes_out_first(answers):
-    """11.down_proj[507, 1229]: it alone costs much, its two controls nothing that can be seen."""
+    """11.down_proj[507, 1229]: it alone costs much, a random weight of its matrix nothing, the next largest little."""
     _, found, _ = answers
     first = found.super_weights[0]
     assert f"{first.layer}.{first.module}[{first.row},{first.column}]" == SUPER
     weights = {(change.weight, change.group): change for change in found.changes if change.kind == "weight"}
     assert weights[SUPER, "given"].perplexity > 3 * found.reference.perplexity
-    controls = [change for change in found.changes if change.control_of == SUPER]
-    assert len(controls) == 2 and all(change.kl < 0.01 * weights[SUPER, "given"].kl for change in controls)
+    random, nearest = (change for change in found.changes if change.control_of == SUPER)
+    assert random.kl < 1e-3 * weights[SUPER, "given"].kl
+    # the next largest of the matrix is in the same row: it costs a tenth
+    assert nearest.kl < 0.2 * weights[SUPER, "given"].kl
 
 
 def test_its_checks_stand_beside_the_numbers(answers):
