@@ -245,8 +245,9 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
 
 
 def _show_formats(console: Console, run: Run, arguments: argparse.Namespace) -> None:
-    from flows.cli.run_formats import format_lines, format_table
+    from flows.cli.run_formats import format_table
     from outliers.errors import BadInput
+    from outliers.results.format_lines import format_lines
 
     if run.formats is None:
         raise BadInput(

@@ -40,7 +40,6 @@ class Rule:
     scope: int
     amax: np.float32
     channel: NDArray[np.float32]
-    group: int
     added: np.int32
     block: int
     factor: np.float32
@@ -65,7 +64,6 @@ class Rule:
             scope=_SCOPES.get(scope, kernels.BY_GROUP),
             amax=overall,
             channel=channel,
-            group=fmt.group or kernels.PADDING,
             added=np.int32(MX_ROUND.get(scope, 0)),
             block=fmt.rotation,
             factor=np.float32(rotation_factor(fmt.rotation) if fmt.rotation else 1.0),
@@ -73,8 +71,8 @@ class Rule:
 
     def quantized(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
         """One padded row after quantizing and dequantizing, without the rotation."""
-        out = np.empty_like(row)
-        kernels.quantize_row(row, out, self.kind, self.scope, self.amax, self.channel, self.group, self.added)
+        out, spare = np.empty_like(row), np.empty_like(row)
+        kernels.quantize_row(row, out, spare, self.kind, self.scope, self.amax, self.channel, self.added)
         return out
 
     def add_errors(
@@ -92,7 +90,6 @@ class Rule:
             self.scope,
             self.amax,
             self.channel,
-            self.group,
             self.added,
             self.block,
             self.factor,

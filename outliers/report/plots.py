@@ -48,7 +48,7 @@ MAX_ANNOTATED_LAYERS = 8
 """With more columns the numbers no longer fit into the cells of the heat map."""
 
 # FreeType and the font caches of matplotlib are not promised to be safe between threads.
-_DRAWING = threading.Lock()
+DRAWING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def captured_sites(summary: Json) -> tuple[str, ...]:
 
 def draw(summary: Json, tokens: Json, cells: Cells) -> tuple[Plot, ...]:
     """The plots that have data, in the order of the report."""
-    with _DRAWING:
+    with DRAWING:
         plots = [
             heat_map(summary, cells),
             layer_curves(summary),

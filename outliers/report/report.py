@@ -18,6 +18,7 @@ import numpy as np
 from outliers.errors import BadInput, WorkspaceError
 from outliers.files.atomic import write_atomic
 from outliers.report.figures import Json
+from outliers.report.formats import FORMATS_PLOT, format_maps, format_rows, measured_sites
 from outliers.report.page import render_template
 from outliers.report.plots import MASSIVE_RULE, MAX_POSITION_ROWS, Cells, Plot, captured_layers, draw
 from outliers.report.rows import (
@@ -40,6 +41,7 @@ from outliers.units import clip
 
 SCHEMA_VERSION = 1
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
+QUANTIZATION = "quantization.parquet"
 PLOT_TEXTS = {
     "heatmap.png": (
         "Layers and features",
@@ -71,10 +73,16 @@ PLOT_TEXTS = {
         f"The features of the massive activations, the first {MAX_POSITION_ROWS} at most: tokens by position in the "
         "sequence. Counts stand on the right; each row has its own scale.",
     ),
+    FORMATS_PLOT: (
+        "Error by site and layer",
+        "Every feature is quantized; static formats have the range of the whole corpus.",
+    ),
 }
 """Heading and caption of every plot there may be, by file name, in the order of the page."""
 MASSIVE_PLOTS = ("massive_positions.png",)
 """Plots that stand below the heading of the massive activations."""
+FORMAT_PLOTS = (FORMATS_PLOT,)
+"""Plots that stand below the heading of the number formats."""
 
 READING_MEANINGS = {
     "pooled": "layers with a hit anywhere; hits over all (layer, token) pairs",
@@ -92,6 +100,8 @@ def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path,
     Raises BadInput where a file is missing or unreadable, WorkspaceError where it is of a newer format.
     """
     files = {name: _read(results / name) for name in (SUMMARY, TOKENS, FEATURES)}
+    if (results / QUANTIZATION).exists():
+        files[QUANTIZATION] = _read(results / QUANTIZATION)
     plots = make_plots(files)
     page = make_page(files, plots, provenance)
     folder = results / "plots"
@@ -107,18 +117,27 @@ def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path,
 def make_plots(files: Mapping[str, bytes]) -> tuple[Plot, ...]:
     """The pictures of a study, from the bytes of its three files by name. Raises as `write_report`."""
     summary, tokens = _json(files, SUMMARY), _json(files, TOKENS)
-    return draw(summary, tokens, _cells(files[FEATURES], summary["criteria"]["site"]))
+    plots = draw(summary, tokens, _cells(files[FEATURES], summary["criteria"]["site"]))
+    maps = format_maps(summary, _errors(files))
+    return plots if maps is None else (*plots, maps)
 
 
 def make_page(files: Mapping[str, bytes], plots: Sequence[Plot], provenance: Mapping[str, object]) -> bytes:
     """report.html of a study, from the bytes of its three files by name and its pictures. Raises as `write_report`."""
     summary, tokens = _json(files, SUMMARY), _json(files, TOKENS)
     cells = _cells(files[FEATURES], summary["criteria"]["site"])
-    return render(summary, tokens, cells, plots, provenance).encode("utf-8", "replace")
+    return render(summary, tokens, cells, plots, provenance, _errors(files)).encode("utf-8", "replace")
 
 
-def render(summary: Json, tokens: Json, cells: Cells, plots: Sequence[Plot], provenance: Mapping[str, object]) -> str:
-    """The page as text; the plots are in it as base64."""
+def render(
+    summary: Json,
+    tokens: Json,
+    cells: Cells,
+    plots: Sequence[Plot],
+    provenance: Mapping[str, object],
+    errors: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The page as text; the plots are in it as base64. errors: the rows of quantization.parquet."""
     shown = [(plot.name, *PLOT_TEXTS[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
     values = {
         "summary": summary,
@@ -140,7 +159,11 @@ def render(summary: Json, tokens: Json, cells: Cells, plots: Sequence[Plot], pro
         "has_legacy": any(found.get("legacy") for found in summary["readings"].values()),
         "nonfinite": [row for row in summary["layers"] if row["nonfinite"]][:MAX_FEATURE_ROWS],
         "nonfinite_total": sum(row["nonfinite"] for row in summary["layers"]),
-        "plots": [plot[1:] for plot in shown if plot[0] not in MASSIVE_PLOTS],
+        "plots": [plot[1:] for plot in shown if plot[0] not in (*MASSIVE_PLOTS, *FORMAT_PLOTS)],
+        "format_plots": [plot[1:] for plot in shown if plot[0] in FORMAT_PLOTS],
+        "formats": format_rows(errors),
+        "format_sites": measured_sites(errors),
+        "format_sample": summary.get("quantization"),
         "massive_plots": [plot[1:] for plot in shown if plot[0] in MASSIVE_PLOTS],
         "contexts": contexts(tokens),
         "max_tokens": MAX_CONTEXTS,
@@ -171,6 +194,20 @@ def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise WorkspaceError(f"{name} has schema_version {version}, this program reads {SCHEMA_VERSION}; update it")
     return dict(value)
+
+
+def _errors(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """The rows of quantization.parquet; none where there is no such file."""
+    import pyarrow
+
+    from outliers.files.parquet import read_parquet
+
+    if QUANTIZATION not in files:
+        return []
+    try:
+        return list(read_parquet(files[QUANTIZATION]).to_pylist())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise BadInput(f"{QUANTIZATION} is not a readable table: {error}; analyze the capture again") from error
 
 
 def _cells(data: bytes, site: str) -> Cells:

@@ -297,7 +297,7 @@ class StudySpec(Part):
     corpus: Annotated[CorpusSpec, bare("source")] = Field(default_factory=CorpusSpec, description="the text it reads")
     capture: CaptureSpec = Field(default_factory=CaptureSpec, description="the activations kept on disk")
     criteria: CriteriaSpec = Field(default_factory=CriteriaSpec, description="what is looked for")
-    formats: Annotated[FormatsSpec, bare("formats")] = Field(
+    formats: Annotated[FormatsSpec, bare("formats", takes_list=True)] = Field(
         default_factory=FormatsSpec, description="number formats that are tried on the activations"
     )
     probe: Annotated[ProbeSpec, bare("probe")] = Field(

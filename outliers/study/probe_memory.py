@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
-from outliers.study.demand import demand_of
-from outliers.study.layout import STORAGE
+from outliers.study.layout import STORAGE, Layout
 
 SLICE_BYTES = 32 * 1024 * 1024
 """Bytes of float64 logits at once. Chosen, not tuned."""
@@ -44,22 +43,21 @@ def group_size(hidden_bytes: int) -> int:
     return max(1, min(MOST_GROUP, GROUP_BYTES // max(1, hidden_bytes)))
 
 
-def probe_memory(spec: StudySpec, info: ModelInfo) -> ProbeMemory:
+def probe_memory(spec: StudySpec, info: ModelInfo, layout: Layout, activation_bytes: int) -> ProbeMemory:
     """The memory of a study's probe: weights, one layer's pass, slices of two heads, a group's hidden states, kept outputs.
 
-    info: the model as the study has it; a probe in float32 loads it again, wider.
+    info: the model as the study has it; a probe in float32 loads it again, wider. layout: of the capture. activation_bytes: one
+    layer's forward pass over one batch, in the study's dtype.
     """
     asked, own = spec.probe, STORAGE[info.dtype].itemsize
     itemsize = 4 if asked.probe_dtype == "float32" else own
-    demand = demand_of(spec, info)
-    positions = demand.layout.positions
-    tokens = spec.capture.batch_sequences * positions
+    tokens = spec.capture.batch_sequences * layout.positions
     hidden = tokens * info.hidden_size * itemsize
-    widest = max(demand.layout.widths.values())
+    widest = max(layout.widths.values())
     kept = min(MOST_KEPT_BYTES, info.num_layers * hidden) if asked.map or asked.weight else 0
     layer = max(info.weights.layer_bytes) * itemsize // own
     work = (
-        demand.activation_bytes * itemsize // own
+        activation_bytes * itemsize // own
         + HEAD_SLICES * slice_tokens(info.vocab_size) * info.vocab_size * 8
         + (1 + group_size(hidden)) * hidden
         + kept

@@ -30,6 +30,8 @@ from outliers.probe.run import probe
 from outliers.quantization.emulate import emulate
 from outliers.spec.formats import parse_format
 from outliers.store.journal import _line
+from outliers.study.demand import demand_of
+from outliers.study.prepare import layout_of
 from outliers.study.probe_memory import probe_memory
 from outliers.study.probes import probe_folder, probe_id
 from outliers.workspace import open_workspace
@@ -295,7 +297,8 @@ def test_what_a_probe_takes_grows_with_what_it_is_asked(world):
     info = plain.model
 
     def taken(**asked):
-        return probe_memory(study_of(workspace, folder, text, asked, model={"dtype": "bfloat16"}).spec, info)
+        spec = study_of(workspace, folder, text, asked, model={"dtype": "bfloat16"}).spec
+        return probe_memory(spec, info, layout_of(spec, info), demand_of(spec, info).activation_bytes)
 
     base = taken(zero=("3",))
     wide = taken(zero=("3",), probe_dtype="float32")

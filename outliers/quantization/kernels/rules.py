@@ -1,9 +1,9 @@
 """The rules of `quantization.emulate` for one token at a time: the same operations in the same order, so the same bits.
 
 A row is float32, padded with zeros to a multiple of 32, which gives the last group of a narrower site zeros for what it lacks.
-The scale of each group is spread over `out` first, so that one loop over the row has no branch and becomes vector
-instructions; a loop of a group's length that the compiler knows would be unrolled into scalar ones. Knows arrays, no files and
-no sums.
+Maxima of groups come from folding the row by halves, and each scale is spread over its group first, so that every loop runs over
+the row, has no branch and becomes vector instructions; a loop of a group's length would be unrolled into scalar ones. Knows
+arrays, no files and no sums.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _NEAREST = np.float32(12582912.0)
 
 
 @compiled
-def quantize_row(x, out, kind, scope, amax, channel, group, added):
-    """Set `out` to `x` after quantizing and dequantizing; both (padded feature,) float32.
+def quantize_row(x, out, spare, kind, scope, amax, channel, added):
+    """Set `out` to `x` after quantizing and dequantizing; both (padded feature,) float32. spare: a row that is overwritten.
 
-    kind, scope: codes. amax: of the tensor, float32. channel: (padded feature,) float32, the scales of int8_channel. group:
-    features that share a scale. added: what MX adds to a group's maximum, see `emulate.MX_ROUND`.
+    kind, scope: codes. amax: of the tensor, float32. channel: (padded feature,) float32, the scales of int8_channel. added:
+    what MX adds to a group's maximum, see `emulate.MX_ROUND`.
     """
     if kind == NVFP4:
-        _nvfp4(x, out, amax, group)
+        _nvfp4(x, out, spare, amax)
     elif kind in (MXFP4, MXFP8):
-        _mx(x, out, kind, group, added)
+        _mx(x, out, spare, kind, added)
     elif scope == BY_CHANNEL:
         for j in range(x.size):
             scaled = min(max(x[j] / channel[j], np.float32(-128)), np.float32(127))
@@ -104,28 +104,40 @@ def _e2m1(x):
 
 
 @compiled
-def _nvfp4(x, out, amax, group):
+def _nvfp4(x, out, spare, amax):
     overall = np.float32(np.float32(1) / max(amax, np.float32(2.0**-126))) * np.float32(2688)
     if overall == np.float32(np.inf):
         overall = np.float32(1)
-    for at in range(0, x.size, group):
-        local = _e4m3(overall * (_largest(x[at : at + group]) / np.float32(6)))
-        if local == np.float32(0):
-            local = np.float32(0.125)
-        _fill(out[at : at + group], local / overall)
+    bits = x.view(np.int32)
+    one, other = spare.view(np.int32), out.view(np.int32)
+    _pairs(bits, one)
+    _fold(one, other, x.size // 4)
+    _fold(other, one, x.size // 8)
+    _fold(one, other, x.size // 16)
+    for g in range(x.size // 16):
+        local = _e4m3(overall * (out[g] / np.float32(6)))
+        out[g] = (local if local != np.float32(0) else np.float32(0.125)) / overall
+    _spread(out, 16)
     for j in range(x.size):
         scale = out[j]
         out[j] = _e2m1(x[j] / scale) * scale
 
 
 @compiled
-def _mx(x, out, kind, group, added):
+def _mx(x, out, spare, kind, added):
     offset = np.int32(8) if kind == MXFP8 else np.int32(2)
-    for at in range(0, x.size, group):
-        top = _bits(_largest(x[at : at + group]))
-        exponent = max(np.int32(((top + added) >> 23) - 127 - offset), np.int32(-127))
+    bits = x.view(np.int32)
+    one, other = out.view(np.int32), spare.view(np.int32)
+    _pairs(bits, one)
+    _fold(one, other, x.size // 4)
+    _fold(other, one, x.size // 8)
+    _fold(one, other, x.size // 16)
+    _fold(other, one, x.size // 32)
+    for g in range(x.size // 32):
+        exponent = max(np.int32(((one[g] + added) >> 23) - 127 - offset), np.int32(-127))
         # 2^-127 is subnormal
-        _fill(out[at : at + group], _float(0x00400000 if exponent == -127 else (exponent + 127) << 23))
+        one[g] = np.int32(0x00400000) if exponent == -127 else np.int32((exponent + 127) << 23)
+    _spread(out, 32)
     if kind == MXFP8:
         for j in range(x.size):
             scale = out[j]
@@ -137,9 +149,28 @@ def _mx(x, out, kind, group, added):
 
 
 @compiled
-def _fill(run, value):
-    for j in range(run.size):
-        run[j] = value
+def _pairs(bits, tops):
+    """The larger magnitude of each two neighbours, as bits."""
+    for j in range(bits.size // 2):
+        one, other = bits[np.uintp(2 * j)] & _MAGNITUDE, bits[np.uintp(2 * j + 1)] & _MAGNITUDE
+        tops[j] = max(np.int32(one), np.int32(other))
+
+
+@compiled
+def _fold(tops, larger, count):
+    """The larger of each two neighbours among the first 2 * count."""
+    for j in range(count):
+        larger[j] = max(tops[np.uintp(2 * j)], tops[np.uintp(2 * j + 1)])
+
+
+@compiled
+def _spread(scales, group):
+    """The first values of a row, each to the places of its group: from the end, so that none is lost."""
+    for g in range(scales.size // group - 1, -1, -1):
+        own = scales[g]
+        run = scales[g * group : (g + 1) * group]
+        for j in range(run.size):
+            run[j] = own
 
 
 @compiled

@@ -71,7 +71,7 @@ def add_squares(values, good, squares):
 
 
 @compiled
-def add_errors(values, good, held, width, kind, scope, amax, channel, group, added, block, factor, scratch, errors):
+def add_errors(values, good, held, width, kind, scope, amax, channel, added, block, factor, scratch, errors):
     """Add the squared errors of the measured tokens by one format to `errors`, (padded feature,) float64.
 
     held: (padded feature,) float32, 0 for the features that are held out, else 1; their own columns of `errors` mean nothing.
@@ -87,7 +87,7 @@ def add_errors(values, good, held, width, kind, scope, amax, channel, group, add
             x[j] = row[j] * held[j]
         if block:
             rotate_row(x, width, block, factor, scratch[2])
-        quantize_row(x, out, kind, scope, amax, channel, group, added)
+        quantize_row(x, out, scratch[2], kind, scope, amax, channel, added)
         if block:
             rotate_row(out, width, block, factor, scratch[2])
         for j in range(row.size):
