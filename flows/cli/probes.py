@@ -22,6 +22,8 @@ _EXAMPLES = """examples:
   outliers probe STUDY --zero systematic,matched,random=5 --probe-dtype float32
   outliers advise STUDY --budget 0.1
 """
+SHORT = {"within": "within", "beyond": "beyond", "unclear": "unclear", "indistinguishable": "no effect"}
+"""Verdicts in one word, for the table; the paragraph below it has them in full."""
 NO_PROBE = "it has no probe: make one with `outliers probe {} --check`"
 
 
@@ -115,17 +117,17 @@ def show_advice(console: Console, found: Probed, advice: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from outliers.report.probe_page import VERDICTS
     from outliers.untrusted.visible import visible
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("format", "verdict", "KL", "95%", "predicted", "perplexity", "best repair", "leave alone"):
-        table.add_column(name, justify="left" if name in ("format", "verdict", "best repair") else "right")
+        left = name in ("format", "verdict", "best repair")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "best repair", overflow="fold")
     for item in advice.formats:
         best = item.repairs[0] if item.repairs else None
         table.add_row(
             item.format + (f" + {item.weights} weights" if item.weights else ""),
-            VERDICTS[item.verdict] if item.verdict else "not probed",
+            SHORT[item.verdict] if item.verdict else "not probed",
             _short(item.confirmed_kl),
             "" if item.confirmed_interval is None else "-".join(_short(end) for end in item.confirmed_interval),
             _short(item.predicted_kl),
@@ -136,6 +138,8 @@ def show_advice(console: Console, found: Probed, advice: Any) -> None:
     console.print(table)
     console.print()
     console.print(Text(visible(advice.paragraph)), soft_wrap=True)
+    for item in advice.not_tried:
+        console.print(Text(visible(f"  {item}")), soft_wrap=True)
     console.print()
     line(console, "probe", str(found.folder / "probe.html"))
 

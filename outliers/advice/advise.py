@@ -220,12 +220,15 @@ def paragraph(advice: Advice) -> str:
     """The verdict in words: what was measured, what stays within the budget, what doesn't, what helps, what it depends on."""
     sentences = [
         f"Measured on {advice.model} in {advice.dtype}, {advice.corpus}, {advice.tokens:,} tokens of {advice.sequences:,} "
-        f"sequences, with emulated formats at {', '.join(advice.sites)}: perplexity {advice.perplexity:.4g} untouched."
+        f"sequences, with emulated formats at {', '.join(advice.sites)}: perplexity {_number(advice.perplexity)} untouched."
     ]
+    probed = [item for item in advice.formats if item.verdict is not None]
+    if probed and all(item.confirmed_interval is None for item in probed):
+        sentences.append("There are no intervals, for there are too few sequences.")
     sentences += _format_sentences(advice)
     sentences += _cause_sentences(advice.causes)
     if advice.not_tried:
-        sentences.append(f"Not tried: {'; '.join(advice.not_tried)}.")
+        sentences.append(f"Not tried: {', '.join(item.partition(':')[0] for item in advice.not_tried)}.")
     return " ".join(sentences)
 
 
@@ -252,7 +255,14 @@ def _said(item: FormatVerdict) -> str:
     span = item.confirmed_interval
     interval = f" [{span[0]:.2g}, {span[1]:.2g}]" if span else ""
     weights = f" with weights in {item.weights}" if item.weights else ""
-    return f"{item.format}{weights} (KL {item.confirmed_kl:.2g}{interval}, perplexity {item.perplexity:.4g})"
+    return (
+        f"{item.format}{weights} (KL {item.confirmed_kl:.2g}{interval}, perplexity {_number(item.perplexity or 0.0)})"
+    )
+
+
+def _number(value: float) -> str:
+    """Four digits, thousands separated."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _repaired(item: FormatVerdict) -> list[str]:
@@ -285,13 +295,14 @@ def _cause_sentences(causes: Sequence[Cause]) -> list[str]:
         mean = [cause for cause in causes if cause.kind == "mean" and cause.what == group]
         if own:
             numbers = ", ".join(map(str, own[0].features[:8])) + (" ..." if len(own[0].features) > 8 else "")
-            replaced = f" ({mean[0].perplexity:.4g} where they are replaced by their mean)" if mean else ""
-            said.append(f"Without {words} ({numbers}) the perplexity is {own[0].perplexity:.4g}{replaced}.")
+            replaced = f" ({_number(mean[0].perplexity)} where they are replaced by their mean)" if mean else ""
+            said.append(f"Without {words} ({numbers}) the perplexity is {_number(own[0].perplexity)}{replaced}.")
     others = [cause.perplexity for cause in zeroed if cause.what == "random"]
     if others:
-        said.append(f"Without a random feature it is {min(others):.4g} to {max(others):.4g}.")
+        low, high = _number(min(others)), _number(max(others))
+        said.append(f"Without a random feature it is {low if low == high else f'{low} to {high}'}.")
     weights = [cause for cause in causes if cause.kind == "weight"]
     if weights:
         worst = max(weights, key=lambda cause: cause.kl)
-        said.append(f"Without the single weight {worst.what} it is {worst.perplexity:.4g}.")
+        said.append(f"Without the single weight {worst.what} it is {_number(worst.perplexity)}.")
     return said

@@ -18,6 +18,7 @@ from outliers.dispatch.study_run import StudyRun
 from outliers.dispatch.transfer import check_transfer
 from outliers.files.sealed import write_sealed
 from outliers.machines.providers import provider
+from outliers.probe.changes import check_before
 from outliers.publish.outcome import Outcome, find_finished, make_outcome
 from outliers.publish.probes import is_probed
 from outliers.publish.publish import check_target
@@ -41,6 +42,8 @@ def dispatch_study(run: StudyRun, steps: Steps | None = None) -> Outcome:
     run.reporter.log("info", f"study {prepared.study_id}, capture {prepared.capture_id}")
     if prepared.spec.publish_to is not None:
         check_target(prepared.spec.publish_to)
+    if prepared.spec.probe.asked:
+        check_before(prepared)
     keep_asked(run)
     spread = prepared.spec.compute.shards > 1
     found = find_finished(prepared, workspace)

@@ -25,6 +25,10 @@ class Family:
     may be the same module (`alias_of`), or a path with `:input` where no norm comes before: what is read is always the
     tensor that attention, or the MLP or router, receives. `mlp_output` is the second projection of a dense MLP, which a
     layer of experts does not have.
+
+    Projections that multiply what a site gives: `attention_readers` read `attn_in`, those of them that are in the layer's
+    kind of attention; `mlp_readers` read `mlp_in` in a dense layer, `router`, `experts` and `shared_readers` in a layer of
+    experts. `inner` are projections that read no site.
     """
 
     layers: str = "layers"
@@ -34,6 +38,10 @@ class Family:
     mlp_output: tuple[str, ...] = ("mlp.down_proj",)
     router: str | None = None
     experts: str | None = None
+    attention_readers: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    mlp_readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    shared_readers: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
 
 
 LLAMA = Family()
@@ -44,14 +52,22 @@ GPT2 = Family(
     mlp_norm=("ln_2",),
     attention_output=("attn.c_proj", "attn.out_proj"),
     mlp_output=("mlp.c_proj",),
+    attention_readers=("attn.c_attn",),
+    mlp_readers=("mlp.c_fc",),
 )
-NEOX = Family(attention_output=("attention.dense",), mlp_output=("mlp.dense_4h_to_h",))
+NEOX = Family(
+    attention_output=("attention.dense",),
+    mlp_output=("mlp.dense_4h_to_h",),
+    attention_readers=("attention.query_key_value",),
+    mlp_readers=("mlp.dense_h_to_4h",),
+)
 OPT = Family(
     layers="decoder.layers",
     attention_norm=("self_attn_layer_norm",),
     mlp_norm=("final_layer_norm",),
     attention_output=("self_attn.out_proj",),
     mlp_output=("fc2",),
+    mlp_readers=("fc1",),
 )
 # one norm for both, or one each, as the config has it
 FALCON = Family(
@@ -60,18 +76,40 @@ FALCON = Family(
     mlp_norm=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
     attention_output=("self_attention.dense",),
     mlp_output=("mlp.dense_4h_to_h",),
+    attention_readers=("self_attention.query_key_value",),
+    mlp_readers=("mlp.dense_h_to_4h",),
 )
 # post-norm: the norms are on the outputs of attention and MLP, which read the residual stream itself
 POST_NORM = Family(attention_norm=("self_attn:input",), mlp_norm=("mlp:input",))
 MOE = Family(router="mlp.gate", experts="mlp.experts")
 MOE_ROUTER = Family(router="mlp.router", experts="mlp.experts")
+MOE_GATED = replace(  # one shared expert behind a gate of its own
+    MOE,
+    shared_readers=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate"),
+    inner=("mlp.shared_expert.down_proj",),
+)
+MOE_SHARED = replace(
+    MOE,
+    shared_readers=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    inner=("mlp.shared_experts.down_proj",),
+)
+LATENT = replace(  # attention through narrow projections, whose second halves read no site
+    MOE_SHARED,
+    attention_readers=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    inner=("self_attn.q_b_proj", "self_attn.kv_b_proj", *MOE_SHARED.inner),
+)
+DIRECT = replace(  # the same without the narrow one of the queries (q_lora_rank is null)
+    LATENT,
+    attention_readers=("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"),
+    inner=("self_attn.kv_b_proj", *MOE_SHARED.inner),
+)
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
     "Qwen2ForCausalLM": LLAMA,
     "Qwen3ForCausalLM": LLAMA,
-    "Phi3ForCausalLM": LLAMA,
+    "Phi3ForCausalLM": replace(LLAMA, attention_readers=("self_attn.qkv_proj",), mlp_readers=("mlp.gate_up_proj",)),
     "OlmoForCausalLM": LLAMA,
     "SmolLM3ForCausalLM": LLAMA,
     "GraniteForCausalLM": LLAMA,
@@ -81,28 +119,45 @@ FAMILIES: dict[str, Family] = {
     "GPT2LMHeadModel": GPT2,
     "GPTNeoXForCausalLM": NEOX,
     # one norm for both attention and MLP, which run side by side
-    "GPTJForCausalLM": replace(GPT2, mlp_norm=("ln_1",), mlp_output=("mlp.fc_out",)),
+    "GPTJForCausalLM": replace(
+        GPT2,
+        mlp_norm=("ln_1",),
+        mlp_output=("mlp.fc_out",),
+        attention_readers=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+        mlp_readers=("mlp.fc_in",),
+    ),
     "PhiForCausalLM": Family(
-        mlp_norm=("input_layernorm",), attention_output=("self_attn.dense",), mlp_output=("mlp.fc2",)
+        mlp_norm=("input_layernorm",),
+        attention_output=("self_attn.dense",),
+        mlp_output=("mlp.fc2",),
+        mlp_readers=("mlp.fc1",),
     ),
     "OPTForCausalLM": OPT,
     "FalconForCausalLM": FALCON,
-    "BloomForCausalLM": Family(
-        layers="h", attention_output=("self_attention.dense",), mlp_output=("mlp.dense_4h_to_h",)
-    ),
+    "BloomForCausalLM": replace(FALCON, attention_norm=LLAMA.attention_norm, mlp_norm=LLAMA.mlp_norm),
     "Olmo2ForCausalLM": POST_NORM,
     "Olmo3ForCausalLM": POST_NORM,
     "MixtralForCausalLM": MOE,
     "OlmoeForCausalLM": MOE,
-    "Qwen2MoeForCausalLM": MOE,
+    "Qwen2MoeForCausalLM": MOE_GATED,
     "Qwen3MoeForCausalLM": MOE,
-    "Qwen3NextForCausalLM": replace(MOE, attention_output=("self_attn.o_proj", "linear_attn.out_proj")),
-    "Glm4MoeForCausalLM": MOE,
-    "DeepseekV3ForCausalLM": MOE,
+    "Qwen3NextForCausalLM": replace(
+        MOE_GATED,
+        attention_output=("self_attn.o_proj", "linear_attn.out_proj"),
+        attention_readers=(*MOE.attention_readers, "linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
+    ),
+    "Glm4MoeForCausalLM": MOE_SHARED,
+    "DeepseekV3ForCausalLM": LATENT,
     "GptOssForCausalLM": MOE_ROUTER,
     "PhimoeForCausalLM": MOE_ROUTER,
     "Llama4ForCausalLM": replace(
-        LLAMA, mlp_output=("feed_forward.down_proj",), router="feed_forward.router", experts="feed_forward.experts"
+        LLAMA,
+        mlp_output=("feed_forward.down_proj",),
+        router="feed_forward.router",
+        experts="feed_forward.experts",
+        mlp_readers=("feed_forward.gate_proj", "feed_forward.up_proj"),
+        shared_readers=("feed_forward.shared_expert.gate_proj", "feed_forward.shared_expert.up_proj"),
+        inner=("feed_forward.shared_expert.down_proj",),
     ),
     "GraniteMoeForCausalLM": replace(LLAMA, router="block_sparse_moe.router", experts="block_sparse_moe.experts"),
 }
@@ -114,6 +169,8 @@ def family(architecture: str, config: Any) -> Family | None:
     if found is OPT and not getattr(config, "do_layer_norm_before", True):
         # OPT-350m: attention reads the residual stream, and the MLP what the norm after attention gives
         return replace(OPT, attention_norm=("self_attn:input",), mlp_norm=("self_attn_layer_norm",))
+    if found is LATENT and getattr(config, "q_lora_rank", 0) is None:
+        return DIRECT
     return found
 
 

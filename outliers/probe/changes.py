@@ -31,6 +31,8 @@ RANGES = ("int8_tensor", "fp8_tensor")
 """Formats that are tried with the range of all tokens, and with that of all but first tokens."""
 MOST_SINGLES = CHECKED_FEATURES
 """Systematic features up to which each is changed alone, too; of more, the largest MOST_SINGLES are."""
+MOST_NAME = 80
+"""Characters up to which the numbers of several features are a change's name."""
 RANDOM = RANDOM_FEATURES
 """Features of `random` without a number."""
 
@@ -126,21 +128,14 @@ class Known:
 
 
 def matched_features(systematic: Sequence[int], magnitudes: NDArray[np.float64]) -> tuple[int, ...]:
-    """As many features that are not systematic, each nearest to one of the systematic in magnitude.
+    """As many features that are not systematic, the largest of these; of equal ones the smaller number.
 
-    magnitudes: (feature,), the largest abs(x) of each over the sites, layers and tokens. The largest systematic feature chooses
-    first; nearest is by ratio; of equal ones the smaller number is taken.
+    magnitudes: (feature,), the largest abs(x) of each over the sites, layers and tokens. Whatever a model loses without its
+    systematic features is due to their being systematic only if it keeps as much without others that are as large.
     """
-    left = [feature for feature in range(magnitudes.size) if feature not in set(systematic)]
-    sizes = np.log(np.maximum(magnitudes, np.finfo(np.float64).tiny))
-    found: list[int] = []
-    for feature in sorted(systematic, key=lambda number: (-magnitudes[number], number)):
-        if not left:
-            break
-        best = min(left, key=lambda number: (abs(sizes[number] - sizes[feature]), number))
-        left.remove(best)
-        found.append(best)
-    return tuple(found)
+    without = set(systematic)
+    left = [feature for feature in range(magnitudes.size) if feature not in without]
+    return tuple(sorted(left, key=lambda number: (-float(magnitudes[number]), number))[: len(without)])
 
 
 def random_features(count: int, width: int, without: Sequence[int], seed: str) -> tuple[int, ...]:
@@ -190,7 +185,9 @@ def feature_sets(names: Sequence[str], known: Known, width: int, seed: str) -> l
             chosen = random_features(int(count or RANDOM), width, (*known.systematic, *matched), seed)
             found += [(f"random {feature}", "random", (feature,)) for feature in chosen]
     if len(numbers) > 1:
-        found.append((",".join(map(str, numbers)), "asked", tuple(numbers)))
+        all_of = ",".join(map(str, numbers))
+        name = all_of if len(all_of) <= MOST_NAME else f"the {len(numbers)} given"
+        found.append((name, "asked", tuple(numbers)))
     return found + [(str(number), "asked", (number,)) for number in numbers]
 
 
@@ -282,6 +279,19 @@ def parse_weight(name: str) -> WeightAt:
     layer, _, module = path.partition(".")
     row, _, column = place.partition(",")
     return WeightAt(int(layer), module, int(row), int(column))
+
+
+def check_before(prepared: Prepared) -> None:
+    """Raise BadInput for a probe that is not to be made, before a machine is asked for: as `check_probe`, and without losses.
+
+    A study without losses could be probed, and nothing would show that the probed model is the one that was captured.
+    """
+    if not prepared.spec.capture.perplexity:
+        raise BadInput(
+            "a probe compares its untouched pass with the losses of the capture, which this study does not measure: add "
+            "--perplexity; activations that are captured already are kept, and one pass measures the losses"
+        )
+    check_probe(prepared)
 
 
 def check_probe(prepared: Prepared) -> None:

@@ -21,6 +21,8 @@ from outliers.probe.readers import Reader, scale_of
 
 Place = tuple[str, int]
 """(site, layer)."""
+_PATTERNS = {2: torch.int16, 4: torch.int32}
+"""Bytes of a value -> the integer that has its bits."""
 
 
 class Edit(Protocol):
@@ -79,8 +81,9 @@ class LastPlace:
 
     def __call__(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         changed = x.clone()
-        value = x[..., self.feature]
-        changed[..., self.feature] = torch.nextafter(value, torch.full_like(value, torch.inf).copysign(value))
+        # the pattern of the next larger magnitude is the next number, for every dtype and on every device
+        patterns = changed.view(_PATTERNS[x.element_size()])
+        patterns[..., self.feature] += 1
         return changed
 
 

@@ -13,17 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from outliers.capture.perplexity import Head
-
-SLICE_BYTES = 32 * 1024 * 1024
-"""Bytes of float64 logits at once; HEAD_SLICES of these are alive. Chosen, not tuned."""
-HEAD_SLICES = 7
-"""Slices alive at once, each in float64: logits and probabilities of the untouched pass; those of a change, their exponential,
-difference and product, and its logits in the dtype and in float32."""
-
-
-def slice_tokens(vocabulary: int) -> int:
-    """Tokens of one slice of logits."""
-    return max(1, SLICE_BYTES // (8 * vocabulary))
+from outliers.study.probe_memory import slice_tokens
 
 
 @dataclass(frozen=True)

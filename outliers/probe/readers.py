@@ -199,12 +199,12 @@ def _tokens(tensor: torch.Tensor) -> int:
 def _check(readers: list[Reader], site: str, layer: int, base: torch.nn.Module, anatomy: Anatomy) -> None:
     """Raise SiteError for a site whose readers are not all found."""
     name = type(base).__name__
-    remedy = "a probe can't change it; leave the site out of --sites, or probe single weights (--weight)"
-    if not any(not reader.is_router for reader in readers):
-        raise SiteError(f"no module of {name} with weights receives the tensor of {site} in layer {layer}: {remedy}")
+    remedy = "a probe can't change it; leave the site out of --sites"
     inside = _own_path(anatomy.experts, layer, anatomy)
     if site == "mlp_in" and inside is not None and not any(reader.is_experts for reader in readers):
         raise SiteError(
             f"the experts of {name} in layer {layer} ({inside}) receive another tensor than mlp_in, and it is not mlp_in times "
             f"the router's scores: {remedy}"
         )
+    if all(reader.is_router for reader in readers):
+        raise SiteError(f"no module of {name} with weights receives the tensor of {site} in layer {layer}: {remedy}")

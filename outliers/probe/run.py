@@ -278,6 +278,9 @@ class _Run:
     def _write(self, made: Made, journal: ProbeJournal, sequences: list[int]) -> None:
         """The numbers, in a draft that becomes the folder."""
         content, places = write_numbers(made, journal, sequences)
+        why_not = made.checked.why_not
+        compared = "gives the capture's losses" if why_not is None else f"was not compared with the capture: {why_not}"
+        log.info("the untouched pass %s; a change that changes nothing gives a KL of 0", compared)
         draft = self.folder / "draft"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()

@@ -24,18 +24,9 @@ from outliers.probe.formats import Ranges, quantize_edits
 from outliers.probe.journal import ProbeJournal
 from outliers.probe.measure import Measures, compare
 from outliers.probe.sharing import Kept
+from outliers.study.probe_memory import group_size
 
 log = logging.getLogger(__name__)
-
-MOST_GROUP = 8
-"""Changes that share the untouched pass's log-probabilities."""
-GROUP_BYTES = 1 << 28
-"""Most bytes of their last hidden states. Chosen, not tuned; a machine's memory is planned with it."""
-
-
-def group_size(hidden_bytes: int) -> int:
-    """Changes that are measured together, of whose last hidden states each takes so many bytes."""
-    return max(1, min(MOST_GROUP, GROUP_BYTES // max(1, hidden_bytes)))
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Leaves out the layers before the first change: they would compute what the untouched pass has computed.
 
-The untouched pass keeps what layers return (`Kept`), as many of them as fit MOST_BYTES. In a changed pass every layer up to a
-kept one returns at once what that one returned. A model that carries more from layer to layer than its hidden state would
+The untouched pass keeps what layers return (`Kept`), as many of them as fit MOST_KEPT_BYTES. In a changed pass every layer up
+to a kept one returns at once what that one returned. A model that carries more from layer to layer than its hidden state would
 give other numbers so: `session` compares before it relies on this.
 """
 
@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-MOST_BYTES = 1 << 30
-"""Of layers' outputs that are kept of one batch. Chosen, not tuned; a machine's memory is planned with it."""
+from outliers.study.probe_memory import MOST_KEPT_BYTES
 
 
-def kept_layers(wanted: Sequence[int], layer_bytes: int, most_bytes: int = MOST_BYTES) -> tuple[int, ...]:
+def kept_layers(wanted: Sequence[int], layer_bytes: int, most_bytes: int = MOST_KEPT_BYTES) -> tuple[int, ...]:
     """Which of the wanted layers' outputs are kept, evenly spread, so that they take at most `most_bytes`. Ascending.
 
     layer_bytes: of one layer's output for a batch.

@@ -70,7 +70,7 @@ def is_turned(module: torch.nn.Module) -> bool:
 
 def column_magnitudes(readers: Sequence[Reader]) -> torch.Tensor:
     """(feature,) float32: the largest magnitude of each column of the weights that multiply a site's tensor."""
-    found = [weight.rows().abs().amax(-2) for weight in reading_weights(readers)]
+    found = [weight.rows().detach().abs().amax(-2) for weight in reading_weights(readers)]
     flat = [(one.amax(0) if one.dim() == 2 else one).float() for one in found]
     return torch.stack([one.to(flat[0].device) for one in flat]).amax(0)
 

@@ -297,7 +297,7 @@ class StudySpec(Part):
     corpus: Annotated[CorpusSpec, bare("source")] = Field(default_factory=CorpusSpec, description="the text it reads")
     capture: CaptureSpec = Field(default_factory=CaptureSpec, description="the activations kept on disk")
     criteria: CriteriaSpec = Field(default_factory=CriteriaSpec, description="what is looked for")
-    formats: Annotated[FormatsSpec, bare("formats")] = Field(
+    formats: Annotated[FormatsSpec, bare("formats", takes_list=True)] = Field(
         default_factory=FormatsSpec, description="number formats that are tried on the activations"
     )
     probe: Annotated[ProbeSpec, bare("probe")] = Field(
@@ -341,15 +341,15 @@ class StudySpec(Part):
     @model_validator(mode="after")
     def _consistent(self) -> StudySpec:
         self.deciding_site  # noqa: B018 - raises where it can't be told
-        if self.formats.formats and self.compute.shards > 1:
-            raise ValueError(
-                f"--formats needs the range of the whole corpus, and each of {self.compute.shards} --shards sees a part of it: "
-                "leave one of them out"
-            )
         if self.probe.asked and self.compute.shards > 1:
             raise ValueError(
                 "a probe reads the whole model on one machine, and --shards gives each machine a part of the corpus: leave one "
                 "of them out; `outliers probe STUDY` probes the study once it is done"
+            )
+        if self.formats.formats and self.compute.shards > 1:
+            raise ValueError(
+                f"--formats needs the range of the whole corpus, and each of {self.compute.shards} --shards sees a part of it: "
+                "leave one of them out"
             )
         return self
 

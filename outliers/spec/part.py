@@ -35,6 +35,7 @@ class Part(BaseModel):
     )
 
 
-def bare(field: str) -> BeforeValidator:
-    """A section written as a bare string, or as a list, stands for its first field."""
-    return BeforeValidator(lambda value: {field: value} if isinstance(value, str | list | tuple) else value)
+def bare(field: str, *, takes_list: bool = False) -> BeforeValidator:
+    """A section written as a bare string stands for its first field; with `takes_list` one written as a list, too."""
+    kinds = (str, list, tuple) if takes_list else (str,)
+    return BeforeValidator(lambda value: {field: value} if isinstance(value, kinds) else value)

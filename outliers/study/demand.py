@@ -17,6 +17,7 @@ from outliers.study.layout import Layout
 from outliers.study.parts import longest_shard
 from outliers.study.placement import Placement, even, fit
 from outliers.study.prepare import layout_of
+from outliers.study.probe_memory import ProbeMemory, probe_memory
 from outliers.study.ring_size import MAX_WRITERS, ring_bytes, ring_slots, writers_bytes
 
 PROCESS_BYTES = 1_000_000_000
@@ -104,22 +105,28 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
     pinned = ring_bytes(slot, ring_slots(slot), pinned=True)
     writers = writers_bytes(layout.largest_chunk_bytes, MAX_WRITERS, packed=layout.codec != "none")
     activations, layer = _activation_bytes(spec, info, layout.itemsize), max(weights.layer_bytes)
-    work = max(activations + ring, layer)
     # a GGUF file is dequantized to float32 before it is cast, on this machine
+    # a probe loads the model again after the capture: of both, the larger one counts
+    probe = probe_memory(spec, info, layout, activations) if spec.probe.asked else ProbeMemory(0, 0)
+    work = max(activations + ring, layer, probe.work)
+    wider = max(1, probe.model // max(1, weights.memory_bytes))  # a probe in float32 of a model of 2 bytes a value
     gguf = info.total_parameters * 4 if info.source.kind == "gguf" else 0
     # weights go to the GPUs tensor by tensor from memory-mapped files, whose pages the system can take back
-    host = max(layer, weights.memory_bytes + gguf if gguf else 0)
+    host = max(wider * layer, weights.memory_bytes + gguf if gguf else 0)
     return Demand(
         spec=spec,
         model=info,
         layout=layout,
-        parts=weights.parts,
+        parts=tuple(part * wider for part in weights.parts),
         ring_bytes=ring,
         activation_bytes=activations,
         work_bytes=work,
-        vram_bytes=weights.memory_bytes + work,
+        vram_bytes=wider * weights.memory_bytes + work,
         # while experts are merged from their files a layer is there twice; no pass runs then
-        ram_bytes=weights.memory_bytes + gguf + max(layer, activations) + ring + writers + PROCESS_BYTES,
+        ram_bytes=max(
+            weights.memory_bytes + gguf + max(layer, activations) + ring + writers + PROCESS_BYTES,
+            probe.model + gguf + probe.work + PROCESS_BYTES,
+        ),
         host_ram_bytes=host + pinned + writers + GPU_PROCESS_BYTES,
     )
 

@@ -102,14 +102,18 @@ def test_the_words_say_what_was_measured_and_what_was_not_tried():
         "Not distinguishable from rounding (KL under 0.0002): fp8_token",
         "Beyond the budget: mxfp4_even",
         "Without the systematic features (247) the perplexity is 249.4 (34.9 where they are replaced by their mean).",
-        "Without as many others of the largest magnitude (507) the perplexity is 6140.",
-        "Without a random feature it is 16.1 to 16.1.",
-        "rotation: --quantize had64+mxfp4_even",
-        "quantized weights: --weights FORMAT",
-        "which places cost most: --map int8_token",
-        "--sites attn_in,mlp_in,o_in,down_in",
+        "Without as many others of the largest magnitude (507) the perplexity is 6,140.",
+        "Without a random feature it is 16.1.",
+        "Not tried: which places cost most, holding features out, rotation,",
     ):
         assert part in found.paragraph
+    for command in (
+        "rotation: --quantize had64+mxfp4_even",
+        "quantized weights: --weights FORMAT beside --quantize",
+        "which places cost most: --map int8_token",
+        "the input of the MLP's second projection: a study with --sites attn_in,mlp_in,o_in,down_in",
+    ):
+        assert command in found.not_tried
     assert Advice.model_validate_json(found.model_dump_json()) == found
 
 

@@ -37,7 +37,7 @@ def test_an_architecture_is_added_by_one_row(tmp_path, workspace, text, monkeypa
     monkeypatch.setattr(tiny, "CONFIGS", dict(tiny.CONFIGS))
     exec(CONFIG, {"CONFIGS": tiny.CONFIGS, "COMMON": tiny.COMMON})
     folder = tiny.make_model(tmp_path / "model", "Cohere", dtype="bfloat16")
-    spec = StudySpec.model_validate(tiny.spec_for(folder, text, sequences=2, capture={"sites": SITES}))
+    spec = StudySpec.model_validate(tiny.spec_for(folder, text, sequences=2, capture={"sites": (*SITES, "down_in")}))
     with pytest.raises(UnknownArchitecture, match="CohereForCausalLM"):
         prepare(spec, workspace)
     monkeypatch.setattr(architectures, "FAMILIES", dict(architectures.FAMILIES))

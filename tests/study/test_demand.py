@@ -98,3 +98,18 @@ def test_more_shards_than_batches_are_refused_where_the_longest_is_asked_for(des
     assert demand.layout.num_sequences == 4
     with pytest.raises(BadInput, match="--shards 5 is more than the 4 batches"):
         demand.shard_layout  # noqa: B018 - raises
+
+
+def test_a_probe_takes_what_it_takes_beside_the_capture(tmp_path, workspace):
+    """The larger of both counts, and a probe in float32 of a bfloat16 model has its weights twice as wide."""
+    folder = tiny.make_model(tmp_path, dtype="bfloat16")
+
+    def demand(**probe):
+        made = tiny.spec_for(folder, "builtin:python-docs", 4, 32)
+        spec = StudySpec.model_validate(made | {"probe": probe})
+        return demand_of(spec, model_info(spec, workspace, weights=False))
+
+    plain, probed, wide = demand(), demand(zero=["3"]), demand(zero=["3"], probe_dtype="float32")
+    assert plain.ram_bytes < probed.ram_bytes < wide.ram_bytes
+    assert wide.parts == tuple(2 * part for part in plain.parts) and probed.parts == plain.parts
+    assert wide.vram_bytes - wide.work_bytes == 2 * (plain.vram_bytes - plain.work_bytes)

