@@ -78,13 +78,16 @@ def add_errors(values, good, held, width, kind, scope, amax, channel, added, blo
     width: features without padding. kind to added: as `rules.quantize_row`. block, factor: of the rotation, 0 for none.
     scratch: (3, padded feature) float32, overwritten.
     """
-    x, out = scratch[0], scratch[1]
+    out = scratch[1]
+    copied = block > 0 or held[:width].min() == np.float32(0)
     for r in range(values.shape[0]):
         if not good[r]:
             continue
         row = values[r]
-        for j in range(row.size):
-            x[j] = row[j] * held[j]
+        x = scratch[0] if copied else row
+        if copied:
+            for j in range(row.size):
+                x[j] = row[j] * held[j]
         if block:
             rotate_row(x, width, block, factor, scratch[2])
         quantize_row(x, out, scratch[2], kind, scope, amax, channel, added)
