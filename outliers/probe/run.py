@@ -180,12 +180,7 @@ class _Run:
         prepared = self.prepared
         captured, why_not = self._captured(why_not)
         batches = batches_of(prepared, corpus, devices.first)
-        sites = tuple(dict.fromkeys((*feature_sites(prepared), *quantized_sites(prepared))))
-        base = model.get_submodule(prepared.model.anatomy.backbone)
-        readers = find_readers(
-            base, prepared.model.anatomy, sites, prepared.layers, batches[0].ids[:1, : batches[0].lengths[0]]
-        )
-        engine = Engine(model, prepared.model.anatomy, readers, prefix, held_sites(prepared))
+        engine = self._engine(model, batches[0], prefix)
         statistics = self._statistics(engine, batches, systematic)
         prefer = self.asked.probe_dtype == "study" or prepared.model.dtype == self.asked.probe_dtype
         ranges = Ranges(findings, statistics, prefer)
@@ -211,6 +206,14 @@ class _Run:
             "sequences": sum(batch.counted for batch in batches),
             "tokens": sum(sum(batch.lengths[: batch.counted]) for batch in batches),
         }
+
+    def _engine(self, model: Any, batch: Batch, prefix: tuple[int, ...]) -> Engine:
+        """The model with the readers of every site that is changed or looked at."""
+        prepared, anatomy = self.prepared, self.prepared.model.anatomy
+        sites = tuple(dict.fromkeys((*feature_sites(prepared), *quantized_sites(prepared))))
+        base, ids = model.get_submodule(anatomy.backbone), batch.ids[:1, : batch.lengths[0]]
+        readers = find_readers(base, anatomy, sites, prepared.layers, ids)
+        return Engine(model, anatomy, readers, prefix, held_sites(prepared))
 
     def _statistics(self, engine: Engine, batches: tuple[Batch, ...], systematic: tuple[int, ...]) -> Statistics:
         """One untouched pass over everything, and one with the prefix where there is one; goes on after a snapshot."""
