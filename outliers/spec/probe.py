@@ -109,5 +109,5 @@ class ProbeSpec(Part):
     @property
     def asked(self) -> bool:
         """Whether there is anything to do."""
-        changes = (self.zero, self.mean, self.quantize, self.weight, self.map, self.prefix)
+        changes = (self.zero, self.mean, self.quantize, self.weights, self.weight, self.map, self.prefix)
         return self.probe != "none" or any(changes)

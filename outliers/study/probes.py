@@ -52,7 +52,8 @@ def count_passes(spec: StudySpec, layers: int) -> float:
     systematic is not known before; CHECKED_FEATURES of them are counted.
     """
     probe = spec.probe
-    found = 3.0  # reference, identity, floor
+    # statistics, the untouched pass, two identities and the floor; the first batch again, to see whether layers can be left out
+    found = 6.0 + (probe.prefix is not None)
     features = [*probe.zero, *probe.mean]
     formats = list(probe.quantize)
     if probe.probe == "check":
@@ -61,9 +62,12 @@ def count_passes(spec: StudySpec, layers: int) -> float:
         formats += list(spec.formats.formats or DEFAULT_FORMATS)
         found += len(formats)  # again with the systematic features held out
     for name in features:
-        found += int(name.partition("=")[2] or 1)
+        word, _, number = name.partition("=")
+        found += int(number or (RANDOM_FEATURES if word == "random" else 1))
+        found += CHECKED_FEATURES if word == "systematic" and probe.probe != "check" else 0
     tries = 1 + bool(probe.hold) + len(probe.smooth) + 2 * (probe.prefix is not None)
-    found += len(set(formats)) * tries + 3 * len(probe.weight)
+    found += len(set(formats)) * tries * (1 + (probe.weights is not None)) + (probe.weights is not None)
+    found += 3 * sum(3 if name == "auto" else 1 for name in probe.weight)
     if probe.map is not None:
         found += layers * len(spec.capture.sites) / 2
     return found
