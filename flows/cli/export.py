@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from outliers.workspace import Workspace
 
-_FORMATS = (
+FORMATS = (
     "imatrix",
     "imatrix-dat",
     "act-scales",
@@ -57,7 +57,7 @@ def add_export_parser(verbs: Any) -> None:
     export.add_argument(
         "study", metavar="STUDY", help="a study_id, or a results folder, as `outliers runs show` takes them"
     )
-    export.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(_FORMATS))
+    export.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(FORMATS))
     export.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write, outside of results")
     export.add_argument(
         "--scheme", default="", metavar="NAME", help="how the program quantizes; each format has a default"

@@ -72,11 +72,16 @@ def _finish(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> Non
     """Do what a study still lacks: its capture, its counts, its results, its publication."""
     from outliers.dispatch.steps import sync_study
     from outliers.dispatch.study_run import StudyRun
+    from outliers.machines.local import LocalMachine
     from outliers.machines.providers import provider
     from outliers.planning.remaining import check_rest
+    from outliers.probe.changes import check_before
     from outliers.publish.outcome import find_finished
-    from outliers.steps import capture_exists, run_analyze, run_extract, run_report
+    from outliers.publish.probes import is_probed, receive_probe
+    from outliers.steps import capture_exists, run_analyze, run_extract, run_probe, run_report
 
+    if prepared.spec.probe.asked:
+        check_before(prepared)
     found = find_finished(prepared, workspace)
     if found is None:
         check_rest(prepared, workspace, provider(DEFAULT_PROVIDER, workspace.root))
@@ -84,6 +89,11 @@ def _finish(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> Non
             run_extract(prepared, workspace, reporter)
         run_analyze(prepared, workspace, reporter)
         found = run_report(prepared, workspace, reporter)
+    if not is_probed(prepared, workspace):
+        if not capture_exists(prepared, workspace):
+            run_extract(prepared, workspace, reporter)
+        run_probe(prepared, workspace, reporter)
+        receive_probe(prepared, LocalMachine(workspace.root), workspace)
     sync_study(
         StudyRun(prepared, workspace, prepared.study_id, reporter), {}, {"results_digest": found["results_digest"]}
     )

@@ -18,12 +18,14 @@ class Skips:
     """Modules to leave alone.
 
     always: the head, routers and gates, whatever the study found. large: (module, largest abs of its input) above the limit,
-    the largest first. unknown: modules whose input no site is, or whose site can't be captured beside the others.
+    the largest first. unknown: modules whose input no site is, or whose site can't be captured beside the others. expert_layers:
+    layers whose experts have a second projection, which reads no site either.
     """
 
     always: tuple[str, ...]
     large: tuple[tuple[Reader, float], ...] = ()
     unknown: tuple[Reader, ...] = ()
+    expert_layers: tuple[int, ...] = ()
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -44,6 +46,10 @@ class Skips:
         if self.unknown:
             names = _short([reader.name for reader in self.unknown])
             told.append(f"not judged, because no captured site is their input: {', '.join(names)}")
+        if self.expert_layers:
+            told.append(
+                f"not judged: the second projections of the experts of layers {format_ranges(self.expert_layers)}"
+            )
         return told
 
 
@@ -70,7 +76,8 @@ def find_skips(study: Study, above: float | None) -> Skips:
             f"--skip-above {above:g} leaves nothing to quantize: the input of every module has a larger value, the least is "
             f"{min(peak for _, peak in large):,.6g}"
         )
-    return Skips(always, tuple(found for found in large if found[0].name not in always), unknown)
+    inside = tuple(reader.layer for reader in judged if reader.kind == "experts")
+    return Skips(always, tuple(found for found in large if found[0].name not in always), unknown, inside)
 
 
 def _short(names: list[str] | tuple[str, ...]) -> list[str]:

@@ -338,9 +338,5 @@ def _check_sites(prepared: Prepared) -> None:
                 raise BadInput(
                     f"{form} rotates blocks of {block} features, and {site} has {features}: give another block"
                 )
-    if (
-        (asked.smooth or asked.hold or asked.weights)
-        and not asked.quantize
-        and not (asked.weights and not asked.smooth)
-    ):
+    if (asked.smooth or asked.hold) and not asked.quantize:
         raise BadInput("--smooth and --hold go with formats: give --quantize int8_token, or others")

@@ -256,6 +256,19 @@ def test_one_norm_for_attention_and_mlp_is_one_mapping(tmp_path, workspace, text
     assert [pattern.rpartition(".")[2] for pattern in balance] == ["q_proj$", "k_proj$", "v_proj$", "fc1$"]
 
 
+def test_two_kinds_of_attention_are_two_mappings(tmp_path, workspace, text):
+    folder = exports.tiny.make_model(tmp_path / "model", "Qwen3Next")
+    study = exports.opened(workspace, exports.counted(workspace, folder, text, sites=("attn_in", "mlp_in")))
+    mappings = yaml.safe_load(made(study, "llm-compressor").content)["default_stage"]["default_modifiers"]
+    found = {
+        norm: [name.rpartition(".")[2] for name in names] for names, norm in mappings["SmoothQuantModifier"]["mappings"]
+    }
+    assert found == {
+        "re:model\\.layers\\.(0|2)\\.input_layernorm$": ["in_proj_qkvz$", "in_proj_ba$"],
+        "re:model\\.layers\\.(1)\\.input_layernorm$": ["q_proj$", "k_proj$", "v_proj$"],
+    }
+
+
 @pytest.mark.parametrize("to", TARGETS)
 def test_every_format_is_made_of_the_same_study_twice_alike(study, to):
     asked = ExportRequest(to, ".safetensors", skip_above=EVERY if TARGETS[to].lists else None)

@@ -13,10 +13,12 @@ import pytest
 import safetensors.numpy
 
 from flows.cli import main
+from flows.cli.export import FORMATS
 from outliers.errors import BadInput, CorruptCapture
-from outliers.export.bring import bring_summary, fetch_summary
+from outliers.export.bring import bring_summary, fetch_summary, find_machine
 from outliers.export.formats import TARGETS
 from outliers.machines.local import LocalMachine
+from outliers.machines.rentals import Rentals
 from outliers.steps import run_report
 from outliers.workspace import open_workspace
 from tests.support.synthetic import Silent
@@ -41,6 +43,10 @@ def export(finished, tmp_path, capsys):
         return code, said.out, said.err
 
     return run
+
+
+def test_the_help_names_every_format():
+    assert tuple(TARGETS) == FORMATS
 
 
 def test_a_file_and_what_it_left_alone(export, tmp_path):
@@ -121,6 +127,7 @@ def test_every_format_without_torch(finished, tmp_path):
     code = f"""
 import sys
 from flows.cli import main
+from flows.cli.export import FORMATS
 for to in {sorted(TARGETS)!r}:
     skip = ["--skip-above", "7"] if to == "llama-quantize" else []
     argv = ["export", {prepared.study_id!r}, "--workspace", {str(workspace.root)!r}, "--to", to, "--out", to, *skip]
@@ -150,6 +157,28 @@ def test_the_summary_comes_home_from_a_machine(finished, tmp_path):
     assert bring_summary(home, prepared.study_id, prepared.capture_id) is None
     fetch_summary(away, place, prepared.study_id, prepared.capture_id)  # another process was first
     assert [path.name for path in place.parent.iterdir()] == [prepared.study_id]
+
+
+@pytest.mark.parametrize(
+    ("name", "holder", "state", "found"),
+    [
+        ("outliers-{capture}", "0123456789abcdef.run", "up", True),
+        ("mine", "{study}.run", "up", True),
+        ("mine", "0123456789abcdef.run", "up", False),
+        ("outliers-{capture}", "{study}.run", "launching", False),
+    ],
+)
+def test_the_machine_of_a_study_is_found_by_its_capture_or_its_run(finished, tmp_path, name, holder, state, found):
+    _, prepared = finished
+    home, ids = open_workspace(tmp_path / "home"), {"capture": prepared.capture_id, "study": prepared.study_id}
+    rentals = Rentals(home.root)
+    rentals.begin(name.format(**ids), "local", "here", 0.0, holder.format(**ids), "a study", 600)
+    rentals.mark(name.format(**ids), state)
+    if found:
+        assert find_machine(home, prepared.study_id, prepared.capture_id).provider == "local"
+    else:
+        with pytest.raises(BadInput, match=r"no machine of the study .* is held"):
+            find_machine(home, prepared.study_id, prepared.capture_id)
 
 
 def test_what_is_damaged_or_not_there_does_not_stay(finished, tmp_path):

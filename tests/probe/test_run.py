@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import pre_tokenizers
 
 import outliers.probe.engine as engine
@@ -34,6 +35,7 @@ from outliers.study.prepare import layout_of
 from outliers.study.probe_memory import probe_memory
 from outliers.study.probes import probe_folder, probe_id
 from outliers.workspace import open_workspace
+from tests.support import tiny
 from tests.support.captured import prepared
 from tests.support.probe_oracle import (
     DENSE,
@@ -332,3 +334,40 @@ def test_layers_are_computed_where_more_than_the_hidden_state_passes_between_the
         form = parse_format("int4_token")
         hooks = oracle.at(change.sites[0], change.layers[0], lambda x, own=form: emulate(x, own))
         assert_same(change, measures(untouched, oracle.logits(hooks), oracle.ids))
+
+
+def test_the_list_of_a_study_whose_summary_is_elsewhere_comes_from_its_results(workspace, llama, text):
+    """Results that are here without the private summary give the list; ranges are then the probe's own."""
+    study = study_of(workspace, llama, text, {"zero": ("systematic",), "mean": ("systematic",)})
+    extract(study, workspace, Silent())
+    folder = workspace.study(study.study_id)
+    folder.mkdir(parents=True)
+    content = {"study_id": "0" * 16, "systematic": [{"feature": 7}, {"feature": 2}]}
+    (folder / "summary.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="has no results on this machine"):
+        probe(study, workspace, Silent())
+    (folder / "summary.json").write_text(json.dumps(content | {"study_id": study.study_id}))
+    probe(study, workspace, Silent())
+    found, _ = numbers_of(study, workspace)
+    names = [change.name for change in found.changes]
+    assert names[:3] == ["zero systematic", "zero systematic 7", "zero systematic 2"]
+    assert [change.group for change in found.changes] == ["systematic", "each", "each"] * 2
+    assert found.changes[0].features == [7, 2]
+    assert {change.ranges_of for change in found.changes if change.kind == "mean"} == {"probe"}
+
+
+def test_auto_is_the_token_of_the_largest_massive_activation(workspace, text, tmp_path):
+    """A model that carries a value of 5,000 wherever it reads a q."""
+    folder = tiny.make_model(tmp_path / "model", "Llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    letter = sorted(pre_tokenizers.ByteLevel.alphabet()).index("q")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[letter, 4] = 5_000
+    model.save_pretrained(folder)
+    sites = {"sites": ("attn_in", "mlp_in", "resid")}
+    study = study_of(workspace, folder, text, {"prefix": "auto"}, capture=sites)
+    extract(study, workspace, Silent())
+    analyze(study, workspace, Silent())
+    probe(study, workspace, Silent())
+    found, _ = numbers_of(study, workspace)
+    assert [(change.name, change.prefix) for change in found.changes] == [("prefix", [letter])]

@@ -25,7 +25,23 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "torchao": ("torchao==0.18.0", *PLAIN),
     "autoround": ("auto-round==0.16.1",),
     # its settings are read, nothing is quantized: it declares a newer torch than this environment's
-    "gptqmodel": ("tokenicer", "pypcre", "logbar", "device-smi", "defuser", "datasets", "torchao==0.18.0", *PLAIN),
+    "gptqmodel": (
+        *(
+            "tokenicer",
+            "pypcre",
+            "logbar",
+            "device-smi",
+            "defuser",
+            "threadpoolctl",
+            "datasets",
+            "dill",
+            "pillow",
+            "protobuf",
+        ),
+        "requests",
+        "torchao==0.18.0",
+        *PLAIN,
+    ),
 }
 """Name -> what is installed, as pip takes it. Versions are those that were judged."""
 WITHOUT_DEPENDENCIES = {"gptqmodel": "gptqmodel==7.7.0"}
