@@ -75,9 +75,10 @@ def _is_counted(prepared: Prepared, workspace: Workspace) -> bool:
     """Whether a run was ended between counting and the errors of formats: the counts are whole, the errors are missing."""
     from outliers.counting.summary_files import has_summary, read_summary
     from outliers.results.format_errors import has_errors
+    from outliers.store.repair import is_repaired
 
     folder = workspace.summary(prepared.capture_id, prepared.study_id)
-    if not has_summary(folder) or has_errors(folder):
+    if not has_summary(folder) or has_errors(folder) or is_repaired(workspace, prepared.capture_id):
         return False
     return bool(read_summary(folder).sequences.size == prepared.corpus.num_sequences)
 

@@ -38,7 +38,7 @@ def show_command(workspace: Workspace, arguments: argparse.Namespace, console: C
         more = {} if found.formats is None else {"quantization": found.formats.to_pylist()}
         print(json.dumps({"summary": found.summary, "label": found.label, "features": rows} | more))
         return
-    if arguments.formats:
+    if getattr(arguments, "formats", False):
         _show_formats(console, found, arguments)
     else:
         _show(console, found, rows, arguments)

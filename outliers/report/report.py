@@ -73,16 +73,17 @@ PLOT_TEXTS = {
         f"The features of the massive activations, the first {MAX_POSITION_ROWS} at most: tokens by position in the "
         "sequence. Counts stand on the right; each row has its own scale.",
     ),
+}
+"""Heading and caption of every plot there may be, by file name, in the order of the page."""
+FORMAT_TEXTS = {
     FORMATS_PLOT: (
         "Error by site and layer",
         "Every feature is quantized; static formats have the range of the whole corpus.",
     ),
 }
-"""Heading and caption of every plot there may be, by file name, in the order of the page."""
+"""The same of plots that stand below the heading of the number formats, of studies that have these."""
 MASSIVE_PLOTS = ("massive_positions.png",)
 """Plots that stand below the heading of the massive activations."""
-FORMAT_PLOTS = (FORMATS_PLOT,)
-"""Plots that stand below the heading of the number formats."""
 
 READING_MEANINGS = {
     "pooled": "layers with a hit anywhere; hits over all (layer, token) pairs",
@@ -106,7 +107,7 @@ def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path,
     page = make_page(files, plots, provenance)
     folder = results / "plots"
     folder.mkdir(exist_ok=True)
-    for stale in PLOT_TEXTS.keys() - {plot.name for plot in plots}:
+    for stale in (PLOT_TEXTS | FORMAT_TEXTS).keys() - {plot.name for plot in plots}:
         (folder / stale).unlink(missing_ok=True)
     contents = {folder / plot.name: plot.png for plot in plots} | {results / "report.html": page}
     for path, content in contents.items():
@@ -138,7 +139,8 @@ def render(
     errors: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The page as text; the plots are in it as base64. errors: the rows of quantization.parquet."""
-    shown = [(plot.name, *PLOT_TEXTS[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
+    texts = PLOT_TEXTS | FORMAT_TEXTS
+    shown = [(plot.name, *texts[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
     values = {
         "summary": summary,
         "text_published": tokens["text"],
@@ -159,8 +161,8 @@ def render(
         "has_legacy": any(found.get("legacy") for found in summary["readings"].values()),
         "nonfinite": [row for row in summary["layers"] if row["nonfinite"]][:MAX_FEATURE_ROWS],
         "nonfinite_total": sum(row["nonfinite"] for row in summary["layers"]),
-        "plots": [plot[1:] for plot in shown if plot[0] not in (*MASSIVE_PLOTS, *FORMAT_PLOTS)],
-        "format_plots": [plot[1:] for plot in shown if plot[0] in FORMAT_PLOTS],
+        "plots": [plot[1:] for plot in shown if plot[0] not in (*MASSIVE_PLOTS, *FORMAT_TEXTS)],
+        "format_plots": [plot[1:] for plot in shown if plot[0] in FORMAT_TEXTS],
         "formats": format_rows(errors),
         "format_sites": measured_sites(errors),
         "format_sample": summary.get("quantization"),
