@@ -59,7 +59,7 @@ class TestParquet:
 
     def test_more_rows_than_the_model_has(self, results: Path) -> None:
         # 3 sites x 4 layers x 8 x 32 features
-        table = pa.concat_tables([features()] * (3 * 4 * 8 * 32 // features().num_rows + 1))
+        table = pa.concat_tables([features()] * (3 * 4 * 16 * 32 // features().num_rows + 1))
         self.write(results, table)
         refused(results, "features.parquet", "3,072")
 
@@ -114,8 +114,8 @@ class TestJson:
             (("layers", 0, "kurtosis"), 10**400),
             (("criteria", "magnitude"), 10**400),
             (("systematic", 0, "layers"), [0, 4]),
-            (("systematic", 0, "feature"), 8 * 32),
-            (("readings", "block", "union", 0, "feature"), 8 * 32),
+            (("systematic", 0, "feature"), 16 * 32),
+            (("readings", "block", "union", 0, "feature"), 16 * 32),
             (("layers", 0, "values"), [0.5]),
             (("systematic", 0, "values"), [0.5]),
             (("systematic", 0, "layers"), [1, 0]),
