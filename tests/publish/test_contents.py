@@ -58,10 +58,10 @@ class TestParquet:
         refused(results, "features.parquet", "rows of layer 2")
 
     def test_more_rows_than_the_model_has(self, results: Path) -> None:
-        # 3 sites x 4 layers x 8 x 32 features
+        # 3 sites x 4 layers x 16 x 32 features
         table = pa.concat_tables([features()] * (3 * 4 * 16 * 32 // features().num_rows + 1))
         self.write(results, table)
-        refused(results, "features.parquet", "3,072")
+        refused(results, "features.parquet", "6,144")
 
     def test_bytes_between_the_columns(self, results: Path) -> None:
         data = (results / "features.parquet").read_bytes()
