@@ -55,7 +55,10 @@ def add_export_parser(verbs: Any) -> None:
         allow_abbrev=False,
     )
     export.add_argument(
-        "study", metavar="STUDY", help="a study_id, or a results folder, as `outliers runs show` takes them"
+        "study",
+        nargs="?",
+        metavar="STUDY",
+        help="a study_id, or a results folder, as `outliers runs show` takes them (default: the study finished last)",
     )
     export.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(FORMATS))
     export.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write, outside of results")
@@ -118,20 +121,20 @@ def export_command(workspace: Workspace, arguments: argparse.Namespace, console:
         line(console, "note", text)
 
 
-def _find(name: str, workspace: Workspace) -> tuple[str, str, Workspace]:
+def _find(name: str | None, workspace: Workspace) -> tuple[str, str, Workspace]:
     """(study_id, capture_id, the workspace that has the study) of a finished study. Raises BadInput.
 
     The results folder of another workspace leads to the statistics of that workspace.
     """
-    from flows.cli.run_show import find_run, finished
+    from flows.cli.run_show import find_run, finished, newest
     from outliers.errors import BadInput
     from outliers.workspace import Workspace, open_workspace
 
-    if urlsplit(name).scheme in ("file", "s3"):
+    if name is not None and urlsplit(name).scheme in ("file", "s3"):
         raise BadInput(
             f"{name} is a published study, which has no statistics of columns: give the study's id in its workspace"
         )
-    folder = find_run(name, workspace).absolute()
+    folder = (newest(workspace) if name is None else find_run(name, workspace)).absolute()
     found = finished(folder)
     own = workspace
     if folder.parent.name == "results" and folder.parent.parent != workspace.root:

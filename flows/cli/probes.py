@@ -36,12 +36,17 @@ def add_probe_parsers(verbs: Any) -> None:
         "probe",
         help=text,
         description=text,
-        usage="outliers probe STUDY [options]",
+        usage="outliers probe [STUDY] [options]",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    probe.add_argument("study", metavar="STUDY", help="its id, as `outliers runs list` shows it")
+    probe.add_argument(
+        "study",
+        nargs="?",
+        metavar="STUDY",
+        help="its id, as `outliers runs list` shows it (default: the one finished last)",
+    )
     probe.add_argument(
         "--check", dest="probe.probe", action="store_const", const="check", default=None, help="short for --probe check"
     )
@@ -56,7 +61,9 @@ def add_probe_parsers(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    advise.add_argument("study", metavar="STUDY", help="its id, or its results folder")
+    advise.add_argument(
+        "study", nargs="?", metavar="STUDY", help="its id, or its results folder (default: the study finished last)"
+    )
     advise.add_argument(
         "--budget",
         type=number(float, lambda value: 0 < value < float("inf"), "a positive KL in nats a token, such as 0.05"),
@@ -69,17 +76,17 @@ def add_probe_parsers(verbs: Any) -> None:
 def probe_spec(arguments: argparse.Namespace, workspace: Workspace) -> StudySpec:
     """The study as it was asked for, with the probe of the options. BadInput where it is not known, or nothing is asked."""
     from flows.cli.options import overlaid
+    from flows.cli.run_show import find_run, newest
     from outliers.errors import BadInput
     from outliers.study.prepare import read_prepared
 
-    places = (workspace.asked(arguments.study), workspace.root / "studies" / f"{arguments.study}.json")
+    name = arguments.study or newest(workspace).name
+    places = (workspace.asked(name), workspace.root / "studies" / f"{name}.json")
     place = next((path for path in places if path.is_file()), None)
     if place is None:
-        from flows.cli.run_show import find_run
-
-        find_run(arguments.study, workspace)
+        find_run(name, workspace)
         raise BadInput(
-            f"how the study {arguments.study} was asked for is not known here: run `outliers study` with its own options and "
+            f"how the study {name} was asked for is not known here: run `outliers study` with its own options and "
             "--probe check; what is finished of it is not made again"
         )
     known = read_prepared(place, workspace).spec
@@ -93,12 +100,12 @@ def probe_spec(arguments: argparse.Namespace, workspace: Workspace) -> StudySpec
 
 def advise_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
     """`outliers advise`. Raises BadInput where there is no such study, or no probe of it."""
-    from flows.cli.run_show import find_run
+    from flows.cli.run_show import find_run, newest
     from outliers.advice.advise import DEFAULT_BUDGET, advise
     from outliers.errors import BadInput, DamagedResults
     from outliers.publish.probes import newest_probe
 
-    folder = find_run(arguments.study, workspace)
+    folder = newest(workspace) if arguments.study is None else find_run(arguments.study, workspace)
     try:
         found = newest_probe(folder)
     except DamagedResults as error:
