@@ -19,8 +19,8 @@ CAPTIONS = {
     "lightest colour.",
 }
 VERDICTS = {
-    "within": "within the budget",
-    "beyond": "beyond the budget",
+    "within": "within budget",
+    "beyond": "beyond budget",
     "unclear": "too close to tell",
     "indistinguishable": "not distinguishable",
 }
@@ -53,4 +53,4 @@ def _kl(value: float | None) -> str:
 
 def _span(ends: Sequence[float] | None) -> str:
     """`0.031 to 0.042`; nothing where there is no interval."""
-    return "" if ends is None else f"{ends[0]:.3g} to {ends[1]:.3g}"
+    return "" if ends is None else " to ".join(f"{end:,.0f}" if end >= 1000 else f"{end:.3g}" for end in ends)
