@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from flows.cli.exit_codes import DONE, FAILED, REFUSED
+from flows.cli.quiet import quiet_libraries
 from outliers import __version__
 from outliers.errors import BadInput, OutliersError, PlanRefused
 from outliers.spec import StudySpec
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from outliers.publish.outcome import Outcome
     from outliers.study.prepare import Prepared
     from outliers.workspace import Workspace
-
-DONE, FAILED, REFUSED = 0, 1, 2
 
 _EXAMPLES = """examples:
   outliers study --model builtin:smollm2 --corpus builtin:python-docs --num-sequences 8 --sequence-length 512
@@ -116,20 +115,22 @@ def main(argv: list[str] | None = None) -> int:
 
     # names, labels and what machines and stores say are printed as text, never as markup
     console = Console(stderr=True, markup=False, emoji=False)
+    from flows.cli import verbs as others
+
     verbs = {
         "study": study_command,
         "plan": plan_command,
-        "models": models_command,
-        "captures": captures_command,
-        "verify": verify_command,
-        "runs": runs_command,
-        "export": export_command,
-        "atlas": atlas_command,
+        "models": others.models_command,
+        "captures": others.captures_command,
+        "verify": others.verify_command,
+        "runs": others.runs_command,
+        "export": others.export_command,
+        "atlas": others.atlas_command,
         "merge": merge_command,
-        "sweep": sweep_command,
-        "machines": machines_command,
+        "sweep": others.sweep_command,
+        "machines": others.machines_command,
         "probe": probe_command,
-        "advise": advise_command,
+        "advise": others.advise_command,
     }
     from flows.cli import interrupt
 
@@ -150,19 +151,11 @@ def main(argv: list[str] | None = None) -> int:
         return interrupt.INTERRUPTED
 
 
-def _quiet_libraries() -> None:
-    """Their progress bars would break the ones shown here; Prefect's console would repeat lines and errors."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-
-
 def study_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers study`."""
     from flows.cli.options import read_spec
 
-    _quiet_libraries()
+    quiet_libraries()
     spec = read_spec(arguments)
     if arguments.print_spec:
         print(spec.model_dump_json(indent=1))
@@ -318,7 +311,7 @@ def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str
     from outliers.study.prepare import model_info
     from outliers.workspace import open_workspace
 
-    _quiet_libraries()
+    quiet_libraries()
     spec = read_spec(arguments)
     workspace = open_workspace(spec.compute.workspace)
     _check_options(spec, workspace, console, argv)
@@ -336,99 +329,13 @@ def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str
     return REFUSED if plan.refusals and not plan.offers else DONE
 
 
-def models_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
-    """`outliers models inspect`."""
-    from flows.cli.console import busy
-    from flows.cli.models import inspect_model
-
-    _quiet_libraries()
-    with busy(console, "building the model from its config, without weights"):
-        info = inspect_model(arguments)
-    if arguments.json:
-        print(info.model_dump_json(exclude={"source": {"path"}}))
-        return DONE
-    from flows.cli.models import show_model
-
-    show_model(console, info)
-    return DONE
-
-
-def captures_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
-    """`outliers captures list|rm`."""
-    from flows.cli.captures import list_command, remove_command
-    from outliers.workspace import open_workspace
-
-    workspace = open_workspace(arguments.workspace)
-    (list_command if arguments.action == "list" else remove_command)(workspace, arguments, console)
-    return DONE
-
-
-def verify_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
-    """`outliers verify`."""
-    from flows.cli.captures import verify_command as verify
-    from outliers.workspace import open_workspace
-
-    return DONE if verify(open_workspace(arguments.workspace), arguments, console) else FAILED
-
-
-def runs_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
-    """`outliers runs list|show|compare`."""
-    from flows.cli.runs import runs_command as runs
-    from outliers.workspace import open_workspace
-
-    runs(open_workspace(arguments.workspace), arguments, console)
-    return DONE
-
-
-def export_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
-    """`outliers export`."""
-    from flows.cli.export import export_command as export
-    from outliers.workspace import open_workspace
-
-    export(open_workspace(arguments.workspace), arguments, console)
-    return DONE
-
-
-def atlas_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
-    """`outliers atlas`."""
-    from flows.cli.atlas import atlas_command as atlas
-
-    atlas(arguments, console)
-    return DONE
-
-
-def machines_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
-    """`outliers machines`."""
-    from flows.cli.machines import machines_command as act
-    from outliers.workspace import open_workspace
-
-    return DONE if act(open_workspace(arguments.workspace), arguments, console) else FAILED
-
-
 def probe_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers probe`."""
     from flows.cli.probes import probe_spec
     from outliers.workspace import open_workspace
 
-    _quiet_libraries()
+    quiet_libraries()
     return _run(probe_spec(arguments, open_workspace(arguments.workspace)), arguments, console, argv)
-
-
-def advise_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
-    """`outliers advise`."""
-    from flows.cli.probes import advise_command as show
-    from outliers.workspace import open_workspace
-
-    show(open_workspace(arguments.workspace), arguments, console)
-    return DONE
-
-
-def sweep_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
-    """`outliers sweep`."""
-    from flows.cli.sweeps import sweep_command as sweep
-
-    _quiet_libraries()
-    return sweep(arguments, console)
 
 
 def merge_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:

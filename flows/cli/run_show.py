@@ -36,7 +36,11 @@ def show_command(workspace: Workspace, arguments: argparse.Namespace, console: C
     rows = chosen_rows(found.table, found.summary, arguments)
     if arguments.json:
         more = {} if found.formats is None else {"quantization": found.formats.to_pylist()}
-        print(json.dumps({"summary": found.summary, "label": found.label, "features": rows} | more))
+        print(
+            json.dumps(
+                {"summary": found.summary, "label": found.label, "verdict": found.verdict, "features": rows} | more
+            )
+        )
         return
     if getattr(arguments, "formats", False):
         _show_formats(console, found, arguments)
@@ -52,6 +56,8 @@ class Run(NamedTuple):
     table: Any
     label: str | None
     formats: Any = None
+    verdict: str | None = None
+    """What can be quantized, in words; None where no probe was made."""
 
 
 def read_run(name: str | None, workspace: Workspace) -> Run:
@@ -88,7 +94,9 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         errors = files.get(QUANTIZATION)
         check_quantization(errors, summary)
         formats = None if errors is None else read_parquet(errors)
-        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest), formats)
+        verdicts = study.verdicts if url is not None else own_verdict(folder)
+        said = verdict_words(verdicts, summary.study_id)
+        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest), formats, said)
     except NotAllowedError as error:
         raise BadInput(
             f"{place} is not a study that this program reads: {name} {error}. A newer one may have written it: update "
@@ -96,6 +104,34 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         ) from error
     except (ValueError, OSError, pa.ArrowException) as error:
         raise BadInput(f"{place} is damaged: {error}; remove the folder and run the study again") from error
+
+
+def own_verdict(folder: Path) -> tuple[bytes, ...]:
+    """advice.json of the newest probe in a results folder. Raises BadInput where it is not what was written there."""
+    from outliers.errors import BadInput, DamagedResults
+    from outliers.publish.allowlist import ADVICE
+    from outliers.publish.probes import newest_probe
+
+    try:
+        found = newest_probe(folder)
+    except DamagedResults as error:
+        raise BadInput(str(error)) from error
+    return () if found is None else (found.files[ADVICE],)
+
+
+def verdict_words(verdicts: Sequence[bytes], study_id: str) -> str | None:
+    """The paragraph of the last verdict that is one of this study; others can write to a store."""
+    from pydantic import ValidationError
+
+    from outliers.results.schema import Advice
+    from outliers.untrusted.visible import visible
+
+    for data in reversed(verdicts):
+        with contextlib.suppress(ValidationError):
+            advice = Advice.model_validate_json(data, extra="ignore")
+            if advice.study_id == study_id:
+                return visible(advice.paragraph)
+    return None
 
 
 def published_url(name: str, workspace: Workspace) -> str | None:
@@ -236,6 +272,9 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
         line(console, "perplexity", perplexity_words(summary["perplexity"]).removeprefix("perplexity "))
     if arguments.feature is None and arguments.layer is None and found:
         console.print(feature_table(found))
+    if run.verdict is not None:
+        console.print()
+        console.print(Text(run.verdict), soft_wrap=True)
     console.print()
     console.print(_row_table(rows[:ROWS], summary, console.width) if rows else Text(_nothing(arguments)))
     if len(rows) > ROWS:

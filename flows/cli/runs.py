@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.console import line
 from flows.cli.options import add_common_options
-from flows.cli.run_show import MAX_SAID, ROWS, find_run, finished, label_of, published_url, show_command
+from flows.cli.run_show import (
+    MAX_SAID,
+    ROWS,
+    find_run,
+    finished,
+    label_of,
+    own_verdict,
+    published_url,
+    show_command,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from outliers.atlas.compare import Comparison
-    from outliers.atlas.row import AtlasFeature
+    from outliers.atlas.row import AtlasFeature, AtlasRow
     from outliers.publish.shelf import Published
     from outliers.workspace import Workspace
 
@@ -194,7 +203,8 @@ def _with_summary(name: str, workspace: Workspace) -> Published:
     if url is not None:
         return read_study(url)
     found = finished(find_run(name, workspace))
-    return Published(str(found.folder), found.manifest, {SUMMARY: found.files[SUMMARY]})
+    verdicts = own_verdict(found.folder)
+    return Published(str(found.folder), found.manifest, {SUMMARY: found.files[SUMMARY]}, verdicts)
 
 
 def show_comparison(console: Console, found: Comparison) -> None:
@@ -283,6 +293,23 @@ def _answers(found: Comparison) -> dict[str, list[str]]:
         "massive": [NONE if r.massive_count is None else f"{r.massive_count:,}" for r in rows],
         "perplexity": [NONE if r.perplexity is None else f"{r.perplexity:.4g}" for r in rows],
         "legacy pairs": [NONE if r.legacy_pairs is None else f"{r.legacy_pairs:,}" for r in rows],
+        **(_verdicts(rows) if any(r.probe_id is not None for r in rows) else {}),
+    }
+
+
+def _verdicts(rows: Sequence[AtlasRow]) -> dict[str, list[str]]:
+    """What quantizing costs, of the studies that were probed."""
+
+    def texts(values: Sequence[float | None]) -> list[str]:
+        return [NONE if value is None else f"{value:.4g}" for value in values]
+
+    return {
+        "best format": [
+            NONE if r.probe_id is None else f"{r.best_format or 'none'} (KL up to {r.budget:g})" for r in rows
+        ],
+        "KL int8_token": texts([r.int8_kl for r in rows]),
+        "KL nvfp4": texts([r.nvfp4_kl for r in rows]),
+        "perplexity without features": texts([r.perplexity_without_features for r in rows]),
     }
 
 

@@ -52,6 +52,10 @@ MEASURE_SIZE = 768
 
 ANALYSIS_CORE_SECONDS_PER_GB = 1.0
 """One thread took 0.5 to 0.7 s a gigabyte, 2.2 where 1% of all values are hits (docs/performance.md)."""
+FORMAT_BYTES_PER_CORE_SECOND = 0.5e9
+"""The slowest way, a rotated 4-bit format of bfloat16 values; others take a third of it (docs/performance.md)."""
+FORMAT_TRIES = 4
+"""Variants of a format at most: as it is, with held features, rotated, rotated with held features."""
 PROBE_FACTOR = 1.7
 """A changed pass and its head over a bare pass: 1.1 for int8, 1.69 for NVFP4 (docs/performance.md)."""
 COMPILE_SECONDS = 10.0
@@ -126,6 +130,7 @@ def estimate(demand: Demand, offer: Offer, gpus: tuple[str, ...], left: int, dow
         steps += _fetch(info, offer.provider, download, shards)
         steps += [_load(info, shards if here else 1, offer.facts.cpus), _pass(demand, layout, offer, gpus, left)]
     steps.append(_analysis(compute.executor, layout.total_bytes, offer.facts))
+    steps += _formats(demand, offer.facts)
     return (*steps, *_probe(demand, offer, gpus))
 
 
@@ -274,6 +279,25 @@ def _analysis(executor: str, size: int, facts: Facts) -> Step:
         )
     compiling = f"and {COMPILE_SECONDS:g} s to compile where that is not done yet"
     return Step(name="analysis", seconds=round(seconds + COMPILE_SECONDS, 1), assumption=f"{text}, {compiling}")
+
+
+def _formats(demand: Demand, facts: Facts) -> list[Step]:
+    """Measuring the error of number formats on their sample of tokens; nothing where none are asked for."""
+    asked, layout = demand.spec.formats, demand.layout
+    if not asked.formats:
+        return []
+    tokens = min(asked.format_tokens, layout.num_sequences * layout.positions)
+    size = tokens * len(layout.layers) * sum(layout.stored.values()) * layout.itemsize
+    tries = FORMAT_TRIES * len(asked.formats)
+    seconds = size * tries / FORMAT_BYTES_PER_CORE_SECOND / max(1, facts.cpus)
+    return [
+        Step(
+            name="formats",
+            seconds=round(seconds + COMPILE_SECONDS, 1),
+            assumption=f"{tokens:,} tokens, {format_gb(size)}, at most {tries} times at "
+            f"{format_mb_per_second(FORMAT_BYTES_PER_CORE_SECOND)} a core, {facts.cpus} cores",
+        )
+    ]
 
 
 def _probe(demand: Demand, offer: Offer, gpus: tuple[str, ...]) -> list[Step]:

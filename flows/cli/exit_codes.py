@@ -1,0 +1,5 @@
+"""What the command exits with."""
+
+from __future__ import annotations
+
+DONE, FAILED, REFUSED = 0, 1, 2
