@@ -35,6 +35,8 @@ from outliers.results.schema import (
 )
 from outliers.results.schema.fields import check_unique
 from outliers.spec import BLOCK
+from outliers.spec.formats import parse_format
+from outliers.untrusted.visible import visible_values
 
 MAX_LOG_BYTES = 1_000_000
 
@@ -135,13 +137,19 @@ def _check_rows(table: Any, summary: StudySummary) -> None:
 
 
 def check_probes(data: bytes) -> Probes:
-    """probes.json, parsed; each change has a name of its own."""
+    """probes.json, parsed: each change has a name of its own, formats are known ones, unprintable characters are shown."""
     probes = _checked_json(data, Probes)
     try:
         check_unique((change.name for change in probes.changes), "the change")
+        for change in probes.changes:
+            for name in (change.format, change.weights):
+                if name is not None:
+                    parse_format(name)
+        return Probes.model_validate(visible_values(probes.model_dump(mode="json")))
+    except ValidationError as error:
+        raise NotAllowedError(f"is not the JSON that is published: {first_error(error)}") from error
     except ValueError as error:
-        raise NotAllowedError(f"is not the JSON that is published: {error}") from error
-    return probes
+        raise NotAllowedError(f"is not the JSON that is published: {str(error)[:200]}") from error
 
 
 def check_sensitivity(data: bytes, probes: Probes) -> list[dict[str, Any]]:
@@ -157,6 +165,7 @@ def check_sensitivity(data: bytes, probes: Probes) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()
         for row in rows:
             SensitivityRecord.model_validate(row)
+            parse_format(row["format"])
         check_unique(((row["site"], row["layer"], row["format"]) for row in rows), "the row")
     except ValidationError as error:
         raise NotAllowedError(f"has a row that is not one: {first_error(error)}") from error

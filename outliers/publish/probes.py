@@ -103,8 +103,10 @@ def receive_probe(prepared: Prepared, machine: Machine, workspace: Workspace) ->
 
 def _check_study(probes: Probes, prepared: Prepared) -> None:
     """ValueError where the numbers are of another probe than was asked for."""
-    wanted = (prepared.study_id, prepared.capture_id, probe_id(prepared), prepared.model.source.id)
-    found = (probes.study_id, probes.capture_id, probes.probe_id, probes.model)
+    dtype = "float32" if prepared.spec.probe.probe_dtype == "float32" else prepared.model.dtype
+    named = (prepared.study_id, prepared.capture_id, probe_id(prepared))
+    wanted = (*named, prepared.model.source.id, prepared.corpus.source, dtype)
+    found = (probes.study_id, probes.capture_id, probes.probe_id, probes.model, probes.corpus, probes.dtype)
     if found != wanted:
         raise ValueError(f"it is of {found}, and {wanted} was asked for")
 

@@ -187,3 +187,30 @@ def test_a_model_of_this_side_is_not_sent_unasked(host, world, control):
     assert host.log.stat().st_size == sent, "the host was asked"
     assert not remote(host, "unasked").exists()
     assert control.records() == []
+
+
+def test_a_probe_goes_to_the_kept_machine_and_reads_nothing_again(tmp_path, host, world, control):
+    atlas = tmp_path / "atlas"
+    options = control.over("--perplexity", "--publish-to", f"file://{atlas}", machine="probed")
+    outcome = control.start(*world.study(6, *options, *KEEP)).answer()
+    assert outcome["verdict"] is None
+    place = ["--workspace", str(control.workspace), "--json"]
+    probed = control.run(
+        "probe", outcome["study_id"], "--zero", "random=1", "--quantize", "int8_token", *place
+    ).answer()
+    assert probed["study_id"] == outcome["study_id"]
+    assert f"{6 * 63} tokens of 6 sequences" in probed["verdict"] and "int8_token" in probed["verdict"]
+    assert len(attempts(host, "extract", "probed")) == 1 and len(attempts(host, "analyze", "probed")) == 1
+    # two files came home; the journal and the activations stay there
+    there = list((remote(host, "probed") / "captures").glob("*/probes/*/journal.jsonl"))
+    assert len(there) == 1 and not list(control.workspace.glob("captures/*/probes"))
+    assert sorted(path.name for path in next(atlas.glob("*/*/probes/*")).iterdir()) == [
+        "advice.json",
+        "manifest.json",
+        "probe.html",
+        "probes.json",
+        "sensitivity.parquet",
+    ]
+    advice = json.loads(control.run("advise", outcome["study_id"], "--budget", "1", *place).out.read_text())
+    assert advice["budget"] == 1 and advice["formats"][0]["format"] == "int8_token"
+    assert control.run("machines", "release", "probed").wait() == 0

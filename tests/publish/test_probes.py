@@ -86,6 +86,21 @@ def test_other_json_is_refused(more, message):
         check_probes(json.dumps(made | more).encode())
 
 
+@pytest.mark.parametrize("field", ["format", "weights"])
+def test_a_format_that_is_none_is_refused(field):
+    made = probes(change("a", format="nvfp4")).model_dump(mode="json")
+    made["changes"][0][field] = "nvfp4\u001b[31m"
+    with pytest.raises(NotAllowedError, match="is not a format"):
+        check_probes(json.dumps(made).encode())
+
+
+def test_what_acts_on_a_terminal_is_shown():
+    made = probes(change("a\u001b[31m\u202e", "zero", features=[1]), notes=["\u0007"]).model_dump(mode="json")
+    found = check_probes(json_bytes(made))
+    assert "\u001b" not in found.changes[0].name and "\u202e" not in found.changes[0].name
+    assert found.notes != ["\u0007"]
+
+
 def test_two_changes_of_one_name_are_refused():
     with pytest.raises(NotAllowedError, match="there twice"):
         check_probes(json_bytes(probes(change("a"), change("a")).model_dump(mode="json")))
@@ -99,6 +114,7 @@ def test_two_changes_of_one_name_are_refused():
         ([ROWS[0] | {"site": "nowhere"}], "a row that is not one"),
         ([ROWS[0] | {"squared_error": -1.0}], "a row that is not one"),
         ([ROWS[0] | {"kl": float("nan")}], "a row that is not one"),
+        ([ROWS[0] | {"format": "fp3"}], "is not a format"),
     ],
 )
 def test_other_rows_are_refused(rows, message):
