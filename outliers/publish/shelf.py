@@ -5,7 +5,8 @@
     <target>/<model slug>/<study_id>/probes/<probe_id>/advice.json      the same, of MOST_PROBES at most
 
 Slugs and study ids are listed by delimiter, the files below a study never are: a store of S models costs 1 + S listings
-and one or two small reads a study. It writes nothing and judges no number.
+and one or two small reads a study; where summaries are asked for, one listing more a study, of its probes. It writes nothing
+and judges no number.
 """
 
 from __future__ import annotations

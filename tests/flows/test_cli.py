@@ -49,7 +49,7 @@ REFUSED = [
     (("study", *TINY, "--gpu-count", "two"), "--gpu-count: Input should be a valid integer"),
     (
         ("study", *TINY, "--sites", "attn_in,attention"),
-        "--sites: Input should be 'attn_in', 'mlp_in', 'o_in' or 'resid'",
+        "--sites: Input should be 'attn_in', 'mlp_in', 'o_in', 'down_in' or 'resid'",
     ),
     (("study", *TINY, "--publish-to", "http://host/bucket"), "is not s3://bucket/prefix or file:///folder"),
     (("study", *TINY, "--publish-to", "s3://me:secret@bucket/x"), "must not carry a user or password"),

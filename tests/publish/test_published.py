@@ -85,11 +85,17 @@ def touched(store, what):
     return [tuple(said.partition(" ")[::2]) for said in done.stdout.splitlines()]
 
 
+def probes_of(store):
+    """Where the probes of each study would be, below the store."""
+    root = Path(urlsplit(store).path)
+    return [f"{path.parent.relative_to(root)}/probes" for path in root.glob("*/*/manifest.json")]
+
+
 def test_a_folder_is_listed_by_slug_and_study_alone(store):
     seen = touched(store, 'read_atlas("file://" + root)')
     listed = [path for event, path in seen if event != "open"]
     slugs = {path.name for path in Path(urlsplit(store).path).iterdir()}
-    assert sorted(listed) == sorted(["", *slugs])
+    assert sorted(listed) == sorted(["", *slugs, *probes_of(store)])
     opened = Counter(path.rpartition("/")[2] for event, path in seen if event == "open")
     assert opened == {"manifest.json": 12, "summary.json": 12}
 
@@ -114,7 +120,10 @@ def test_a_bucket_is_listed_by_slug_and_study_alone(bucket, store):
     lists = [query for query in queries if "list-type" in query]
     assert all(query["delimiter"] == ["/"] for query in lists)
     prefix = urlsplit(url).path.strip("/")
-    assert sorted(query["prefix"][0] for query in lists) == sorted([f"{prefix}/", *(f"{prefix}/{s}/" for s in slugs)])
+    below = [*(f"{slug}/" for slug in slugs), *(f"{place}/" for place in probes_of(store))]
+    assert sorted(query["prefix"][0] for query in lists) == sorted(
+        [f"{prefix}/", *(f"{prefix}/{part}" for part in below)]
+    )
     read = Counter(urlsplit(path).path.rpartition("/")[2] for _, path in proxy.requests if "list-type" not in path)
     assert read == {"manifest.json": 12, "summary.json": 12}
 
