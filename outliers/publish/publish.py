@@ -95,6 +95,8 @@ def publish_study(study: Publishable, target: str, model_slug: str) -> str:
             _upload(store, f"{place}/{manifest['folder']}", study.files)
             created = store.create(f"{place}/{MANIFEST}", dump_manifest(manifest))
             there = manifest if created else _manifest_at(store, place)
+            if there is not None and there["folder"] != manifest["folder"]:
+                _withdraw(store, f"{place}/{manifest['folder']}", study.files)
         url = f"{store.url}/{place}/{MANIFEST}"
         if there is None:
             raise StoreUnavailable(f"{url} was there and is gone: it was removed meanwhile; run the same again")
@@ -187,6 +189,15 @@ def _upload(store: Store, folder: str, files: Mapping[str, bytes]) -> None:
             raise StoreUnavailable(
                 f"{store.url}/{folder}/{path} was written with {len(data):,} bytes and is {size}; run it again"
             )
+
+
+def _withdraw(store: Store, folder: str, files: Mapping[str, bytes]) -> None:
+    """Remove what was put just now, where another publisher was first: its manifest is never replaced, so no one names these."""
+    try:
+        for path in files:
+            store.delete(f"{folder}/{path}")
+    except (AccessDenied, PublishRefused, StoreUnavailable) as error:
+        _log.warning("a folder that no manifest names stays at %s/%s: %s", store.url, folder, error)
 
 
 def _collect_orphans(store: Store, place: str, folder: str) -> None:
