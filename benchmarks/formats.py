@@ -1,4 +1,4 @@
-"""The cost of measuring number formats: each format's rate beside the count's own, and NVFP4 beside numpy's and torch's.
+"""The cost of measuring number formats: each format's rate and the count's, and NVFP4 compared with numpy and torch.
 
     python -m benchmarks.formats                  about two minutes, half a gigabyte of memory
     python -m benchmarks.formats --small          the same in some seconds, for a look

@@ -18,7 +18,7 @@ DEFAULT_BUDGET = 0.05
 """Most KL that is accepted where nobody says, in nats a token: the perplexity grows by about 5% where all of it is loss.
 Chosen. For scale: SmolLM2-135M with inputs in int8, a scale a token, is at 0.036; with NVFP4 at 0.2."""
 FLOORS = 2.0
-"""An effect of less than so many floors is not told from rounding."""
+"""A KL below this multiple of the floor can't be distinguished from rounding."""
 NAMED_PLACES = 5
 """Places that the paragraph names."""
 
@@ -96,7 +96,7 @@ def _format(
     floor: float,
 ) -> FormatVerdict:
     name, weights = str(key[0]), key[1]
-    own = [row for row in rows if row["format"] == name and row["predicted_kl"] is not None] if weights is None else []
+    own = _predictions(name, joint, rows) if weights is None else []
     repairs = [] if joint is None else _repairs(name, weights, joint, probes, budget, floor)
     return FormatVerdict(
         format=name,
@@ -109,6 +109,15 @@ def _format(
         leave_alone=_leave_alone(own, budget) if own else None,
         repairs=repairs,
     )
+
+
+def _predictions(name: str, joint: Change | None, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The map's rows of a format, one for each place; none where a place has no prediction, for their sum would be too small."""
+    own = [row for row in rows if row["format"] == name and row["predicted_kl"] is not None]
+    places = {(row["site"], row["layer"]) for row in rows}
+    if joint is not None:
+        places |= {(site, layer) for site in joint.sites for layer in joint.layers}
+    return own if len(own) == len(places) else []
 
 
 def _leave_alone(rows: Sequence[Mapping[str, Any]], budget: float) -> list[Place]:
@@ -161,7 +170,7 @@ def _kind(change: Change) -> tuple[Any, str]:
             f" and {len(change.held) - 8} more" if len(change.held) > 8 else ""
         )
         return "hold", f"feature{'s'[: len(change.held) != 1]} {named} unquantized"
-    return "prefix", "first tokens unquantized in the range of a static scale"
+    return "range", "a static range without first tokens"
 
 
 def _helps(joint: Change, change: Change) -> bool | None:
@@ -222,6 +231,8 @@ def paragraph(advice: Advice) -> str:
         f"Measured on {advice.model} in {advice.dtype}, {advice.corpus}, {advice.tokens:,} tokens of {advice.sequences:,} "
         f"sequences, with emulated formats at {', '.join(advice.sites)}: perplexity {_number(advice.perplexity)} untouched."
     ]
+    if not advice.floor > 0:
+        sentences.append("The floor is not known: a small effect may be rounding.")
     probed = [item for item in advice.formats if item.verdict is not None]
     if probed and all(item.confirmed_interval is None for item in probed):
         sentences.append("There are no intervals, for there are too few sequences.")

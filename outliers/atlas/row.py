@@ -20,7 +20,7 @@ from outliers.results.intervals import BEFORE
 from outliers.results.schema import Advice, FeatureRow, StudySummary
 from outliers.results.schema.arrow import Int32
 from outliers.spec import BLOCK, BLOCK_SITES, CorpusSpec
-from outliers.spec.formats import bits_of
+from outliers.spec.formats import bits_of, is_format
 from outliers.units import format_ranges
 from outliers.untrusted.visible import visible_values
 
@@ -231,13 +231,13 @@ def row_of(study: Published) -> AtlasRow:
         perplexity=None if found.perplexity is None else found.perplexity.value,
         perplexity_tokens=None if found.perplexity is None else found.perplexity.tokens,
         **_legacy(found),
-        **_verdict(study.verdicts, found.study_id),
+        **verdict_columns(study.verdicts, found.study_id),
         features=features,
     )
 
 
-def _verdict(given: Sequence[bytes], study_id: str) -> dict[str, Any]:
-    """The columns of a study's probe; of several the one that tried most. A verdict that is none of this study's is left out."""
+def verdict_columns(given: Sequence[bytes], study_id: str) -> dict[str, Any]:
+    """The columns of a study's probe; of several the one that tried most. A verdict of another study is left out."""
     found = []
     for data in given:
         try:
@@ -253,7 +253,8 @@ def _verdict(given: Sequence[bytes], study_id: str) -> dict[str, Any]:
     fit = [
         (bits_of(item.format), item.confirmed_kl or 0.0, item.format)
         for item in best.formats
-        if item.verdict in ("within", "indistinguishable") and item.weights is None
+        # a newer program may know other formats, whose bits are not known here
+        if item.verdict in ("within", "indistinguishable") and item.weights is None and is_format(item.format)
     ]
     zeroed = [cause.perplexity for cause in best.causes if (cause.kind, cause.what) == ("zero", "systematic")]
     return {

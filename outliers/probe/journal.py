@@ -13,11 +13,11 @@ import contextlib
 import json
 import logging
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
 from outliers.files.atomic import sync_folder, write_all
+from outliers.store.journal import sealed_line
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class ProbeJournal:
         with self.path.open("ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             try:
-                write_all(file.fileno(), b"".join(_line(entry) for entry in entries))
+                write_all(file.fileno(), b"".join(sealed_line(entry) for entry in entries))
                 os.fsync(file.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
@@ -73,17 +73,11 @@ class ProbeJournal:
         return any((change, sequence) not in self.done for sequence in sequences)
 
 
-def _line(entry: dict[str, Any]) -> bytes:
-    body = {key: value for key, value in entry.items() if key != "line_crc32"}
-    crc = zlib.crc32(json.dumps(body, sort_keys=True).encode())
-    return json.dumps(body | {"line_crc32": crc}, sort_keys=True).encode() + b"\n"
-
-
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The entry of one complete line; None if it is not what was written."""
     try:
         entry: dict[str, Any] = json.loads(line)
-        sound = isinstance(entry["sequence"], int) and isinstance(entry["change"], str) and _line(entry) == line
+        sound = isinstance(entry["sequence"], int) and isinstance(entry["change"], str) and sealed_line(entry) == line
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return entry if sound else None

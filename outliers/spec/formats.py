@@ -76,6 +76,15 @@ def parse_format(name: str) -> Format:
     return found
 
 
+def is_format(name: str) -> bool:
+    """Whether a name is that of a format."""
+    try:
+        parse_format(name)
+    except ValueError:
+        return False
+    return True
+
+
 def bits_of(name: str) -> float:
     """Bits a value of a format, its groups' scales included; scales of a token, column or tensor are not counted."""
     base = parse_format(name).base

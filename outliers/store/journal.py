@@ -82,7 +82,7 @@ class Journal:
 
     def append(self, entries: list[dict[str, Any]]) -> None:
         """Record finished sequences in one durable write. Raises OSError, and then none is recorded."""
-        lines = b"".join(_line(entry) for entry in entries)
+        lines = b"".join(sealed_line(entry) for entry in entries)
         with self._lock:
             if self._failed is not None:
                 raise self._failed
@@ -110,7 +110,7 @@ class Journal:
 
     def rewrite(self) -> None:
         """Replace the file by the lines that count, without the damaged ones."""
-        write_atomic(self.path, b"".join(_line(entry) for entry in self.done.values()))
+        write_atomic(self.path, b"".join(sealed_line(entry) for entry in self.done.values()))
         self.damaged = []
 
     def _note(self, entry: dict[str, Any]) -> None:
@@ -120,7 +120,8 @@ class Journal:
             self.done[entry["sequence"]] = entry if self._keep is None else self._keep(entry)
 
 
-def _line(entry: dict[str, Any]) -> bytes:
+def sealed_line(entry: dict[str, Any]) -> bytes:
+    """One line of a journal with its checksum, `line_crc32`. Equal entries give equal bytes."""
     body = {key: value for key, value in entry.items() if key != "line_crc32"}
     crc = zlib.crc32(json.dumps(body, sort_keys=True).encode())
     return json.dumps(body | {"line_crc32": crc}, sort_keys=True).encode() + b"\n"
@@ -130,7 +131,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     """The entry of one complete line; None if it is not what was written."""
     try:
         entry: dict[str, Any] = json.loads(line)
-        sound = isinstance(entry["sequence"], int) and _line(entry) == line + b"\n"
+        sound = isinstance(entry["sequence"], int) and sealed_line(entry) == line + b"\n"
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return entry if sound else None

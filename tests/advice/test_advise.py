@@ -43,7 +43,8 @@ def test_places_to_leave_alone_are_the_fewest(costs, budget):
     """No smaller set of places brings the rest within the budget: every subset is tried."""
     costs, budget = [cost / 64 for cost in costs], budget / 64  # sums are exact
     rows = [row("attn_in", layer, "nvfp4", cost) for layer, cost in enumerate(costs)]
-    found = advise(probes(change("nvfp4", format="nvfp4")), rows, budget).formats[0].leave_alone
+    joint = change("nvfp4", format="nvfp4", sites=["attn_in"], layers=list(range(len(costs))))
+    found = advise(probes(joint), rows, budget).formats[0].leave_alone
     fewest = next(
         size
         for size in range(len(costs) + 1)
@@ -117,9 +118,41 @@ def test_the_words_say_what_was_measured_and_what_was_not_tried():
     assert Advice.model_validate_json(found.model_dump_json()) == found
 
 
+def test_a_map_with_a_hole_predicts_nothing():
+    """A sum over some of the places would be too small, and nobody could see it."""
+    rows = [row("attn_in", layer, "int8_token", 0.01, kl=0.01) for layer in (0, 1)]
+    rows += [row("mlp_in", layer, "int8_token", 0.01, kl=0.01) for layer in (0, 1)]
+    joint = change("int8_token", format="int8_token", kl=0.03)
+    assert advise(probes(joint), rows, 0.05).formats[0].predicted_kl == pytest.approx(0.04)
+    for holed in (rows[:-1], [*rows[:-1], rows[-1] | {"predicted_kl": None}]):
+        found = advise(probes(joint), holed, 0.05).formats[0]
+        assert (found.predicted_kl, found.leave_alone) == (None, None)
+
+
+def test_a_range_without_first_tokens_is_named_as_what_it_is():
+    found = advise(
+        probes(
+            change("int8_tensor", kl=0.9, format="int8_tensor", range="all"),
+            change("int8_tensor 2", kl=1.4, format="int8_tensor", range="without_first_tokens"),
+        ),
+        [],
+        0.05,
+    )
+    assert [(repair.kind, repair.helps) for repair in found.formats[0].repairs] == [("range", False)]
+    assert "Nothing that was tried improves int8_tensor." in found.paragraph
+    assert any(item.startswith("a prefix token") for item in found.not_tried)
+
+
+def test_an_unknown_floor_is_said():
+    told = "The floor is not known"
+    assert told in advise(probes(change("a", format="int8_token"), floor=0.0), [], 0.05).paragraph
+    assert told not in advise(probes(change("a", format="int8_token")), [], 0.05).paragraph
+
+
 def test_a_map_predicts_formats_that_were_not_probed_and_says_so():
     rows = [row("attn_in", 0, "int8_token", 0.03, kl=0.03), row("attn_in", 0, "nvfp4", 0.2)]
-    found = advise(probes(change("int8_token", format="int8_token", kl=0.03)), rows, 0.05)
+    joint = change("int8_token", format="int8_token", kl=0.03, sites=["attn_in"], layers=[0])
+    found = advise(probes(joint), rows, 0.05)
     nvfp4 = next(item for item in found.formats if item.format == "nvfp4")
     assert (nvfp4.verdict, nvfp4.confirmed_kl, nvfp4.predicted_kl) == (None, None, 0.2)
     assert "nvfp4 (KL" not in found.paragraph

@@ -10,12 +10,10 @@ import pytest
 import torch
 
 from outliers.capture.extract import extract
-from outliers.counting.analyze import analyze
 from outliers.probe.run import probe
 from outliers.quantization.emulate import emulate
 from outliers.spec.formats import parse_format
 from outliers.study.probes import probe_folder
-from outliers.workspace import open_workspace
 from tests.support import tiny
 from tests.support.captured import prepared, stored
 from tests.support.probe_oracle import (
@@ -30,20 +28,9 @@ from tests.support.probe_oracle import (
     replaced,
     rotated,
     smoothed,
-    study_of,
     zero,
 )
 from tests.support.synthetic import Silent
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, text, llama):
-    """A captured and counted study of a tiny Llama, 5 sequences in batches of 2."""
-    workspace = open_workspace(tmp_path_factory.mktemp("world") / "work space")
-    study = study_of(workspace, llama, text, {"probe": "check"})
-    extract(study, workspace, Silent())
-    analyze(study, workspace, Silent())
-    return workspace, llama, text
 
 
 def test_every_number_of_a_check_is_that_of_whole_logits(world):

@@ -29,7 +29,7 @@ from outliers.probe.prefix import prefix_ids
 from outliers.probe.run import probe
 from outliers.quantization.emulate import emulate
 from outliers.spec.formats import parse_format
-from outliers.store.journal import _line
+from outliers.store.journal import sealed_line
 from outliers.study.demand import demand_of
 from outliers.study.prepare import layout_of
 from outliers.study.probe_memory import probe_memory
@@ -48,17 +48,6 @@ from tests.support.probe_oracle import (
     zero,
 )
 from tests.support.synthetic import Silent
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, text, llama):
-    """A captured and counted study of a tiny Llama, 5 sequences in batches of 2."""
-    workspace = open_workspace(tmp_path_factory.mktemp("world") / "work space")
-    study = study_of(workspace, llama, text, {"probe": "check"})
-    extract(study, workspace, Silent())
-    analyze(study, workspace, Silent())
-    return workspace, llama, text
-
 
 REFUSED = [
     # asked, what is said
@@ -134,7 +123,7 @@ def test_a_capture_with_another_loss_ends_the_probe(workspace, llama, text):
     path = workspace.capture(study.capture_id) / "journal.jsonl"
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     lines[1]["nll"] = float(np.nextafter(lines[1]["nll"], np.inf))
-    path.write_bytes(b"".join(_line(line) for line in lines))
+    path.write_bytes(b"".join(sealed_line(line) for line in lines))
     with pytest.raises(ProbeMismatch, match=r"sequence 1 has a loss of .* nats here, and .* in the capture's journal"):
         probe(study, workspace, Silent())
     assert not (probe_folder(study, workspace) / "numbers").exists()

@@ -37,9 +37,9 @@ class Place(Strict):
 class Repair(Strict):
     """One way to lower what a format costs, as it was tried."""
 
-    kind: Literal["hold", "rotate", "smooth", "prefix"] = Field(
+    kind: Literal["hold", "rotate", "smooth", "prefix", "range"] = Field(
         description="hold: features stay unquantized; rotate: a Hadamard rotation before; smooth: SmoothQuant; prefix: a token "
-        "before each sequence"
+        "before each sequence; range: a static scale is made without first tokens, and clips them"
     )
     what: Note = Field(description="which features, format, strength or token")
     kl: Number = Field(description="KL with it, in nats a token")
@@ -91,7 +91,9 @@ class Advice(Strict):
     sequences: Count = Field(description="sequences that were read")
     tokens: Count = Field(description="tokens of them that were predicted")
     budget: Size = Field(description="most KL that is accepted, in nats a token")
-    floor: Size = Field(description="KL of a change of one unit in the last place: less than twice this says nothing")
+    floor: Size = Field(
+        description="KL of a change of one unit in the last place: less than twice this says nothing; 0 where it is not known"
+    )
     perplexity: Size = Field(description="of the untouched model")
     formats: Annotated[list[FormatVerdict], Field(max_length=256)] = Field(
         description="the formats, the cheapest first"
