@@ -42,11 +42,12 @@ $(DEV): | .venv/.made
 # 8 sequences, half of the default: a minute for a first look; its shares have the range of the sequences beside them, no interval
 demo: $(DEMO) ## a whole study on this machine: a real model, no network, results in demo/
 	$(BIN)/outliers study --model builtin:smollm2 --corpus builtin:python-docs \
-	  --num-sequences 16 --sequence-length 128 --batch-sequences 4 --dtype float32 \
+	  --num-sequences 16 --sequence-length 64 --batch-sequences 4 --dtype float32 \
 	  --sites attn_in,mlp_in,o_in,down_in --perplexity --formats int8_token,fp8_token,mxfp4_even,nvfp4 --probe check \
 	  --workspace demo/workspace --publish-to "file://$(CURDIR)/demo/atlas"
 	@echo
-	@echo "next:  open demo/workspace/results/*/report.html"
+	@echo "next:  open demo/workspace/results/*/report.html and demo/workspace/results/*/probes/*/probe.html"
+	@echo "       $(BIN)/outliers advise --workspace demo/workspace --budget 0.2"
 	@echo "       $(BIN)/outliers study --model builtin:smollm2 --corpus YOUR.txt --sites attn_in,mlp_in,resid"
 	@echo "       $(BIN)/outliers plan --model Qwen/Qwen3-30B-A3B --num-sequences 4"
 	@echo "       $(BIN)/outliers study --help"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -220,13 +220,15 @@ def _of_formats(prepared: Prepared, known: Known) -> list[Change]:
     held = held_features(prepared, known.systematic) if held_sites(prepared) else ()
     found: list[Change] = []
 
-    def add(name: str, kind: Kind = "format", **options: object) -> None:
-        found.append(Change(name, kind, sites, layers, **options))  # type: ignore[arg-type]
+    everywhere = Change("", "format", sites, layers)
+
+    def add(name: str, **options: Any) -> None:
+        found.append(replace(everywhere, name=name, **options))
 
     if asked.weights:
-        add(f"weights {asked.weights}", "weights", weights=asked.weights)
+        add(f"weights {asked.weights}", kind="weights", weights=asked.weights)
     if asked.prefix:
-        add("prefix", "prefix", prefix=True)
+        add("prefix", kind="prefix", prefix=True)
     for own in asked.quantize:
         add(own, format=own)
         if parse_format(own).base in RANGES:
