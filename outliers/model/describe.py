@@ -22,6 +22,7 @@ from outliers.hub.files import WEIGHTS_SUFFIX
 from outliers.hub.headers import read_header, read_json
 from outliers.model.anatomy import Anatomy
 from outliers.model.configs import SECTIONS, check_config
+from outliers.model.experts import ExpertsInfo
 from outliers.model.families import expert_counts
 from outliers.model.foreign import foreign
 from outliers.model.pretrained import load_config
@@ -30,7 +31,7 @@ from outliers.model.source import ModelSource
 from outliers.model.weights import ITEM_BYTES, Weights, weigh
 from outliers.workspace import Workspace
 
-INFO_VERSION = 4
+INFO_VERSION = 5
 """Of ModelInfo on disk: increased whenever what is counted changes."""
 
 DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
@@ -68,6 +69,8 @@ class ModelInfo(BaseModel):
     active_parameters: int
     num_experts: int | None
     experts_per_token: int | None
+    experts: ExpertsInfo | None = None
+    """None for a dense model, and for a family that the table of families does not know."""
     weight_bytes: int
     weights: Weights
 

@@ -53,6 +53,8 @@ FORMATS_VERSION = 1
 """The same for the errors of number formats; part of the study_id of a study that has them."""
 PROBE_VERSION = 1
 """The same for probes; part of probe_id."""
+EXPERTS_VERSION = 1
+"""The same for what is read of experts; part of the capture_id of a capture that has them."""
 
 
 def chosen(name: str) -> str:
@@ -139,6 +141,11 @@ class CaptureSpec(Part):
         1, ge=1, le=4096, description="sequences in one forward pass; part of a result, for it moves the last bits"
     )
 
+    experts: Literal["auto", "all", "routing", "off"] = Field(
+        "auto",
+        description="what is read of a mixture's experts: all; routing (which tokens reach which experts); off; auto is all, or "
+        "routing where the experts' kernels hide the rest, and off for a dense model",
+    )
     perplexity: bool = Field(False, description="measure the model's perplexity on the corpus in the same pass")
     site_modules: tuple[str, ...] = Field(
         (),

@@ -1,0 +1,86 @@
+"""Sums over tokens that no table holds: each expert's inputs by column and outputs by channel, added up in the forward pass.
+
+They belong to a capture, whatever a study asks, so the magnitudes at which values are counted are fixed. Integers and
+selections are the same in any order of batches; float64 sums are added in the order of the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outliers.experts.table import ExpertShapes
+
+LADDER = (3.0, 4.5, 6.0, 8.0, 12.0, 20.0, 50.0, 100.0)
+"""Magnitudes at which the values of `down_in` are counted."""
+PATTERNS = 65_536
+"""Bins of the histogram of `down_in`: signed 16-bit patterns of bfloat16 or float16; float32 rounded to bfloat16."""
+
+
+@dataclass
+class ExpertSums:
+    """L layers, E routed experts, S shared ones, A = E + S, I and J their widths, H hidden dimensions, K magnitudes.
+
+    sequences: (N,) int64, sorted. rows: (L, A) int64, tokens of each expert. nonfinite: (L, A) int64, values of its down_in that
+    are not finite; the others are of the finite values. total, squares: (L, E, I) float64; low, high: (L, E, I) float32, inf and
+    -inf where nothing was finite; shared_*: the same, (L, S, J). hits: (K, L, A) int64, values with abs(x) >= LADDER[k].
+    histogram: (L, 65536) int64 of the routed experts' down_in. energy: (L, A, H) float64, sum of squares of the weighted
+    output; block: (L, H) float64, sum of squares of what the layer of experts adds to its residual stream.
+    """
+
+    shapes: ExpertShapes
+    sequences: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    nonfinite: NDArray[np.int64]
+    total: NDArray[np.float64]
+    squares: NDArray[np.float64]
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+    shared_total: NDArray[np.float64]
+    shared_squares: NDArray[np.float64]
+    shared_low: NDArray[np.float32]
+    shared_high: NDArray[np.float32]
+    hits: NDArray[np.int64]
+    histogram: NDArray[np.int64]
+    energy: NDArray[np.float64]
+    block: NDArray[np.float64]
+
+    @classmethod
+    def zero(cls, shapes: ExpertShapes) -> ExpertSums:
+        """The neutral element. All shared experts of a layer have one width."""
+        layers, everyone = len(shapes.layers), shapes.all_experts
+        own = (layers, shapes.experts, shapes.width)
+        common = (layers, shapes.shared, max(shapes.shared_widths, default=0))
+        return cls(
+            shapes=shapes,
+            sequences=np.zeros(0, np.int64),
+            rows=np.zeros((layers, everyone), np.int64),
+            nonfinite=np.zeros((layers, everyone), np.int64),
+            total=np.zeros(own),
+            squares=np.zeros(own),
+            low=np.full(own, np.inf, np.float32),
+            high=np.full(own, -np.inf, np.float32),
+            shared_total=np.zeros(common),
+            shared_squares=np.zeros(common),
+            shared_low=np.full(common, np.inf, np.float32),
+            shared_high=np.full(common, -np.inf, np.float32),
+            hits=np.zeros((len(LADDER), layers, everyone), np.int64),
+            histogram=np.zeros((layers, PATTERNS), np.int64),
+            energy=np.zeros((layers, everyone, shapes.hidden)),
+            block=np.zeros((layers, shapes.hidden)),
+        )
+
+    def merged(self, other: ExpertSums) -> ExpertSums:
+        """The sums of both sets of sequences, which are disjoint."""
+        pick: dict[str, Any] = {
+            "low": np.minimum,
+            "high": np.maximum,
+            "shared_low": np.minimum,
+            "shared_high": np.maximum,
+            "sequences": lambda a, b: np.sort(np.concatenate([a, b])),
+        }
+        parts = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "shapes"}
+        return ExpertSums(shapes=self.shapes, **{name: pick.get(name, np.add)(a, b) for name, (a, b) in parts.items()})
