@@ -151,11 +151,18 @@ def _results_exist(prepared: Prepared, workspace: Workspace) -> bool:
 
 
 def capture_exists(prepared: Prepared, workspace: Workspace) -> bool:
-    """Whether the study's capture is complete; a damaged one is not."""
+    """Whether the study's capture is complete, the sums of its experts included; a damaged one is not."""
+    from outliers.experts.sums_files import has_sums
     from outliers.store.chunks import is_complete
+    from outliers.store.fingerprint import layout_from, read_fingerprint
 
+    folder = workspace.capture(prepared.capture_id)
     try:
-        return is_complete(workspace.capture(prepared.capture_id))
+        if not is_complete(folder) or (fingerprint := read_fingerprint(folder)) is None:
+            return False
+        layout = layout_from(fingerprint)
+        shapes = layout.experts
+        return shapes is None or not shapes.values or has_sums(folder, shapes, range(layout.num_sequences))
     except CaptureError:
         return False
 

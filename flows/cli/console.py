@@ -196,6 +196,9 @@ def show_plan(console: Console, plan: Plan) -> None:
     if plan.spread:
         line(console, "shards", plan.spread)
     line(console, "disk", f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)")
+    if plan.experts != "off":
+        line(console, "experts", f"{_EXPERTS[plan.experts]}; {size(plan.experts_bytes)} of the memory is for this")
+    line(console, "kept there", f"{size(plan.private_bytes)} of statistics, which `outliers export --full` brings home")
     for text in plan.assumptions:
         step, _, assumption = text.partition(": ")
         known = f"about {format_seconds(plan.seconds[step])}" if step in plan.seconds else "not known"
@@ -222,6 +225,9 @@ def show_plan(console: Console, plan: Plan) -> None:
         line(console, "", f"and {len(plan.offers) - PLAN_OFFERS} more machines that fit (--json shows all)")
     for text in plan.refusals:
         line(console, "refused", text, style="red")
+
+
+_EXPERTS = {"all": "every expert is read", "routing": "the routing is read, without the experts' values"}
 
 
 def _stored(plan: Plan) -> str:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from outliers.capture.devices import Devices, choose_devices, instructions
+from outliers.capture.experts import ExpertPass, ExpertSumsFile
 from outliers.capture.forward import Batch, HookedPass, Progress
 from outliers.capture.libraries import LOOKED_FOR, libraries
 from outliers.capture.library_errors import explained
@@ -66,8 +67,11 @@ def extract(
         drop_leftovers(folder, ARRAYS)
         files = ChunkFiles(folder, layout)
         size = prepared.spec.capture.batch_sequences
-        wanted = _runs(sequences if sequences is not None else range(layout.num_sequences), size)
-        batches = _todo(wanted, journal, files, prepared.spec.capture.perplexity)
+        chosen = sequences if sequences is not None else range(layout.num_sequences)
+        wanted = _runs(chosen, size)
+        has_values = layout.experts is not None and layout.experts.values
+        experts = ExpertSumsFile(folder, layout.experts, chosen) if layout.experts is not None and has_values else None
+        batches = _todo(wanted, journal, files, experts, prepared.spec.capture.perplexity)
         asked = sum(map(len, wanted))
         if not batches:
             log.info("the capture %s is complete: nothing to extract", prepared.capture_id)
@@ -80,7 +84,8 @@ def extract(
             journal.redo(again)
         if journal.done:
             log.info("going on after %d of %d sequences", len(journal.done), layout.num_sequences)
-        result = _Session(prepared, workspace, corpus, files, journal, batches, asked, devices, reporter).run()
+        session = _Session(prepared, workspace, corpus, files, journal, batches, asked, devices, reporter, experts)
+        result = session.run()
         with (folder / "extractions.jsonl").open("a") as record:
             record.write(json.dumps(result) + "\n")
         return result
@@ -166,12 +171,19 @@ def _whole(chunk: NamedChunk) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_size == chunk.size
 
 
-def _todo(wanted: list[range], journal: Journal, files: ChunkFiles, perplexity: bool) -> list[tuple[range, bool]]:
+def _todo(
+    wanted: list[range], journal: Journal, files: ChunkFiles, experts: ExpertSumsFile | None, perplexity: bool
+) -> list[tuple[range, bool]]:
     """Batches to run, each with whether to read its activations: a finished batch may lack only the perplexity.
 
-    A batch is read if a sequence of it is not journaled, or if one of its chunks is missing or has another size.
+    A batch is read if a sequence of it is not journaled or is not in the sums of the experts, or if one of its chunks is
+    missing or has another size.
     """
-    runs = [(run, not all(_present(journal.done.get(s), files) for s in run)) for run in wanted]
+
+    def whole(sequence: int) -> bool:
+        return _present(journal.done.get(sequence), files) and (experts is None or experts.holds(sequence))
+
+    runs = [(run, not all(map(whole, run))) for run in wanted]
     return [
         (run, read)
         for run, read in runs
@@ -183,7 +195,8 @@ def _todo(wanted: list[range], journal: Journal, files: ChunkFiles, perplexity: 
 class _Session:
     """One call of `extract` that has something to do.
 
-    batches: as `_todo` gives them. asked: sequences that the call is for, those included that are done.
+    batches: as `_todo` gives them. asked: sequences that the call is for, those included that are done. experts: the sums of
+    the model's experts, None where these are not read.
     """
 
     prepared: Prepared
@@ -195,6 +208,7 @@ class _Session:
     asked: int
     devices: Devices
     reporter: Reporter
+    experts: ExpertSumsFile | None
 
     def run(self) -> dict[str, Any]:
         """Load the model, run the batches, and return what `extract` returns."""
@@ -253,6 +267,8 @@ class _Session:
                 *(todo, (staging.total_bytes + more) / 1e6, staging.total_bytes / 1e6, staging.writers),
             )
             self._forward(model, staging)
+        if self.experts is not None:
+            self.experts.save()
         return staging
 
     def _forward(self, model: torch.nn.Module, staging: StagingBuffer) -> None:
@@ -262,20 +278,38 @@ class _Session:
         progress = Progress(self.reporter, self._todo, self.asked, _tokens_of(self.asked, self.prepared, layout))
         modules = anatomy.modules(tuple(layout.stored), layout.layers)
         head = Head(model) if self.prepared.spec.capture.perplexity else None
-        hooked = HookedPass(model.get_submodule(anatomy.backbone), modules, staging, layout, progress.during)
+        base = model.get_submodule(anatomy.backbone)
+        hooked = HookedPass(base, modules, staging, layout, progress.during)
+        experts = self._watched(base)
         for run, read in self.batches:
             lengths = tuple(int(length) for length in corpus.lengths[run.start : run.stop])
-            expected = len(modules) * len(run) * read + (head is not None)
+            expected = len(modules) * len(run) * read + (head is not None) + (read and experts is not None)
             batch = Batch(run, lengths, expected, self.journal, self.files)
             rows = corpus.token_ids[run.start : run.stop, : batch.positions].astype(np.int64)  # (sequence, position)
             what = f"the forward pass of {info.source.name} over {len(run)} x {batch.positions} tokens"
             with explained(what, _MEMORY, PLAIN):
                 ids = torch.from_numpy(rows).to(self.devices.first)
+                if read and experts is not None:
+                    experts.begin(batch)
                 hidden = hooked.forward(batch, ids, read=read)
+                if read and experts is not None:
+                    experts.finish()
                 found = losses(head, hidden, ids, lengths) if head is not None else None
             if found is not None:
                 _measure(batch, found, read=read)
             progress.finished(len(run))
+
+    def _watched(self, base: torch.nn.Module) -> ExpertPass | None:
+        """What watches the model's experts; None where these are not read."""
+        info, shapes = self.prepared.model.experts, self.files.layout.experts
+        if info is None or shapes is None:
+            return None
+        if shapes.values:
+            log.info(
+                "every expert of %d layers is read: %.0f MB of memory for their sums",
+                *(len(shapes.layers), shapes.sums_bytes / 1e6),
+            )
+        return ExpertPass(base, info, self.files.layout, self.experts)
 
 
 def _measure(batch: Batch, found: list[tuple[float, int]], *, read: bool) -> None:

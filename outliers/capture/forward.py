@@ -29,8 +29,8 @@ PROGRESS_SECONDS = 0.5
 class Batch:
     """One forward pass, and its results in any order; `finish` journals them when all have come.
 
-    lengths: tokens of each sequence that are not padding. expected: results to come, one for each (site, layer, sequence), and
-    one more if perplexity is measured.
+    lengths: tokens of each sequence that are not padding. expected: results to come, one for each (site, layer, sequence), one
+    more if perplexity is measured, and one more if experts are read.
     """
 
     sequences: range
@@ -68,6 +68,12 @@ class Batch:
             self.losses = losses
             return self._one_more()
 
+    def add_table(self, written: dict[tuple[str, int, int], list[tuple[int, int]]]) -> bool:
+        """Note the (crc32, bytes) of the routing table of each sequence; returns whether it was the last result."""
+        with self._lock:
+            self.written |= written
+            return self._one_more()
+
     def _one_more(self) -> bool:
         self._parts += 1
         return self._parts == self.expected
@@ -85,6 +91,10 @@ class Batch:
                 entry["crc32"][site] = [crc for crc, _ in chunks]
                 entry["sizes"][site] = [size for _, size in chunks]
                 entry["bytes"] += sum(size for _, size in chunks)
+            for name in self.files.layout.fields:
+                crc, size = self.written[name, 0, sequence][0]
+                entry["crc32"][name], entry["sizes"][name] = [crc], [size]
+                entry["bytes"] += size
             entries.append(entry | self.losses.get(sequence, {}))
         self.journal.append(entries)
 

@@ -34,6 +34,8 @@ from outliers.counting.summary import Frame, Summary, merge
 from outliers.counting.summary_files import STUDY, CountsWriter, SequenceCounts, read_summary, write_summary
 from outliers.errors import CaptureError
 from outliers.events.stream import Reporter
+from outliers.experts.count import count_experts
+from outliers.experts.totals_files import write_totals
 from outliers.files.atomic import write_atomic
 from outliers.store.chunks import ChunkFiles, Journal
 from outliers.store.fingerprint import layout_from, read_fingerprint
@@ -124,8 +126,21 @@ def analyze(
     else:
         total = _spread(whole, executor, workers, lambda count: progress(count * len(layout.layers)))
     write_atomic(target / STUDY, prepared.model_dump_json().encode())
+    if layout.experts is not None:
+        _count_experts(prepared, whole, layout, wanted, reporter)
     write_summary(target, total)
     return target
+
+
+def _count_experts(prepared: Prepared, item: WorkItem, layout: Layout, wanted: range, reporter: Reporter) -> None:
+    """Write the totals of the experts of a work item's sequences next to its summary. Raises CaptureError, CorruptCapture."""
+    lines = journal_lines(item.folder, wanted)
+
+    def progress(done: int) -> None:
+        reporter.progress("experts", done, len(wanted), "sequences")
+
+    totals = count_experts(prepared.study_id, item.folder, layout, lines, wanted, item.lengths, item.marks, progress)
+    write_totals(item.target, totals)
 
 
 def layout_of_capture(folder: Path) -> Layout:

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from outliers.counting.summary import Summary, merge
 from outliers.counting.summary_files import COUNTS, STUDY, TOTALS, UNREADABLE, read_summary, write_summary
 from outliers.errors import BadInput, CorruptCapture, SummaryMismatch
+from outliers.experts.totals_files import has_totals, read_totals, write_totals
 from outliers.files.sealed import check_folder
 from outliers.locks import locked
 from outliers.study.parts import LOCKS
@@ -70,6 +71,7 @@ def _merge(prepared: Prepared, folders: list[Path], target: Path) -> Merged:
     try:
         total = _join(folders, own)
         (own / STUDY).write_text(prepared.model_dump_json())
+        _join_experts(folders, own)
         write_summary(own, total)
         # one of the summaries may be the workspace's own: it goes once the whole is there
         shutil.rmtree(target, ignore_errors=True)
@@ -106,6 +108,21 @@ def _join(folders: list[Path], into: Path) -> Summary:
         except SummaryMismatch as error:
             raise SummaryMismatch(f"{folder} can't be merged with the others: {error}") from error
     return total
+
+
+def _join_experts(folders: list[Path], into: Path) -> None:
+    """Join the totals of experts, where the study has them. Raises CorruptCapture where one of the summaries lacks them."""
+    have = [folder for folder in folders if has_totals(folder)]
+    if not have:
+        return
+    if lacking := [folder for folder in folders if folder not in have]:
+        raise CorruptCapture(
+            f"the summary in {lacking[0]} lacks the experts that {have[0]} has: analyze those sequences again"
+        )
+    total = read_totals(have[0])
+    for folder in have[1:]:
+        total = total.merged(read_totals(folder))
+    write_totals(into, total)
 
 
 def _copy_counts(folder: Path, into: Path, sequences: tuple[int, ...]) -> None:
@@ -147,6 +164,7 @@ def _facts(prepared: Prepared) -> Iterator[tuple[str, Any]]:
     yield "layers", ",".join(map(str, prepared.layers))
     yield from spec.criteria.model_dump().items()
     yield "batch_sequences", spec.capture.batch_sequences
+    yield "experts", spec.capture.experts
     yield "perplexity", spec.capture.perplexity
     yield "label", spec.label
 

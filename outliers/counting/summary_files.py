@@ -3,6 +3,7 @@
     <summary>/totals.npz            the totals
     <summary>/checksums.json        every file of the summary with its checksum, written last: it marks a complete folder
     <summary>/sequences/<first>.npz counts of single sequences at the deciding magnitude, sparse, some sequences a file
+    <summary>/experts.npz           of a mixture of experts the totals of its experts (`experts.totals_files`)
     <summary>/study.json            the prepared study (`prepare.Prepared`): merging refuses summaries of another study
 
 Knows arrays and files, nothing of how they were counted.
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from outliers.counting.summary import Frame, SiteTotals, Summary
 from outliers.errors import CaptureError, CorruptCapture
+from outliers.experts.totals_files import EXPERTS
 from outliers.files.sealed import check_folder, seal_folder
 from outliers.untrusted.npz import open_npz
 
@@ -197,7 +199,7 @@ def write_summary(folder: Path, summary: Summary) -> None:
     np.savez(temporary, **arrays)  # type: ignore[arg-type]  # as above
     temporary.replace(folder / TOTALS)
     counts = sorted(f"{COUNTS}/{path.name}" for path in (folder / COUNTS).glob("*.npz"))
-    others = [name for name in (STUDY,) if (folder / name).exists()]
+    others = [name for name in (STUDY, EXPERTS) if (folder / name).exists()]
     seal_folder(folder, (TOTALS, *others, *counts))
 
 

@@ -33,8 +33,8 @@ class Routed:
     float32, the smallest score of a chosen expert less the largest of one that was not chosen, in the score by which the router
     chooses; NaN where every expert is chosen. rows: (R,) int64, row r of the next two is the slot rows[r] % k of the token
     rows[r] // k. down_in: (R, I), output: (R, H), in the model's dtype: the input of the expert's second projection, and what it
-    gives with its bias; all three None where kernels hide them and routing alone is read. block: (T, H), the sum that the layer adds to its residual stream. The tensors are the model's own and
-    valid until the hook returns.
+    gives with its bias. block: (T, H), the sum that the layer adds to its residual stream. These four are None where kernels hide
+    them and routing alone is read. The tensors are the model's own and valid until the hook returns.
     """
 
     layer: int

@@ -64,6 +64,8 @@ class ExpertsInfo(BaseModel):
     """Experts that a token is routed to."""
     width: int
     shared_widths: tuple[int, ...]
+    applied: bool
+    """Whether an expert's input is multiplied by its weight, and not its output (Llama4)."""
     watch: Literal["all", "routing"]
     """What can be read: `routing` where kernels hide the experts' inputs and outputs."""
     reason: str | None

@@ -60,7 +60,9 @@ def request_for(demand: Demand, capture_bytes_left: int) -> MachineRequest:
     compute, count = demand.spec.compute, demand.spec.compute.gpu_count
     both = (demand.ram_bytes, demand.host_ram_bytes)
     least = min(both) if count is None else both[count > 0]
-    disk = capture_bytes_left
+    experts = demand.layout.experts
+    # the sums of the experts: on disk, once more while they are replaced, and again in the private summary
+    disk = capture_bytes_left + (3 * experts.sums_bytes if experts is not None else 0)
     if capture_bytes_left and not compute.runs_here:
         disk += demand.model.weights.checkpoint_bytes
     elif capture_bytes_left and not cache_is_chosen():  # a download checks the disk of a cache that was moved

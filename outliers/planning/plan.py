@@ -19,6 +19,7 @@ from outliers.planning.estimate import Step, left_out, price_of, total_seconds
 from outliers.planning.offers import Candidate, machines_of, refusals, request_for, steps_on, suitable
 from outliers.spec import StudySpec, chosen
 from outliers.study.demand import Demand, demand_of
+from outliers.study.experts import expert_mode
 from outliers.study.placement import Placement, total_needed
 
 
@@ -73,6 +74,12 @@ class Plan(BaseModel):
     gpus: tuple[GpuShare, ...]
     capture_bytes: int
     capture_bytes_left: int
+    experts: str
+    """What is read of experts: all, routing or off."""
+    experts_bytes: int
+    """Of `ram_bytes`, what reading the experts takes."""
+    private_bytes: int
+    """What `outliers export --full` brings home from another machine, without the sparse counts of single sequences."""
     seconds: dict[str, float]
     assumptions: tuple[str, ...]
     offers: tuple[dict[str, Any], ...]
@@ -103,6 +110,9 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
         gpus=shares(demand.place_evenly()),
         capture_bytes=demand.layout.total_bytes,
         capture_bytes_left=left,
+        experts=expert_mode(spec, info, demand.layout.layers),
+        experts_bytes=demand.experts_bytes * (spec.compute.shards if spec.compute.runs_here else 1),
+        private_bytes=demand.private_bytes,
         seconds={step.name: step.seconds for step in first if step.seconds is not None},
         assumptions=tuple(f"{step.name}: {step.assumption}" for step in first),
         offers=tuple(_offer(demand, candidate, steps) for candidate, steps in timed),

@@ -1,7 +1,8 @@
 """The capture on disk: a Zarr group of activations, and a journal that alone says which sequences are done.
 
     <capture>/capture.json       the conditions that a resumed capture must match (`fingerprint`)
-    <capture>/activations.zarr/  one array for each site (layer, sequence, position, feature), and token_ids, lengths, mask
+    <capture>/activations.zarr/  one array for each site (layer, sequence, position, feature), and token_ids, lengths, mask;
+                                 of a mixture of experts the routing table (layer, sequence, position, slot)
     <capture>/journal.jsonl      a line for each finished sequence: checksums of its chunks, bytes (`journal`)
     <capture>/lock               held by the process that writes
 
@@ -30,6 +31,7 @@ from outliers.store.durable import Unsynced, write_durably, write_soon
 from outliers.store.fingerprint import layout_from, read_fingerprint
 from outliers.store.journal import Journal as Journal
 from outliers.store.journal import way_out
+from outliers.study.expert_shapes import FIELDS, ExpertShapes
 from outliers.study.layout import NAN_BITS, STORAGE, Layout
 
 ARRAYS = "activations.zarr"
@@ -91,6 +93,8 @@ def group_files(layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[n
         array.attrs["unit"] = {"token_ids": "token id", "lengths": "tokens", "mask": "is a token"}[name]
     for site, width in layout.stored.items():
         _create_site(group, site, width, layout)
+    if layout.experts is not None:
+        _create_table(group, layout.experts, layout)
     if layout.aliases:
         group.attrs["alias_of"] = layout.aliases
     return {name: buffer.to_bytes() for name, buffer in files.items()}
@@ -113,11 +117,29 @@ def _create_site(group: Any, site: str, width: int, layout: Layout) -> None:
     array.attrs.update({"dtype": layout.dtype, "layers": list(layout.layers), "site": site})
 
 
+def _create_table(group: Any, experts: ExpertShapes, layout: Layout) -> None:
+    """The arrays of the routing table: a chunk holds all layers of one sequence, and is not compressed."""
+    for field in experts.fields:
+        dtype, fill = FIELDS[field]
+        slots = experts.slots_of(field)
+        array = group.create_array(
+            field,
+            shape=(len(experts.layers), layout.num_sequences, layout.positions, slots),
+            chunks=(len(experts.layers), 1, layout.positions, slots),
+            dtype=dtype,
+            fill_value=float("nan") if dtype.kind == "f" else fill,
+            compressors=None,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=("layer", "sequence", "position", "slot"),
+        )
+        array.attrs.update({"layers": list(experts.layers), "experts": experts.experts})
+
+
 class NamedChunk(NamedTuple):
-    """A chunk that a journal line names; `layer` counts the captured layers from 0."""
+    """A chunk that a journal line names; `layer` counts the captured layers from 0, None for the routing table's."""
 
     site: str
-    layer: int
+    layer: int | None
     chunk: int
     path: Path
     crc32: int
@@ -163,7 +185,13 @@ class ChunkFiles:
 
     def read(self, site: str, layer: int, sequence: int, chunk: int, crc32: int) -> NDArray[Any]:
         """One chunk without padding: (position, feature) in the storage dtype. Raises CorruptCapture."""
-        path = self.path(site, layer, sequence, chunk)
+        content = self._checked(self.path(site, layer, sequence, chunk), crc32)
+        span = self.layout.span(chunk)
+        values = self._decode(content).reshape(self.layout.chunk_positions, self.layout.widths[site])
+        return values[: span.stop - span.start]
+
+    def _checked(self, path: Path, crc32: int) -> bytes:
+        """The bytes of a chunk. Raises CorruptCapture where they are not those that were written."""
         try:
             content = path.read_bytes()
         except FileNotFoundError as error:
@@ -172,9 +200,7 @@ class ChunkFiles:
             raise CorruptCapture(f"{path} can't be read ({error.strerror}): {way_out(self.root.parent)}") from error
         if crc32_of(content) != crc32:
             raise CorruptCapture(self._changed(path, crc32))
-        span = self.layout.span(chunk)
-        values = self._decode(content).reshape(self.layout.chunk_positions, self.layout.widths[site])
-        return values[: span.stop - span.start]
+        return content
 
     def tiles(
         self, site: str, layer: int, sequence: int, chunk: int, crc32: int, buffer: NDArray[Any]
@@ -222,6 +248,24 @@ class ChunkFiles:
             f"changed after they were written; {way_out(self.root.parent)}"
         )
 
+    def write_table(self, field: str, sequence: int, values: NDArray[Any], unsynced: Unsynced) -> list[tuple[int, int]]:
+        """Write a field of the routing table of one sequence; it is durable after `unsynced.sync()`.
+
+        values: (layer, position, slot) in the field's dtype, padding included. Returns (crc32, bytes).
+        """
+        content = np.ascontiguousarray(values).data.cast("B")
+        write_soon(self._file(field, 0, sequence, 0), content, unsynced)
+        return [(crc32_of(content), len(content))]
+
+    def read_table(self, field: str, sequence: int, crc32: int) -> NDArray[Any]:
+        """A field of the routing table of one sequence: (layer, position, slot), padding included. Raises CorruptCapture."""
+        if self.layout.experts is None:
+            raise CorruptCapture(f"{self.root.parent} holds no experts")
+        dtype, _ = FIELDS[field]
+        shape = (len(self.layout.experts.layers), self.layout.positions, self.layout.experts.slots_of(field))
+        content = self._checked(self.path(field, 0, sequence, 0), crc32)
+        return np.frombuffer(content, dtype).reshape(shape)
+
     def named_by(self, entry: dict[str, Any]) -> Iterator[NamedChunk]:
         """The chunks of a journal line. Raises CorruptCapture if it does not name all of them."""
         layers, sequence = len(self.layout.layers), entry["sequence"]
@@ -236,6 +280,13 @@ class ChunkFiles:
             for at, (crc32, size) in enumerate(zip(crcs, sizes, strict=True)):
                 layer, chunk = divmod(at, chunks)
                 yield NamedChunk(site, layer, chunk, self.path(site, layer, sequence, chunk), crc32, size)
+        for field in self.layout.fields:
+            crcs, sizes = entry.get("crc32", {}).get(field, ()), entry.get("sizes", {}).get(field, ())
+            if len(crcs) != 1 or len(sizes) != 1:
+                raise CorruptCapture(
+                    f"the journal names no experts of sequence {sequence} ({field}): {way_out(self.root.parent)}"
+                )
+            yield NamedChunk(field, None, 0, self.path(field, 0, sequence, 0), crcs[0], sizes[0])
 
     def _encode(self, block: NDArray[Any]) -> bytes | memoryview:
         if self.layout.codec == "none":

@@ -6,6 +6,7 @@ Knows the file and its format, not the conditions: `capture.extract` names and c
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from isal.isal_zlib import crc32 as crc32_of
 from outliers.errors import CaptureMismatch, CorruptCapture
 from outliers.files.atomic import write_atomic
 from outliers.spec import FORMAT_VERSION
+from outliers.study.expert_shapes import ExpertShapes
 from outliers.study.layout import Layout
 
 
 def shapes_of(layout: Layout) -> dict[str, Any]:
     """A Layout as JSON values; `layout_from` reads it."""
-    return dict(layout.__dict__)
+    shapes = dict(layout.__dict__)
+    experts = shapes.pop("experts")
+    return shapes if experts is None else shapes | {"experts": asdict(experts)}
 
 
 def layout_from(fingerprint: dict[str, Any]) -> Layout:
@@ -34,7 +38,15 @@ def layout_from(fingerprint: dict[str, Any]) -> Layout:
         codec=stored["codec"],
         chunk_bytes=stored["chunk_bytes"],
         aliases=dict(stored.get("aliases", {})),
+        experts=_experts_from(stored.get("experts")),
     )
+
+
+def _experts_from(stored: dict[str, Any] | None) -> ExpertShapes | None:
+    if stored is None:
+        return None
+    lists = {name: tuple(stored[name]) for name in ("layers", "shared_widths")}
+    return ExpertShapes(**(stored | lists))
 
 
 def difference(found: dict[str, Any], fixed: dict[str, Any]) -> str | None:

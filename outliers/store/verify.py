@@ -55,7 +55,8 @@ class Damage(BaseModel):
     found: str | None = None
 
     def __str__(self) -> str:
-        place = "" if self.site is None else f" (sequence {self.sequence}, layer {self.layer}, {self.site})"
+        where = "" if self.layer is None else f"layer {self.layer}, "
+        place = "" if self.site is None else f" (sequence {self.sequence}, {where}{self.site})"
         return f"{self.file} {self.problem}{place}"
 
 
@@ -263,7 +264,7 @@ def _check_sequence(
     except CorruptCapture:
         return [], [wrong]
     if lengths is not None:
-        chunks = len(layout.stored) * len(layout.layers) * layout.chunks_of(int(lengths[sequence]))
+        chunks = len(layout.stored) * len(layout.layers) * layout.chunks_of(int(lengths[sequence])) + len(layout.fields)
         if len(named) != chunks:
             return [], [wrong]
     read = [_check_chunk(files, sequence, chunk) for chunk in named]
@@ -274,7 +275,7 @@ def _check_chunk(files: ChunkFiles, sequence: int, chunk: NamedChunk) -> tuple[i
     place: dict[str, Any] = {
         "file": str(chunk.path.relative_to(files.root.parent)),
         "sequence": sequence,
-        "layer": files.layout.layers[chunk.layer],
+        "layer": None if chunk.layer is None else files.layout.layers[chunk.layer],
         "site": chunk.site,
         "journaled": f"{chunk.crc32:08x}",
     }
@@ -304,8 +305,12 @@ def _check_zarr(files: ChunkFiles, journal: Journal, found: _Found) -> None:
     first = {chunk.site: chunk for chunk in reversed(list(files.named_by(journal.done[sound[0]])))}
     for site, chunk in first.items():
         try:
-            ours = files.read(site, chunk.layer, sound[0], chunk.chunk, chunk.crc32)
-            theirs = _read(files, site, (chunk.layer, sound[0], files.layout.span(chunk.chunk)))
+            if chunk.layer is None:
+                ours = files.read_table(site, sound[0], chunk.crc32)
+                theirs = _read(files, site, (slice(None), sound[0]))
+            else:
+                ours = files.read(site, chunk.layer, sound[0], chunk.chunk, chunk.crc32)
+                theirs = _read(files, site, (chunk.layer, sound[0], files.layout.span(chunk.chunk)))
             problem = None if ours.tobytes() == theirs.tobytes() else "reads as other values through zarr"
         except _UNREADABLE as error:
             problem = f"can't be read through zarr: {error}"
@@ -339,12 +344,13 @@ def _left(sound: set[int], total: int, batch: int) -> int:
 def _strangers(files: ChunkFiles, journal: Journal, done: set[int]) -> tuple[int, tuple[str, ...]]:
     """The number of chunks of unfinished sequences, and the names of files that do not belong to the capture."""
     named = {chunk.path for sequence in done for chunk in files.named_by(journal.done[sequence])}
-    named |= {files.root / name / "zarr.json" for name in ("", *_SIDE, *files.layout.stored)}
+    named |= {files.root / name / "zarr.json" for name in ("", *_SIDE, *files.layout.stored, *files.layout.fields)}
     unfinished, foreign = 0, []
+    own = (*files.layout.stored, *files.layout.fields)
     for place, _, names in os.walk(files.root):
         folder = Path(place).relative_to(files.root)
         for name in sorted(names):
-            chunk = _CHUNK.fullmatch(name) if str(folder) in files.layout.stored else None
+            chunk = _CHUNK.fullmatch(name) if str(folder) in own else None
             side = folder.parts[:1] and folder.parts[0] in _SIDE and name.isdigit()
             if files.root / folder / name in named or side:
                 continue

@@ -57,6 +57,10 @@ class Demand:
     """Main memory where no GPU computes."""
     host_ram_bytes: int
     """Main memory where GPUs compute."""
+    experts_bytes: int
+    """Of main memory, what reading the experts takes: their sums, and one layer's values of one batch. 0 where none are read."""
+    private_bytes: int
+    """The statistics of each column and expert, which stay on the machine: what `outliers export --full` brings home."""
 
     @cached_property
     def shard_layout(self) -> Layout:
@@ -113,6 +117,7 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
     gguf = info.total_parameters * 4 if info.source.kind == "gguf" else 0
     # weights go to the GPUs tensor by tensor from memory-mapped files, whose pages the system can take back
     host = max(wider * layer, weights.memory_bytes + gguf if gguf else 0)
+    experts = _experts_bytes(spec, layout)
     return Demand(
         spec=spec,
         model=info,
@@ -124,11 +129,40 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
         vram_bytes=wider * weights.memory_bytes + work,
         # while experts are merged from their files a layer is there twice; no pass runs then
         ram_bytes=max(
-            weights.memory_bytes + gguf + max(layer, activations) + ring + writers + PROCESS_BYTES,
+            weights.memory_bytes + gguf + max(layer, activations) + ring + writers + experts + PROCESS_BYTES,
             probe.model + gguf + probe.work + PROCESS_BYTES,
         ),
-        host_ram_bytes=host + pinned + writers + GPU_PROCESS_BYTES,
+        host_ram_bytes=host + pinned + writers + experts + GPU_PROCESS_BYTES,
+        experts_bytes=experts,
+        private_bytes=_private_bytes(spec, layout),
     )
+
+
+def _experts_bytes(spec: StudySpec, layout: Layout) -> int:
+    """Memory that reading the experts takes in the pass: their sums, the table of a batch, and the inputs and outputs of the
+    experts of one layer, which are there twice while they are put in order."""
+    experts = layout.experts
+    if experts is None:
+        return 0
+    tokens = spec.capture.batch_sequences * layout.positions
+    table = tokens * experts.token_bytes
+    if not experts.values:
+        return table
+    rows = tokens * (experts.slots * (experts.width + experts.hidden) + sum(experts.shared_widths) + experts.hidden)
+    return experts.sums_bytes + table + 2 * rows * layout.itemsize
+
+
+def _private_bytes(spec: StudySpec, layout: Layout) -> int:
+    """An upper bound of the totals of a private summary; the counts of single sequences, which are sparse, come on top."""
+    magnitudes, layers = len(spec.criteria.magnitudes), len(layout.layers)
+    # of each layer and feature: hits of all tokens and of first ones, extremes, four moments, how many were finite
+    columns = sum(layout.widths.values()) * layers * (16 * magnitudes + 8 + 32 + 8)
+    experts = layout.experts
+    if experts is None:
+        return columns
+    inputs = 8 * len(experts.layers) * experts.experts * experts.hidden if "mlp_in" in layout.widths else 0
+    counted = 8 * layout.num_sequences * len(experts.layers) * experts.all_experts
+    return columns + experts.sums_bytes + counted + (inputs if experts.values else 0)
 
 
 def _activation_bytes(spec: StudySpec, info: ModelInfo, itemsize: int) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from outliers.study.expert_shapes import ExpertShapes
+
 CHUNK_BYTES = 8 * 1024 * 1024
 """A chunk holds one layer of one sequence, up to this: 2048 tokens x 2048 features of bfloat16 exactly."""
 
@@ -38,11 +40,18 @@ class Layout:
     chunk_bytes: int = CHUNK_BYTES
     aliases: dict[str, str] = field(default_factory=dict)
     """Site -> the captured site that is the same tensor and has its chunks: one norm that feeds attention and MLP."""
+    experts: ExpertShapes | None = None
+    """None where no experts are read."""
 
     @property
     def stored(self) -> dict[str, int]:
         """Widths of the sites that have chunks of their own."""
         return {site: width for site, width in self.widths.items() if site not in self.aliases}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The arrays of the routing table of experts."""
+        return () if self.experts is None else self.experts.fields
 
     @property
     def itemsize(self) -> int:
@@ -76,9 +85,14 @@ class Layout:
         return self.num_sequences * (self.positions * 5 + 4)
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of the routing table of experts."""
+        return 0 if self.experts is None else self.num_sequences * self.positions * self.experts.token_bytes
+
+    @property
     def total_bytes(self) -> int:
-        """Exact bytes of an uncompressed capture, the few kilobytes of JSON apart."""
-        return self.activation_bytes + self.side_bytes
+        """Exact bytes of an uncompressed capture, the few kilobytes of JSON and the sums of experts apart."""
+        return self.activation_bytes + self.side_bytes + self.table_bytes
 
     def chunks_of(self, length: int) -> int:
         """Chunks of a sequence of `length` tokens: none is written that would hold nothing but padding."""

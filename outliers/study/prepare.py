@@ -29,6 +29,7 @@ from outliers.model.source import find_model, local_path
 from outliers.spec import (
     ANALYSIS_VERSION,
     DEFAULT_PROVIDER,
+    EXPERTS_VERSION,
     FORMAT_VERSION,
     FORMATS_VERSION,
     StudySpec,
@@ -36,6 +37,7 @@ from outliers.spec import (
     digest,
 )
 from outliers.spec.formats import ROTATIONS, parse_format
+from outliers.study.experts import expert_mode, expert_shapes
 from outliers.study.layout import Layout
 from outliers.workspace import Workspace
 
@@ -71,6 +73,8 @@ class Prepared(BaseModel):
         spec = self.spec.model_dump(mode="json", exclude={"compute", "publish_to", "probe"})
         if not self.spec.formats.formats:
             del spec["formats"]
+        if self.spec.capture.experts == "auto":
+            del spec["capture"]["experts"]
         spec["model"] |= {"id": self.model.source.id, "revision": self.model.source.revision, "dtype": self.model.dtype}
         spec["corpus"]["source"] = self.corpus.source
         return spec
@@ -97,7 +101,9 @@ def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -
             f"--sequence-length {spec.corpus.sequence_length} is more than the {info.max_positions} positions that "
             f"{info.source.name} was made for"
         )
-    _check_layers(spec, info, resolve_layers(spec, info))
+    layers = resolve_layers(spec, info)
+    _check_layers(spec, info, layers)
+    expert_mode(spec, info, layers)
     if weights:
         check_checkpoint(info, workspace, head=spec.capture.perplexity)
     return info
@@ -184,6 +190,7 @@ def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
         dtype=info.dtype,
         codec=spec.capture.codec,
         aliases={site: other for site, other in others.items() if other in sites},
+        experts=expert_shapes(spec, info, resolve_layers(spec, info)),
     )
 
 
@@ -244,6 +251,8 @@ def capture_digest(
     }
     if stored == "fp8" and info.quantization is None:
         payload["fp8_product"] = FP8_PRODUCT
+    if (mode := expert_mode(spec, info, layers)) != "off":
+        payload["expert_table"] = [EXPERTS_VERSION, mode]
     if corpus.lengths_sha256 is not None:
         payload["lengths"] = corpus.lengths_sha256
     return digest(payload)

@@ -1,0 +1,135 @@
+"""The experts of a capture: watched in the forward pass, their routing stored with each sequence, their sums saved now and then.
+
+The sums hold the first batches of a reading, in order, so an interrupted reading that goes on adds the others in the same
+order and ends bit for bit as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from outliers.capture.forward import Batch
+from outliers.experts.add import add_layer
+from outliers.experts.routed import Routed
+from outliers.experts.routing import add_routing
+from outliers.experts.sums import ExpertSums
+from outliers.experts.sums_files import choose, sums_path, write_sums
+from outliers.experts.table import FIELDS, ExpertShapes
+from outliers.experts.watch import ExpertWatch
+from outliers.model.experts import ExpertsInfo
+from outliers.study.layout import Layout
+
+log = logging.getLogger(__name__)
+
+SAVE_SECONDS = 30.0
+SAVE_SHARE = 20
+"""The sums are saved at most every SAVE_SECONDS, and at most every SAVE_SHARE times as long as saving them took."""
+
+
+class ExpertSumsFile:
+    """The sums of one reading, and which sequences are in them or in another file of the capture."""
+
+    def __init__(self, folder: Path, shapes: ExpertShapes, wanted: range) -> None:
+        self.path, own = sums_path(folder, wanted), ExpertSums.zero(shapes)
+        others: set[int] = set()
+        for path, sums in choose(folder, shapes, wanted):
+            if path == self.path:
+                own = sums
+            else:
+                others |= set(sums.sequences.tolist())
+        self.sums, self._others = own, others
+        self._held = others | set(own.sequences.tolist())
+        self._saved = time.monotonic()
+        self._took = 0.0
+        self._changed = False
+
+    def holds(self, sequence: int) -> bool:
+        """Whether the values of a sequence are in the sums."""
+        return sequence in self._held
+
+    def finished(self, sequences: range) -> None:
+        """Note that all values of a batch are in the sums; saves them where that is due."""
+        self.sums.sequences = np.union1d(self.sums.sequences, np.array(sequences, np.int64))
+        self._held |= set(sequences)
+        self._changed = True
+        if time.monotonic() - self._saved >= max(SAVE_SECONDS, SAVE_SHARE * self._took):
+            self.save()
+
+    def save(self) -> None:
+        """Write the sums, where they have changed. Raises OSError."""
+        if not self._changed:
+            return
+        began = time.monotonic()
+        write_sums(self.path, self.sums)
+        self._changed, self._saved = False, time.monotonic()
+        self._took = self._saved - began
+
+
+class ExpertPass:
+    """Watches the experts of a model while batches run, and writes their table.
+
+    `begin` before a forward pass, `finish` after it: that adds the batch to the sums and hands the table of each sequence to
+    the batch.
+    """
+
+    def __init__(self, base: torch.nn.Module, info: ExpertsInfo, layout: Layout, kept: ExpertSumsFile | None) -> None:
+        """kept: None where routing alone is read."""
+        if layout.experts is None:
+            raise ValueError("the capture reads no experts")
+        self.shapes, self.layout, self.kept = layout.experts, layout, kept
+        self._index = {layer: number for number, layer in enumerate(self.shapes.layers)}
+        self._watch = ExpertWatch(base, info, self.shapes.layers, self._take)
+        self._batch: Batch | None = None
+        self._table: dict[str, NDArray[Any]] = {}
+        self._sums: ExpertSums | None = None
+        self._spare: ExpertSums | None = None
+
+    def begin(self, batch: Batch) -> None:
+        """Watch the next forward pass, which is of this batch."""
+        shape = (len(self.shapes.layers), len(batch.sequences), self.layout.positions)
+        self._table = {
+            field: np.full((*shape, self.shapes.slots_of(field)), FIELDS[field][1], FIELDS[field][0])
+            for field in self.shapes.fields
+        }
+        self._batch = batch
+        # a batch is in the sums whole or not at all
+        known = self.kept is None or all(self.kept.holds(sequence) for sequence in batch.sequences)
+        self._sums = None if self.kept is None or known else self.kept.sums
+        self._watch.start(len(batch.sequences), batch.positions)
+
+    def finish(self) -> None:
+        """Check that every layer was seen, write the batch's table and note it in the sums. Raises SiteError, OSError."""
+        self._watch.end()
+        batch = self._batch
+        if batch is None:
+            raise ValueError("no batch was begun")
+        written = {
+            (field, 0, sequence): batch.files.write_table(field, sequence, values[:, row], batch.unsynced())
+            for row, sequence in enumerate(batch.sequences)
+            for field, values in self._table.items()
+        }
+        if self.kept is not None and self._sums is not None:
+            self.kept.finished(batch.sequences)
+        self._batch, self._table = None, {}
+        if batch.add_table(written):
+            batch.finish()
+
+    def _take(self, routed: Routed) -> None:
+        batch = self._batch
+        if batch is None:
+            raise ValueError("experts ran outside of a batch")
+        views = {field: values[:, :, : batch.positions] for field, values in self._table.items()}
+        if self.kept is None:
+            add_routing(views, self._index[routed.layer], routed, batch.lengths, batch.positions)
+            return
+        if (sums := self._sums) is None:
+            # of a batch whose values are in the sums already: only its table is written again
+            sums = self._spare = self._spare or ExpertSums.zero(self.shapes)
+        add_layer(sums, views, self._index[routed.layer], routed, batch.lengths, batch.positions)

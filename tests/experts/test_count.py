@@ -1,0 +1,303 @@
+"""The totals of experts against loops over tokens and slots, and that parts join to the whole bit for bit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from outliers.errors import CaptureError, CorruptCapture, SummaryMismatch
+from outliers.experts.count import count_experts
+from outliers.experts.sums import LADDER, ExpertSums
+from outliers.experts.sums_files import choose, has_sums, sums_path, write_sums
+from outliers.experts.table import FIELDS, MARGIN, ExpertShapes
+from outliers.experts.totals import OUTPUTS_KEPT
+from outliers.experts.totals_files import read_totals, write_totals
+from outliers.store.chunks import ChunkFiles, create_arrays
+from outliers.store.durable import Unsynced
+from outliers.study.layout import STORAGE, Layout
+
+SHAPES = ExpertShapes(layers=(1, 2), experts=5, slots=2, width=6, shared_widths=(4,), hidden=8)
+SEQUENCES, POSITIONS = 6, 40
+LENGTHS = np.array([40, 1, 17, 40, 33, 8], np.int32)
+
+
+def layout(shapes=SHAPES, dtype="float32"):
+    return Layout(
+        widths={"mlp_in": shapes.hidden},
+        layers=(0, 1, 2),
+        num_sequences=SEQUENCES,
+        positions=POSITIONS,
+        dtype=dtype,
+        codec="none",
+        chunk_bytes=POSITIONS * shapes.hidden * 2,
+        experts=shapes,
+    )
+
+
+def made_up(shapes, rng, ties=True):
+    """A table for every sequence: field -> (layer, sequence, position, slot), filled where there is no token."""
+    table = {}
+    for name in shapes.fields:
+        dtype, fill = FIELDS[name]
+        table[name] = np.full((len(shapes.layers), SEQUENCES, POSITIONS, shapes.slots_of(name)), fill, dtype)
+    for layer in range(len(shapes.layers)):
+        for sequence, length in enumerate(LENGTHS):
+            for position in range(length):
+                # expert 4 of the first layer is never chosen
+                routed = rng.permutation(4 if layer == 0 else 5)[: shapes.slots]
+                numbers = [*routed, *range(shapes.experts, shapes.all_experts)]
+                at = layer, sequence, position
+                table["expert"][at] = numbers
+                table["expert_weight"][at] = rng.random(len(numbers), np.float32)
+                table[MARGIN][at] = rng.random()
+                if shapes.values:
+                    values = rng.integers(1, 9, len(numbers)) if ties else rng.random(len(numbers)) * 100
+                    table["expert_down_in"][at] = values
+                    table["expert_down_in_column"][at] = rng.integers(0, 4, len(numbers))
+                    table["expert_output"][at] = values[::-1]
+                    table["expert_output_channel"][at] = rng.integers(0, 8, len(numbers))
+                    if rng.random() < 0.05:
+                        table["expert_output"][at] = np.nan
+    return table
+
+
+def made_sums(shapes, sequences, rng):
+    sums = ExpertSums.zero(shapes)
+    sums.sequences = np.array(sequences, np.int64)
+    sums.rows += rng.integers(0, 9, sums.rows.shape)
+    sums.total += rng.random(sums.total.shape)
+    sums.low[:] = rng.random(sums.low.shape)
+    sums.histogram[:, 77] = rng.integers(0, 9, 2)
+    return sums
+
+
+@pytest.fixture(params=["float32", "bfloat16", "routing", "applied"])
+def capture(request, tmp_path):
+    """A capture on disk with a made-up routing: its folder, layout, journal lines, table and the values of mlp_in."""
+    rng = np.random.default_rng(0)
+    shapes = SHAPES
+    if request.param == "routing":
+        shapes = replace(SHAPES, values=False, shared_widths=())
+    if request.param == "applied":
+        shapes = replace(SHAPES, applied=True)
+    plan = layout(shapes, "bfloat16" if request.param in ("bfloat16", "applied") else "float32")
+    folder = tmp_path / "capture"
+    folder.mkdir()
+    ids = np.zeros((SEQUENCES, POSITIONS), np.int32)
+    create_arrays(folder, plan, ids, LENGTHS)
+    files, table = ChunkFiles(folder, plan), made_up(shapes, rng)
+    single = rng.standard_normal((3, SEQUENCES, POSITIONS, shapes.hidden)).astype(np.float32)
+    single[0, 0, 0, 0] = np.inf
+    single[1, 2, 3, 1] = np.nan
+    bits = (single.view(np.uint32) >> 16).astype(np.uint16)
+    stored = single if plan.dtype == "float32" else bits
+    exact = single if plan.dtype == "float32" else (bits.astype(np.uint32) << 16).view(np.float32)
+    lines = {}
+    unsynced = Unsynced(files.root)
+    for sequence, length in enumerate(LENGTHS):
+        crcs = {}
+        for name in shapes.fields:
+            crcs[name] = [files.write_table(name, sequence, table[name][:, sequence], unsynced)[0][0]]
+        chunks = []
+        for layer in range(3):
+            values = np.ascontiguousarray(stored[layer, sequence, :length]).view(STORAGE[plan.dtype])
+            chunks += files.write("mlp_in", layer, sequence, values, unsynced)
+        crcs["mlp_in"] = np.array([crc for crc, _ in chunks], np.uint32)
+        lines[sequence] = {"sequence": sequence, "crc32": crcs}
+    unsynced.sync()
+    if shapes.values:
+        for number, span in enumerate((range(0, 4), range(4, 6))):
+            write_sums(sums_path(folder, span), made_sums(shapes, span, np.random.default_rng(number)))
+    marks = rng.random((SEQUENCES, 2, POSITIONS)) < 0.3
+    return folder, plan, lines, table, exact, marks
+
+
+def count(capture, wanted=range(SEQUENCES)):
+    folder, plan, lines, _, _, marks = capture
+    rows = np.array(wanted)
+    return count_experts("s", folder, plan, lines, wanted, LENGTHS[rows], marks[rows], lambda done: None)
+
+
+def test_counts_are_those_of_a_loop_over_tokens_and_slots(capture):
+    _, plan, _, table, _, marks = capture
+    shapes, found = plan.experts, count(capture)
+    everyone = shapes.all_experts
+    for layer in range(len(shapes.layers)):
+        for expert in range(everyone):
+            tokens, weights, kinds = 0, 0.0, [0, 0, 0]
+            largest = {"down_in": None, "output": None}
+            per_sequence, first_rows = [], []
+            for sequence, length in enumerate(LENGTHS):
+                own, first_row = 0, None
+                for position in range(length):
+                    for slot in range(shapes.all_slots):
+                        at = layer, sequence, position, slot
+                        if table["expert"][at] != expert:
+                            continue
+                        own += 1
+                        weights += float(table["expert_weight"][at])
+                        kinds[0] += position == 0
+                        kinds[1] += bool(marks[sequence, 0, position])
+                        kinds[2] += bool(marks[sequence, 1, position])
+                        if not shapes.values:
+                            continue
+                        if first_row is None:
+                            first_row = float(table["expert_output"][at])
+                        for name, place in (("down_in", "column"), ("output", "channel")):
+                            value = float(table[f"expert_{name}"][at])
+                            if not math.isnan(value) and (largest[name] is None or value > largest[name][0]):
+                                where = int(table[f"expert_{name}_{place}"][at])
+                                largest[name] = (value, where, sequence, position)
+                per_sequence.append(own)
+                tokens += own
+                if first_row is not None and not math.isnan(first_row):
+                    first_rows.append(first_row)
+            assert found.tokens[layer, expert] == tokens
+            assert found.per_sequence[:, layer, expert].tolist() == per_sequence
+            assert found.weight_units[layer, expert] / 2**40 == pytest.approx(weights, rel=1e-9)
+            assert found.by_kind[:, layer, expert].tolist() == kinds
+            for name, place in (("down_in", "column"), ("output", "channel")):
+                own = [getattr(found, f"{name}_{p}")[layer, expert] for p in ("max", place, "sequence", "position")]
+                if largest[name] is None:
+                    assert math.isnan(own[0]) and own[1:] == [-1, -1, -1]
+                else:
+                    assert own == list(largest[name])
+            assert [v for v in [found.first_row[layer, expert]] if not math.isnan(v)] == first_rows[:0] + (
+                [max(first_rows)] if first_rows else []
+            )
+    assert found.tokens[0, 4] == 0
+    assert found.kinds.tolist() == [
+        6,
+        *(sum(int(marks[s, kind, : LENGTHS[s]].sum()) for s in range(SEQUENCES)) for kind in (0, 1)),
+    ]
+
+
+def test_margins_are_counted_by_their_upper_bits(capture):
+    _, plan, _, table, _, _ = capture
+    found = count(capture)
+    for layer in range(2):
+        seen = {}
+        for sequence, length in enumerate(LENGTHS):
+            for position in range(length):
+                high = int(table[MARGIN][layer, sequence, position, 0].view(np.uint32)) >> 16
+                seen[high] = seen.get(high, 0) + 1
+        assert {int(b): int(found.margins[layer, b]) for b in np.flatnonzero(found.margins[layer])} == seen
+    assert plan.experts.fields[-1] == MARGIN
+
+
+def test_the_largest_outputs_come_in_a_total_order(capture):
+    _, plan, _, table, _, _ = capture
+    if not plan.experts.values:
+        return
+    found = count(capture)
+    for layer in range(2):
+        cells = []
+        for sequence, length in enumerate(LENGTHS):
+            for position in range(length):
+                for slot in range(plan.experts.all_slots):
+                    value = float(table["expert_output"][layer, sequence, position, slot])
+                    if not math.isnan(value):
+                        expert = int(table["expert"][layer, sequence, position, slot])
+                        cells.append((-value, sequence, position, expert))
+        own = found.outputs[found.outputs["layer"] == layer]
+        assert [(-o["magnitude"], o["sequence"], o["position"], o["expert"]) for o in own] == sorted(cells)[
+            :OUTPUTS_KEPT
+        ]
+
+
+def test_inputs_are_the_squares_of_mlp_in_of_each_experts_tokens(capture):
+    _, plan, _, table, exact, _ = capture
+    shapes, found = plan.experts, count(capture)
+    if not shapes.values:
+        assert found.input_squares is None
+        return
+    wanted = np.zeros((2, shapes.experts, shapes.hidden))
+    for index, layer in enumerate(shapes.layers):
+        for sequence, length in enumerate(LENGTHS):
+            for position in range(length):
+                for slot in range(shapes.slots):
+                    expert = table["expert"][index, sequence, position, slot]
+                    for column in range(shapes.hidden):
+                        x = exact[layer, sequence, position, column]
+                        if shapes.applied:
+                            import torch
+
+                            weight = float(table["expert_weight"][index, sequence, position, slot])
+                            x = float((torch.tensor(x) * torch.tensor(weight)).bfloat16())
+                        if math.isfinite(x):
+                            wanted[index, expert, column] += float(x) ** 2
+    np.testing.assert_allclose(found.input_squares, wanted, rtol=1e-12)
+
+
+def same(a, b, exact=True):
+    for name, value in a.__dict__.items():
+        other = getattr(b, name)
+        if name == "sums":
+            assert (value is None) == (other is None)
+            if value is not None:
+                same(value, other, exact)
+        elif isinstance(value, np.ndarray) and (not exact and value.dtype == np.float64):
+            np.testing.assert_allclose(value, other, rtol=1e-12)
+        elif isinstance(value, np.ndarray):
+            assert value.tobytes() == other.tobytes() and value.shape == other.shape, name
+        else:
+            assert value == other
+
+
+def test_parts_join_to_the_whole_in_any_order_and_through_files(capture, tmp_path):
+    whole = count(capture)
+    first, second = count(capture, range(0, 4)), count(capture, range(4, 6))
+    for name, part in (("a", first), ("b", second)):
+        (tmp_path / name).mkdir()
+        write_totals(tmp_path / name, part)
+    a, b = (read_totals(tmp_path / name) for name in ("a", "b"))
+    same(first, a)
+    same(whole, a.merged(b), exact=False)
+    same(whole, b.merged(a), exact=False)
+    with pytest.raises(SummaryMismatch, match="counts once"):
+        a.merged(first)
+    with pytest.raises(SummaryMismatch, match="do not merge"):
+        a.merged(replace(b, study_id="another"))
+
+
+def test_a_capture_that_lacks_sums_or_has_changed_bytes_is_refused(capture):
+    folder, plan, lines, _, _, _ = capture
+    if plan.experts.values:
+        sums_path(folder, range(4, 6)).unlink()
+        assert not has_sums(folder, plan.experts, range(SEQUENCES))
+        with pytest.raises(CaptureError, match="of 2 of 6 sequences"):
+            count(capture)
+        assert len(choose(folder, plan.experts, range(0, 4))) == 1
+        count(capture, range(0, 4))
+    path = ChunkFiles(folder, plan).path("expert", 0, 3, 0)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptCapture, match="its bytes changed"):
+        count(capture, range(0, 4))
+
+
+def test_a_damaged_file_of_sums_counts_as_absent(capture):
+    folder, plan, _, _, _, _ = capture
+    if not plan.experts.values:
+        return
+    path = sums_path(folder, range(0, 4))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert not has_sums(folder, plan.experts, range(0, 4))
+
+
+def test_a_summary_that_claims_other_shapes_is_refused(capture, tmp_path):
+    found = count(capture)
+    for changes in (
+        {"per_sequence": found.per_sequence[:, :1]},
+        {"kinds": found.kinds.astype(np.int32)},
+        {"shapes": replace(found.shapes, experts=1 << 30)},
+        {"lengths": found.lengths[:2]},
+    ):
+        write_totals(tmp_path, replace(found, **changes))
+        with pytest.raises(CorruptCapture):
+            read_totals(tmp_path)
+    assert len(LADDER) == 8
