@@ -22,7 +22,7 @@ from outliers.hub.files import WEIGHTS_SUFFIX
 from outliers.hub.headers import read_header, read_json
 from outliers.model.anatomy import Anatomy
 from outliers.model.configs import SECTIONS, check_config
-from outliers.model.experts import ExpertsInfo
+from outliers.model.experts import ExpertsInfo, find_experts
 from outliers.model.families import expert_counts
 from outliers.model.foreign import foreign
 from outliers.model.pretrained import load_config
@@ -126,6 +126,8 @@ def _describe(
             f"{' and '.join(DEQUANTIZABLE)} can: name a checkpoint of the model with plain weights"
         )
     weights = weigh(model, f"{anatomy.backbone}.{anatomy.layers}", resolved, kept, experts)
+    implementation = str(model.config._experts_implementation) if experts else None
+    base = model.get_submodule(anatomy.backbone)
     return ModelInfo(
         source=source,
         architecture=type(model).__name__,
@@ -133,7 +135,7 @@ def _describe(
         quantization=method_of(kept),
         stored_quantization=method_of(stored),
         attention_implementation=str(model.config._attn_implementation),
-        experts_implementation=str(model.config._experts_implementation) if experts else None,
+        experts_implementation=implementation,
         num_layers=int(text.num_hidden_layers),
         hidden_size=int(text.hidden_size),
         anatomy=anatomy,
@@ -143,6 +145,7 @@ def _describe(
         active_parameters=weights.active_parameters,
         num_experts=experts[0] if experts else None,
         experts_per_token=experts[1] if experts else None,
+        experts=find_experts(base, anatomy, text, implementation, method_of(kept)) if experts else None,
         weight_bytes=weights.embedding_bytes + sum(weights.layer_bytes) + weights.rest_bytes,
         weights=weights,
     )

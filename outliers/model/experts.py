@@ -1,13 +1,48 @@
 """Where the experts of a model are, and whether a forward pass can be watched: as data, known before a weight is read.
 
-Paths are relative to the backbone, with `*` for the layer's number. It holds no live module and needs no torch.
+Paths are relative to the backbone, with `*` for the layer's number. ExpertsInfo holds no live module. `find_experts` reads the
+shapes of a model without weights; it knows routers by their class, because a router's output has no common form.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from outliers.errors import UnknownArchitecture
+from outliers.model.anatomy import Anatomy
+
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+"""How transformers computes fused experts with torch's own products, which can be watched (integrations/moe.py)."""
+
+ROUTERS: dict[str, Literal["weights, index", "index, weights", "scores", "two maxima"]] = {
+    **dict.fromkeys(
+        (
+            "MixtralTopKRouter",
+            "OlmoeTopKRouter",
+            "Qwen2MoeTopKRouter",
+            "Qwen3MoeTopKRouter",
+            "Qwen3NextTopKRouter",
+            "Glm4MoeTopkRouter",
+            "DeepseekV3TopkRouter",
+            "GptOssTopKRouter",
+        ),
+        "weights, index",
+    ),
+    "GraniteMoeTopKRouter": "index, weights",
+    "Llama4Router": "scores",
+    "PhimoeTopKRouter": "two maxima",
+}
+"""Class of a router -> what it returns: (logits, weights, index); (index, weights, logits); (scores of all experts, logits),
+whose experts get inputs that are multiplied already; or the first form with the two experts of largest logits, without topk."""
+
+SHARED = ("shared_expert", "shared_experts")
+"""Children of a block of experts that every token passes through."""
+SECOND = "down_proj"
+"""The second projection of an expert, shared or not."""
+LARGEST = 65_534
+"""The largest number of experts, and of features of one, that the routing table's 16 bits hold."""
 
 
 class ExpertsInfo(BaseModel):
@@ -35,3 +70,87 @@ class ExpertsInfo(BaseModel):
     """What can be read: `routing` where kernels hide the experts' inputs and outputs."""
     reason: str | None
     """Why it is routing alone, as the end of a sentence."""
+
+
+def find_experts(
+    base: Any, anatomy: Anatomy, config: Any, implementation: str | None, quantization: str | None
+) -> ExpertsInfo | None:
+    """The experts of a backbone, from its modules' shapes; None for a dense model and for a router that is not known.
+
+    base: the backbone, on any device. config: of the text model. implementation: as transformers names it. quantization: the
+    method in which the weights stay in memory, None for plain ones. Raises UnknownArchitecture where the shapes of the
+    experts contradict the config.
+    """
+    if not anatomy.moe_layers or anatomy.router is None or anatomy.experts is None:
+        return None
+    block = anatomy.router.rpartition(".")[0]
+    first = base.get_submodule(_at(block, anatomy.moe_layers[0]))
+    router = base.get_submodule(_at(anatomy.router, anatomy.moe_layers[0]))
+    if type(router).__name__ not in ROUTERS:
+        return None
+    names = tuple(name for name in SHARED if hasattr(first, name))
+    paths = [_at(anatomy.experts, layer) for layer in anatomy.moe_layers]
+    count, width = _one(paths, [_shape(base.get_submodule(path), int(config.hidden_size)) for path in paths])
+    shared = [
+        tuple(int(base.get_submodule(f"{_at(block, layer)}.{name}.{SECOND}").in_features) for name in names)
+        for layer in anatomy.moe_layers
+    ]
+    reason = _hidden(implementation, quantization)
+    if max(count + len(names), width, *shared[0], int(config.hidden_size)) > LARGEST:
+        raise UnknownArchitecture(
+            f"{paths[0]} has more than {LARGEST} experts or features, which no routing table holds"
+        )
+    return ExpertsInfo(
+        layers=anatomy.moe_layers,
+        block=block,
+        router=anatomy.router,
+        experts=anatomy.experts,
+        shared=tuple(f"{block}.{name}" for name in names),
+        count=count,
+        slots=2 if ROUTERS[type(router).__name__] == "two maxima" else int(config.num_experts_per_tok),
+        width=width,
+        shared_widths=_one(paths, shared),
+        watch="all" if reason is None else "routing",
+        reason=reason,
+    )
+
+
+def _at(pattern: str, layer: int) -> str:
+    return pattern.replace("*", str(layer))
+
+
+def _one(paths: list[str], found: list[Any]) -> Any:
+    """What all layers have in common."""
+    for path, value in zip(paths, found, strict=True):
+        if value != found[0]:
+            raise UnknownArchitecture(
+                f"{paths[0]} has the shape {found[0]} and {path} {value}: experts of one shape are read"
+            )
+    return found[0]
+
+
+def _shape(experts: Any, hidden: int) -> tuple[int, int]:
+    """(experts, width of one) of a module of fused experts, whose second projections are (E, H, I), or (E, I, H)."""
+    count, rows, columns = experts.down_proj.shape
+    # Llama4's module, which knows no implementations, multiplies from the right too
+    transposed = bool(getattr(experts, "is_transposed", type(experts).__name__ == "Llama4TextExperts"))
+    given, width = (columns, rows) if transposed else (rows, columns)
+    if given != hidden:
+        raise UnknownArchitecture(
+            f"{type(experts).__name__} has second projections of {count} x {rows} x {columns}: {given} features come out, and "
+            f"the hidden size is {hidden}"
+        )
+    return int(count), int(width)
+
+
+def _hidden(implementation: str | None, quantization: str | None) -> str | None:
+    """Why the experts' inputs and outputs can't be read; None if they can.
+
+    transformers puts modules of its own in the place of the experts: Mxfp4GptOssExperts (integrations/mxfp4.py), FP8Experts
+    (integrations/finegrained_fp8.py); other methods bring theirs.
+    """
+    if quantization is not None:
+        return f"the weights stay in {quantization}, whose kernels hide what an expert gets and gives"
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        return f"the experts run as {implementation}, a kernel that hides what an expert gets and gives"
+    return None
