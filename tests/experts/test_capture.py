@@ -1,0 +1,337 @@
+"""Experts from a capture to the totals of a study: against loops, through interruptions, in parts, damaged and mended."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import zarr
+
+from outliers.capture import experts as capture_experts
+from outliers.capture.extract import extract
+from outliers.counting.analyze import analyze
+from outliers.counting.merge import merge_summaries
+from outliers.errors import BadInput
+from outliers.experts.sums import LADDER
+from outliers.experts.sums_files import load_sums
+from outliers.experts.table import FIELDS
+from outliers.experts.totals_files import read_totals
+from outliers.spec import StudySpec
+from outliers.steps import capture_exists
+from outliers.store.chunks import Journal
+from outliers.store.fingerprint import layout_from, read_fingerprint
+from outliers.store.verify import verify
+from outliers.study.prepare import prepare
+from outliers.workspace import open_workspace
+from tests.support import expert_oracle as oracle
+from tests.support import tiny
+from tests.support.captured import prepared
+from tests.support.synthetic import Silent
+
+BATCH = {"batch_sequences": 2, "sites": ("mlp_in", "resid")}
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """Texts of other lengths: padding in every batch."""
+    folder = tmp_path_factory.mktemp("documents")
+    for number, length in enumerate((300, 7, 40, 90, 25, 61)):
+        (folder / f"{number}.txt").write_text("Tokens go to experts; some more than others. " * length)
+    return folder
+
+
+def model_of(folder, family, dtype="float32"):
+    """A saved tiny model whose tokens are routed apart."""
+    made = oracle.build(family, "eager", getattr(torch, dtype))
+    made.save_pretrained(folder)
+    tiny.save_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory):
+    """Three layers of which the first is dense, four experts, two of them a token, and a shared one."""
+    return model_of(tmp_path_factory.mktemp("deepseek"), "DeepseekV3")
+
+
+@pytest.fixture
+def study(tmp_path, deepseek, documents):
+    workspace = open_workspace(tmp_path / "workspace")
+    packed = {"packing": "documents", "bos": "never"}
+    return workspace, prepared(workspace, deepseek, documents, sequences=6, length=32, capture=BATCH, corpus=packed)
+
+
+def arrays_of(workspace, study):
+    group = zarr.open_group(workspace.capture(study.capture_id) / "activations.zarr", mode="r")
+    return {name: group[name][:] for name in FIELDS if name in group}, group["lengths"][:], group["token_ids"][:]
+
+
+def layout_in(workspace, study):
+    return layout_from(read_fingerprint(workspace.capture(study.capture_id)))
+
+
+def sums_in(workspace, study):
+    layout = layout_in(workspace, study)
+    return load_sums(workspace.capture(study.capture_id), layout.experts, range(layout.num_sequences))
+
+
+def same_arrays(one, other):
+    for name, value in one.__dict__.items():
+        if isinstance(value, np.ndarray):
+            assert value.tobytes() == getattr(other, name).tobytes(), name
+
+
+@pytest.mark.parametrize("family", ["DeepseekV3", "Qwen2Moe", "GptOss", "Llama4"])
+def test_the_table_and_the_sums_are_those_of_loops_over_tokens_and_experts(tmp_path, family, documents):
+    """A pass of its own gives each block's input; routing, inputs and outputs of experts come from loops in float64."""
+    folder = model_of(tmp_path / "model", family)
+    workspace = open_workspace(tmp_path / "workspace")
+    packed = {"packing": "documents", "bos": "never"}
+    study = prepared(workspace, folder, documents, sequences=4, length=12, capture=BATCH, corpus=packed)
+    extract(study, workspace, Silent())
+    table, lengths, ids = arrays_of(workspace, study)
+    sums, shapes = sums_in(workspace, study), layout_in(workspace, study).experts
+    assert lengths.min() < lengths.max(), "there is padding"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hits = np.zeros((len(LADDER), len(shapes.layers), shapes.all_experts), int)
+    rows = np.zeros(hits.shape[1:], int)
+    total = [[np.zeros(0)] * shapes.all_experts for _ in shapes.layers]
+    for index, layer in enumerate(shapes.layers):
+        block, router, experts, shared = oracle.block_of(model, family, layer)
+        for sequence, length in enumerate(lengths):
+            given = []
+            handle = block.register_forward_pre_hook(lambda _m, args, given=given: given.append(args[0].clone()))
+            with torch.inference_mode():
+                model.model(input_ids=torch.tensor(ids[None, sequence, :length].astype(np.int64)))
+            handle.remove()
+            for position, x in enumerate(given[0].reshape(-1, shapes.hidden).double()):
+                at = index, sequence, position
+                score, made_of = oracle.scores(family, router, x)
+                chosen = table["expert"][at][: shapes.slots].tolist()
+                assert oracle.margin(score, chosen) >= -1e-5
+                assert table["router_margin"][at][0] == pytest.approx(oracle.margin(score, chosen), abs=1e-4)
+                weights = oracle.weights(family, router, model.config, made_of, chosen)
+                assert table["expert_weight"][at][: shapes.slots].tolist() == pytest.approx(weights, abs=1e-5)
+                for slot, number in enumerate(table["expert"][at].tolist()):
+                    if number < shapes.experts:
+                        factor = weights[slot] if family == "Llama4" else 1.0
+                        inner, out = oracle.expert(family, experts, number, x * factor)
+                    else:
+                        inner, out = oracle.shared_expert(shared, x)
+                    for name, values, place in (
+                        ("expert_down_in", inner, "expert_down_in_column"),
+                        ("expert_output", out, "expert_output_channel"),
+                    ):
+                        largest = float(values.abs().max())
+                        assert table[name][at][slot] == pytest.approx(largest, rel=1e-4)
+                        assert float(values[int(table[place][at][slot])].abs()) == pytest.approx(largest, rel=1e-4)
+                    own = inner.abs().numpy()
+                    near = [step for step in LADDER if np.any(np.abs(own - step) < 1e-3)]
+                    assert not near, "no value lies so near to a magnitude that rounding could decide"
+                    hits[:, index, number] += [int((own >= step).sum()) for step in LADDER]
+                    rows[index, number] += 1
+                    before = total[index][number]
+                    total[index][number] = inner.numpy() + (before if before.size else 0)
+            for name, values in table.items():
+                fill = FIELDS[name][1]
+                rest = values[index, sequence, length:]
+                assert np.isnan(rest).all() if isinstance(fill, float) else (rest == fill).all()
+    assert sums.rows.tolist() == rows.tolist() and (rows == 0).any() == (sums.low == np.inf).all(axis=-1).any()
+    assert sums.hits.tolist() == hits.tolist()
+    for index in range(len(shapes.layers)):
+        for number in range(shapes.experts):
+            if rows[index, number]:
+                np.testing.assert_allclose(sums.total[index, number], total[index][number], rtol=1e-3, atol=1e-4)
+
+
+def test_activations_have_the_same_bits_with_and_without_and_ids_tell_them_apart(tmp_path, deepseek, documents):
+    workspace = open_workspace(tmp_path / "workspace")
+    found = {}
+    for mode in ("auto", "all", "routing", "off"):
+        study = prepared(workspace, deepseek, documents, sequences=4, length=24, capture=BATCH | {"experts": mode})
+        extract(study, workspace, Silent())
+        lines = Journal.open(workspace.capture(study.capture_id) / "journal.jsonl").done
+        found[mode] = study, {s: [line["crc32"][site] for site in BATCH["sites"]] for s, line in lines.items()}
+    assert found["auto"][0].capture_id == found["all"][0].capture_id
+    assert len({study.capture_id for study, _ in found.values()}) == 3
+    assert found["all"][1] == found["routing"][1] == found["off"][1]
+    whole, routing = (arrays_of(workspace, found[mode][0])[0] for mode in ("all", "routing"))
+    assert set(routing) == {"expert", "expert_weight", "router_margin"}
+    for name, values in routing.items():
+        assert values.tobytes() == whole[name][..., : values.shape[-1]].tobytes()
+    for mode, layers in (("routing", 2), ("all", 2)):
+        study = found[mode][0]
+        totals = read_totals(analyze(study, workspace, Silent()))
+        assert totals.per_sequence.shape[:2] == (4, layers)
+        assert (totals.sums is None) == (mode == "routing") == (totals.input_squares is None)
+    assert not (analyze(found["off"][0], workspace, Silent()) / "experts.npz").exists()
+
+
+class Stop(Exception):
+    """Ends a pass where a test says."""
+
+
+@pytest.mark.parametrize("saves", [0.0, 1e9], ids=["sums saved after each batch", "sums saved at the end"])
+def test_an_interrupted_reading_ends_as_one_that_was_not(monkeypatch, tmp_path, study, deepseek, saves):
+    """Stopped in the middle of each batch in turn, it ends with the bits of an uninterrupted one, sums included."""
+    workspace, whole = study
+    extract(whole, workspace, Silent())
+    monkeypatch.setattr(capture_experts, "SAVE_SECONDS", saves)
+    monkeypatch.setattr(capture_experts, "SAVE_SHARE", 0)
+    other = open_workspace(tmp_path / "other")
+    prepare(whole.spec, other)
+    real, calls = capture_experts.add_layer, []
+
+    def failing(*arguments):
+        calls.append(None)
+        if len(calls) in (3, 6, 9):  # the first layer of the second and of the third batch, whatever was saved
+            raise Stop
+        real(*arguments)
+
+    monkeypatch.setattr(capture_experts, "add_layer", failing)
+    stops = 0
+    while True:
+        try:
+            extract(whole, other, Silent())
+            break
+        except Stop:
+            stops += 1
+    assert stops == 3
+    same_arrays(sums_in(workspace, whole), sums_in(other, whole))
+    for one, two in zip(arrays_of(workspace, whole)[0].values(), arrays_of(other, whole)[0].values(), strict=True):
+        assert one.tobytes() == two.tobytes()
+    assert capture_exists(whole, other)
+
+
+def test_parts_on_their_own_machines_join_to_the_whole(tmp_path, study, deepseek):
+    workspace, whole = study
+    extract(whole, workspace, Silent())
+    one = read_totals(analyze(whole, workspace, Silent()))
+    folders = []
+    for number, span in enumerate((range(2), range(2, 6))):
+        own = open_workspace(tmp_path / f"machine{number}")
+        prepare(whole.spec, own)
+        extract(whole, own, Silent(), sequences=span)
+        folders.append(analyze(whole, own, Silent(), sequences=span))
+    joined = read_totals(merge_summaries(folders, open_workspace(tmp_path / "home")).folder)
+    assert joined.sequences.tolist() == list(range(6))
+    for name, value in one.__dict__.items():
+        other = getattr(joined, name)
+        if isinstance(value, np.ndarray) and value.dtype == np.float64:
+            np.testing.assert_allclose(other, value, rtol=1e-12)
+        elif isinstance(value, np.ndarray):
+            assert value.tobytes() == other.tobytes(), name
+    np.testing.assert_allclose(joined.sums.squares, one.sums.squares, rtol=1e-12)
+    assert joined.sums.hits.tobytes() == one.sums.hits.tobytes()
+
+
+def test_a_capture_read_in_parts_here_gives_the_whole(tmp_path, study):
+    workspace, whole = study
+    for span in (range(2), range(2, 6)):
+        extract(whole, workspace, Silent(), sequences=span)
+    assert extract(whole, workspace, Silent())["sequences"] == 0
+    other = open_workspace(tmp_path / "other")
+    prepare(whole.spec, other)
+    extract(whole, other, Silent())
+    one, two = (read_totals(analyze(whole, home, Silent())) for home in (workspace, other))
+    for name, value in one.__dict__.items():
+        if isinstance(value, np.ndarray) and value.dtype != np.float64:
+            assert value.tobytes() == getattr(two, name).tobytes(), name
+    assert one.sums.hits.tobytes() == two.sums.hits.tobytes()
+
+
+def test_a_damaged_table_is_named_and_computed_again_and_lost_sums_too(study):
+    workspace, whole = study
+    extract(whole, workspace, Silent())
+    folder = workspace.capture(whole.capture_id)
+    before = sums_in(workspace, whole)
+    path = folder / "activations.zarr" / "expert_output" / "c.0.3.0.0"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    found = verify(folder, Silent(), repair=True)
+    assert [(d.site, d.sequence, d.layer) for d in found.damage] == [("expert_output", 3, None)]
+    assert found.marked == (3,) and not found.foreign
+    extract(whole, workspace, Silent())
+    assert path.read_bytes() == good
+    same_arrays(before, sums_in(workspace, whole))
+    for file in (folder / "experts").iterdir():
+        file.unlink()
+    assert not capture_exists(whole, workspace)
+    extract(whole, workspace, Silent())
+    same_arrays(before, sums_in(workspace, whole))
+    assert verify(folder, Silent()).sound
+
+
+def test_a_kill_at_any_instant_changes_nothing(tmp_path, study, deepseek):
+    """SIGKILL while a process reads, ten times; then it is left to end."""
+    workspace, whole = study
+    extract(whole, workspace, Silent())
+    other = open_workspace(tmp_path / "killed")
+    prepare(whole.spec, other)
+    spec = tmp_path / "study.json"
+    spec.write_text(whole.model_dump_json())
+    program = (
+        "import sys; from pathlib import Path; from outliers.capture import experts; from outliers.capture.extract import extract;"
+        "from outliers.study.prepare import read_prepared; from outliers.workspace import open_workspace;"
+        "from tests.support.synthetic import Silent; experts.SAVE_SECONDS = 0; experts.SAVE_SHARE = 0;"
+        "w = open_workspace(Path(sys.argv[2])); print('ready', flush=True);"
+        "extract(read_prepared(Path(sys.argv[1]), w), w, Silent())"
+    )
+    chance, folder = random.Random(0), other.capture(whole.capture_id)
+    for _ in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, str(spec), str(other.root)], stdout=subprocess.PIPE, env=dict(os.environ)
+        )
+        child.stdout.readline()
+        strikes = [lambda: (folder / "experts").exists(), lambda: (folder / "journal.jsonl").exists()]
+        now, until = chance.choice(strikes), time.monotonic() + 20
+        while child.poll() is None and not now() and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+    extract(whole, other, Silent())
+    same_arrays(sums_in(workspace, whole), sums_in(other, whole))
+    one, two = (read_totals(analyze(whole, home, Silent())) for home in (workspace, other))
+    same_arrays(one, two)
+
+
+def test_what_a_model_has_not_is_refused_before_anything_is_read(tmp_path, deepseek, documents):
+    workspace = open_workspace(tmp_path / "workspace")
+    dense = tiny.make_model(tmp_path / "dense", "Llama")
+    with pytest.raises(BadInput, match="it has no experts"):
+        prepared(workspace, dense, documents, capture={"experts": "routing"})
+    with pytest.raises(BadInput, match=r"none of the layers that are read has experts; .* has them in 1, 2"):
+        prepared(workspace, deepseek, documents, capture={"experts": "all", "layers": [0]})
+    first = prepared(workspace, deepseek, documents, capture={"layers": [0]})
+    assert layout_of_study(first).experts is None
+    assert math.isfinite(1.0)
+
+
+def layout_of_study(study):
+    from outliers.study.prepare import layout_of
+
+    return layout_of(study.spec, study.model)
+
+
+def test_a_dense_models_study_knows_nothing_of_experts(tmp_path, documents):
+    workspace = open_workspace(tmp_path / "workspace")
+    dense = tiny.make_model(tmp_path / "dense", "Llama")
+    study = prepared(workspace, dense, documents)
+    extract(study, workspace, Silent())
+    folder = workspace.capture(study.capture_id)
+    assert "experts" not in read_fingerprint(folder)["layout"]
+    assert not (folder / "experts").exists()
+    assert "experts" not in study.public_spec()["capture"]
+    off = prepare(StudySpec.model_validate(study.spec.model_dump() | {"capture": {"experts": "off"}}), workspace)
+    assert off.capture_id == study.capture_id
