@@ -27,8 +27,8 @@ from outliers.experts.table import MARGIN, NOBODY
 
 KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
 INFINITY = {BFLOAT16: 0x7F80, FLOAT16: 0x7C00, FLOAT32: 0x7F80_0000}
-PIECES = 4
-"""Pieces of work for each thread: experts have unequal loads, and a thread that is done takes the next piece."""
+PIECES = 2
+"""Pieces of work for each of several threads: experts have unequal loads, and a thread that is done takes the next piece."""
 
 
 def add_layer(
@@ -52,7 +52,8 @@ def add_layer(
     own = _Slots.ordered(routed, shapes.experts, lengths, positions)
     weights = _numpy(routed.weights).reshape(-1)
     factors = np.ones_like(weights) if routed.applied else weights
-    pieces = threads or torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
+    pieces = threads * PIECES if threads > 1 else 1
     largest = [_Largest.none(own.places.size) for _ in range(2)]
     work = _inputs(sums, index, routed.down_in, own, largest[0], pieces)
     work += _outputs(sums.energy[index, : shapes.experts], routed.output, own, factors, largest[1], pieces)
@@ -62,23 +63,11 @@ def add_layer(
         for number, expert in enumerate(routed.shared)
     ]
     work += _squares(sums.block[index], routed.block, valid, pieces)
-    _run(work, pieces)
+    _run(work, threads)
     sums.rows[index] += own.rows_of(shapes.shared, valid.size)
-    k = routed.experts.shape[1]
-    numbers = np.arange(shapes.experts, shapes.all_experts)
-    parts: dict[str, list[NDArray[Any]]] = {
-        "expert": [_numpy(routed.experts), *(np.full((len(routed.experts), 1), number) for number in numbers)],
-        "expert_weight": [weights.reshape(-1, k), *(one.weights[:, None] for one in shared)],
-    }
-    for name, place in (("expert_down_in", 0), ("expert_output", 1)):
-        found = [largest[place], *(one.largest[place] for one in shared)]
-        shaped = [k, *(1 for _ in shared)]
-        parts[name] = [one.tops.reshape(-1, n) for one, n in zip(found, shaped, strict=True)]
-        column = "expert_down_in_column" if place == 0 else "expert_output_channel"
-        parts[column] = [one.columns.reshape(-1, n) for one, n in zip(found, shaped, strict=True)]
-    parts[MARGIN] = [_numpy(routed.margin)[:, None]]
-    for field, values in parts.items():
-        _write(table[field][index], np.concatenate(values, axis=1), lengths, positions)
+    found = [_Rows(_numpy(routed.experts), weights.reshape(-1, shapes.slots), *largest), *shared]
+    for field, values in _fields(found, _numpy(routed.margin)).items():
+        _write(table[field][index], values, lengths, positions)
 
 
 @dataclass
@@ -133,17 +122,36 @@ class _Slots:
 
 
 @dataclass
-class _SharedRows:
-    """What the table says of one shared expert: its weight, and its largest input and output, by token."""
+class _Rows:
+    """What the table says of the slots of some experts: experts and weights (token, slot), and the largest of each slot."""
 
+    experts: NDArray[Any]
     weights: NDArray[np.float32]
-    largest: tuple[_Largest, _Largest]
+    inputs: _Largest
+    outputs: _Largest
+
+
+def _fields(found: list[_Rows], margin: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """Field -> (token, slot) values of the routed experts' slots, then of the shared ones."""
+
+    def joined(pick: Callable[[_Rows], NDArray[Any]]) -> NDArray[Any]:
+        return np.concatenate([pick(rows).reshape(rows.experts.shape) for rows in found], axis=1)
+
+    return {
+        "expert": joined(lambda rows: rows.experts),
+        "expert_weight": joined(lambda rows: rows.weights),
+        "expert_down_in": joined(lambda rows: rows.inputs.tops),
+        "expert_down_in_column": joined(lambda rows: rows.inputs.columns),
+        "expert_output": joined(lambda rows: rows.outputs.tops),
+        "expert_output_channel": joined(lambda rows: rows.outputs.columns),
+        MARGIN: margin[:, None],
+    }
 
 
 Work = list[Callable[[], None]]
 
 
-def _inputs(sums: ExpertSums, index: int, values: torch.Tensor, own: _Slots, largest: _Largest, threads: int) -> Work:
+def _inputs(sums: ExpertSums, index: int, values: torch.Tensor, own: _Slots, largest: _Largest, pieces: int) -> Work:
     """Work that adds the inputs of the routed experts; each piece has a histogram of its own, which `_run` adds last."""
     experts = sums.shapes.experts
     arrays = (
@@ -151,26 +159,25 @@ def _inputs(sums: ExpertSums, index: int, values: torch.Tensor, own: _Slots, lar
         (sums.low[index], sums.high[index]),
         (sums.nonfinite[index, :experts], sums.hits[:, index, :experts]),
     )
-    return [
-        _Inputs(values, own, piece, arrays, sums.histogram[index], largest) for piece in own.pieces(threads * PIECES)
-    ]
+    bits = _bits(values)
+    return [_Inputs(bits, own, piece, arrays, sums.histogram[index], largest) for piece in own.pieces(pieces)]
 
 
 @dataclass
 class _Inputs:
-    """One piece of work, and its histogram; int64 counts are the same whatever the pieces."""
+    """One piece of work, and its histogram; counts are the same whatever the pieces."""
 
-    values: torch.Tensor
+    bits: tuple[NDArray[Any], int]
     own: _Slots
     piece: tuple[int, int]
     arrays: tuple[Any, Any, Any]
     histogram: NDArray[np.int64]
     largest: _Largest
-    counted: NDArray[np.int64] | None = None
+    counted: NDArray[np.uint32] | None = None
 
     def __call__(self) -> None:
-        bits, kind = _bits(self.values)
-        self.counted = np.zeros(PATTERNS, np.int64)
+        bits, kind = self.bits
+        self.counted = np.zeros(PATTERNS, np.uint32)
         slots = (self.own.slots, self.own.places, self.own.starts)
         largest = (self.largest.tops, self.largest.columns)
         add_inputs(bits, kind, _limits(kind), *slots, *self.piece, *self.arrays, self.counted, *largest)
@@ -187,20 +194,21 @@ def _outputs(
     own: _Slots,
     factors: NDArray[np.float32],
     largest: _Largest,
-    threads: int,
+    pieces: int,
 ) -> Work:
+    bits, kind = _bits(values)
+
     def added(piece: tuple[int, int]) -> Callable[[], None]:
         def run() -> None:
-            bits, kind = _bits(values)
             slots = (own.slots, own.places, own.starts)
             add_outputs(bits, kind, INFINITY[kind], factors, *slots, *piece, energy, largest.tops, largest.columns)
 
         return run
 
-    return [added(piece) for piece in own.pieces(threads * PIECES)]
+    return [added(piece) for piece in own.pieces(pieces)]
 
 
-def _shared(sums: ExpertSums, index: int, number: int, expert: Shared, own: _Slots, work: Work) -> _SharedRows:
+def _shared(sums: ExpertSums, index: int, number: int, expert: Shared, own: _Slots, work: Work) -> _Rows:
     """Add the work of one shared expert to `work`; its patterns are not in the layer's histogram."""
     at, tokens = sums.shapes.experts + number, own.places.size
     width = sums.shapes.shared_widths[number]
@@ -212,20 +220,21 @@ def _shared(sums: ExpertSums, index: int, number: int, expert: Shared, own: _Slo
     )
     largest = (_Largest.none(tokens), _Largest.none(tokens))
     weights = np.ones(tokens, np.float32) if expert.weight is None else _numpy(expert.weight)
-    work.append(_Inputs(expert.down_in, own, (0, 1), arrays, np.zeros(PATTERNS, np.int64), largest[0]))
+    work.append(_Inputs(_bits(expert.down_in), own, (0, 1), arrays, np.zeros(PATTERNS, np.int64), largest[0]))
     work += _outputs(sums.energy[index, at : at + 1], expert.output, own, weights, largest[1], 1)
-    return _SharedRows(weights, largest)
+    return _Rows(np.full((tokens, 1), at), weights, *largest)
 
 
-def _squares(energy: NDArray[np.float64], values: torch.Tensor, valid: NDArray[np.int64], threads: int) -> Work:
+def _squares(energy: NDArray[np.float64], values: torch.Tensor, valid: NDArray[np.int64], pieces: int) -> Work:
+    bits, kind = _bits(values)
+
     def added(first: int, last: int) -> Callable[[], None]:
         def run() -> None:
-            bits, kind = _bits(values)
             add_squares(bits, kind, INFINITY[kind], valid, first, last, energy)
 
         return run
 
-    cuts = sorted({energy.size * n // threads for n in range(threads + 1)})
+    cuts = sorted({energy.size * n // pieces for n in range(pieces + 1)})
     return [added(first, last) for first, last in pairwise(cuts)]
 
 

@@ -61,7 +61,7 @@ def add_inputs(
 
     bits: (R, I). limits: (1 + K,) int64, bits of infinity and of each magnitude. slots, places, starts: as `order_slots` sets
     them. sums: total and squares, (E, I) float64 each. extremes: low and high, (E, I) float32 each. counts: nonfinite, (E,),
-    and hits, (K, E), int64. histogram: (65536,) int64. tops, columns: (T x k,) float32 and uint16, set for each slot.
+    and hits, (K, E), int64. histogram: (65536,) uint32. tops, columns: (T x k,) float32 and uint16, set for each slot.
     """
     width = bits.shape[1]
     floats = np.empty((GROUP, width), np.float32)
@@ -207,10 +207,10 @@ def _tally(row, kind, limits, counts, e, histogram):
         counts[1][k, e] += _at_least(row, limits[k + 1])
     if kind == FLOAT32:
         for j in range(row.size):
-            histogram[_pattern(row[j])] += 1
+            histogram[_pattern(row[j])] += np.uint32(1)
     else:
         for j in range(row.size):
-            histogram[row[j]] += 1
+            histogram[row[j]] += np.uint32(1)
     return top
 
 
@@ -222,7 +222,7 @@ def _tally_finite(row, kind, limits, counts, e, histogram):
         if magnitude >= limits[0]:
             counts[0][e] += 1
             continue
-        histogram[_pattern(row[j]) if kind == FLOAT32 else np.uint32(row[j])] += 1
+        histogram[_pattern(row[j]) if kind == FLOAT32 else np.uint32(row[j])] += np.uint32(1)
         for k in range(limits.size - 1):
             counts[1][k, e] += magnitude >= limits[k + 1]
 
