@@ -19,6 +19,8 @@ BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
 """Kinds of value: how bits become numbers."""
 GROUP = 4
 """Rows that are added together: the sums of a column stay in registers."""
+LANES = 64
+"""Columns that are searched together."""
 
 
 @compiled
@@ -177,11 +179,14 @@ def _place_top(row, kind, infinity, top, slot, tops, columns):
                 top = max(top, magnitude)
     if top < 0:
         return
-    for j in range(row.size):
-        if np.int64(row[j]) & mask == top:
-            columns[slot] = j
-            tops[slot] = _magnitude(top, kind)
-            return
+    tops[slot] = _magnitude(top, kind)
+    for start in range(0, row.size, LANES):
+        # the largest of some columns at once, then one by one
+        if _largest(row[start : start + LANES]) >= top:
+            for j in range(start, min(start + LANES, row.size)):
+                if np.int64(row[j]) & mask == top:
+                    columns[slot] = j
+                    return
 
 
 @compiled
