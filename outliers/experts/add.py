@@ -180,7 +180,8 @@ class _Inputs:
         self.counted = np.zeros(PATTERNS, np.uint32)
         slots = (self.own.slots, self.own.places, self.own.starts)
         largest = (self.largest.tops, self.largest.columns)
-        add_inputs(bits, kind, _limits(kind), *slots, *self.piece, *self.arrays, self.counted, *largest)
+        tile = np.empty((2, bits.shape[1]), np.int16 if bits.itemsize == 2 else np.int32)
+        add_inputs(bits, kind, _limits(kind), *slots, *self.piece, tile, *self.arrays, self.counted, *largest)
 
     def merge(self) -> None:
         """Add the piece's histogram to the layer's."""

@@ -57,23 +57,24 @@ def order_slots(experts, rows, lengths, positions, starts, slots, places):
 
 @compiled
 def add_inputs(
-    bits, kind, limits, slots, places, starts, first, last, sums, extremes, counts, histogram, tops, columns
+    bits, kind, limits, slots, places, starts, first, last, tile, sums, extremes, counts, histogram, tops, columns
 ):
     """Add the inputs of experts `first` to `last` (exclusive).
 
     bits: (R, I). limits: (1 + K,) int64, bits of infinity and of each magnitude. slots, places, starts: as `order_slots` sets
-    them. sums: total and squares, (E, I) float64 each. extremes: low and high, (E, I) float32 each. counts: nonfinite, (E,),
-    and hits, (K, E), int64. histogram: (65536,) uint32. tops, columns: (T x k,) float32 and uint16, set for each slot.
+    them. tile: (2, I) int16 or int32, overwritten. sums: total and squares, (E, I) float64 each. extremes: low and high, (E, I)
+    float32 each. counts: nonfinite, (E,), and hits, (K, E), int64. histogram: (65536,) uint32. tops, columns: (T x k,) float32
+    and uint16, set for each slot.
     """
     width = bits.shape[1]
     floats = np.empty((GROUP, width), np.float32)
-    tile = np.empty((2, width), np.int16 if bits.itemsize == 2 else np.int32)
+    ordered = np.empty((2, width), bits.dtype)
     rows = np.empty(GROUP, np.int64)
     for e in range(first, last):
         if starts[e] == starts[e + 1]:
             continue
-        tile[0] = np.iinfo(tile.dtype).max
-        tile[1] = np.iinfo(tile.dtype).min
+        tile[0, :] = np.iinfo(tile.dtype).max
+        tile[1, :] = np.iinfo(tile.dtype).min
         for start in range(starts[e], starts[e + 1], GROUP):
             several = min(GROUP, starts[e + 1] - start)
             finite = True
@@ -96,7 +97,7 @@ def add_inputs(
                 for n in range(several):
                     _convert(bits[rows[n]], kind, floats[0])
                     _add_finite(bits[rows[n]], limits[0], floats[0], total, squares, tile)
-        _widen(tile, kind, extremes[0][e], extremes[1][e])
+        _widen(tile, ordered, kind, extremes[0][e], extremes[1][e])
 
 
 @compiled
@@ -309,15 +310,17 @@ def _ordered(signed, itemsize):
 
 
 @compiled
-def _widen(tile, kind, low, high):
-    """Widen the extremes by those of `tile`, where a column has any. A zero has no sign, which would depend on an order."""
+def _widen(tile, bits, kind, low, high):
+    """Widen the extremes by those of `tile`, where a column has any. A zero has no sign, which would depend on an order.
+
+    bits: overwritten, of the shape of `tile`.
+    """
     values = np.empty((2, tile.shape[1]), np.float32)
     for n in range(2):
-        bits = np.empty(tile.shape[1], np.uint16 if tile.itemsize == 2 else np.uint32)
-        signed = bits.view(tile.dtype)
+        signed = bits[n].view(tile.dtype)
         for j in range(tile.shape[1]):
             signed[j] = _ordered(tile[n, j], tile.itemsize)
-        _convert(bits, kind, values[n])
+        _convert(bits[n], kind, values[n])
     for j in range(tile.shape[1]):
         if tile[0, j] <= tile[1, j]:
             low[j] = min(low[j], values[0, j]) + np.float32(0.0)
