@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from flows.cli.console import feature_table, line
+from flows.cli.run_experts import chosen_expert, show_expert
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,15 +35,20 @@ def show_command(workspace: Workspace, arguments: argparse.Namespace, console: C
     """`outliers runs show`. Raises BadInput where there is no such study, PublishRefused, AccessDenied, StoreUnavailable."""
     found = read_run(arguments.run, workspace)
     rows = chosen_rows(found.table, found.summary, arguments)
+    expert = getattr(arguments, "expert", None)
+    chosen = None if expert is None else chosen_expert(expert, found.summary, found.experts)
     if arguments.json:
         more = {} if found.formats is None else {"quantization": found.formats.to_pylist()}
+        more |= {} if found.experts is None else {"experts": found.experts if chosen is None else [chosen]}
         print(
             json.dumps(
                 {"summary": found.summary, "label": found.label, "verdict": found.verdict, "features": rows} | more
             )
         )
         return
-    if getattr(arguments, "formats", False):
+    if chosen is not None:
+        show_expert(console, found.summary, chosen)
+    elif getattr(arguments, "formats", False):
         _show_formats(console, found, arguments)
     else:
         _show(console, found, rows, arguments)
@@ -58,6 +64,8 @@ class Run(NamedTuple):
     formats: Any = None
     verdict: str | None = None
     """What can be quantized, in words; None where no probe was made."""
+    experts: list[dict[str, Any]] | None = None
+    """The rows of experts.parquet; None where no experts were read."""
 
 
 def read_run(name: str | None, workspace: Workspace) -> Run:
@@ -69,8 +77,14 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
 
     from outliers.errors import BadInput
     from outliers.files.parquet import read_parquet
-    from outliers.publish.allowlist import FEATURES, QUANTIZATION, SUMMARY
-    from outliers.publish.contents import NotAllowedError, check_features, check_quantization, check_summary
+    from outliers.publish.allowlist import EXPERTS, FEATURES, QUANTIZATION, SUMMARY
+    from outliers.publish.contents import (
+        NotAllowedError,
+        check_experts,
+        check_features,
+        check_quantization,
+        check_summary,
+    )
     from outliers.publish.shelf import read_study
 
     names = (SUMMARY, FEATURES)
@@ -96,7 +110,13 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         formats = None if errors is None else read_parquet(errors)
         verdicts = study.verdicts if url is not None else own_verdict(folder)
         said = verdict_words(verdicts, summary.study_id)
-        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label_of(manifest), formats, said)
+        name = EXPERTS
+        if url is not None and summary.experts is not None:
+            files |= read_study(url, (EXPERTS,)).files
+        check_experts(files.get(EXPERTS), summary)
+        rows = read_parquet(files[EXPERTS]).to_pylist() if EXPERTS in files else None
+        label = label_of(manifest)
+        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label, formats, said, rows)
     except NotAllowedError as error:
         raise BadInput(
             f"{place} is not a study that this program reads: {name} {error}. A newer one may have written it: update "
@@ -239,6 +259,7 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
     from rich.text import Text
 
     from outliers.results.answer import crowded, disagreement, perplexity_words, reading_counts
+    from outliers.results.expert_words import expert_lines
     from outliers.untrusted.visible import visible_values
 
     summary = visible_values(run.summary)
@@ -270,6 +291,8 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
         console.print(Text(crowd), soft_wrap=True)
     if summary.get("perplexity") is not None:
         line(console, "perplexity", perplexity_words(summary["perplexity"]).removeprefix("perplexity "))
+    for text in expert_lines(summary):
+        line(console, "experts", text)
     if arguments.feature is None and arguments.layer is None and found:
         console.print(feature_table(found))
     if run.verdict is not None:

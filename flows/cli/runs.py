@@ -41,6 +41,7 @@ _EXAMPLES = """examples:
   outliers runs list s3://atlas/runs
   outliers runs show
   outliers runs show 3f2a91c05d6e7b84 --feature 247
+  outliers runs show 3f2a91c05d6e7b84 --expert 1.68
   outliers runs show s3://atlas/runs/Qwen--Qwen3-30B-A3B/3f2a91c05d6e7b84 --feature 1461 --site mlp_in --json
   outliers runs compare 3f2a91c05d6e7b84 s3://atlas/runs/Qwen--Qwen3-30B-A3B/77d0c1a92e3b4f56
 """
@@ -71,6 +72,9 @@ def add_runs_parsers(verbs: Any) -> None:
     show.add_argument("--layer", type=int, metavar="N", help="rows of this layer alone")
     show.add_argument(
         "--formats", action="store_true", help="the errors of number formats: over all layers, and in the worst one"
+    )
+    show.add_argument(
+        "--expert", metavar="LAYER.EXPERT", help="this expert of a mixture, such as 1.68; 1.-1 is the first shared one"
     )
     add_common_options(show)
 
@@ -293,7 +297,17 @@ def _answers(found: Comparison) -> dict[str, list[str]]:
         "massive": [NONE if r.massive_count is None else f"{r.massive_count:,}" for r in rows],
         "perplexity": [NONE if r.perplexity is None else f"{r.perplexity:.4g}" for r in rows],
         "legacy pairs": [NONE if r.legacy_pairs is None else f"{r.legacy_pairs:,}" for r in rows],
+        **(_experts(rows) if any(r.experts_unreached is not None for r in rows) else {}),
         **(_verdicts(rows) if any(r.probe_id is not None for r in rows) else {}),
+    }
+
+
+def _experts(rows: Sequence[AtlasRow]) -> dict[str, list[str]]:
+    """What is known of the experts of mixtures."""
+    return {
+        "super experts": [NONE if r.super_experts is None else f"{r.super_experts:,}" for r in rows],
+        "expert output": [NONE if r.largest_expert_output is None else f"{r.largest_expert_output:.4g}" for r in rows],
+        "% unreached": [NONE if r.experts_unreached is None else f"{100 * r.experts_unreached:.3g}" for r in rows],
     }
 
 

@@ -24,7 +24,8 @@ from outliers.untrusted.strict_json import strict_json
 from outliers.workspace import Workspace, open_workspace
 
 NUMBERS = ("summary.json", "tokens.json", "features.parquet")
-QUANTIZATION = "quantization.parquet"
+QUANTIZATION, EXPERTS, ROUTER = "quantization.parquet", "experts.parquet", "router.parquet"
+OPTIONAL = (QUANTIZATION, EXPERTS, ROUTER)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,21 @@ class Study:
             )
         return framed(pq.read_table(io.BytesIO(self._files[QUANTIZATION])), frame)
 
+    def experts(self, frame: Kind = "pandas") -> Any:
+        """experts.parquet: a row for each layer and expert. Raises BadInput for a study that read no experts."""
+        return self._of_experts(EXPERTS, frame)
+
+    def router(self, frame: Kind = "pandas") -> Any:
+        """router.parquet: a row for each layer with experts. Raises BadInput for a study that read no experts."""
+        return self._of_experts(ROUTER, frame)
+
+    def _of_experts(self, name: str, frame: Kind) -> Any:
+        import pyarrow.parquet as pq
+
+        if name not in self._files:
+            raise BadInput(f"{self.place} has no {name}: the model has no experts, or the study ran with --experts off")
+        return framed(pq.read_table(io.BytesIO(self._files[name])), frame)
+
     def systematic(self, frame: Kind = "pandas") -> Any:
         """A row for each systematic outlier feature, largest magnitude first; empty where there are none."""
         import pyarrow as pa
@@ -110,8 +126,9 @@ def open_study(study: str | os.PathLike[str], workspace: str | os.PathLike[str] 
     if "://" in named:
         found = read_study(named, NUMBERS)
         files = dict(found.files)
-        if QUANTIZATION in {file["path"] for file in found.manifest["files"]}:
-            files |= read_study(named, (QUANTIZATION,)).files
+        there = {file["path"] for file in found.manifest["files"]}
+        for name in OPTIONAL:
+            files |= dict(read_study(named, (name,)).files) if name in there else {}
         return Study(found.url, found.manifest, files)
     folder = Path(named).expanduser()
     if os.sep not in named:
@@ -119,7 +136,7 @@ def open_study(study: str | os.PathLike[str], workspace: str | os.PathLike[str] 
     finished = read_finished(folder)
     if finished is None:
         raise BadInput(f"{folder} holds no finished study: it has no manifest.json; run the study to its end")
-    kept = (*NUMBERS, QUANTIZATION)
+    kept = (*NUMBERS, *OPTIONAL)
     return Study(str(folder), finished.manifest, {name: data for name, data in finished.files.items() if name in kept})
 
 

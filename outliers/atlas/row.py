@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from outliers.atlas.read import read_summary
 from outliers.publish.shelf import Published
 from outliers.results.intervals import BEFORE
-from outliers.results.schema import Advice, FeatureRow, StudySummary
+from outliers.results.schema import Advice, ExpertsBlock, FeatureRow, StudySummary
 from outliers.results.schema.arrow import Int32
 from outliers.spec import BLOCK, BLOCK_SITES, CorpusSpec
 from outliers.spec.formats import bits_of, is_format
@@ -160,6 +160,13 @@ class AtlasRow(BaseModel):
     perplexity_without_features: float | None = Field(
         None, description="perplexity with the systematic features set to zero; null: not probed"
     )
+    experts_unreached: float | None = Field(
+        None, description="share of the routed experts that no token reached; null: dense, or experts were not read"
+    )
+    super_experts: int | None = Field(None, description="super experts over all tokens; null: unknown, or as above")
+    largest_expert_output: float | None = Field(
+        None, description="largest abs(x) of a routed expert's output; null: unknown, or as above"
+    )
     features: tuple[AtlasFeature, ...] = Field(description="the systematic features, largest first (below)")
 
     @field_validator("*", mode="after")
@@ -232,8 +239,20 @@ def row_of(study: Published) -> AtlasRow:
         perplexity_tokens=None if found.perplexity is None else found.perplexity.tokens,
         **_legacy(found),
         **verdict_columns(study.verdicts, found.study_id),
+        **_experts(found.experts),
         features=features,
     )
+
+
+def _experts(found: ExpertsBlock | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    largest = found.largest_output
+    return {
+        "experts_unreached": found.never_reached,
+        "super_experts": None if found.super_experts is None else found.super_experts.count,
+        "largest_expert_output": None if largest is None else largest.output,
+    }
 
 
 def verdict_columns(given: Sequence[bytes], study_id: str) -> dict[str, Any]:

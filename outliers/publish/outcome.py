@@ -22,6 +22,7 @@ from outliers.publish.probes import PAGE, find_probe, read_probe
 from outliers.publish.publish import fetch, model_slug, published_manifest
 from outliers.publish.reporting import alone, known_digest, render_again, write_study
 from outliers.results.answer import crowded, disagreement, perplexity_words, range_words, reading_counts, resampled
+from outliers.results.expert_words import expert_lines
 from outliers.store.repair import is_repaired
 from outliers.study.prepare import Prepared
 from outliers.study.probes import placed_probe
@@ -56,6 +57,8 @@ class Outcome(BaseModel):
     """Range over resamples of the sequences of how many features are systematic; None for a single sequence."""
     readings: dict[str, int] = {}
     """How many features pass each of the four readings at the deciding site."""
+    experts: list[str] = []
+    """Lines about the experts of a mixture: super experts, and how many have few tokens."""
     crowded: str | None = None
     """A warning where most features of a site are systematic."""
     verdict: str | None = None
@@ -75,6 +78,7 @@ class Outcome(BaseModel):
             found.append(range_words(*self.interval))
         if self.perplexity is not None:
             found.append(perplexity_words(self.perplexity))
+        found += self.experts
         if self.nonfinite:
             found.append(
                 f"{self.nonfinite:,} activations are not finite: they count as no hit, and their tokens stay in N, see the report"
@@ -209,6 +213,7 @@ def _outcome(
         perplexity=summary.get("perplexity"),
         interval=resampled(summary),
         readings=reading_counts(summary),
+        experts=expert_lines(summary),
         crowded=crowded(summary),
         verdict=None if probe is None else probe.advice.paragraph,
         probe=None if probe is None else str(probe.folder / PAGE),

@@ -17,6 +17,8 @@ import numpy as np
 
 from outliers.errors import BadInput, WorkspaceError
 from outliers.files.atomic import write_atomic
+from outliers.report.expert_plots import ENTROPY_PLOT, GIVERS_PLOT, LOAD_PLOT, OUTPUT_PLOT, draw_experts
+from outliers.report.experts import expert_values
 from outliers.report.figures import Json
 from outliers.report.formats import FORMATS_PLOT, format_maps, format_rows, measured_sites
 from outliers.report.page import render_template
@@ -42,6 +44,7 @@ from outliers.units import clip
 SCHEMA_VERSION = 1
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
 QUANTIZATION = "quantization.parquet"
+EXPERTS, ROUTER = "experts.parquet", "router.parquet"
 PLOT_TEXTS = {
     "heatmap.png": (
         "Layers and features",
@@ -82,6 +85,28 @@ FORMAT_TEXTS = {
     ),
 }
 """The same of plots that stand below the heading of the number formats, of studies that have these."""
+EXPERT_TEXTS = {
+    LOAD_PLOT: (
+        "Load",
+        "Tokens of each routed expert over the mean of its layer, on a log scale: red above the mean, blue below. A hatched "
+        "expert was reached by no token.",
+    ),
+    OUTPUT_PLOT: (
+        "Largest output",
+        "Largest magnitude of each routed expert's output over its tokens, on a log scale. A ring is a super expert by the "
+        "reading over all tokens. A hatched expert is unknown.",
+    ),
+    ENTROPY_PLOT: (
+        "Entropy and coverage by layer",
+        "Above: entropy of the experts' shares of tokens over ln E. Below: the share of the layer's experts with few tokens.",
+    ),
+    GIVERS_PLOT: (
+        "Who gives a feature",
+        "Share of each layer's sum of squares of weighted outputs at the feature's channel, by expert; cross terms between "
+        "experts are ignored. Grey: all other experts.",
+    ),
+}
+"""The same of plots that stand below the heading of the experts, of mixtures."""
 MASSIVE_PLOTS = ("massive_positions.png",)
 """Plots that stand below the heading of the massive activations."""
 
@@ -103,11 +128,12 @@ def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path,
     files = {name: _read(results / name) for name in (SUMMARY, TOKENS, FEATURES)}
     if (results / QUANTIZATION).exists():
         files[QUANTIZATION] = _read(results / QUANTIZATION)
+    files |= {name: _read(results / name) for name in (EXPERTS, ROUTER) if (results / name).exists()}
     plots = make_plots(files)
     page = make_page(files, plots, provenance)
     folder = results / "plots"
     folder.mkdir(exist_ok=True)
-    for stale in (PLOT_TEXTS | FORMAT_TEXTS).keys() - {plot.name for plot in plots}:
+    for stale in (PLOT_TEXTS | FORMAT_TEXTS | EXPERT_TEXTS).keys() - {plot.name for plot in plots}:
         (folder / stale).unlink(missing_ok=True)
     contents = {folder / plot.name: plot.png for plot in plots} | {results / "report.html": page}
     for path, content in contents.items():
@@ -119,15 +145,16 @@ def make_plots(files: Mapping[str, bytes]) -> tuple[Plot, ...]:
     """The pictures of a study, from the bytes of its three files by name. Raises as `write_report`."""
     summary, tokens = _json(files, SUMMARY), _json(files, TOKENS)
     plots = draw(summary, tokens, _cells(files[FEATURES], summary["criteria"]["site"]))
-    maps = format_maps(summary, _errors(files))
-    return plots if maps is None else (*plots, maps)
+    maps = format_maps(summary, _table(files, QUANTIZATION))
+    plots = plots if maps is None else (*plots, maps)
+    return (*plots, *draw_experts(summary, _table(files, EXPERTS), _table(files, ROUTER)))
 
 
 def make_page(files: Mapping[str, bytes], plots: Sequence[Plot], provenance: Mapping[str, object]) -> bytes:
     """report.html of a study, from the bytes of its three files by name and its pictures. Raises as `write_report`."""
     summary, tokens = _json(files, SUMMARY), _json(files, TOKENS)
     cells = _cells(files[FEATURES], summary["criteria"]["site"])
-    return render(summary, tokens, cells, plots, provenance, _errors(files)).encode("utf-8", "replace")
+    return render(summary, tokens, cells, plots, provenance, _table(files, QUANTIZATION)).encode("utf-8", "replace")
 
 
 def render(
@@ -139,7 +166,7 @@ def render(
     errors: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The page as text; the plots are in it as base64. errors: the rows of quantization.parquet."""
-    texts = PLOT_TEXTS | FORMAT_TEXTS
+    texts = PLOT_TEXTS | FORMAT_TEXTS | EXPERT_TEXTS
     shown = [(plot.name, *texts[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
     values = {
         "summary": summary,
@@ -161,8 +188,10 @@ def render(
         "has_legacy": any(found.get("legacy") for found in summary["readings"].values()),
         "nonfinite": [row for row in summary["layers"] if row["nonfinite"]][:MAX_FEATURE_ROWS],
         "nonfinite_total": sum(row["nonfinite"] for row in summary["layers"]),
-        "plots": [plot[1:] for plot in shown if plot[0] not in (*MASSIVE_PLOTS, *FORMAT_TEXTS)],
+        "plots": [plot[1:] for plot in shown if plot[0] not in (*MASSIVE_PLOTS, *FORMAT_TEXTS, *EXPERT_TEXTS)],
         "format_plots": [plot[1:] for plot in shown if plot[0] in FORMAT_TEXTS],
+        "experts": expert_values(summary),
+        "expert_plots": [plot[1:] for plot in shown if plot[0] in EXPERT_TEXTS],
         "formats": format_rows(errors),
         "format_sites": measured_sites(errors),
         "format_sample": summary.get("quantization"),
@@ -198,18 +227,18 @@ def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _errors(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    """The rows of quantization.parquet; none where there is no such file."""
+def _table(files: Mapping[str, bytes], name: str) -> list[dict[str, Any]]:
+    """The rows of a table that some studies have; none where there is no such file."""
     import pyarrow
 
     from outliers.files.parquet import read_parquet
 
-    if QUANTIZATION not in files:
+    if name not in files:
         return []
     try:
-        return list(read_parquet(files[QUANTIZATION]).to_pylist())
+        return list(read_parquet(files[name]).to_pylist())
     except (OSError, pyarrow.ArrowException) as error:
-        raise BadInput(f"{QUANTIZATION} is not a readable table: {error}; analyze the capture again") from error
+        raise BadInput(f"{name} is not a readable table: {error}; analyze the capture again") from error
 
 
 def _cells(data: bytes, site: str) -> Cells:

@@ -1,0 +1,71 @@
+"""`outliers runs show --expert LAYER.EXPERT`: what one expert of a mixture gets and gives, from experts.parquet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flows.cli.console import line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_NAMED = re.compile(r"L?(\d{1,6})[.E](-?\d{1,6})", re.ASCII)
+
+
+def chosen_expert(named: str, summary: Mapping[str, Any], rows: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
+    """The row of an expert that is named as 1.68 or L1E68. Raises BadInput where there is none."""
+    from outliers.errors import BadInput
+    from outliers.units import format_ranges
+
+    block = summary.get("experts")
+    if block is None or rows is None:
+        raise BadInput(
+            f"the study {summary['study_id']} has no experts: its model is dense, or it was run with --experts off"
+        )
+    found = _NAMED.fullmatch(named)
+    if found is None:
+        raise BadInput(
+            f"--expert {named[:40]!r} is not LAYER.EXPERT, such as 1.68 or L1E68; 1.-1 is the first shared one"
+        )
+    layer, expert = int(found[1]), int(found[2])
+    for row in rows:
+        if (row["layer"], row["expert"]) == (layer, expert):
+            return row
+    shared = f", and -1 to -{block['shared']} for the shared ones" if block["shared"] else ""
+    raise BadInput(
+        f"--expert {named} is not in that study; its layers with experts are {format_ranges(block['layers'])}, their "
+        f"experts 0 to {block['experts'] - 1:,}{shared}"
+    )
+
+
+def show_expert(console: Console, summary: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    """One expert, a line for each of its numbers; what is unknown is said."""
+    from outliers.results.expert_words import name_of
+
+    kind = "shared expert" if row["expert"] < 0 else "expert"
+    line(console, kind, f"{name_of(row)} of {summary['model']['id']}")
+    if not row["tokens"]:
+        line(console, "tokens", f"none of {summary['corpus']['num_tokens']:,}: what it does is unknown")
+        return
+    tokens = f"{row['tokens']:,} of {summary['corpus']['num_tokens']:,}"
+    names = (("first", "first_tokens"), ("delimiters", "delimiter_tokens"), ("special", "special_tokens"))
+    line(console, "tokens", f"{tokens}; {', '.join(f'{name} {row[column]:,}' for name, column in names)}")
+    if row["load"] is not None:
+        ends = "" if row["load_low"] is None else f" ({row['load_low']:.4g} to {row['load_high']:.4g} over resamples)"
+        line(console, "load", f"{row['load']:.4g} of the layer's mean{ends}")
+    line(console, "weights", f"{row['weight_sum']:.6g} in all, {row['weight_sum'] / row['tokens']:.4g} a token")
+    line(console, "down_in", _largest(row, "down_in", "column"))
+    hits = "unknown" if row["hits"] is None else f"{row['hits']:,}"
+    line(console, "hits", f"{hits} values of down_in with abs(x) >= {summary['criteria']['magnitude']:g}")
+    line(console, "output", _largest(row, "output", "channel"))
+    for name, column in (("super expert", "super_expert"), ("as published", "super_expert_as_published")):
+        line(console, name, {None: "not judged", True: "yes", False: "no"}[row[column]])
+
+
+def _largest(row: Mapping[str, Any], name: str, place: str) -> str:
+    if row[f"{name}_max"] is None:
+        return "unknown"
+    where = f"{place} {row[f'{name}_{place}']}, sequence {row[f'{name}_sequence']}, position {row[f'{name}_position']}"
+    return f"largest abs(x) {row[f'{name}_max']:.6g} at {where}"
