@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 
 from outliers.experts.sums import LADDER, ExpertSums
 from outliers.experts.table import ExpertShapes
 from outliers.experts.totals import OUTPUT, OUTPUTS_KEPT, ExpertTotals
+from outliers.results.experts import experts_block
+from outliers.results.schema import MassiveRow
 
 STUDY = "5" * 16
 
@@ -126,3 +130,25 @@ def _add(made, sums, at, own):
         sums.hits[(step, *own)] += int((np.abs(values) >= magnitude).sum())
     weight = 1.0 if made.shapes.applied else float(made.weight[at])
     sums.energy[own] += (weight * made.output[at].astype(np.float64)) ** 2
+
+
+def block_of(found, features=(1, 3)):
+    """The part `experts` of the summary.json of findings, as JSON; without text, with massive activations at the features."""
+    layers = found.totals.shapes.layers
+    massive = [
+        MassiveRow(
+            layer=layers[-1],
+            sequence=0,
+            position=0,
+            token=None,
+            feature=feature,
+            value=-200.0,
+            ratio=None,
+            token_median=0.0,
+            token_ratio=None,
+        )
+        for feature in features
+    ]
+    content = SimpleNamespace(systematic=[SimpleNamespace(feature=feature) for feature in features], massive=massive)
+    study = SimpleNamespace(site="block", text=False)
+    return json.loads(experts_block(study, found, content, None).model_dump_json())
