@@ -102,9 +102,9 @@ def test_the_table_and_the_sums_are_those_of_loops_over_tokens_and_experts(tmp_p
     table, lengths, ids = arrays_of(workspace, study)
     sums, shapes = sums_in(workspace, study), layout_in(workspace, study).experts
     assert lengths.min() < lengths.max(), "there is padding"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    hits = np.zeros((len(LADDER), len(shapes.layers), shapes.all_experts), int)
-    rows = np.zeros(hits.shape[1:], int)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    least, most = (np.zeros((len(LADDER), len(shapes.layers), shapes.all_experts), int) for _ in range(2))
+    rows = np.zeros(least.shape[1:], int)
     total = [[np.zeros(0)] * shapes.all_experts for _ in shapes.layers]
     for index, layer in enumerate(shapes.layers):
         block, router, experts, shared = oracle.block_of(model, family, layer)
@@ -136,9 +136,9 @@ def test_the_table_and_the_sums_are_those_of_loops_over_tokens_and_experts(tmp_p
                         assert table[name][at][slot] == pytest.approx(largest, rel=1e-4)
                         assert float(values[int(table[place][at][slot])].abs()) == pytest.approx(largest, rel=1e-4)
                     own = inner.abs().numpy()
-                    near = [step for step in LADDER if np.any(np.abs(own - step) < 1e-3)]
-                    assert not near, "no value lies so near to a magnitude that rounding could decide"
-                    hits[:, index, number] += [int((own >= step).sum()) for step in LADDER]
+                    # a value that lies as near to a magnitude as rounding goes may be a hit or not
+                    least[:, index, number] += [int((own >= step * (1 + 1e-4)).sum()) for step in LADDER]
+                    most[:, index, number] += [int((own >= step * (1 - 1e-4)).sum()) for step in LADDER]
                     rows[index, number] += 1
                     before = total[index][number]
                     total[index][number] = inner.numpy() + (before if before.size else 0)
@@ -147,7 +147,8 @@ def test_the_table_and_the_sums_are_those_of_loops_over_tokens_and_experts(tmp_p
                 rest = values[index, sequence, length:]
                 assert np.isnan(rest).all() if isinstance(fill, float) else (rest == fill).all()
     assert sums.rows.tolist() == rows.tolist() and (rows == 0).any() == (sums.low == np.inf).all(axis=-1).any()
-    assert sums.hits.tolist() == hits.tolist()
+    assert (least <= sums.hits).all() and (sums.hits <= most).all() and least[0].any()
+    assert (most - least).sum() <= 0.01 * most.sum()
     for index in range(len(shapes.layers)):
         for number in range(shapes.experts):
             if rows[index, number]:
@@ -194,7 +195,7 @@ def test_an_interrupted_reading_ends_as_one_that_was_not(monkeypatch, tmp_path, 
 
     def failing(*arguments):
         calls.append(None)
-        if len(calls) in (3, 6, 9):  # the first layer of the second and of the third batch, whatever was saved
+        if len(calls) in (3, 6, 8):
             raise Stop
         real(*arguments)
 
@@ -291,7 +292,8 @@ def test_a_kill_at_any_instant_changes_nothing(tmp_path, study, deepseek):
     spec = tmp_path / "study.json"
     spec.write_text(whole.model_dump_json())
     program = (
-        "import sys; from pathlib import Path; from outliers.capture import experts; from outliers.capture.extract import extract;"
+        "import sys; from pathlib import Path; from outliers.capture import experts;"
+        "from outliers.capture.extract import extract;"
         "from outliers.study.prepare import read_prepared; from outliers.workspace import open_workspace;"
         "from tests.support.synthetic import Silent; experts.SAVE_SECONDS = 0; experts.SAVE_SHARE = 0;"
         "w = open_workspace(Path(sys.argv[2])); print('ready', flush=True);"
