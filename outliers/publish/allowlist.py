@@ -24,13 +24,14 @@ MAX_FILE_BYTES = 8_000_000
 MAX_STUDY_BYTES = 16_000_000
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
 QUANTIZATION = "quantization.parquet"
+EXPERTS, ROUTER = "experts.parquet", "router.parquet"
 REPORT, LOG, MANIFEST = "report.html", "run.log", "manifest.json"
 ADVICE = "advice.json"
 """Of a probe, beside its own manifest (`publish.probes`)."""
 NUMBERS = (SUMMARY, TOKENS, FEATURES)
 """The files that a machine makes and a study must have."""
-OPTIONAL = (QUANTIZATION,)
-"""Numbers of studies that ask for them: the errors of number formats."""
+OPTIONAL = (QUANTIZATION, EXPERTS, ROUTER)
+"""Numbers of some studies: the errors of number formats where they are asked for, and what the experts of a mixture do."""
 
 _NAMES = frozenset({*NUMBERS, *OPTIONAL, REPORT, LOG, MANIFEST})
 _PLOT = re.compile(r"plots/[a-z0-9_-]{1,100}\.png")
@@ -76,6 +77,11 @@ def check_numbers(files: Mapping[str, bytes]) -> Numbers:
         contents.check_features(files[FEATURES], summary)
         path = QUANTIZATION
         contents.check_quantization(files.get(QUANTIZATION), summary)
+        path = EXPERTS
+        contents.check_experts(files.get(EXPERTS), summary)
+        path = ROUTER
+        contents.check_router(files.get(ROUTER), summary)
+        contents.check_agreement(files.get(EXPERTS), files.get(ROUTER))
     except contents.NotAllowedError as error:
         raise _forbidden(path, str(error)) from error
     kept = {name: bytes(files[name]) for name in names}

@@ -15,6 +15,9 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from outliers.files.parquet import open_parquet
+from outliers.publish.expert_contents import check_agreement as check_agreement
+from outliers.publish.expert_contents import check_experts as check_experts
+from outliers.publish.expert_contents import check_router as check_router
 from outliers.publish.format_contents import check_quantization as check_quantization
 from outliers.publish.parquet_contents import MAX_ROWS as MAX_ROWS
 from outliers.publish.parquet_contents import NotAllowedError as NotAllowedError

@@ -22,8 +22,22 @@ from outliers.errors import PublishRefused
 from outliers.files.atomic import write_atomic
 from outliers.files.beneath import read_beneath
 from outliers.files.parquet import read_parquet
-from outliers.publish.allowlist import FEATURES, MANIFEST, MAX_FILE_BYTES, QUANTIZATION, SUMMARY, TOKENS, numbers_in
+from outliers.publish.allowlist import (
+    EXPERTS,
+    FEATURES,
+    MANIFEST,
+    MAX_FILE_BYTES,
+    QUANTIZATION,
+    ROUTER,
+    SUMMARY,
+    TOKENS,
+    numbers_in,
+)
 from outliers.results.schema import (
+    EXPERTS_NULLABLE,
+    EXPERTS_SCHEMA,
+    ROUTER_NULLABLE,
+    ROUTER_SCHEMA,
     FEATURES_SCHEMA,
     MOMENT_COLUMNS,
     NULLABLE_COLUMNS,
@@ -89,7 +103,8 @@ def results_digest(results: Path) -> str:
 
     Covers summary.json and tokens.json as parsed, and the integer and selection columns of features.parquet in row
     order; not the moments, which agree to 1e-12 only. quantization.parquet, where there is one, counts whole: its sums do not
-    depend on the number of threads. Raises PublishRefused where a file is missing or unreadable.
+    depend on the number of threads. So do experts.parquet and router.parquet, which hold no sum of floats; what summary.json
+    attributes to experts is left out, as moments are. Raises PublishRefused where a file is missing or unreadable.
     """
     try:
         return digest_of({name: read_beneath(results, name, MAX_FILE_BYTES) for name in numbers_in(results)})
@@ -111,18 +126,27 @@ def digest_of(contents: Mapping[str, bytes]) -> str:
         payload[FEATURES] = [table.num_rows, *([name, _column_digest(name, table[name])] for name in kept)]
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise PublishRefused(f"{FEATURES} is not a table of features: {error}; analyze the capture again") from error
-    if QUANTIZATION in contents:
-        payload[QUANTIZATION] = _quantization_digest(contents[QUANTIZATION])
+    for name, schema in _WHOLE.items():
+        if name in contents:
+            payload[name] = _table_digest(name, schema, contents[name])
+    if isinstance(experts := payload[SUMMARY].get("experts"), dict):
+        kept = {key: value for key, value in experts.items() if key != "attribution"}
+        payload[SUMMARY] = payload[SUMMARY] | {"experts": kept}
     return digest(payload)
 
 
-def _quantization_digest(data: bytes) -> list[Any]:
+_WHOLE = {QUANTIZATION: QUANTIZATION_SCHEMA, EXPERTS: EXPERTS_SCHEMA, ROUTER: ROUTER_SCHEMA}
+"""Tables that count with every column."""
+_NULLABLE = {*NULLABLE_COLUMNS, *QUANTIZATION_NULLABLE, *EXPERTS_NULLABLE, *ROUTER_NULLABLE}
+_OF = {QUANTIZATION: "errors", EXPERTS: "experts", ROUTER: "routers"}
+
+
+def _table_digest(name: str, schema: Any, data: bytes) -> list[Any]:
     try:
         table = read_parquet(data)
-        names = QUANTIZATION_SCHEMA.names
-        return [table.num_rows, *([name, _column_digest(name, table[name])] for name in names)]
+        return [table.num_rows, *([column, _column_digest(column, table[column])] for column in schema.names)]
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise PublishRefused(f"{QUANTIZATION} is not a table of errors: {error}; analyze the capture again") from error
+        raise PublishRefused(f"{name} is not a table of {_OF[name]}: {error}; analyze the capture again") from error
 
 
 def _column_digest(name: str, column: Any) -> str:
@@ -130,7 +154,7 @@ def _column_digest(name: str, column: Any) -> str:
     flat = column.combine_chunks()
     hasher = hashlib.sha256()
     if column.null_count:
-        if name not in (*NULLABLE_COLUMNS, *QUANTIZATION_NULLABLE):
+        if name not in _NULLABLE:
             raise ValueError(f"the column {name} has nulls")
         # which rows have no value, then the others' values
         hasher.update(np.packbits(flat.is_null().to_numpy(zero_copy_only=False)).tobytes())

@@ -17,11 +17,13 @@ from outliers.errors import BadInput, JobFailed, PublishRefused
 from outliers.events.stream import Reporter
 from outliers.machines.base import Machine
 from outliers.publish.allowlist import (
+    EXPERTS,
     FEATURES,
     MAX_FILE_BYTES,
     NUMBERS,
     OPTIONAL,
     QUANTIZATION,
+    ROUTER,
     SUMMARY,
     TOKENS,
     Numbers,
@@ -31,6 +33,7 @@ from outliers.publish.allowlist import (
 )
 from outliers.publish.manifest import digest_of
 from outliers.publish.reporting import MADE, PROVENANCE, drop_numbers, place_study
+from outliers.results.experts import expert_layers, expert_mode
 from outliers.study.prepare import Prepared
 from outliers.untrusted.visible import visible_line
 from outliers.workspace import Workspace
@@ -74,7 +77,8 @@ def receive_study(
 
 def asked_of(prepared: Prepared) -> tuple[str, ...]:
     """The optional numbers that a study asks for."""
-    return (QUANTIZATION,) if prepared.spec.formats.formats else ()
+    formats = (QUANTIZATION,) if prepared.spec.formats.formats else ()
+    return (*formats, EXPERTS, ROUTER) if expert_layers(prepared) else formats
 
 
 def check_received(files: dict[str, bytes], prepared: Prepared, workspace: Workspace) -> Numbers:
@@ -89,7 +93,7 @@ def check_received(files: dict[str, bytes], prepared: Prepared, workspace: Works
 def written_anew(numbers: Numbers) -> Numbers:
     """The same values in the bytes that this program writes: no spaces, keys in order, no metadata, no padding."""
     from outliers.files.parquet import parquet_bytes, read_parquet
-    from outliers.results.schema import FEATURES_SCHEMA, QUANTIZATION_SCHEMA
+    from outliers.results.schema import EXPERTS_SCHEMA, FEATURES_SCHEMA, QUANTIZATION_SCHEMA, ROUTER_SCHEMA
     from outliers.results.write import json_bytes
 
     table = read_parquet(numbers.files[FEATURES])
@@ -100,9 +104,10 @@ def written_anew(numbers: Numbers) -> Numbers:
         TOKENS: json_bytes(numbers.tokens),
         FEATURES: parquet_bytes(table.replace_schema_metadata(None)),
     }
-    if QUANTIZATION in numbers.files:
-        errors = read_parquet(numbers.files[QUANTIZATION]).cast(QUANTIZATION_SCHEMA)
-        files[QUANTIZATION] = parquet_bytes(errors.replace_schema_metadata(None))
+    for name, schema in ((QUANTIZATION, QUANTIZATION_SCHEMA), (EXPERTS, EXPERTS_SCHEMA), (ROUTER, ROUTER_SCHEMA)):
+        if name in numbers.files:
+            own = read_parquet(numbers.files[name]).cast(schema)
+            files[name] = parquet_bytes(own.replace_schema_metadata(None))
     return check_numbers(files)
 
 
@@ -121,8 +126,23 @@ def _check_study(numbers: Numbers, prepared: Prepared) -> None:
         raise ValueError(
             f"{SUMMARY} has errors of the formats {formats}, the study asks for {prepared.spec.formats.formats}"
         )
+    _check_experts(numbers, prepared)
     if (numbers.tokens["text"], numbers.tokens["site"]) != (prepared.text, prepared.site):
         raise ValueError(f"{TOKENS} says text {numbers.tokens['text']} at {numbers.tokens['site']}")
+
+
+def _check_experts(numbers: Numbers, prepared: Prepared) -> None:
+    """ValueError where the numbers are of other experts than the model has, or have none where the study reads them."""
+    found, layers = numbers.summary.get("experts"), expert_layers(prepared)
+    if (found is not None) != bool(layers):
+        raise ValueError(f"{SUMMARY} has {'experts' if found else 'no experts'}, the study reads those of {len(layers)} layers")
+    known = prepared.model.experts
+    if found is None or known is None:
+        return
+    wanted = {"layers": list(layers), "experts": known.count, "slots": known.slots, "shared": len(known.shared)}
+    wanted["read"] = expert_mode(prepared)
+    if (kept := {name: found[name] for name in wanted}) != wanted:
+        raise ValueError(f"{SUMMARY} says of the experts {str(kept)[:200]}, the study asks for {str(wanted)[:200]}")
 
 
 def _check_texts(numbers: Numbers, prepared: Prepared, workspace: Workspace) -> None:
@@ -131,6 +151,7 @@ def _check_texts(numbers: Numbers, prepared: Prepared, workspace: Workspace) -> 
     from outliers.results.top_tokens import context
 
     listed = [row for name in ("massive", "massive_by_token") for row in numbers.summary.get(name) or ()]
+    listed += _super_experts(numbers.summary.get("experts") or {})
     tokens = [row for feature in numbers.tokens["features"] for row in feature["top"]]
     tokens += numbers.tokens["massive"] or []
     shape = (prepared.corpus.num_sequences, prepared.corpus.sequence_length)
@@ -147,6 +168,13 @@ def _check_texts(numbers: Numbers, prepared: Prepared, workspace: Workspace) -> 
             raise ValueError(
                 f"the text at position {row['position']} of sequence {row['sequence']} is not the corpus's"
             )
+
+
+def _super_experts(experts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows about experts that name a token."""
+    rows = [experts.get("largest_output"), *(experts.get("super_experts") or {}).get("experts", ())]
+    rows += (experts.get("super_experts_as_published") or {}).get("experts", ())
+    return [row for row in rows if row is not None and row["sequence"] is not None]
 
 
 def read_provenance(data: bytes) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""A Summary -> what may be published: summary.json, features.parquet, tokens.json; quantization.parquet with `--formats`.
+"""A Summary -> what may be published: summary.json, features.parquet, tokens.json; quantization.parquet with `--formats`;
+experts.parquet and router.parquet of a mixture of experts.
 
 The contents hold no clock, path or host, so that two runs of one study can be compared byte for byte.
 """
@@ -21,6 +22,8 @@ from outliers.errors import CaptureError, ForbiddenFile
 from outliers.files.atomic import write_atomic
 from outliers.files.parquet import write_parquet
 from outliers.results.bootstrap import LEVEL, SEED, Intervals, bootstrap
+from outliers.results.expert_tables import experts_table, router_table
+from outliers.results.experts import expert_notes, experts_block, read_experts
 from outliers.results.format_errors import errors_block, errors_table, read_errors
 from outliers.results.ladders import QUANTILES, layer_rows, magnitude_bins, threshold_ladder, without_first_tokens
 from outliers.results.lists import readings_at, rules_of, shortened, sizes
@@ -63,10 +66,14 @@ def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = 
     private = workspace.summary(prepared.capture_id, prepared.study_id)
     found, corpus = load_findings(prepared, private), load_corpus(prepared.corpus, workspace)
     errors = read_errors(private, prepared) if prepared.spec.formats.formats else None
+    experts = read_experts(prepared, private)
     try:
         content = summarize_study(prepared, found, corpus)
         if errors is not None:
             content.quantization = errors_block(prepared, errors)
+        if experts is not None:
+            content.experts = experts_block(prepared, experts, content, corpus)
+            content.notes += expert_notes(experts)
         tokens = describe_tokens(prepared, found.summary, content, corpus)
     except ValidationError as error:
         raise ForbiddenFile(
@@ -89,6 +96,9 @@ def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = 
     write_parquet(folder / "features.parquet", rows)
     if errors is not None:
         write_parquet(folder / "quantization.parquet", errors_table(errors))
+    if experts is not None:
+        write_parquet(folder / "experts.parquet", experts_table(experts, prepared.spec.criteria.magnitude))
+        write_parquet(folder / "router.parquet", router_table(experts))
     return folder
 
 

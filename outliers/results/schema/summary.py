@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from outliers.results.schema.blocks import CorpusBlock, CriteriaBlock, FeatureList, ModelBlock, Readings
+from outliers.results.schema.experts import ExpertsBlock
 from outliers.results.schema.fields import (
     MAX_LAYERS,
     MAX_MASSIVE,
@@ -39,7 +40,7 @@ class StudySummary(Strict):
     """summary.json, schema_version 1.
 
     A field with a default is absent from studies that were made before it was counted; `perplexity` and `quantization`
-    also where they were not asked for.
+    also where they were not asked for, and `experts` where the model has none.
     """
 
     schema_version: Literal[1] = Field(description="1")
@@ -91,6 +92,7 @@ class StudySummary(Strict):
         [], description="levels of `layers[].quantiles`"
     )
     quantization: QuantizationBlock | None = Field(None, description="only with `--formats`")
+    experts: ExpertsBlock | None = Field(None, description="only of a mixture of experts, without `--experts off`")
 
     def check_consistent(self) -> None:
         """Raise ValueError where parts contradict each other. The boundary of publishing calls this; a reader need not."""
@@ -100,6 +102,7 @@ class StudySummary(Strict):
         if beyond:
             raise ValueError(f"layer {beyond[0]} of a model with {self.model.num_layers} layers")
         self._check_features()
+        self._check_experts()
         for site, readings in self.readings.items():
             for rows in readings.lists.values():
                 check_unique((row.feature for row in rows), f"at {site}, feature")
@@ -122,6 +125,34 @@ class StudySummary(Strict):
                 raise ValueError(
                     f"a massive activation at feature {massive.feature} of layer {massive.layer}, not read"
                 )
+
+    def _check_experts(self) -> None:
+        """Raise ValueError where the experts are not those of the model and corpus, or give what is not there."""
+        if (found := self.experts) is None:
+            return
+        layers, corpus, hidden = {row.layer for row in self.layers}, self.corpus, self.model.hidden_size
+        if not layers.issuperset(found.layers):
+            raise ValueError("experts of a layer that was not read")
+        if found.experts != self.model.num_experts or found.slots > found.experts:
+            raise ValueError(
+                f"{found.slots} of {found.experts} experts a token, the model has {self.model.num_experts}"
+            )
+        placed = [(row.sequence, row.position, row.feature) for row in found.massive or ()]
+        largest = [found.largest_output] if found.largest_output else []
+        listed = found.super_experts.experts if found.super_experts else []
+        placed += [(row.sequence, row.position, row.channel) for row in (*listed, *largest)]  # type: ignore[misc]
+        for sequence, position, channel in placed:
+            if sequence is None or not sequence < corpus.num_sequences or not position < corpus.sequence_length:
+                raise ValueError(f"an expert's output at position {position} of sequence {sequence}, not in the corpus")
+            if channel is None or channel >= hidden:
+                raise ValueError(f"an expert's output at channel {channel} of {hidden}")
+        passing = {row.feature for row in self.systematic}
+        if any(row.feature not in passing for row in found.attribution or ()):
+            raise ValueError("a feature is attributed to experts that is not systematic")
+        if any(not {row.first_layer, row.last_layer} <= layers for row in found.massive or ()):
+            raise ValueError("massive activations of a layer that was not read are attributed to experts")
+        if any(kind.tokens > corpus.num_tokens for kind in found.kinds):
+            raise ValueError("more tokens of a kind than the corpus has")
 
     @property
     def max_width(self) -> int:
