@@ -36,13 +36,13 @@ from outliers.publish.allowlist import (
 from outliers.results.schema import (
     EXPERTS_NULLABLE,
     EXPERTS_SCHEMA,
-    ROUTER_NULLABLE,
-    ROUTER_SCHEMA,
     FEATURES_SCHEMA,
     MOMENT_COLUMNS,
     NULLABLE_COLUMNS,
     QUANTIZATION_NULLABLE,
     QUANTIZATION_SCHEMA,
+    ROUTER_NULLABLE,
+    ROUTER_SCHEMA,
     first_error,
 )
 from outliers.spec import digest
@@ -129,9 +129,10 @@ def digest_of(contents: Mapping[str, bytes]) -> str:
     for name, schema in _WHOLE.items():
         if name in contents:
             payload[name] = _table_digest(name, schema, contents[name])
-    if isinstance(experts := payload[SUMMARY].get("experts"), dict):
-        kept = {key: value for key, value in experts.items() if key != "attribution"}
-        payload[SUMMARY] = payload[SUMMARY] | {"experts": kept}
+    experts = payload[SUMMARY].get("experts")
+    if isinstance(experts, dict):
+        numbers = {key: value for key, value in experts.items() if key != "attribution"}
+        payload[SUMMARY] = payload[SUMMARY] | {"experts": numbers}
     return digest(payload)
 
 

@@ -33,7 +33,8 @@ from outliers.publish.allowlist import (
 )
 from outliers.publish.manifest import digest_of
 from outliers.publish.reporting import MADE, PROVENANCE, drop_numbers, place_study
-from outliers.results.experts import expert_layers, expert_mode
+from outliers.study.expert_shapes import ExpertShapes
+from outliers.study.experts import expert_shapes
 from outliers.study.prepare import Prepared
 from outliers.untrusted.visible import visible_line
 from outliers.workspace import Workspace
@@ -78,7 +79,7 @@ def receive_study(
 def asked_of(prepared: Prepared) -> tuple[str, ...]:
     """The optional numbers that a study asks for."""
     formats = (QUANTIZATION,) if prepared.spec.formats.formats else ()
-    return (*formats, EXPERTS, ROUTER) if expert_layers(prepared) else formats
+    return (*formats, EXPERTS, ROUTER) if _shapes(prepared) else formats
 
 
 def check_received(files: dict[str, bytes], prepared: Prepared, workspace: Workspace) -> Numbers:
@@ -131,16 +132,27 @@ def _check_study(numbers: Numbers, prepared: Prepared) -> None:
         raise ValueError(f"{TOKENS} says text {numbers.tokens['text']} at {numbers.tokens['site']}")
 
 
+def _shapes(prepared: Prepared) -> ExpertShapes | None:
+    return expert_shapes(prepared.spec, prepared.model, prepared.layers)
+
+
 def _check_experts(numbers: Numbers, prepared: Prepared) -> None:
-    """ValueError where the numbers are of other experts than the model has, or have none where the study reads them."""
-    found, layers = numbers.summary.get("experts"), expert_layers(prepared)
-    if (found is not None) != bool(layers):
-        raise ValueError(f"{SUMMARY} has {'experts' if found else 'no experts'}, the study reads those of {len(layers)} layers")
-    known = prepared.model.experts
-    if found is None or known is None:
+    """ValueError where the numbers are of other experts than the study reads, or of none."""
+    found, shapes = numbers.summary.get("experts"), _shapes(prepared)
+    if (found is None) != (shapes is None):
+        raise ValueError(
+            f"{SUMMARY} says {'nothing of' if found is None else 'something of'} experts, the study asks otherwise"
+        )
+    if found is None or shapes is None:
         return
-    wanted = {"layers": list(layers), "experts": known.count, "slots": known.slots, "shared": len(known.shared)}
-    wanted["read"] = expert_mode(prepared)
+    wanted = {
+        "read": "all" if shapes.values else "routing",
+        "layers": list(shapes.layers),
+        "experts": shapes.experts,
+        "slots": shapes.slots,
+        "shared": shapes.shared,
+        "weights_inside": shapes.applied,
+    }
     if (kept := {name: found[name] for name in wanted}) != wanted:
         raise ValueError(f"{SUMMARY} says of the experts {str(kept)[:200]}, the study asks for {str(wanted)[:200]}")
 

@@ -60,7 +60,7 @@ def _load_columns(found: ExpertFindings) -> Iterator[tuple[str, NDArray[np.float
 def _hits(totals: ExpertTotals, magnitude: float) -> Any:
     """(L, A) masked int64, hits of `down_in` at the deciding magnitude; masked where unknown."""
     if totals.sums is None or magnitude not in LADDER:
-        return np.ma.masked_all(totals.tokens.shape, np.int64)
+        return np.ma.masked_array(np.zeros(totals.tokens.shape, np.int64), True)
     return np.ma.masked_array(totals.sums.hits[LADDER.index(magnitude)], totals.tokens == 0)
 
 
@@ -68,7 +68,7 @@ def _marks(found: ExpertFindings, reading: SuperExperts | None, *, whole: bool) 
     """(L, A) masked bool. whole: whether every expert is judged, also one without a value."""
     shape = found.totals.tokens.shape
     if reading is None:
-        return np.ma.masked_all(shape, np.bool_)
+        return np.ma.masked_array(np.zeros(shape, np.bool_), True)
     return np.ma.masked_array(reading.marks, np.zeros(shape, np.bool_) if whole else np.isnan(reading.values))
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.corpus.tokens import Corpus
-from outliers.experts.table import number_of
 from outliers.errors import CorruptCapture
+from outliers.experts.table import number_of
 from outliers.experts.totals import ExpertTotals
 from outliers.experts.totals_files import read_totals
 from outliers.results.attribution import feature_experts, kinds_of, massive_experts
@@ -37,27 +37,13 @@ from outliers.results.schema.experts import (
 )
 from outliers.results.super_experts import SuperExperts, as_published, over_all_tokens
 from outliers.spec import OWN_WIDTH_SITES
+from outliers.study.experts import expert_shapes
 from outliers.study.prepare import Prepared
 
 REACHED = (1, 100)
 """Tokens that every expert is to have, for `reach`."""
 FEW = 100
 """Tokens with which a calibrator still knows little of an expert: the last of COVERED."""
-
-
-def expert_layers(prepared: Prepared) -> tuple[int, ...]:
-    """The captured layers whose experts a study reads; none for a dense model."""
-    known = prepared.model.experts
-    if known is None or prepared.spec.capture.experts == "off":
-        return ()
-    return tuple(layer for layer in prepared.layers if layer in known.layers)
-
-
-def expert_mode(prepared: Prepared) -> str:
-    """What a study reads of the experts of a model that has some: `all` or `routing`."""
-    known = prepared.model.experts
-    hidden = known is not None and known.watch == "routing"
-    return "routing" if hidden or prepared.spec.capture.experts == "routing" else "all"
 
 
 @dataclass(frozen=True)
@@ -79,10 +65,14 @@ def read_experts(prepared: Prepared, private: Path) -> ExpertFindings | None:
 
     Raises CaptureError where there are no totals of the experts, CorruptCapture for others.
     """
-    if not expert_layers(prepared):
+    shapes = expert_shapes(prepared.spec, prepared.model, prepared.layers)
+    if shapes is None:
         return None
     totals = read_totals(private)
-    if totals.study_id != prepared.study_id or totals.sequences.size != prepared.corpus.num_sequences:
+    if (totals.study_id, totals.shapes) != (
+        prepared.study_id,
+        shapes,
+    ) or totals.sequences.size != prepared.corpus.num_sequences:
         raise CorruptCapture(f"the totals of experts in {private} are not those of {prepared.study_id}: analyze again")
     return find_experts(totals, prepared.model.num_layers)
 
@@ -111,7 +101,7 @@ def experts_block(prepared: Prepared, found: ExpertFindings, content: StudySumma
         experts=shapes.experts,
         slots=shapes.slots,
         shared=shapes.shared,
-        weights_inside=totals.applied,
+        weights_inside=shapes.applied,
         coverage=[Coverage(at_most=most, experts=int((tokens <= most).sum())) for most in COVERED],
         never_reached=int((tokens == 0).sum()) / tokens.size,
         never_reached_ends=None if drawn is None else list(drawn.never),

@@ -68,7 +68,7 @@ def entropies(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     shares = tokens / tokens.sum(axis=-1, keepdims=True)
     terms = shares * np.log(np.where(tokens > 0, shares, 1.0))
     # `+ 0.0` for a -0.0 of one expert that has all tokens
-    return np.round(np.clip(-terms.sum(axis=-1) / math.log(experts), 0, 1), DIGITS) + 0.0
+    return np.asarray(np.round(np.clip(-terms.sum(axis=-1) / math.log(experts), 0, 1), DIGITS) + 0.0)
 
 
 def spans(totals: ExpertTotals) -> Spans | None:
@@ -183,5 +183,5 @@ def below(means: NDArray[np.float64], times: int) -> NDArray[np.float64]:
 
 def _up(value: float) -> int:
     """The next number of three digits that is not below, but for 1e-9 of it."""
-    size = 10 ** max(0, math.floor(math.log10(value)) - 2)
+    size: int = 10 ** max(0, math.floor(math.log10(value)) - 2)
     return math.ceil(value / size * (1 - 1e-9)) * size

@@ -228,17 +228,15 @@ def test_an_expert_that_nothing_reached_lowers_the_published_bound_alone():
 
 @pytest.mark.parametrize("applied", [False, True])
 def test_features_are_given_by_the_experts_of_the_largest_energy(applied):
-    made = world(seed=10, experts=6, slots=3, shared=1)
-    (first, second) = feature_experts(totals_of(made, applied=applied), [4, 1])
+    made = world(seed=10, experts=6, slots=3, shared=1, applied=applied)
+    (first, second) = feature_experts(totals_of(made), [4, 1])
     assert (first.feature, second.feature) == (4, 1)
     for index, row in enumerate(second.layers):
-        energy = [
-            math.fsum(
-                (float(made.weight[(index, *at)]) * float(made.output[(index, *at)][1])) ** 2
-                for at in rows_of(made, index, e)
-            )
-            for e in range(7)
-        ]
+        energy = [0.0] * 7
+        for expert in range(7):
+            for at in rows_of(made, index, expert):
+                weight = 1.0 if applied else float(made.weight[(index, *at)])
+                energy[expert] += (weight * float(made.output[(index, *at)][1])) ** 2
         order = sorted(range(7), key=lambda e: -energy[e])[:4]
         assert row.experts == [number(made, e) for e in order]
         assert row.shares == pytest.approx([energy[e] / sum(energy) for e in order], rel=1e-5)
@@ -352,7 +350,7 @@ def test_margins_may_be_negative_zero_or_unknown():
 
 
 def test_routing_alone_leaves_outputs_unknown():
-    totals = totals_of(world(seed=15), routing=True)
+    totals = totals_of(world(seed=15, shared=0), routing=True)
     found = find_experts(totals, 3)
     assert (found.ours, found.published) == (None, None)
     for row in experts_table(found, 6.0).to_pylist():

@@ -114,7 +114,7 @@ LATER = (
         "massive_by_token",
         "massive_by_token_count",
     ),
-    *("massive_undecided", "sd_ladder", "quantile_levels", "quantization"),
+    *("massive_undecided", "sd_ladder", "quantile_levels", "quantization", "experts"),
 )
 """Keys that the first versions did not write."""
 

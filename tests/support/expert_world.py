@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,12 +39,13 @@ class World:
 
 
 def world(
-    seed=0, layers=(0, 2), experts=5, slots=2, shared=1, width=3, hidden=6, lengths=(7, 4, 9), skew=1.0, values=None
-):
+    seed=0, layers=(0, 2), experts=5, slots=2, shared=1, width=3, hidden=6, lengths=(7, 4, 9), skew=1.0, values=None,
+    applied=False,
+):  # fmt: skip
     """Random routing with a taste: expert e is chosen about (e + 1) ** -skew as often. values: a function of (rng, shape)."""
     random = np.random.default_rng(seed)
     values = values or (lambda rng, shape: rng.normal(0, 4, shape))
-    shapes = ExpertShapes(tuple(layers), experts, slots, width, (width,) * shared, hidden)
+    shapes = ExpertShapes(tuple(layers), experts, slots, width, (width,) * shared, hidden, applied=applied)
     size = (len(layers), len(lengths), max(lengths))
     taste = (np.arange(experts) + 1.0) ** -skew
     expert = np.zeros((*size, shapes.all_slots), np.int64)
@@ -67,32 +68,15 @@ def world(
     )
 
 
-def totals_of(made, routing=False, applied=False):
+def totals_of(made, routing=False):
     """The ExpertTotals of a world. routing: as where kernels hide inputs and outputs."""
-    shapes = made.shapes
-    layers, everyone, sequences = len(shapes.layers), shapes.all_experts, made.lengths.size
-    cells = (layers, everyone)
-    nan = {name: np.full(cells, np.nan, np.float32) for name in ("down_in_max", "output_max", "first_row")}
-    names = [f"down_in_{n}" for n in ("column", "sequence", "position")]
-    names += [f"output_{n}" for n in ("channel", "sequence", "position")]
-    places = {name: np.full(cells, -1, np.int64) for name in names}
-    found = ExpertTotals(
-        study_id=STUDY,
-        shapes=shapes,
-        applied=applied,
-        sequences=np.arange(sequences),
-        lengths=made.lengths,
-        per_sequence=np.zeros((sequences, *cells), np.int64),
-        weight_units=np.zeros(cells, np.int64),
-        by_kind=np.zeros((3, *cells), np.int64),
-        kinds=np.zeros(3, np.int64),
-        **nan,
-        **places,
-        margins=np.zeros((layers, 65536), np.int64),
-        outputs=np.zeros(0, OUTPUT),
-        sums=None if routing else ExpertSums.zero(shapes),
-        input_squares=None,
-    )
+    shapes = replace(made.shapes, values=not routing)
+    sequences, layers = made.lengths.size, len(shapes.layers)
+    found = ExpertTotals.zero(STUDY, shapes)
+    found.sequences, found.lengths = np.arange(sequences), made.lengths
+    found.per_sequence = np.zeros((sequences, layers, shapes.all_experts), np.int64)
+    if not routing:
+        found.sums = ExpertSums.zero(shapes)
     for sequence, length in enumerate(made.lengths.tolist()):
         found.kinds += made.kinds[:, sequence, :length].sum(axis=1)
         for layer in range(layers):
@@ -125,7 +109,7 @@ def _count(made, found, routing):
             found.first_row[own] = np.fmax(found.first_row[own], size)
         kept.append((*own, sequence, position, column, size, made.weight[at]))
         _add(made, found.sums, at, own)
-        given = made.output[at] * (1 if found.applied else made.weight[at])
+        given = made.output[at] * (1 if made.shapes.applied else made.weight[at])
         block[at[:3]] += given.astype(np.float64)
     if routing:
         return
@@ -140,5 +124,5 @@ def _add(made, sums, at, own):
     sums.rows[own] += 1
     for step, magnitude in enumerate(LADDER):
         sums.hits[(step, *own)] += int((np.abs(values) >= magnitude).sum())
-    weight = 1 if made.weight[at] is None else float(made.weight[at])
+    weight = 1.0 if made.shapes.applied else float(made.weight[at])
     sums.energy[own] += (weight * made.output[at].astype(np.float64)) ** 2

@@ -18,7 +18,10 @@ from outliers.results.schema.describe import markdown_table
 from outliers.results.schema.fields import Strict
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "results.md"
-ARROW = (schema.FeatureRecord, schema.QuantizationRecord, schema.SensitivityRecord, AtlasRow, AtlasFeature)
+ARROW = (
+    *(schema.FeatureRecord, schema.QuantizationRecord, schema.ExpertRecord, schema.RouterRecord),
+    *(schema.SensitivityRecord, AtlasRow, AtlasFeature),
+)
 
 
 def models() -> dict[str, type]:
