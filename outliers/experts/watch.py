@@ -142,7 +142,7 @@ class _Layer:
         else:
             index, weights = (found[0], found[1]) if self._form == "index, weights" else (found[2], found[1])
             score = found[0] if self._form == "two maxima" else self._ranking.score
-            if self._form != "two maxima" and self._ranking.index is not index:
+            if self._form != "two maxima" and not _same(index, self._ranking.index):
                 raise self._wrong("the router gives other experts than its topk found")
         self._ranking.clear()
         if index is None or weights is None or score is None:
@@ -156,7 +156,7 @@ class _Layer:
         self._check(score, (tokens, info.count), "the router's scores")
         if self._routing is not None:
             raise self._wrong("the router has run twice")
-        self._routing = (index, weights.float(), _margin(score, index))
+        self._routing = (index, weights.float(), _margin(score.to(index.device), index))
 
     def _run(self, _module: torch.nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
         """Take what the experts got and gave, row by row."""
@@ -171,7 +171,7 @@ class _Layer:
             self._values = self._products.dense(index, output, self._info.count)
         else:
             given = [value for value in tensors_of((*arguments, *keywords.values())) if not value.is_floating_point()]
-            if len(given) != 1 or not (given[0] is index or torch.equal(given[0], index)):
+            if len(given) != 1 or not _same(given[0], index):
                 raise self._wrong("the experts get other indices than the router gave")
             self._values = self._products.sparse(len(index), index.shape[1], index.device)
         self._products.clear()
@@ -238,6 +238,11 @@ class _Layer:
             f"the experts of layer {self.layer} ({type(self._experts).__name__}) can't be read: {what}; "
             "--experts routing or --experts off reads less"
         )
+
+
+def _same(index: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether two are the same; a module that runs on another device gives a copy."""
+    return other is not None and (index is other or torch.equal(index, other.to(index.device)))
 
 
 def _margin(score: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

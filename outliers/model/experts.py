@@ -110,6 +110,7 @@ def find_experts(
         slots=2 if ROUTERS[type(router).__name__] == "two maxima" else int(config.num_experts_per_tok),
         width=width,
         shared_widths=_one(paths, shared),
+        applied=ROUTERS[type(router).__name__] == "scores",
         watch="all" if reason is None else "routing",
         reason=reason,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from outliers.counting.kernels.compiled import compiler
+from outliers.compiling import compiler
 
 FILES = sorted(Path(__file__).parent.glob("*.py"))
 """The sources of the loops."""
