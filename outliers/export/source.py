@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from outliers.counting.summary import Summary
 from outliers.counting.summary_files import STUDY, TOTALS, read_summary
 from outliers.errors import BadInput, CaptureError, CorruptCapture
+from outliers.experts.totals import ExpertTotals
 from outliers.files.sealed import read_sealed
 from outliers.model.readers import Reader, find_readers
 from outliers.study.prepare import Prepared
@@ -27,6 +28,8 @@ from outliers.workspace import Workspace
 SITES = ("attn_in", "mlp_in", "o_in", "down_in")
 """What projections read, in the order of a layer."""
 ALL_SITES = f"--sites {','.join(SITES)}"
+MOE_SITES = f"--sites {','.join(SITES[:3])}"
+"""Of a model with experts: a study has down_in in every layer or in none, and a layer of experts has no dense MLP."""
 _MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
@@ -56,11 +59,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class Study:
-    """A finished study. `summary` is None where its private summary is not on this computer."""
+    """A finished study. `summary` is None where its private summary is not on this computer; `experts` is None there, too, and
+    where the study keeps no sums of experts."""
 
     prepared: Prepared
     readers: tuple[Reader, ...]
     summary: Summary | None
+    experts: ExpertTotals | None = None
 
     @property
     def name(self) -> str:
@@ -97,7 +102,7 @@ class Study:
         if missing:
             raise BadInput(
                 f"{why} needs {_and(_inputs(site, self.readers) for site in missing)}, and this study did not capture the site "
-                f"{_and(missing)}: run it again with {ALL_SITES}"
+                f"{_and(missing)}: run it again with {sites_for(self.prepared)}"
             )
         renamed = [item for item in capture.site_modules if item.partition("=")[0] in there]
         if renamed:
@@ -187,6 +192,11 @@ def _check_summary(summary: Summary, prepared: Prepared, private: Path) -> None:
         raise CaptureError(
             f"the summary in {private} is of {summary.sequences.size} of {wanted} sequences: `outliers merge` it with the others"
         )
+
+
+def sites_for(prepared: Prepared) -> str:
+    """The option that captures every site of a study's model."""
+    return MOE_SITES if prepared.model.anatomy.moe_layers else ALL_SITES
 
 
 def _inputs(site: str, readers: tuple[Reader, ...]) -> str:

@@ -6,7 +6,7 @@ Read from the study's private summary where it is on this machine, else its list
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,15 @@ class Findings:
     """Of one study. systematic: by magnitude, largest first; None where the study was not counted here.
 
     largest, means: site -> (layer, feature) float64 of the captured layers, empty where only the list is known. massive_token:
-    the id of the token with the largest massive activation at resid.
+    the id of the token with the largest massive activation at resid. super_experts: (layer, expert) of the routed ones, the
+    largest output first; None where the study says nothing of them here.
     """
 
     systematic: tuple[int, ...] | None = None
     largest: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     means: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     massive_token: int | None = None
+    super_experts: tuple[tuple[int, int], ...] | None = None
 
 
 def find_findings(prepared: Prepared, workspace: Workspace, corpus: Corpus) -> Findings:
@@ -45,8 +47,9 @@ def find_findings(prepared: Prepared, workspace: Workspace, corpus: Corpus) -> F
     if has_summary(private):
         summary = read_summary(private)
         if summary.sequences.size == prepared.corpus.num_sequences:
-            return _from_summary(prepared, summary, corpus)
-    return Findings(systematic=_from_results(prepared, workspace))
+            found = _from_summary(prepared, summary, corpus)
+            return replace(found, super_experts=_super_experts(prepared, workspace))
+    return Findings(systematic=_from_results(prepared, workspace), super_experts=_super_experts(prepared, workspace))
 
 
 def _from_summary(prepared: Prepared, summary: Summary, corpus: Corpus) -> Findings:
@@ -83,6 +86,22 @@ def _from_results(prepared: Prepared, workspace: Workspace) -> tuple[int, ...] |
         return tuple(int(row["feature"]) for row in content["systematic"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _super_experts(prepared: Prepared, workspace: Workspace) -> tuple[tuple[int, int], ...] | None:
+    """The routed super experts of a study, over all routed tokens; None for a dense model, and where they are not known."""
+    if not prepared.model.anatomy.moe_layers:
+        return None
+    path = workspace.study(prepared.study_id) / "summary.json"
+    try:
+        content = json.loads(path.read_bytes())
+        if content["study_id"] != prepared.study_id:
+            return None
+        rows = content["experts"]["super_experts"]["experts"]
+        found = [(int(row["layer"]), int(row["expert"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tuple(at for at in found if at[1] >= 0)
 
 
 def require_findings(found: Findings, prepared: Prepared) -> tuple[int, ...]:
