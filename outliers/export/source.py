@@ -19,6 +19,7 @@ from outliers.counting.summary import Summary
 from outliers.counting.summary_files import STUDY, TOTALS, read_summary
 from outliers.errors import BadInput, CaptureError, CorruptCapture
 from outliers.experts.totals import ExpertTotals
+from outliers.experts.totals_files import has_totals, read_totals
 from outliers.files.sealed import read_sealed
 from outliers.model.readers import Reader, find_readers
 from outliers.study.prepare import Prepared
@@ -156,7 +157,17 @@ def open_study(workspace: Workspace, study_id: str, capture_id: str) -> Study:
     strange = next((reader.name for reader in readers if not _MODULE.fullmatch(reader.name)), None)
     if strange is not None:
         raise CorruptCapture(f"{strange!r} in the description of {study_id} is not the name of a module")
-    return Study(prepared, readers, summary)
+    return Study(prepared, readers, summary, _experts(private, prepared) if summary is not None else None)
+
+
+def _experts(private: Path, prepared: Prepared) -> ExpertTotals | None:
+    """The totals of experts beside a summary; None where the study keeps none. Raises CorruptCapture."""
+    if not has_totals(private):
+        return None
+    totals = read_totals(private)
+    if totals.study_id != prepared.study_id:
+        raise CorruptCapture(f"the experts in {private} are of the study {totals.study_id}: analyze again")
+    return totals
 
 
 def _prepared(workspace: Workspace, private: Path | None, study_id: str, capture_id: str) -> Prepared:

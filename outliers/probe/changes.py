@@ -284,8 +284,8 @@ def _of_experts(chosen: ExpertChoice) -> list[Change]:
     ]
     sets: list[tuple[str, Group, tuple[Expert, ...]]] = [
         ("super experts", "super", chosen.together),
-        ("as many random experts", "random", chosen.beside("random")),
-        ("as many experts of equal load", "load", chosen.beside("load")),
+        ("as many random experts", "random", chosen.random),
+        ("as many experts of equal load", "load", chosen.load),
     ]
     for name, group, own in sets:
         if own:

@@ -40,10 +40,13 @@ class Silenced:
 @dataclass(frozen=True)
 class ExpertChoice:
     """What a probe silences. singles: each with its controls behind it. together: the super experts that are silenced at once,
-    empty for fewer than two. unreached: experts that no token of the probe reaches, of which it can say nothing."""
+    empty for fewer than two; random, load: as many controls of one kind, all different, empty where a layer has too few experts.
+    unreached: experts that no token of the probe reaches, of which it can say nothing. tokens: that reach each expert."""
 
     singles: tuple[Silenced, ...] = ()
     together: tuple[Expert, ...] = ()
+    random: tuple[Expert, ...] = ()
+    load: tuple[Expert, ...] = ()
     unreached: tuple[Expert, ...] = ()
     tokens: Mapping[Expert, int] | None = None
 
@@ -51,14 +54,6 @@ class ExpertChoice:
     def layers(self) -> tuple[int, ...]:
         """The layers in which an expert is silenced, ascending."""
         return tuple(sorted({single.at[0] for single in self.singles} | {layer for layer, _ in self.together}))
-
-    def beside(self, role: Literal["random", "load"]) -> tuple[Expert, ...]:
-        """The controls of one kind of the super experts that are silenced together; empty where one of them has none."""
-        found = tuple(control.at for name in map(name_of, self.together) for control in self._controls(name, role))
-        return tuple(sorted(set(found))) if len(set(found)) == len(self.together) else ()
-
-    def _controls(self, name: str, role: str) -> list[Silenced]:
-        return [single for single in self.singles if single.of == name and single.role == role]
 
 
 NO_EXPERTS = ExpertChoice()
@@ -153,12 +148,31 @@ def choose_experts(
     reached = [at for at in known if load[at[0]][at[1]]]
     tokens = {(layer, number): int(count) for layer, own in load.items() for number, count in enumerate(own)}
     unreached = tuple(at for at, _ in wanted if not load[at[0]][at[1]])
-    return ExpertChoice(tuple(singles), tuple(reached) if len(reached) > 1 else (), unreached, tokens)
+    together = tuple(reached) if len(reached) > 1 else ()
+    random = _beside(together, without, load, seed, "random")
+    equal = _beside(together, without, load, seed, "load")
+    return ExpertChoice(tuple(singles), together, random, equal, unreached, tokens)
 
 
-def choose_controls(
-    load: NDArray[np.int64], expert: int, without: Collection[int], seed: str
-) -> dict[Literal["random", "load"], int]:
+def _beside(
+    together: Sequence[Expert],
+    without: Collection[Expert],
+    load: Mapping[int, NDArray[np.int64]],
+    seed: str,
+    role: Role,
+) -> tuple[Expert, ...]:
+    """A control of each expert, all different; none where one has none."""
+    found: list[Expert] = []
+    for layer, expert in together:
+        taken = {number for other, number in (*without, *found) if other == layer}
+        number = choose_controls(load[layer], expert, taken, f"{seed} {name_of((layer, expert))}").get(role)
+        if number is None:
+            return ()
+        found.append((layer, number))
+    return tuple(found)
+
+
+def choose_controls(load: NDArray[np.int64], expert: int, without: Collection[int], seed: str) -> dict[Role, int]:
     """An expert of the nearest load, of equal ones the smaller number, and a random one of the rest, by a hash of its number.
 
     load: (expert,) tokens. without: experts that are no control. Nobody takes part whom no token reaches: without such an

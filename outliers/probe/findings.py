@@ -16,8 +16,11 @@ from outliers.counting.massive import massive_activations
 from outliers.counting.summary import Summary
 from outliers.counting.summary_files import has_summary, read_summary
 from outliers.errors import BadInput
+from outliers.experts.totals import ExpertTotals
+from outliers.experts.totals_files import has_totals, read_totals
 from outliers.results.criteria import judge
 from outliers.results.lists import rules_of
+from outliers.results.super_experts import over_all_tokens
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 
@@ -92,6 +95,11 @@ def _super_experts(prepared: Prepared, workspace: Workspace) -> tuple[tuple[int,
     """The routed super experts of a study, over all routed tokens; None for a dense model, and where they are not known."""
     if not prepared.model.anatomy.moe_layers:
         return None
+    private = workspace.summary(prepared.capture_id, prepared.study_id)
+    if has_totals(private):
+        totals = read_totals(private)
+        if totals.sequences.size == prepared.corpus.num_sequences:
+            return _super_of(totals)
     path = workspace.study(prepared.study_id) / "summary.json"
     try:
         content = json.loads(path.read_bytes())
@@ -102,6 +110,15 @@ def _super_experts(prepared: Prepared, workspace: Workspace) -> tuple[tuple[int,
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return tuple(at for at in found if at[1] >= 0)
+
+
+def _super_of(totals: ExpertTotals) -> tuple[tuple[int, int], ...] | None:
+    """Of the totals; None where routing alone was read."""
+    if totals.sums is None:
+        return None
+    found = over_all_tokens(totals)
+    places = sorted(map(tuple, np.argwhere(found.marks).tolist()), key=lambda at: (-found.values[at], at))
+    return tuple((totals.shapes.layers[layer], expert) for layer, expert in places if expert < totals.shapes.experts)
 
 
 def require_findings(found: Findings, prepared: Prepared) -> tuple[int, ...]:

@@ -134,7 +134,7 @@ def test_experts_that_receive_something_else_are_refused():
     kernel = Kernel()
     with (
         silenced({1: kernel}, {1: {0}}, engine.now),
-        pytest.raises(SiteError, match="layer 1 .Kernel. receive .*neither"),
+        pytest.raises(SiteError, match=r"layer 1 .Kernel. receive .*neither"),
     ):
         kernel(hidden, routing, torch.zeros(8, dtype=torch.int32))
     assert not kernel._forward_pre_hooks
@@ -195,8 +195,19 @@ def test_super_experts_that_no_token_reaches_are_unknown():
     assert {names[1][0], names[2][0]} == {(1, 0), (1, 2)} and {names[1][1], names[2][1]} == {"random", "load"}
     # expert 0 of layer 1 has 3 tokens and is nearest to 5
     assert [at for at, role, _, _ in names if role == "load"] == [(1, 0), (2, 1)]
-    assert found.beside("load") == ((1, 0), (2, 1)) and found.beside("random") == ()
+    assert found.load == ((1, 0), (2, 1)) and found.random == ()  # layer 2 has one other that is reached
     assert ExpertChoice().layers == ()
+
+
+def test_super_experts_of_one_layer_stand_beside_different_ones():
+    load = {0: np.array([4, 4, 4, 4, 9, 9, 9, 9, 0])}
+    found = choose_experts([((0, 0), "super"), ((0, 1), "super"), ((0, 2), "super")], load, "s")
+    assert found.load == ((0, 3), (0, 4), (0, 5))
+    assert len(set(found.random)) == 3 and not {(0, 0), (0, 1), (0, 2), (0, 8)} & set(found.random)
+    many = {0: np.full(40, 3)}
+    found = choose_experts([((0, number), "super") for number in range(12)], many, "s")
+    assert len(found.together) == len(set(found.load)) == len(set(found.random)) == 12
+    assert [one.at[1] for one in found.singles if one.role == "super"] == list(range(8))
 
 
 SITES = ("attn_in", "mlp_in")
@@ -247,6 +258,26 @@ class Experts:
         finally:
             for (layer, expert), own in kept.items():
                 self.model.model.layers[layer].mlp.experts.down_proj.data[expert] = own
+
+    def largest(self):
+        """The expert with the largest output in magnitude over the tokens that are routed to it."""
+        best = {}
+        for number, layer in enumerate(self.model.model.layers):
+
+            def after(_module, args, _output, number=number, experts=layer.mlp.experts):
+                hidden, index, _ = args
+                for x, chosen in zip(hidden, index.tolist(), strict=True):
+                    for expert in chosen:
+                        gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)
+                        out = experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+                        name = f"{number}.{expert}"
+                        best[name] = max(best.get(name, 0.0), float(out.abs().max()))
+
+            layer.mlp.experts._own = layer.mlp.experts.register_forward_hook(after)
+        self.logits()
+        for layer in self.model.model.layers:
+            layer.mlp.experts._own.remove()
+        return max(best, key=best.get)
 
     def tokens(self, name):
         layer, expert = map(int, name.split("."))
@@ -309,11 +340,11 @@ def named(world, study, experts):
     (folder / "summary.json").write_text(json.dumps({"study_id": study.study_id, "systematic": [], "experts": block}))
 
 
-def test_a_check_silences_the_super_experts_of_the_study(world):
-    """Alone, beside a random one and one of equal load, and together beside as many of these."""
+def test_super_experts_are_silenced_alone_and_together(world):
+    """Beside a random one and one of equal load each, and beside as many of these; named by results of another capture."""
     workspace = world[0]
-    study = study_of(world, {"probe": "check"}, label="super")
-    analyze(study, workspace, Silent())
+    study = study_of(world, {"experts": ("super",)}, capture={"experts": "off"})
+    extract(study, workspace, Silent())
     named(world, study, [(1, 3), (0, 2), (1, -1)])
     probe(study, workspace, Silent())
     found, _ = numbers_of(study, workspace)
@@ -335,6 +366,17 @@ def test_a_check_silences_the_super_experts_of_the_study(world):
     for change in silent:
         assert_same(change, measures(untouched, oracle.without(change.experts), oracle.ids))
         assert change.expert_tokens == [oracle.tokens(name) for name in change.experts]
+
+
+def test_a_check_takes_the_super_expert_that_the_study_found(world):
+    """Of 12 experts one can be above P99.5: the one with the largest output, found here by a loop over tokens."""
+    workspace = world[0]
+    study = study_of(world, {"probe": "check"})
+    probe(study, workspace, Silent())
+    found, _ = numbers_of(study, workspace)
+    silent = [change for change in found.changes if change.kind == "silence"]
+    assert [change.group for change in silent] == ["super", "random", "load"]
+    assert silent[0].experts == [Experts(study, workspace).largest()]
     assert {change.group for change in found.changes if change.kind == "experts"} == {
         "int8_token",
         "fp8_token",
@@ -344,13 +386,14 @@ def test_a_check_silences_the_super_experts_of_the_study(world):
 
 
 def test_a_study_that_names_none_says_so(world):
+    """Where routing alone was read, nothing is known of outputs."""
     workspace = world[0]
-    study = study_of(world, {"probe": "check", "probe_sequences": 2}, label="none")
+    study = study_of(world, {"probe": "check", "probe_sequences": 2}, capture={"experts": "routing"})
+    extract(study, workspace, Silent())
     analyze(study, workspace, Silent())
-    named(world, study, [])
     probe(study, workspace, Silent())
     found, _ = numbers_of(study, workspace)
-    assert "the study has no super expert: none was silenced" in found.notes
+    assert "the study says nothing of super experts: none was silenced" in found.notes
     assert not [change for change in found.changes if change.kind == "silence"]
 
 
@@ -391,9 +434,10 @@ def test_a_probe_of_experts_that_is_stopped_ends_with_the_same_bits(world, monke
     ],
 )
 def test_what_is_refused_before_a_model_is_loaded(world, monkeypatch, asked, said):
+    off = {"experts": "off"} if asked == ("super",) else {}
     monkeypatch.setattr(run, "load_model", lambda *_args, **_options: pytest.fail("a model was loaded"))
     with pytest.raises(BadInput, match=said):
-        probe(study_of(world, {"experts": asked}), world[0], Silent())
+        probe(study_of(world, {"experts": asked}, capture=off, label="refused"), world[0], Silent())
 
 
 def test_a_dense_model_has_no_experts_to_silence(workspace, llama, text):
@@ -404,7 +448,7 @@ def test_a_dense_model_has_no_experts_to_silence(workspace, llama, text):
 
 @pytest.mark.parametrize("name", ["1", "1.x", "-1.2", "1.2.3", "auto"])
 def test_what_is_no_expert_is_refused(world, name):
-    with pytest.raises(BadInput, match="is not LAYER.EXPERT such as 1.68, or super"):
+    with pytest.raises(BadInput, match=r"is not LAYER\.EXPERT such as 1\.68, or super"):
         study_of(world, {"experts": (name,)})
 
 
