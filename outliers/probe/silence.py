@@ -77,7 +77,8 @@ def _routing(
     Raises SiteError for a module that receives neither.
     """
     tokens = now.sequences * now.positions
-    given = [(at, x) for at, x in (*enumerate(args), *kwargs.items()) if isinstance(x, torch.Tensor)]
+    given: list[tuple[int | str, torch.Tensor]] = [(at, x) for at, x in enumerate(args) if isinstance(x, torch.Tensor)]
+    given += [(at, x) for at, x in kwargs.items() if isinstance(x, torch.Tensor)]
     chosen = [x for _, x in given if not x.is_floating_point() and x.dtype != torch.bool and x.dim() == 2]
     # the first tensor is the hidden state, which may have the shape of the weights in a very small model
     weights = [at for at, x in given[1:] if x.is_floating_point() and chosen and x.shape == chosen[0].shape]

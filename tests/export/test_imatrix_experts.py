@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
+from outliers.corpus.tokens import load_corpus
 from outliers.errors import BadInput, CorruptCapture
 from outliers.experts.sums import ExpertSums
 from outliers.experts.table import ExpertShapes
@@ -172,6 +175,62 @@ def test_what_to_know_is_said(world):
         "counts above 16,777,216 are rounded"
         in told(world["Qwen3Moe"], {"blk.0.ffn_up_exps.weight": many}, sums=False)[-1]
     )
+
+
+class Loops:
+    """Sums over the tokens of each expert, a token and an expert at a time, in float64; hooks of this class."""
+
+    def __init__(self, folder, study, workspace):
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.counts, self.sums = {}, {}
+        for name, module in self.model.named_modules():
+            layer = next((part for part in name.split(".") if part.isdigit()), None)
+            if name.endswith(".experts"):
+                module.register_forward_pre_hook(lambda m, args, at=layer: self.routed(m, args, at))
+            if name.endswith("shared_expert.down_proj"):
+                module.register_forward_pre_hook(
+                    lambda _m, args, at=layer: self.add(f"blk.{at}.ffn_down_shexp.weight", 0, args[0].flatten(0, -2))
+                )
+        with torch.inference_mode():
+            for row in load_corpus(study.corpus, workspace).token_ids:
+                self.model(input_ids=torch.from_numpy(row.astype(np.int64))[None])
+
+    def add(self, name, expert, x):
+        rows = x.double().numpy().reshape(-1, x.shape[-1])
+        self.counts[name, expert] = self.counts.get((name, expert), 0) + len(rows)
+        self.sums[name, expert] = self.sums.get((name, expert), 0) + (rows**2).sum(0)
+
+    def routed(self, module, args, layer):
+        if len(args) == 1:  # Llama 4: a copy of the tokens for each expert, times their scores
+            copies = args[0].reshape(4, -1, args[0].shape[-1])
+            pairs = [(x, expert) for expert in range(4) for x in copies[expert] if x.any()]
+        else:
+            pairs = [(x, expert) for x, row in zip(args[0], args[1].tolist(), strict=True) for expert in row]
+        for x, expert in pairs:
+            weight = module.gate_up_proj[expert]
+            gate, up = (x @ weight if len(args) == 1 else weight @ x).chunk(2)
+            self.add(f"blk.{layer}.ffn_gate_exps.weight", expert, x)
+            self.add(f"blk.{layer}.ffn_up_exps.weight", expert, x)
+            self.add(f"blk.{layer}.ffn_down_exps.weight", expert, torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("family", ["Qwen2Moe", "Llama4"])
+def test_a_captured_study_gives_what_each_expert_received(tmp_path, workspace, text, family):
+    """From the capture to the file, against loops: counts to the token, squares as two runs of one model agree."""
+    folder = tiny.make_model(tmp_path / "model", family)
+    prepared = exports.counted(workspace, folder, text, sites=SITES)
+    _, tensors = read_gguf(make_export(exports.opened(workspace, prepared), ExportRequest("imatrix")).content, tmp_path)
+    loops = Loops(folder, prepared, workspace)
+    names = {name for name, _ in loops.counts}
+    assert names == {
+        n.removesuffix(".counts") for n in tensors if n.endswith(".counts") and ("exps" in n or "down_sh" in n)
+    }
+    for name in names:
+        counts, squares = tensors[f"{name}.counts"][:, 0], tensors[f"{name}.in_sum2"]
+        assert counts.tolist() == [loops.counts.get((name, expert), 0) for expert in range(len(counts))], name
+        for expert, own in enumerate(squares):
+            wanted = loops.sums.get((name, expert), np.zeros(own.size))
+            np.testing.assert_allclose(own, wanted, rtol=5e-5, atol=1e-9, err_msg=f"{name} {expert}")
 
 
 def without(study, **changes):

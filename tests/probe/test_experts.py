@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import outliers.probe.run as run
+from outliers.advice.advise import advise
 from outliers.capture.extract import extract
 from outliers.capture.load import load_model
 from outliers.corpus.tokens import load_corpus
@@ -23,12 +24,13 @@ from outliers.probe.expert_choice import ExpertChoice, choose_controls, choose_e
 from outliers.probe.run import probe
 from outliers.probe.silence import count_load, silenced
 from outliers.quantization.emulate import emulate
+from outliers.report.probe_page import make_probe_page
 from outliers.report.probe_plots import draw_experts
 from outliers.spec.formats import parse_format
 from outliers.study.probes import count_passes, probe_folder, probe_id
 from outliers.workspace import open_workspace
 from tests.probe.test_families import engine_of
-from tests.support import tiny
+from tests.support import probed, tiny
 from tests.support.captured import prepared
 from tests.support.probe_oracle import assert_same, measures, numbers_of
 from tests.support.synthetic import Silent
@@ -468,3 +470,36 @@ def test_passes_are_counted_from_above(world):
         changes = len(numbers_of(study, world[0])[0].changes)
         assert changes <= count_passes(study.spec, 3, has_experts=True) - 6
         assert count_passes(study.spec, 3) < count_passes(study.spec, 3, has_experts=True)
+
+
+def without_one(name, perplexity, group, of=None):
+    return probed.change(
+        name, "silence", group=group, sites=[], layers=[1], experts=["1.68"], expert_tokens=[9], control_of=of
+    ).model_copy(update={"perplexity": perplexity})
+
+
+def test_the_verdict_and_the_page_name_experts_beside_their_controls():
+    """A format at the experts' inputs alone is no try of the format."""
+    alone = [
+        without_one("expert 1.68", 250.0, "super"),
+        without_one("expert 1.7 (random, beside 1.68)", 17.0, "random", "1.68"),
+        without_one("expert 1.9 (load, beside 1.68)", 18.0, "load", "1.68"),
+    ]
+    inputs = probed.change("int8_token, experts alone", "experts", kl=0.7, format="int8_token", sites=["mlp_in"])
+    made = probed.probes(probed.change("int8_token", kl=0.03, format="int8_token"), inputs, *alone)
+    found = advise(made, [])
+    assert [(item.format, item.confirmed_kl) for item in found.formats] == [("int8_token", 0.03)]
+    assert found.formats[0].repairs == []
+    said = (
+        "Without expert 1.68 the perplexity is 250, without expert 1.7 (random, beside 1.68) 17, "
+        "without expert 1.9 (load, beside 1.68) 18."
+    )
+    assert said in found.paragraph
+    page = make_probe_page(made, [], found).decode()
+    assert said in page and "Perplexity where experts are silent" in page and page.count("<img") == 2
+    together = [
+        without_one("super experts", 900.0, "super"),
+        without_one("as many random experts", 19.0, "random", "super experts"),
+    ]
+    found = advise(probed.probes(*alone, *together), [])
+    assert "Without the super experts the perplexity is 900, without as many random experts 19." in found.paragraph
