@@ -21,8 +21,14 @@ from outliers.spec import StudySpec
 from outliers.study.prepare import parse_spec
 from outliers.sweep.sweep import PARTS
 
-RENAMED = {("model", "id"): "model", ("corpus", "source"): "corpus", ("capture", "site_modules"): "site_module"}
-"""Two fields bear the name of their part on the command line, and one is given once a site; all others bear their own."""
+RENAMED = {
+    ("model", "id"): "model",
+    ("corpus", "source"): "corpus",
+    ("capture", "site_modules"): "site_module",
+    ("probe", "experts"): "probe_experts",
+}
+"""Two fields bear the name of their part on the command line, one is given once a site, and of two fields `experts` one bears its
+part's name too; all others bear their own."""
 REPEATED = ("site_modules",)
 ALSO = {("compute", "grace_seconds"): "--grace"}
 """A second, shorter spelling."""

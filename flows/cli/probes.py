@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   outliers probe STUDY --check
   outliers probe STUDY --quantize int8_token,nvfp4,had64+nvfp4 --hold systematic --map int8_token
   outliers probe STUDY --zero systematic,matched,random=5 --probe-dtype float32
+  outliers probe STUDY --probe-experts 1.68,2.92
   outliers advise STUDY --budget 0.1
 """
 SHORT = {"within": "within", "beyond": "beyond", "unclear": "unclear", "indistinguishable": "no effect"}
@@ -94,7 +95,9 @@ def probe_spec(arguments: argparse.Namespace, workspace: Workspace) -> StudySpec
     content["compute"]["workspace"] = str(workspace.root)
     spec = overlaid(content, arguments, ("probe", "compute"))
     if not spec.probe.asked:
-        raise BadInput("nothing is asked: give --check, or --zero, --mean, --quantize, --map, --weight or --prefix")
+        raise BadInput(
+            "nothing is asked: give --check, or --zero, --mean, --quantize, --map, --weight, --prefix or --probe-experts"
+        )
     return spec
 
 

@@ -186,15 +186,21 @@ def _causes(probes: Probes) -> list[Cause]:
     return [
         Cause(
             kind=change.kind,
-            what=change.weight if change.kind == "weight" and change.weight else change.group,
+            what=_what(change),
             features=change.features,
             kl=change.kl,
             perplexity=change.perplexity,
             distinguishable=change.distinguishable,
         )
         for change in probes.changes
-        if change.kind in ("zero", "mean", "weight")
+        if change.kind in ("zero", "mean", "weight", "silence")
     ]
+
+
+def _what(change: Change) -> str:
+    if change.kind == "silence":
+        return change.name
+    return change.weight if change.kind == "weight" and change.weight else change.group
 
 
 def _not_tried(probes: Probes, rows: Sequence[Mapping[str, Any]], formats: Sequence[FormatVerdict]) -> list[str]:
@@ -316,4 +322,19 @@ def _cause_sentences(causes: Sequence[Cause]) -> list[str]:
     if weights:
         worst = max(weights, key=lambda cause: cause.kl)
         said.append(f"Without the single weight {worst.what} it is {_number(worst.perplexity)}.")
-    return said
+    return said + _expert_sentences([cause for cause in causes if cause.kind == "silence"])
+
+
+def _expert_sentences(silent: Sequence[Cause]) -> list[str]:
+    """The super experts together, else the first expert, with their controls."""
+    if not silent:
+        return []
+    together = {cause.what: cause for cause in silent}
+    main = together.get("super experts", silent[0])
+    if main is silent[0]:
+        controls = [cause for cause in silent if cause.what.endswith(f"beside {main.what.removeprefix('expert ')})")]
+    else:
+        controls = [cause for cause in silent if cause.what.startswith("as many ")]
+    name = "the super experts" if main.what == "super experts" else main.what
+    compared = "".join(f", without {cause.what} {_number(cause.perplexity)}" for cause in controls)
+    return [f"Without {name} the perplexity is {_number(main.perplexity)}{compared}."]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.errors import BadInput
-from outliers.export.imatrix import gguf_names
+from outliers.export.gguf_names import gguf_names
 from outliers.export.recipes import check_linear
 from outliers.export.skips import GATE, Skips
 from outliers.export.source import SITES, Study

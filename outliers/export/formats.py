@@ -93,11 +93,13 @@ def check_request(request: ExportRequest) -> Target:
 
 
 def _imatrix(study: Study, request: ExportRequest, skips: Skips) -> Exported:
-    return Exported(imatrix_gguf(study, request.sums))
+    content, lines = imatrix_gguf(study, request.sums)
+    return Exported(content, lines=lines)
 
 
 def _dat(study: Study, request: ExportRequest, skips: Skips) -> Exported:
-    return Exported(imatrix_dat(study))
+    content, lines = imatrix_dat(study)
+    return Exported(content, lines=lines)
 
 
 def _scales(study: Study, request: ExportRequest, skips: Skips) -> Exported:

@@ -18,6 +18,8 @@ from pydantic import ValidationError
 from outliers.counting.summary import Summary
 from outliers.counting.summary_files import STUDY, TOTALS, read_summary
 from outliers.errors import BadInput, CaptureError, CorruptCapture
+from outliers.experts.totals import ExpertTotals
+from outliers.experts.totals_files import has_totals, read_totals
 from outliers.files.sealed import read_sealed
 from outliers.model.readers import Reader, find_readers
 from outliers.study.prepare import Prepared
@@ -27,6 +29,8 @@ from outliers.workspace import Workspace
 SITES = ("attn_in", "mlp_in", "o_in", "down_in")
 """What projections read, in the order of a layer."""
 ALL_SITES = f"--sites {','.join(SITES)}"
+MOE_SITES = f"--sites {','.join(SITES[:3])}"
+"""Of a model with experts: a study has down_in in every layer or in none, and a layer of experts has no dense MLP."""
 _MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
@@ -56,11 +60,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class Study:
-    """A finished study. `summary` is None where its private summary is not on this computer."""
+    """A finished study. `summary` is None where its private summary is not on this computer; `experts` is None there, too, and
+    where the study keeps no sums of experts."""
 
     prepared: Prepared
     readers: tuple[Reader, ...]
     summary: Summary | None
+    experts: ExpertTotals | None = None
 
     @property
     def name(self) -> str:
@@ -97,7 +103,7 @@ class Study:
         if missing:
             raise BadInput(
                 f"{why} needs {_and(_inputs(site, self.readers) for site in missing)}, and this study did not capture the site "
-                f"{_and(missing)}: run it again with {ALL_SITES}"
+                f"{_and(missing)}: run it again with {sites_for(self.prepared)}"
             )
         renamed = [item for item in capture.site_modules if item.partition("=")[0] in there]
         if renamed:
@@ -151,7 +157,17 @@ def open_study(workspace: Workspace, study_id: str, capture_id: str) -> Study:
     strange = next((reader.name for reader in readers if not _MODULE.fullmatch(reader.name)), None)
     if strange is not None:
         raise CorruptCapture(f"{strange!r} in the description of {study_id} is not the name of a module")
-    return Study(prepared, readers, summary)
+    return Study(prepared, readers, summary, _experts(private, prepared) if summary is not None else None)
+
+
+def _experts(private: Path, prepared: Prepared) -> ExpertTotals | None:
+    """The totals of experts beside a summary; None where the study keeps none. Raises CorruptCapture."""
+    if not has_totals(private):
+        return None
+    totals = read_totals(private)
+    if totals.study_id != prepared.study_id:
+        raise CorruptCapture(f"the experts in {private} are of the study {totals.study_id}: analyze again")
+    return totals
 
 
 def _prepared(workspace: Workspace, private: Path | None, study_id: str, capture_id: str) -> Prepared:
@@ -187,6 +203,11 @@ def _check_summary(summary: Summary, prepared: Prepared, private: Path) -> None:
         raise CaptureError(
             f"the summary in {private} is of {summary.sequences.size} of {wanted} sequences: `outliers merge` it with the others"
         )
+
+
+def sites_for(prepared: Prepared) -> str:
+    """The option that captures every site of a study's model."""
+    return MOE_SITES if prepared.model.anatomy.moe_layers else ALL_SITES
 
 
 def _inputs(site: str, readers: tuple[Reader, ...]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from outliers.spec import ProbeSpec, StudySpec
-from outliers.spec.probe import WORDS
+from outliers.spec.probe import SUPER, WORDS
 from outliers.study.probes import DEFAULT_FORMATS, RANDOM_FEATURES
 
 AUTO = "auto"
@@ -17,11 +17,13 @@ def asked_of(spec: StudySpec) -> ProbeSpec:
     if probe.probe != "check":
         return probe
     formats = spec.formats.formats or DEFAULT_FORMATS
+    experts = () if spec.capture.experts == "off" else (SUPER,)
     return probe.model_copy(
         update={
             "zero": tuple(dict.fromkeys((*CHECK_FEATURES, *probe.zero))),
             "mean": tuple(dict.fromkeys((*CHECK_MEANS, *probe.mean))),
             "quantize": tuple(dict.fromkeys((*formats, *probe.quantize))),
+            "experts": tuple(dict.fromkeys((*experts, *probe.experts))),
             "hold": tuple(dict.fromkeys(("systematic", *probe.hold))),
         }
     )
@@ -31,4 +33,4 @@ def needs_findings(spec: StudySpec) -> bool:
     """Whether a probe can't begin before its study was counted: its list, or its massive activations, are asked for."""
     asked = asked_of(spec)
     words = [name for name in (*asked.zero, *asked.mean, *asked.hold) if name.partition("=")[0] in WORDS]
-    return bool(words or asked.prefix == AUTO)
+    return bool(words or asked.prefix == AUTO or SUPER in asked.experts)

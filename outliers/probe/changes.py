@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 
 from outliers.errors import BadInput
 from outliers.probe.asked import AUTO, asked_of
+from outliers.probe.expert_choice import NO_EXPERTS, Expert, ExpertChoice, check_experts, name_of, routed_layers
 from outliers.spec import BLOCK_SITES, OWN_WIDTH_SITES
 from outliers.spec.formats import parse_format
 from outliers.study.prepare import Prepared
 from outliers.study.probes import CHECKED_FEATURES, RANDOM_FEATURES
 
-Kind = Literal["identity", "floor", "zero", "mean", "format", "map", "weights", "prefix", "weight"]
-Group = Literal["", "systematic", "matched", "random", "asked", "control random", "control nearest"]
+Kind = Literal[
+    "identity", "floor", "zero", "mean", "format", "map", "weights", "prefix", "weight", "silence", "experts"
+]
+Group = Literal["", "systematic", "matched", "random", "asked", "control random", "control nearest", "super", "load"]
 
 REFERENCE, IDENTITY, SHARED, FLOOR = "untouched", "identity", "identity, layers shared", "floor"
 QUANTIZED_SITES = ("attn_in", "mlp_in", "o_in", "down_in")
@@ -58,8 +61,8 @@ class Change:
 
     sites, layers: where. features: those that are zeroed or replaced. held: those that stay as they are while the others are
     quantized. weights: the format of the readers' weights. smooth: SmoothQuant's strength. first_tokens: whether a static
-    range is of all tokens. prefix: whether a prefix comes before each sequence. of: the weight that a control stands beside.
-    alone: whether it is one feature of a set.
+    range is of all tokens. prefix: whether a prefix comes before each sequence. of: the weight, or the expert, that a control
+    stands beside. alone: whether it is one feature of a set. experts: those that are silent.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Change:
     weight: WeightAt | None = None
     of: str | None = None
     alone: bool = False
+    experts: tuple[Expert, ...] = ()
 
     @property
     def first_layer(self) -> int:
@@ -118,13 +122,14 @@ class Known:
     """What the study and the untouched pass say before anything is changed.
 
     systematic: the study's list. magnitudes: (feature,), see `matched_features`. weights: single weights with their controls.
-    floor_feature: the feature that is moved by its last bit.
+    floor_feature: the feature that is moved by its last bit. silenced: experts with their controls.
     """
 
     systematic: tuple[int, ...]
     magnitudes: NDArray[np.float64]
     weights: tuple[tuple[WeightAt, Group, str | None], ...] = ()
     floor_feature: int = 0
+    silenced: ExpertChoice = NO_EXPERTS
 
 
 def matched_features(systematic: Sequence[int], magnitudes: NDArray[np.float64]) -> tuple[int, ...]:
@@ -156,7 +161,9 @@ def all_changes(prepared: Prepared, known: Known, seed: str, *, shared: bool) ->
     for kind, names in (("zero", asked.zero), ("mean", asked.mean)):
         found += _of_features(prepared, known, seed, "zero" if kind == "zero" else "mean", names)
     found += _of_formats(prepared, known)
+    found += _of_expert_inputs(prepared)
     found += _of_map(prepared)
+    found += _of_experts(known.silenced)
     found += [
         Change(_weight_name(at, group), "weight", layers=(at.layer,), group=group, weight=at, of=of)
         for at, group, of in known.weights
@@ -251,6 +258,43 @@ def _of_formats(prepared: Prepared, known: Known) -> list[Change]:
     return found
 
 
+def _of_expert_inputs(prepared: Prepared) -> list[Change]:
+    """Each format at the experts' inputs alone, in all layers that have experts."""
+    layers = routed_layers(prepared)
+    if not layers or "mlp_in" not in quantized_sites(prepared) or prepared.spec.capture.experts == "off":
+        return []
+    return [
+        Change(f"{own}, experts alone", "experts", ("mlp_in",), layers, format=own)
+        for own in asked_of(prepared.spec).quantize
+    ]
+
+
+def _of_experts(chosen: ExpertChoice) -> list[Change]:
+    """Each silenced expert alone, its controls behind it, and the super experts together beside theirs."""
+    found = [
+        Change(
+            f"expert {name_of(one.at)}" + (f" ({one.role}, beside {one.of})" if one.of else ""),
+            "silence",
+            layers=(one.at[0],),
+            group=one.role,
+            of=one.of,
+            experts=(one.at,),
+        )
+        for one in chosen.singles
+    ]
+    sets: list[tuple[str, Group, tuple[Expert, ...]]] = [
+        ("super experts", "super", chosen.together),
+        ("as many random experts", "random", chosen.random),
+        ("as many experts of equal load", "load", chosen.load),
+    ]
+    for name, group, own in sets:
+        if own:
+            layers = tuple(sorted({layer for layer, _ in own}))
+            of = None if group == "super" else "super experts"
+            found.append(Change(name, "silence", layers=layers, group=group, of=of, experts=own))
+    return found
+
+
 def map_name(form: str, site: str, layer: int) -> str:
     """The name of one cell of a sensitivity map."""
     return f"map {form} {site} {layer}"
@@ -301,7 +345,8 @@ def check_probe(prepared: Prepared) -> None:
     asked = asked_of(prepared.spec)
     if not asked.asked and prepared.spec.probe.probe == "none":
         raise BadInput(
-            "nothing is asked of the probe: give --check, or --zero, --mean, --quantize, --weight, --map or --prefix"
+            "nothing is asked of the probe: give --check, or --zero, --mean, --quantize, --weight, --map, --prefix or "
+            "--probe-experts"
         )
     width, name = feature_width(prepared), prepared.model.source.name
     for option, given in (("--zero", asked.zero), ("--mean", asked.mean), ("--hold", asked.hold)):
@@ -312,6 +357,7 @@ def check_probe(prepared: Prepared) -> None:
                 )
         if option == "--hold" and (wrong := [one for one in given if not (one.isdigit() or one == "systematic")]):
             raise BadInput(f"--hold {wrong[0]}: give systematic, or numbers of features")
+    check_experts(prepared)
     _check_sites(prepared)
     for layer in (parse_weight(one).layer for one in asked.weight if one != AUTO):
         if layer >= prepared.model.num_layers:

@@ -23,6 +23,7 @@ from outliers.probe.formats import Ranges, quantize_edits, smooth_scales
 from outliers.probe.observe import Look, observed
 from outliers.probe.readers import Reader
 from outliers.probe.sharing import Kept
+from outliers.probe.silence import silenced
 from outliers.probe.weights import changed_weights, column_magnitudes, quantizing, zeroed_weight
 from outliers.spec.formats import parse_format
 
@@ -52,13 +53,15 @@ class Batch:
 
 @dataclass
 class Engine:
-    """The model and its readers. prefix: ids that come before each sequence where a change asks for them."""
+    """The model and its readers. prefix: ids that come before each sequence where a change asks for them. silent_layers: those
+    in which a change silences experts; there a change that changes nothing goes through the same hooks."""
 
     model: Any
     anatomy: Anatomy
     readers: Mapping[Place, Sequence[Reader]]
     prefix: tuple[int, ...] = ()
     held_sites: tuple[str, ...] = ()
+    silent_layers: tuple[int, ...] = ()
     now: Pass = field(default_factory=Pass)
     _columns: dict[Place, torch.Tensor] = field(default_factory=dict)
 
@@ -109,8 +112,29 @@ class Engine:
                 stack.enter_context(
                     zeroed_weight(self.module_of(change.weight), change.weight.row, change.weight.column)
                 )
-            stack.enter_context(edited(self.readers, self._edits(change, places, ranges, scales), self.now))
+            stack.enter_context(self._silenced(change))
+            readers = self._readers(change, places)
+            stack.enter_context(edited(readers, self._edits(change, places, ranges, scales), self.now))
             yield
+
+    def _silenced(self, change: Change) -> contextlib.AbstractContextManager[None]:
+        own: dict[int, set[int]] = {}
+        if change.kind == "identity":
+            own = {layer: set() for layer in self.silent_layers if layer in change.layers}
+        for layer, expert in change.experts:
+            own.setdefault(layer, set()).add(expert)
+        return silenced(self.expert_modules(tuple(own)), own, self.now)
+
+    def expert_modules(self, layers: tuple[int, ...]) -> dict[int, torch.nn.Module]:
+        """Layer -> its module of experts."""
+        pattern = self.anatomy.experts or ""
+        return {layer: self.base.get_submodule(pattern.replace("*", str(layer))) for layer in layers}
+
+    def _readers(self, change: Change, places: tuple[Place, ...]) -> Mapping[Place, Sequence[Reader]]:
+        """The readers that receive a change: all, or the experts alone."""
+        if change.kind != "experts":
+            return self.readers
+        return {place: [reader for reader in self.readers[place] if reader.is_experts] for place in places}
 
     def _places(self, change: Change) -> tuple[Place, ...]:
         return tuple((site, layer) for layer in change.layers for site in change.sites)

@@ -6,7 +6,7 @@ Read from the study's private summary where it is on this machine, else its list
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,11 @@ from outliers.counting.massive import massive_activations
 from outliers.counting.summary import Summary
 from outliers.counting.summary_files import has_summary, read_summary
 from outliers.errors import BadInput
+from outliers.experts.totals import ExpertTotals
+from outliers.experts.totals_files import has_totals, read_totals
 from outliers.results.criteria import judge
 from outliers.results.lists import rules_of
+from outliers.results.super_experts import over_all_tokens
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 
@@ -30,13 +33,15 @@ class Findings:
     """Of one study. systematic: by magnitude, largest first; None where the study was not counted here.
 
     largest, means: site -> (layer, feature) float64 of the captured layers, empty where only the list is known. massive_token:
-    the id of the token with the largest massive activation at resid.
+    the id of the token with the largest massive activation at resid. super_experts: (layer, expert) of the routed ones, the
+    largest output first; None where the study says nothing of them here.
     """
 
     systematic: tuple[int, ...] | None = None
     largest: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     means: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     massive_token: int | None = None
+    super_experts: tuple[tuple[int, int], ...] | None = None
 
 
 def find_findings(prepared: Prepared, workspace: Workspace, corpus: Corpus) -> Findings:
@@ -45,8 +50,9 @@ def find_findings(prepared: Prepared, workspace: Workspace, corpus: Corpus) -> F
     if has_summary(private):
         summary = read_summary(private)
         if summary.sequences.size == prepared.corpus.num_sequences:
-            return _from_summary(prepared, summary, corpus)
-    return Findings(systematic=_from_results(prepared, workspace))
+            found = _from_summary(prepared, summary, corpus)
+            return replace(found, super_experts=_super_experts(prepared, workspace))
+    return Findings(systematic=_from_results(prepared, workspace), super_experts=_super_experts(prepared, workspace))
 
 
 def _from_summary(prepared: Prepared, summary: Summary, corpus: Corpus) -> Findings:
@@ -83,6 +89,36 @@ def _from_results(prepared: Prepared, workspace: Workspace) -> tuple[int, ...] |
         return tuple(int(row["feature"]) for row in content["systematic"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _super_experts(prepared: Prepared, workspace: Workspace) -> tuple[tuple[int, int], ...] | None:
+    """The routed super experts of a study, over all routed tokens; None for a dense model, and where they are not known."""
+    if not prepared.model.anatomy.moe_layers:
+        return None
+    private = workspace.summary(prepared.capture_id, prepared.study_id)
+    if has_totals(private):
+        totals = read_totals(private)
+        if totals.sequences.size == prepared.corpus.num_sequences:
+            return _super_of(totals)
+    path = workspace.study(prepared.study_id) / "summary.json"
+    try:
+        content = json.loads(path.read_bytes())
+        if content["study_id"] != prepared.study_id:
+            return None
+        rows = content["experts"]["super_experts"]["experts"]
+        found = [(int(row["layer"]), int(row["expert"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tuple(at for at in found if at[1] >= 0)
+
+
+def _super_of(totals: ExpertTotals) -> tuple[tuple[int, int], ...] | None:
+    """Of the totals; None where routing alone was read."""
+    if totals.sums is None:
+        return None
+    found = over_all_tokens(totals)
+    places = sorted(map(tuple, np.argwhere(found.marks).tolist()), key=lambda at: (-found.values[at], at))
+    return tuple((totals.shapes.layers[layer], expert) for layer, expert in places if expert < totals.shapes.experts)
 
 
 def require_findings(found: Findings, prepared: Prepared) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from outliers.errors import ForbiddenFile
 from outliers.probe import changes as plan
 from outliers.probe.asked import asked_of
 from outliers.probe.changes import FLOOR, IDENTITY, REFERENCE, SHARED, error_formats, map_name, quantized_sites
+from outliers.probe.expert_choice import NO_EXPERTS, Expert, ExpertChoice, name_of, routed_layers
 from outliers.probe.formats import Ranges, range_source
 from outliers.probe.journal import ProbeJournal
 from outliers.probe.single_weights import Single
@@ -28,6 +29,7 @@ from outliers.results.schema import Change, Gate, Gates, Probes, Reference, Supe
 from outliers.results.write import LARGEST_LOSS, json_bytes
 from outliers.spec import SITES
 from outliers.spec.formats import parse_format
+from outliers.spec.probe import SUPER
 from outliers.study.prepare import Prepared
 
 DISTINCT = 2.0
@@ -79,7 +81,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Made:
-    """What a probe was made of, for its numbers. prefix: ids before each sequence where a change has them."""
+    """What a probe was made of, for its numbers. prefix: ids before each sequence where a change has them. silenced: experts,
+    with the tokens that reach them. super_experts: of the study; None where it says nothing of them."""
 
     prepared: Prepared
     probe_id: str
@@ -88,6 +91,8 @@ class Made:
     ranges: Ranges
     weights: tuple[Single, ...]
     prefix: tuple[int, ...]
+    silenced: ExpertChoice = NO_EXPERTS
+    super_experts: tuple[Expert, ...] | None = None
 
 
 def write_numbers(made: Made, journal: ProbeJournal, sequences: Sequence[int]) -> tuple[bytes, list[dict[str, Any]]]:
@@ -145,6 +150,7 @@ def _notes(measured: Measured, made: Made, floor: float, left_out: list[str]) ->
         found.append(f"the untouched pass was not compared with the capture: {made.checked.why_not}")
     if not floor > 0:
         found.append("moving one feature by its last bit changed nothing: the floor is 0, and every KL above 0 counts")
+    found += _expert_notes(made)
     if left_out:
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
         found.append(f"gave values that are not finite, and are left out: {', '.join(left_out[:8])}{more}"[:1_000])
@@ -152,6 +158,22 @@ def _notes(measured: Measured, made: Made, floor: float, left_out: list[str]) ->
         found.append(
             "the sum of a map's predictions takes what its places cost to add up, which holds where each is small"
         )
+    return found
+
+
+def _expert_notes(made: Made) -> list[str]:
+    chosen, found = made.silenced, []
+    if chosen.singles:
+        found.append(
+            "a silent expert has the routing weight 0; the other experts of its tokens keep theirs, and nothing is renormalised"
+        )
+    if chosen.unreached:
+        names = ", ".join(map(name_of, chosen.unreached[:8]))
+        more = f" and {len(chosen.unreached) - 8} more" if len(chosen.unreached) > 8 else ""
+        found.append(f"no token of the probe reaches expert {names}{more}: what it does is unknown")
+    if SUPER in asked_of(made.prepared.spec).experts and routed_layers(made.prepared) and not made.super_experts:
+        known = "says nothing of super experts" if made.super_experts is None else "has no super expert"
+        found.append(f"the study {known}: none was silenced")
     return found
 
 
@@ -192,7 +214,7 @@ _GROUPS: dict[str, str] = {"asked": "given", "control random": "control", "contr
 
 def _group(change: plan.Change) -> str:
     """The word for what is changed: `each` is one systematic feature of several alone; a format's own name for a format."""
-    if change.kind in ("format", "map", "weights"):
+    if change.kind in ("format", "map", "weights", "experts"):
         return str(change.format or change.weights)
     if change.kind == "prefix":
         return "prefix"
@@ -234,6 +256,8 @@ def _change(
             "weight": weight,
             "value": values[weight] if weight else None,
             "control_of": change.of,
+            "experts": [name_of(at) for at in change.experts],
+            "expert_tokens": [(made.silenced.tokens or {})[at] for at in change.experts],
             "perplexity": _perplexity(measured.mean(change.name, "nll")),
             "perplexity_interval": ends,
             "kl": kl,

@@ -45,6 +45,7 @@ from outliers.probe.changes import (
     quantized_sites,
 )
 from outliers.probe.engine import Batch, Engine
+from outliers.probe.expert_choice import Expert, Role, choose_experts, routed_layers, wanted_experts
 from outliers.probe.findings import Findings, find_findings, require_findings
 from outliers.probe.formats import Ranges
 from outliers.probe.journal import ProbeJournal
@@ -53,8 +54,9 @@ from outliers.probe.prefix import prefix_ids
 from outliers.probe.readers import find_readers
 from outliers.probe.session import Session, sharing_holds
 from outliers.probe.sharing import Kept, kept_layers
+from outliers.probe.silence import count_load
 from outliers.probe.single_weights import Single, choose_weights, resolve_weights, spike_modules
-from outliers.probe.statistics import Collector, Rotated, Statistics, load, save, watch_spike
+from outliers.probe.statistics import LOAD, Collector, Rotated, Statistics, load, save, watch_spike
 from outliers.probe.weights import is_turned
 from outliers.results.schema.probes import sensitivity_bytes
 from outliers.spec.formats import parse_format
@@ -109,6 +111,7 @@ class _Run:
         corpus = load_corpus(self.prepared.corpus, self.workspace)
         findings = find_findings(self.prepared, self.workspace, corpus)
         systematic = require_findings(findings, self.prepared) if needs_findings(self.prepared.spec) else ()
+        wanted_experts(self.prepared, findings.super_experts)
         prefix = prefix_ids(self.prepared, self.workspace, findings.massive_token)
         spec = self._spec()
         info = self.prepared.model if spec is self.prepared.spec else model_info(spec, self.workspace)
@@ -181,15 +184,19 @@ class _Run:
         captured, why_not = self._captured(why_not)
         batches = batches_of(prepared, corpus, devices.first)
         engine = self._engine(model, batches[0], prefix)
-        statistics = self._statistics(engine, batches, systematic)
+        wanted = wanted_experts(prepared, findings.super_experts)
+        statistics = self._statistics(engine, batches, systematic, wanted)
         prefer = self.asked.probe_dtype == "study" or prepared.model.dtype == self.asked.probe_dtype
         ranges = Ranges(findings, statistics, prefer)
         weights = choose_weights(engine, named, statistics, self.asked.weight, self.own)
+        chosen = choose_experts(wanted, expert_load(statistics, prepared), self.own)
+        engine.silent_layers = chosen.layers
         known = Known(
             systematic=systematic,
             magnitudes=ranges.magnitudes(feature_sites(prepared)),
             weights=tuple((one.at, one.group, one.of) for one in weights),
             floor_feature=_middle(statistics.mean_square(feature_sites(prepared)[0], prepared.layers[0])),
+            silenced=chosen,
         )
         kept = self._kept(engine, batches[0], ranges, all_changes(prepared, known, self.own, shared=False))
         changes = all_changes(prepared, known, self.own, shared=kept is not None)
@@ -198,7 +205,7 @@ class _Run:
         log.info("%d changes on %d sequences", len(changes), sum(batch.counted for batch in batches))
         Session(engine, journal, changes, ranges, kept, captured, error_formats(prepared), advance).run(batches)
         gates = Checked(captured=captured, why_not=why_not, shared=kept.wanted if kept is not None else ())
-        made = Made(prepared, self.own, changes, gates, ranges, weights, prefix)
+        made = Made(prepared, self.own, changes, gates, ranges, weights, prefix, chosen, findings.super_experts)
         self._write(made, journal, [sequence for batch in batches for sequence in batch.measured])
         return {
             "probe_id": self.own,
@@ -215,9 +222,18 @@ class _Run:
         readers = find_readers(base, anatomy, sites, prepared.layers, ids)
         return Engine(model, anatomy, readers, prefix, held_sites(prepared))
 
-    def _statistics(self, engine: Engine, batches: tuple[Batch, ...], systematic: tuple[int, ...]) -> Statistics:
+    def _statistics(
+        self,
+        engine: Engine,
+        batches: tuple[Batch, ...],
+        systematic: tuple[int, ...],
+        wanted: list[tuple[Expert, Role]],
+    ) -> Statistics:
         """One untouched pass over everything, and one with the prefix where there is one; goes on after a snapshot."""
         found = load(self.folder, self.prepared.layers)
+        if wanted and LOAD not in found.arrays:
+            found = Statistics.zero(self.prepared.layers)  # a snapshot without them is not gone on with
+        counted = self._load(found) if wanted else {}
         held = dict.fromkeys(held_sites(self.prepared), held_features(self.prepared, systematic))
         rotated = rotated_ranges(self.asked.quantize, error_formats(self.prepared), bool(self.asked.hold))
         collect = Collector(found, rotated, held)
@@ -228,7 +244,11 @@ class _Run:
             if found.sequences >= batch.measured.stop:
                 continue
             lengths = tuple(length if n < batch.counted else 0 for n, length in enumerate(batch.lengths))
-            with self._spikes(engine, found, batch, lengths), engine.looking(collect):
+            with (
+                self._spikes(engine, found, batch, lengths),
+                count_load(engine.expert_modules(tuple(counted)), counted, lengths, engine.now),
+                engine.looking(collect),
+            ):
                 collect.begin(lengths)
                 engine.forward(batch)
             if engine.prefix:
@@ -238,6 +258,12 @@ class _Run:
             save(self.folder, found)
             self.reporter.progress("look", done, total, "batches")
         return found
+
+    def _load(self, found: Statistics) -> dict[int, Any]:
+        """layer -> the array that its experts' tokens are counted in."""
+        shape = (len(found.layers), self.prepared.model.num_experts or 0)
+        tokens = found.arrays.setdefault(LOAD, np.zeros(shape))
+        return {layer: tokens[found.layers.index(layer)] for layer in routed_layers(self.prepared)}
 
     @contextlib.contextmanager
     def _spikes(self, engine: Engine, found: Statistics, batch: Batch, lengths: tuple[int, ...]) -> Iterator[None]:
@@ -292,6 +318,14 @@ class _Run:
         seal_folder(draft)
         drop_folder(self.folder / NUMBERS)
         draft.rename(self.folder / NUMBERS)
+
+
+def expert_load(statistics: Statistics, prepared: Prepared) -> dict[int, Any]:
+    """layer -> (expert,) int64, the tokens of the probe that reach each; none where they are not counted."""
+    if LOAD not in statistics.arrays:
+        return {}
+    own = statistics.arrays[LOAD].astype(np.int64)
+    return {layer: own[statistics.layers.index(layer)] for layer in routed_layers(prepared)}
 
 
 def batches_of(prepared: Prepared, corpus: Corpus, device: str) -> tuple[Batch, ...]:

@@ -27,6 +27,8 @@ from outliers.quantization.emulate import rotate
 ALL, REST = "all", "rest"
 """Ranges of all tokens, and of all but the first of each sequence."""
 FILE, SEAL = "statistics.npz", "statistics.json"
+LOAD = "experts.tokens"
+"""The array (layer, expert) of the tokens that reach each expert; there where experts are silenced."""
 SPIKE = ("value", "sequence", "position", "row", "column", "input")
 """Columns of a layer's largest output of its MLP. Row and column are those of the projection's weight."""
 

@@ -11,10 +11,13 @@ from outliers.report.probe_plots import draw_probe
 from outliers.results.schema import Advice, Probes
 
 CAPTIONS = {
-    "formats.png": "KL of the model's predictions where a format is used at all sites, dark, and with what repairs it, light. "
+    "formats.png": "KL of the model's predictions where a format is used at all sites, dark, and with what repairs it, light; "
+    "grey: at the experts' inputs alone. "
     "A line is the middle 95% over resamples of the sequences.",
     "causes.png": "Perplexity where features are set to zero or to their mean in all layers, or one weight is zero. Red: "
     "systematic; orange: as many others of the largest magnitude; grey: random ones, the control.",
+    "experts.png": "Perplexity where experts are silent: their routing weight is 0. Red: super experts; blue: experts that "
+    "were named; orange: one of the same layer with the nearest number of tokens; grey: a random one of the same layer.",
     "sensitivity.png": "KL where one site of one layer alone is quantized. What is below twice the floor has the "
     "lightest colour.",
 }

@@ -24,13 +24,16 @@ GROUP_COLOURS = {
     "random": "#7d8896",
     "given": "#0072b2",
     "control": "#7d8896",
+    "super": "#b4232c",
+    "load": "#e08214",
 }
 OTHER_COLOUR = "#0072b2"
 
 
 def draw_probe(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: Advice) -> tuple[Plot, ...]:
     """The pictures of a probe, in the order of its page; those without data are left out."""
-    return tuple(plot for plot in (causes(probes), formats(probes, advice), sensitivity(probes, rows)) if plot)
+    found = (causes(probes), draw_experts(probes), formats(probes, advice), sensitivity(probes, rows))
+    return tuple(plot for plot in found if plot)
 
 
 def causes(probes: Probes) -> Plot | None:
@@ -57,15 +60,36 @@ def causes(probes: Probes) -> Plot | None:
     return Plot("causes.png", alt, png(figure))
 
 
+def draw_experts(probes: Probes) -> Plot | None:
+    """Bars of the perplexity without experts, each beside its controls; None where none was silenced."""
+    changes = [change for change in probes.changes if change.kind == "silence"][:MAX_BARS]
+    if not changes:
+        return None
+    figure = new_figure(1.3 + 0.24 * len(changes))
+    axes = figure.subplots()
+    values = [change.perplexity for change in changes]
+    colours = [GROUP_COLOURS.get(change.group, OTHER_COLOUR) for change in changes]
+    _bars(axes, values, [change.perplexity_interval for change in changes], colours)
+    axes.set_yticks(range(len(changes)), [_label(change) for change in changes])
+    axes.axvline(probes.reference.perplexity, color=DECIDING, linewidth=1.2, linestyle="--")
+    axes.set_xlim(left=0.9 * min([probes.reference.perplexity, *values]))
+    entitle(figure, axes, _titled(probes), "perplexity without experts", f"dashed: untouched. {_measured(probes)}")
+    dress(axes, "perplexity (log scale)", "")
+    plain_log(axes, "x")
+    worst = max(changes, key=lambda change: change.perplexity)
+    alt = f"Bars of {len(changes)} changes; the largest perplexity is {number(worst.perplexity)}, {_label(worst)}."
+    return Plot("experts.png", alt, png(figure))
+
+
 def formats(probes: Probes, advice: Advice) -> Plot | None:
     """Bars of the KL of each format at all sites, with its repairs; None where no format was tried."""
-    changes = [change for change in probes.changes if change.kind == "quantize" and change.kl > 0]
+    changes = [change for change in probes.changes if change.kind in ("quantize", "experts") and change.kl > 0]
     changes = sorted(changes, key=lambda change: -change.kl)[:MAX_BARS]
     if not changes:
         return None
     figure = new_figure(1.3 + 0.24 * len(changes))
     axes = figure.subplots()
-    colours = ["#0072b2" if not _repair(change) else "#7cb5dd" for change in changes]
+    colours = [_format_colour(change) for change in changes]
     _bars(axes, [change.kl for change in changes], [change.kl_interval for change in changes], colours)
     axes.set_yticks(range(len(changes)), [_label(change) for change in changes])
     axes.axvline(advice.budget, color=DECIDING, linewidth=1.2, linestyle="--")
@@ -129,6 +153,12 @@ def _bars(axes: Axes, values: Sequence[float], spans: Sequence[Sequence[float] |
 def _label(change: Change) -> str:
     name = "".join(char if " " <= char <= "~" else "?" for char in change.name)
     return name if len(name) <= 44 else f"{name[:43]}…"
+
+
+def _format_colour(change: Change) -> str:
+    if change.kind == "experts":
+        return "#8a8f98"
+    return "#7cb5dd" if _repair(change) else "#0072b2"
 
 
 def _repair(change: Change) -> bool:

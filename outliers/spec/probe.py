@@ -18,7 +18,17 @@ WORDS: Final = ("systematic", "matched", "random")
 """Sets of features that a study names: those that it found; those of the same magnitude that are not systematic; random ones."""
 _FEATURES = re.compile(r"systematic|matched|random(=[1-9][0-9]{0,2})?|[0-9]{1,7}")
 _WEIGHT = re.compile(r"auto|[0-9]{1,4}\.[A-Za-z_][A-Za-z0-9_.]*\[[0-9]{1,7},[0-9]{1,7}\]")
+_EXPERT = re.compile(r"super|[0-9]{1,4}\.[0-9]{1,5}")
 FEATURES_HELP = "systematic (those of the study), matched (as large, and not systematic), random=5, or numbers"
+
+
+SUPER: Final = "super"
+"""The experts that a study found to be super experts."""
+
+
+def _plain(name: str) -> str:
+    """`01.068` as `1.68`: one expert has one name."""
+    return ".".join(str(int(part)) for part in name.split("."))
 
 
 class ProbeSpec(Part):
@@ -58,6 +68,12 @@ class ProbeSpec(Part):
         max_length=64,
         description="single weights to set to zero: LAYER.MODULE[ROW,COLUMN] such as 11.mlp.down_proj[507,1229], or auto for the "
         "largest candidates of the pass",
+    )
+    experts: tuple[str, ...] = Field(
+        (),
+        max_length=256,
+        description="experts of a mixture to silence: LAYER.EXPERT such as 1.68, or super for those that the study found; each "
+        "beside a random one and one of equal load in its layer",
     )
     map: str | None = Field(
         None,
@@ -99,6 +115,14 @@ class ProbeSpec(Part):
                 raise ValueError(f"'{name}' is not LAYER.MODULE[ROW,COLUMN] or auto")
         return tuple(dict.fromkeys(names))
 
+    @field_validator("experts")
+    @classmethod
+    def _experts(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not _EXPERT.fullmatch(name):
+                raise ValueError(f"'{name}' is not LAYER.EXPERT such as 1.68, or super")
+        return tuple(dict.fromkeys(name if name == SUPER else _plain(name) for name in names))
+
     @field_validator("smooth")
     @classmethod
     def _strengths(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
@@ -109,5 +133,5 @@ class ProbeSpec(Part):
     @property
     def asked(self) -> bool:
         """Whether there is anything to do."""
-        changes = (self.zero, self.mean, self.quantize, self.weights, self.weight, self.map, self.prefix)
+        changes = (self.zero, self.mean, self.quantize, self.weights, self.weight, self.map, self.prefix, self.experts)
         return self.probe != "none" or any(changes)

@@ -54,7 +54,8 @@ def probe_memory(spec: StudySpec, info: ModelInfo, layout: Layout, activation_by
     tokens = spec.capture.batch_sequences * layout.positions
     hidden = tokens * info.hidden_size * itemsize
     widest = max(layout.widths.values())
-    kept = min(MOST_KEPT_BYTES, info.num_layers * hidden) if asked.map or asked.weight else 0
+    silences = info.num_experts is not None and (asked.experts or asked.probe == "check")
+    kept = min(MOST_KEPT_BYTES, info.num_layers * hidden) if asked.map or asked.weight or silences else 0
     layer = max(info.weights.layer_bytes) * itemsize // own
     work = (
         activation_bytes * itemsize // own

@@ -18,8 +18,12 @@ def probe_id(prepared: Prepared) -> str:
 
     The formats that `--probe check` tries are the study's own, and a part of study_id.
     """
+    asked = prepared.spec.probe.model_dump(mode="json")
+    if not asked["experts"]:
+        # a probe that names no experts has the id that it has without this field
+        del asked["experts"]
     payload = {
-        "probe": prepared.spec.probe.model_dump(mode="json"),
+        "probe": asked,
         "capture": prepared.capture_id,
         "study": prepared.study_id,
         "version": PROBE_VERSION,
@@ -41,12 +45,16 @@ CHECKED_FEATURES = 8
 """Systematic features that `--probe check` takes one at a time, at most."""
 RANDOM_FEATURES = 5
 """Random features that it takes, one at a time, as a control."""
+CHECKED_EXPERTS = 8
+"""Super experts that `--probe check` silences one at a time, at most: Qwen3-30B-A3B has three (arXiv 2507.23279)."""
 DEFAULT_FORMATS = ("int8_token", "fp8_token", "mxfp4_even", "nvfp4")
 """Formats that it tries where the study names none."""
 
 
-def count_passes(spec: StudySpec, layers: int) -> float:
+def count_passes(spec: StudySpec, layers: int, *, has_experts: bool = False) -> float:
     """Forward passes over the probe's sequences, an upper bound: the reference, the gates, and one a change.
+
+    has_experts: whether the model is a mixture of experts.
 
     A change that begins at layer l skips the layers before it: a map takes half of its passes. How many features are
     systematic is not known before; CHECKED_FEATURES of them are counted.
@@ -68,6 +76,11 @@ def count_passes(spec: StudySpec, layers: int) -> float:
     tries = 1 + bool(probe.hold) + len(probe.smooth) + 2 * (probe.prefix is not None)
     found += len(set(formats)) * tries * (1 + (probe.weights is not None)) + (probe.weights is not None)
     found += 3 * sum(3 if name == "auto" else 1 for name in probe.weight)
+    if has_experts:
+        found += len(set(formats)) if spec.capture.experts != "off" else 0  # at the experts' inputs alone
+        wants_super = "super" in probe.experts or (probe.probe == "check" and spec.capture.experts != "off")
+        # each beside two controls, and all super experts together beside theirs
+        found += 3 * (len([name for name in probe.experts if name != "super"]) + (1 + CHECKED_EXPERTS) * wants_super)
     if probe.map is not None:
         found += layers * len(spec.capture.sites) / 2
     return found

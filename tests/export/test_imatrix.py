@@ -16,7 +16,8 @@ from hypothesis.extra.numpy import arrays
 
 from outliers.errors import BadInput
 from outliers.export.formats import ExportRequest, make_export
-from outliers.export.imatrix import GGUF_ARCHITECTURES, gguf_bytes, gguf_names
+from outliers.export.gguf_names import GGUF_ARCHITECTURES, gguf_names
+from outliers.export.imatrix import gguf_bytes
 from outliers.model.families import FAMILIES
 from tests.support import exports, tiny
 
@@ -193,12 +194,3 @@ def test_names_of_every_family(tmp_path, workspace, text, family):
 def test_every_architecture_is_one_of_the_table():
     assert set(GGUF_ARCHITECTURES) <= set(FAMILIES)
     assert set(FAMILIES) - set(GGUF_ARCHITECTURES) == {"OPTForCausalLM", "GPTJForCausalLM", "Qwen3NextForCausalLM"}
-
-
-def test_experts_are_refused_with_their_layers(tmp_path, workspace, text):
-    study = exports.named(workspace, tmp_path, text, "Qwen3Moe, one dense")
-    for to in ("imatrix", "imatrix-dat"):
-        with pytest.raises(
-            BadInput, match=r"needs sums for each expert.*layers with experts are 0, 2\. Make it with llama-imatrix"
-        ):
-            make_export(study, ExportRequest(to))

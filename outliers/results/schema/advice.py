@@ -72,9 +72,13 @@ class FormatVerdict(Strict):
 class Cause(Strict):
     """What the model loses without some features, or without single weights."""
 
-    kind: Literal["zero", "mean", "weight"] = Field(description="zeroed, replaced by their mean, or a weight zeroed")
-    what: Name = Field(description="`systematic`, `matched`, `random`, a number, or the weight's name")
-    features: FeatureNumbers = Field(description="the features; empty for a weight")
+    kind: Literal["zero", "mean", "weight", "silence"] = Field(
+        description="zeroed, replaced by their mean, a weight zeroed, or experts silenced"
+    )
+    what: Name = Field(
+        description="`systematic`, `matched`, `random`, a number, or the name of the weight or of the change of experts"
+    )
+    features: FeatureNumbers = Field(description="the features; empty for a weight and for experts")
     kl: Number = Field(description="KL, in nats a token")
     perplexity: Size = Field(description="perplexity")
     distinguishable: bool = Field(description="whether the KL is at least twice the floor")

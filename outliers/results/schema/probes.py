@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from outliers.files.parquet import parquet_bytes
 from outliers.results.schema.advice import Span
@@ -28,8 +28,10 @@ from outliers.results.schema.fields import (
 )
 from outliers.spec import SiteName
 
-ChangeKind = Literal["zero", "mean", "quantize", "prefix", "weight", "map"]
+ChangeKind = Literal["zero", "mean", "quantize", "prefix", "weight", "map", "silence", "experts"]
 Layers = Annotated[list[Layer], Field(max_length=MAX_LAYERS)]
+MAX_EXPERTS = 4_096
+"""Experts that one change silences, at most."""
 Sites = Annotated[list[SiteName], Field(max_length=5)]
 
 
@@ -70,11 +72,12 @@ class Change(Strict):
     name: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="unique in the probe")
     kind: ChangeKind = Field(
         description="zero, mean: features are set to 0, or to their mean; quantize: a format at all sites; map: a format at one "
-        "site of one layer; prefix: tokens before each sequence; weight: one weight is 0"
+        "site of one layer; prefix: tokens before each sequence; weight: one weight is 0; silence: the routing "
+        "weight of experts is 0; experts: a format at the experts' inputs alone"
     )
     group: Name = Field(
-        description="`systematic`, `matched`, `random`, `given`, `each` (one systematic feature alone), `control` (a weight), or "
-        "the format's name"
+        description="`systematic`, `matched`, `random`, `given`, `each` (one systematic feature alone), `control` (a weight), "
+        "`super` and `load` (an expert, and one of equal load), or the format's name"
     )
     sites: Sites = Field(description="where it is made")
     layers: Layers = Field(description="in which layers")
@@ -96,7 +99,14 @@ class Change(Strict):
     value: Number | None = Field(description="what that weight was")
     control_of: Name | None = Field(
         None,
-        description="name of the single weight that this one, of the same matrix, stands beside; null: it is no control",
+        description="name of the single weight, or of the expert, that this one stands beside, of the same matrix or layer; "
+        "null: it is no control",
+    )
+    experts: Annotated[list[Name], Field(max_length=MAX_EXPERTS)] = Field(
+        [], description="experts that are silent, `LAYER.EXPERT`; absent where there are none"
+    )
+    expert_tokens: Annotated[list[Count], Field(max_length=MAX_EXPERTS)] = Field(
+        [], description="tokens of the probe that reach each of them; absent where there are none"
     )
     perplexity: Size = Field(description="exp of the mean negative log-likelihood with the change")
     perplexity_interval: Span | None = Field(
@@ -112,6 +122,12 @@ class Change(Strict):
     predicted_kl: Number | None = Field(
         description="sum of the sensitivity map's predictions for this format over all places; null without a map"
     )
+
+    @model_serializer(mode="wrap")
+    def _without_experts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A change of no expert is written without the fields of experts."""
+        content: dict[str, Any] = handler(self)
+        return content if self.experts else {k: v for k, v in content.items() if k not in ("experts", "expert_tokens")}
 
 
 class SuperWeight(Strict):
