@@ -262,6 +262,8 @@ def test_a_killed_run_gives_its_slot_back(ui, killed_and_waiting):
 @pytest.mark.long
 def test_ctrl_c_ends_all_and_it_starts_a_second_time(ui, study):
     _, parameters = study
+    (limit,) = ui.post("/v2/concurrency_limits/filter", {})
+    ui.call("PATCH", f"/v2/concurrency_limits/{limit['id']}", {"limit": 1})
     long = parameters | {"corpus": parameters["corpus"] | {"num_sequences": 4000}}
     flow_run = ui.run(**long)
     ui.wait(flow_run, "Running")
