@@ -66,6 +66,13 @@ def _listing() -> dict[str, tuple[int, int]]:
     return found
 
 
+HEAVY = {
+    "long": ("OUTLIERS_TEST_FAULTS", "make test-faults"),
+    "studies": ("OUTLIERS_TEST_STUDIES", "make test-studies"),
+}
+"""Marks of heavy tests: the variable that lets them run, and the target of the Makefile that sets it."""
+
+
 LONGEST = (
     "sweep_flow",
     "readme",
@@ -109,22 +116,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first, then those that start servers: one that began last would run on alone at the end.
 
-    What is marked `long` runs where OUTLIERS_TEST_FAULTS is set. Where OUTLIERS_TEST_FAST is set, slow tests and servers are left
-    out.
+    What is marked `long` or `studies` runs where the variable of its target is set (HEAVY). Where OUTLIERS_TEST_FAST is set,
+    slow tests and servers are left out.
     """
     if os.environ.get("OUTLIERS_TEST_FAST"):
         slow = set(SLOW.read_text().split("\n"))
         left_out = [
             item
             for item in items
-            if item.get_closest_marker("long") or item.get_closest_marker("servers") or function_of(item.nodeid) in slow
+            if any(item.get_closest_marker(mark) for mark in (*HEAVY, "servers")) or function_of(item.nodeid) in slow
         ]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
-    if not os.environ.get("OUTLIERS_TEST_FAULTS"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="a minute or more: make test-faults"))
+    for mark, (variable, target) in HEAVY.items():
+        if not os.environ.get(variable):
+            for item in items:
+                if item.get_closest_marker(mark):
+                    item.add_marker(pytest.mark.skip(reason=f"a minute or more: {target}"))
     started = {item.path for item in items if item.get_closest_marker("servers")}
     ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (ranks.get(item.path.name, len(ranks)), item.path not in started))

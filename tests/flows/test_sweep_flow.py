@@ -56,6 +56,7 @@ def run(folder, *arguments, server=None):
     return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=900)
 
 
+@pytest.mark.studies
 def test_the_offline_sweep_and_a_second_run_that_does_only_what_is_missing(tmp_path, smollm2_workspace, prefect_home):
     """One model is not there yet: the others are done, the sweep failed. With it, the same command runs it alone."""
     place = tmp_path / "my sweeps"
@@ -116,6 +117,7 @@ def slow(tmp_path_factory):
     return folder, {"name": "slow", "model": model, "corpus": corpus}
 
 
+@pytest.mark.studies
 def test_a_sweep_that_is_killed_leaves_no_child_and_no_job(prefect_home, slow):
     """SIGKILL of the command: its study's process hears of it, and takes the job along as Ctrl-C does."""
     folder, entry = slow

@@ -65,6 +65,7 @@ def test_what_is_left_to_other_tests_is_there():
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_the_commands_do_what_the_readme_says(tmp_path, smollm2_workspace):
     """In order, in one folder, as a reader would; with a model of the hub only as far as it goes without the hub."""
     (tmp_path / "notes.txt").write_text("Call me Ishmael. Some years ago - never mind how long precisely. " * 60)
@@ -89,6 +90,7 @@ def test_the_commands_do_what_the_readme_says(tmp_path, smollm2_workspace):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_the_demo(tmp_path, smollm2_workspace):
     """The very command of `make demo`, on fewer tokens and elsewhere, twice: a study, then the answer that is there already."""
     recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
