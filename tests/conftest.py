@@ -83,7 +83,13 @@ LONGEST = (
     "ui",
     "fault_suite",
     "deployment",
+    "prefect_server",
+    "cli",
+    "two_runs",
     "faults",
+    "probes",
+    "executors",
+    "survival",
 )
 """Files of tests that take minutes."""
 
@@ -93,7 +99,7 @@ ONE_SERVER = (
     ("test_shards.py", "test_deployment.py", "test_flow.py"),
 )
 """Files that use `prefect_home`; those of one line share a process, and so a server: one that is idle takes an eighth of a
-processor."""
+processor. Without the heavy tests they all share one: little of each is left."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -103,7 +109,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    shared = {name: names[0] for names in ONE_SERVER for name in names}
+    heavy = any(os.environ.get(variable) for variable, _ in HEAVY.values())
+    groups = ONE_SERVER if heavy else (sum(ONE_SERVER, ()),)
+    shared = {name: names[0] for names in groups for name in names}
 
     class OneServer(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:

@@ -54,6 +54,7 @@ def cluster(tmp_path_factory):
         yield made
 
 
+@pytest.mark.studies
 def test_processes(study):
     prepared, workspace, wanted = study
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -120,6 +121,7 @@ def test_an_error_of_a_worker_is_ours(study, cluster, tmp_path):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_the_step_takes_the_address(study, cluster, tmp_path):
     """`python -m outliers analyze SPEC --executor dask=ADDRESS`, and the summary says nothing of who counted."""
     prepared, workspace, wanted = study

@@ -137,7 +137,10 @@ def test_the_time_of_its_start_is_a_number_of_seconds(monkeypatch, text, seconds
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "soon"), ("PREFECT_CLIENT_MAX_RETRIES", "many")],
+    [
+        ("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "soon"),
+        pytest.param("PREFECT_CLIENT_MAX_RETRIES", "many", marks=pytest.mark.studies),
+    ],
 )
 def test_a_setting_that_is_none_is_refused_by_the_command(tmp_path, name, value):
     model = tiny.make_model(tmp_path / "model", "Llama", hidden_size=64, num_hidden_layers=8)

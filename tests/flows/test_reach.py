@@ -171,7 +171,11 @@ def test_the_command_refuses_a_dead_server_in_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("PREFECT_API_URL", "http://[::1/api"), ("PREFECT_CLIENT_MAX_RETRIES", "many"), ("PREFECT_LOGGING_LEVEL", "LOUD")],
+    [
+        ("PREFECT_API_URL", "http://[::1/api"),
+        pytest.param("PREFECT_CLIENT_MAX_RETRIES", "many", marks=pytest.mark.studies),
+        pytest.param("PREFECT_LOGGING_LEVEL", "LOUD", marks=pytest.mark.studies),
+    ],
 )
 def test_settings_that_prefect_can_not_read_are_one_line(tmp_path, name, value):
     code = (

@@ -238,6 +238,9 @@ class TestOrphans:
 
 
 class TestTwoAtOnce:
+    TARGETS = ("s3", pytest.param("file", marks=pytest.mark.studies))
+
+    @pytest.mark.parametrize("target", TARGETS, indirect=True)
     def test_same_results(self, target: str, results: Path, tmp_path: Path) -> None:
         publishers = [start_publisher(results, target) for _ in range(3)]
         outputs = [publisher.communicate(timeout=120)[0] for publisher in publishers]
@@ -245,6 +248,7 @@ class TestTwoAtOnce:
         assert len(set(outputs)) == 1
         fetch(target, SLUG, STUDY_ID, tmp_path / "back")
 
+    @pytest.mark.parametrize("target", TARGETS, indirect=True)
     def test_different_results(self, target: str, results: Path, other: Path, tmp_path: Path) -> None:
         publishers = [start_publisher(folder, target) for folder in (results, other)]
         outputs = [publisher.communicate(timeout=120)[0] for publisher in publishers]
