@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pytest
 
 from outliers.workspace import Workspace, open_workspace
 from tests.support.captured import llama, text
+from tests.support.compiled_loops import start_compiling
 from tests.support.fault_rows import pytest_terminal_summary, pytest_testnodedown
 from tests.support.prefect_home import prefect_home
 from tests.support.prefect_seed import make_seed
@@ -48,7 +50,20 @@ __all__ = [
 def pytest_configure(config: pytest.Config) -> None:
     """Workers of xdist find what the process that starts them has made."""
     if not hasattr(config, "workerinput"):
+        # several processes would compile the same at once; one alone compiles what it needs
+        if config.getoption("numprocesses", None):
+            config.stash[COMPILING] = start_compiling(config.cache.mkdir("loops"))
         make_seed(config.cache.mkdir("servers"))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    compiling = config.stash.get(COMPILING, None)
+    if compiling is not None:
+        compiling.kill()
+        compiling.wait()
+
+
+COMPILING = pytest.StashKey[subprocess.Popen[bytes] | None]()
 
 
 UNTOUCHED = (".ssh", ".sky", ".bashrc", ".bash_profile", ".profile", ".zshrc", ".zprofile", ".config/fish")
