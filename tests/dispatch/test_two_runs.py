@@ -44,7 +44,8 @@ class Running:
         return [(event.done, event.total) for event in self.heard if event.step.startswith("extract") and event.total]
 
 
-@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.studies)])
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.studies
 def test_a_cancel_ends_its_own_study_and_each_hears_its_own_events(tmp_path, shards):
     (tmp_path / "book.txt").write_text(TEXT)
     workspace = open_workspace(tmp_path / "workspace")

@@ -18,6 +18,7 @@ from flows.cli import inprocess
 from flows.server.own import is_decided, startup_seconds
 from outliers.errors import BadInput
 from tests.support import tiny
+from tests.support.commands import run_command
 from tests.support.hub_server import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,15 +147,8 @@ def test_a_setting_that_is_none_is_refused_by_the_command(tmp_path, name, value)
     model = tiny.make_model(tmp_path / "model", "Llama", hidden_size=64, num_hidden_layers=8)
     kept = {key: text for key, text in os.environ.items() if not key.startswith("PREFECT")}
     options = ["--model", str(model), "--workspace", str(tmp_path / "w"), "--corpus", "builtin:python-docs"]
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "study", *options, "--num-sequences", "2", "--sequence-length", "32"],
-        env=kept | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), name: value},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    words = ("study", *options, "--num-sequences", "2", "--sequence-length", "32")
+    done = run_command(tmp_path, *words, environment=kept | {"HOME": str(tmp_path), name: value})
     assert done.returncode == 2, done.stderr
     assert "refused: " in done.stderr
     assert "Traceback" not in done.stderr
