@@ -68,9 +68,9 @@ sshd:
 	      apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 >/dev/null; \
 	  else echo "no sshd or ip here: tests over ssh are skipped (Debian: apt install openssh-server iproute2)"; fi
 
-# four at a time, each file in one process, those that start servers first: they mostly wait
+# three at a time, each file in one process, those that start servers first: two compute, one waits
 test: check sshd ## everything CI runs
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # for a person who edits: what takes 1.2 s of a core, starts servers or runs long is left to `make test`
 test-fast: $(DEV) ## the quick tests: three of five, in two and a half minutes

@@ -18,7 +18,8 @@ def benchmark(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.parametrize("split", [pytest.param(1, marks=pytest.mark.studies), 2])
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.studies
 def test_the_benchmark_for_a_gpu_runs(tmp_path, split):
     """Its own code, on the CPU; with two parts also the hooks that move tensors from one device to the other."""
     figures, shape = tmp_path / "figures.json", ("--hidden", 64, "--layers", 2, "--length", 16, "--sequences", 2)

@@ -64,6 +64,7 @@ def test_processes(study):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_a_dask_cluster(study, cluster):
     prepared, workspace, wanted = study
     with open_executor(f"dask={cluster.scheduler_address}") as (executor, workers):
@@ -73,6 +74,7 @@ def test_a_dask_cluster(study, cluster):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_a_killed_worker_changes_nothing(study, cluster):
     """SIGKILL to a worker in the middle of a part: Dask gives the part to another, and the numbers are the same."""
     prepared, workspace, wanted = study
@@ -102,6 +104,7 @@ def test_a_killed_worker_changes_nothing(study, cluster):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_an_error_of_a_worker_is_ours(study, cluster, tmp_path):
     """A worker elsewhere finds a flipped bit, and the error here has the same message."""
     prepared, _, _ = study
