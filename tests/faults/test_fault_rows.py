@@ -37,7 +37,8 @@ def test_story(rows, step):
 """
 
 
-@pytest.mark.parametrize("processes", [pytest.param((), marks=pytest.mark.studies), ("-n", "2", "--dist", "worksteal")])
+@pytest.mark.long  # of the table of `make test-faults`
+@pytest.mark.parametrize("processes", [(), ("-n", "2", "--dist", "worksteal")])
 def test_rows_of_all_processes_come_into_one_table(tmp_path, processes):
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_stories.py").write_text(STORIES)

@@ -102,6 +102,7 @@ def test_its_history_is_where_prefect_keeps_its_own(tmp_path, monkeypatch, given
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_a_server_that_can_not_start_says_why(tmp_path):
     (tmp_path / "prefect").mkdir()
     (tmp_path / "prefect" / "prefect.db").write_bytes(b"not a database, and not empty either")

@@ -194,7 +194,8 @@ def test_a_finished_probe_is_not_made_again_and_a_changed_one_is(world, monkeypa
     assert path.read_bytes() == data
 
 
-def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeypatch):
+@pytest.mark.parametrize("attempts", [2, pytest.param(7, marks=pytest.mark.studies)])
+def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeypatch, attempts):
     """An error at the start of any pass, and a torn journal: what is left is measured, and every file is the same."""
     workspace = world[0]
     asked = {"zero": ("3",), "quantize": ("int8_token",), "map": "int8_token", "prefix": "256"}
@@ -214,7 +215,7 @@ def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeyp
     probe(study, workspace, Silent())
     passes = len(counted)
     random = np.random.RandomState(3)
-    for attempt in range(7):
+    for attempt in range(attempts):
         shutil.rmtree(place)
         stops = random.randint(1, passes // 2, 3).tolist()
         while stops:
