@@ -21,6 +21,7 @@ from outliers.spec import StudySpec
 from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests.support import tiny
+from tests.support.cases import first_here
 from tests.support.prefect_home import ROOT
 from tests.support.prefect_ui import BROWSER, Page, Ui, in_browser
 from tests.support.s3 import BUCKET
@@ -143,12 +144,14 @@ def test_another_program_on_the_port_is_not_taken_for_prefect(ui, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [
-        ("--port=99999", "'99999' is not a port: 1 to 65535"),
-        ("--port=-1", "'-1' is not a port"),
-        ("--port=ui", "'ui' is not a port"),
-        ("--machines=0", "'0' is not a number of machines, 1 or more"),
-    ],
+    first_here(
+        [
+            ("--port=99999", "'99999' is not a port: 1 to 65535"),
+            ("--port=-1", "'-1' is not a port"),
+            ("--port=ui", "'ui' is not a port"),
+            ("--machines=0", "'0' is not a number of machines, 1 or more"),
+        ]
+    ),
 )
 def test_what_is_no_port_is_refused_in_words(tmp_path, option, words):
     command = [sys.executable, "-m", "flows.server.ui", option, "--home", str(tmp_path / "home")]
