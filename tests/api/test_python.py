@@ -217,6 +217,7 @@ def test_a_table_that_was_cut_says_so(made):
         study.features("arrow")
 
 
+@pytest.mark.studies
 def test_the_page_runs(tmp_path):
     """docs/python.md, its blocks in order, in a process of its own."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)

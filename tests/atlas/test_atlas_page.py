@@ -377,6 +377,7 @@ def test_too_many_values_are_no_choice():
     assert keys(made, {"b": "x"}) == ()
 
 
+@pytest.mark.studies
 def test_a_thousand_studies_make_one_page(tmp_path):
     quick_store(tmp_path, many(1_000))
     atlas = read_atlas(f"file://{tmp_path}")

@@ -214,15 +214,23 @@ def batches_in_flight(study):
 @pytest.mark.parametrize(
     ("parts", "strikes", "captures", "least_kills"),
     [
-        ({"sequences": 20, "length": 1024, "capture": {"sites": SITES}}, BEGINNING + MIDDLE, 3, 30),
-        (
+        ({"sequences": 20, "length": 1024, "capture": {"sites": SITES}}, BEGINNING + MIDDLE[::2], 1, 6),
+        pytest.param(
+            {"sequences": 20, "length": 1024, "capture": {"sites": SITES}},
+            BEGINNING + MIDDLE,
+            3,
+            30,
+            marks=pytest.mark.studies,
+        ),
+        pytest.param(
             {"sequences": 24, "length": 256, "capture": {"sites": SITES, "batch_sequences": 2, "codec": "zstd"}},
             MIDDLE,
             1,
             5,
+            marks=pytest.mark.studies,
         ),
     ],
-    ids=["plain", "zstd-batches-of-2"],
+    ids=["plain", "plain-three-times", "zstd-batches-of-2"],
 )
 def test_killed_at_random_instants_it_ends_bit_for_bit_as_if_nothing_had_happened(
     tmp_path, deep, text, zygote, capsys, parts, strikes, captures, least_kills

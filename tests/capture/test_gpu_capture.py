@@ -19,6 +19,7 @@ def benchmark(*arguments):
 
 
 @pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.studies
 def test_the_benchmark_for_a_gpu_runs(tmp_path, split):
     """Its own code, on the CPU; with two parts also the hooks that move tensors from one device to the other."""
     figures, shape = tmp_path / "figures.json", ("--hidden", 64, "--layers", 2, "--length", 16, "--sequences", 2)

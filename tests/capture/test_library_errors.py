@@ -126,7 +126,7 @@ sys.exit(main(["extract", sys.argv[2], "--workspace", sys.argv[3]]))
     ("shape", "options", "room", "said"),
     [
         # embedding and head of 0.3 GB each, in one file
-        ({"vocab_size": 2_500_000}, {}, 400_000_000, "loading model ("),
+        pytest.param({"vocab_size": 2_500_000}, {}, 400_000_000, "loading model (", marks=pytest.mark.studies),
         # 64 sequences of 512 tokens, 16 KB of the widest tensor each: 0.5 GB and more of it
         (
             {"intermediate_size": 4096},

@@ -17,6 +17,7 @@ import pytest
 
 from outliers.corpus.documents import shuffled
 from tests.support import tiny
+from tests.support.cases import first_here
 from tests.support.hub_server import Fault, Repo, client_environment, commit_id, hub_server
 
 pytestmark = pytest.mark.servers
@@ -185,7 +186,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", first_here(FAULTS))
 def test_the_documents_are_the_same_whatever_goes_wrong(hub, tmp_path, undisturbed, name):
     source, faults, says = FAULTS[name]
     hub.faults.extend(replace(fault) for fault in faults)
@@ -215,7 +216,7 @@ def test_a_shard_that_was_cut_for_good_is_opened_again_after_its_rows(tmp_path):
     assert sorted(found) == [f"{index}.{number}" for index in range(2) for number in range(5)]
 
 
-@pytest.mark.parametrize("match", ["GET /api/datasets/org/texts/tree", "GET .*parquet", "HEAD .*texts.py"])
+@pytest.mark.parametrize("match", first_here(["GET .*parquet", "GET /api/datasets/org/texts/tree", "HEAD .*texts.py"]))
 def test_a_storm_ends_as_unavailable(hub, tmp_path, match):
     hub.faults.append(Fault(match, status=429, headers=TOLD, times=1000))
     (found,), log = read(hub, tmp_path, tries=3)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import outliers
 
 SCRIPT = """
@@ -67,6 +69,7 @@ print(json.dumps([before, is_compiled(), *[sum(e.stats.cache_misses.values()) fo
 """
 
 
+@pytest.mark.studies
 def test_a_later_process_compiles_nothing(tmp_path):
     """Loops that are given tuples come from the cache too."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}

@@ -54,6 +54,7 @@ def cluster(tmp_path_factory):
         yield made
 
 
+@pytest.mark.studies
 def test_processes(study):
     prepared, workspace, wanted = study
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -63,6 +64,7 @@ def test_processes(study):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_a_dask_cluster(study, cluster):
     prepared, workspace, wanted = study
     with open_executor(f"dask={cluster.scheduler_address}") as (executor, workers):
@@ -72,6 +74,7 @@ def test_a_dask_cluster(study, cluster):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_a_killed_worker_changes_nothing(study, cluster):
     """SIGKILL to a worker in the middle of a part: Dask gives the part to another, and the numbers are the same."""
     prepared, workspace, wanted = study
@@ -101,6 +104,7 @@ def test_a_killed_worker_changes_nothing(study, cluster):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_an_error_of_a_worker_is_ours(study, cluster, tmp_path):
     """A worker elsewhere finds a flipped bit, and the error here has the same message."""
     prepared, _, _ = study
@@ -120,6 +124,7 @@ def test_an_error_of_a_worker_is_ours(study, cluster, tmp_path):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_the_step_takes_the_address(study, cluster, tmp_path):
     """`python -m outliers analyze SPEC --executor dask=ADDRESS`, and the summary says nothing of who counted."""
     prepared, workspace, wanted = study

@@ -189,6 +189,7 @@ class Told(synthetic.Silent):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_two_machines_and_one_give_the_same_results(tmp_path, llama, text):
     """A real model: each workspace extracts and counts its own sequences; `outliers merge` writes the whole's results."""
     spec = StudySpec.model_validate(

@@ -35,7 +35,9 @@ def run(prepared, workspace):
 
 
 @pytest.mark.servers
-def test_a_study_is_probed_in_its_run_and_again_on_its_kept_capture(tmp_path, workspace, text):
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.studies)])
+def test_a_study_is_probed_in_its_run_and_again_on_its_kept_capture(tmp_path, workspace, text, again):
+    """`again`: another probe follows on the kept capture, and then the same, whose numbers were damaged."""
     target = f"file://{tmp_path}/store"
     first = study_of(tmp_path, workspace, text, {"zero": ("random=1",)}, publish_to=target)
     outcome, heard = run(first, workspace)
@@ -50,6 +52,8 @@ def test_a_study_is_probed_in_its_run_and_again_on_its_kept_capture(tmp_path, wo
     # answered at once
     answered = find_outcome(first, workspace)
     assert answered.cached and answered.verdict == outcome.verdict
+    if not again:
+        return
     # another probe of the same study: nothing is read or counted again
     second = study_of(tmp_path, workspace, text, {"quantize": ("int8_token",)}, publish_to=target)
     assert find_outcome(second, workspace) is None
@@ -61,8 +65,8 @@ def test_a_study_is_probed_in_its_run_and_again_on_its_kept_capture(tmp_path, wo
     # a damaged one is made anew, from its numbers
     (placed_probe(second, workspace) / "probes.json").write_text("{}")
     assert not is_probed(second, workspace)
-    again, _ = run(second, workspace)
-    assert again.verdict == outcome.verdict and is_probed(second, workspace)
+    anew, _ = run(second, workspace)
+    assert anew.verdict == outcome.verdict and is_probed(second, workspace)
 
 
 @pytest.mark.parametrize(

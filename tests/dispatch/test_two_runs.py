@@ -45,6 +45,7 @@ class Running:
 
 
 @pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.studies
 def test_a_cancel_ends_its_own_study_and_each_hears_its_own_events(tmp_path, shards):
     (tmp_path / "book.txt").write_text(TEXT)
     workspace = open_workspace(tmp_path / "workspace")

@@ -37,6 +37,7 @@ def test_story(rows, step):
 """
 
 
+@pytest.mark.long  # of the table of `make test-faults`
 @pytest.mark.parametrize("processes", [(), ("-n", "2", "--dist", "worksteal")])
 def test_rows_of_all_processes_come_into_one_table(tmp_path, processes):
     (tmp_path / "conftest.py").write_text(CONFTEST)

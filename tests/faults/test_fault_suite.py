@@ -114,6 +114,7 @@ def test_a_study_ends_as_if_nothing_had_happened(world, name):
         tell(case, story, runs)
 
 
+@pytest.mark.long  # its servers alone take half a minute
 def test_reap_leaves_a_pending_run_to_a_worker_that_lives(world):
     """A worker of another computer, whose processes can't be seen here; and one that is gone."""
     home = world.home

@@ -67,6 +67,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.studies
 def test_a_run_of_a_command_that_is_cancelled_in_the_ui_ends_itself(prefect_home, study, tmp_path):
     """No worker began it, so none ends it: left alone it would go on, and be called Cancelled after five minutes."""
     _, parameters = study

@@ -76,7 +76,7 @@ def start(code):
 
 
 @pytest.mark.parametrize("code", [RETRIES, DEAF, BUSY, AFTER], ids=["retries", "deaf", "busy", "after"])
-@pytest.mark.parametrize("signals", [1, 3])
+@pytest.mark.parametrize("signals", [1, pytest.param(3, marks=pytest.mark.studies)])
 def test_ctrl_c_ends_a_process_in_time(code, signals):
     with start(code) as process:
         time.sleep(0.5)  # it is in the call that it has announced

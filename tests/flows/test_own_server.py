@@ -18,6 +18,7 @@ from flows.cli import inprocess
 from flows.server.own import is_decided, startup_seconds
 from outliers.errors import BadInput
 from tests.support import tiny
+from tests.support.commands import run_command
 from tests.support.hub_server import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +102,7 @@ def test_its_history_is_where_prefect_keeps_its_own(tmp_path, monkeypatch, given
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_a_server_that_can_not_start_says_why(tmp_path):
     (tmp_path / "prefect").mkdir()
     (tmp_path / "prefect" / "prefect.db").write_bytes(b"not a database, and not empty either")
@@ -137,21 +139,17 @@ def test_the_time_of_its_start_is_a_number_of_seconds(monkeypatch, text, seconds
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "soon"), ("PREFECT_CLIENT_MAX_RETRIES", "many")],
+    [
+        ("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "soon"),
+        pytest.param("PREFECT_CLIENT_MAX_RETRIES", "many", marks=pytest.mark.studies),
+    ],
 )
 def test_a_setting_that_is_none_is_refused_by_the_command(tmp_path, name, value):
     model = tiny.make_model(tmp_path / "model", "Llama", hidden_size=64, num_hidden_layers=8)
     kept = {key: text for key, text in os.environ.items() if not key.startswith("PREFECT")}
     options = ["--model", str(model), "--workspace", str(tmp_path / "w"), "--corpus", "builtin:python-docs"]
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "study", *options, "--num-sequences", "2", "--sequence-length", "32"],
-        env=kept | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), name: value},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    words = ("study", *options, "--num-sequences", "2", "--sequence-length", "32")
+    done = run_command(tmp_path, *words, environment=kept | {"HOME": str(tmp_path), name: value})
     assert done.returncode == 2, done.stderr
     assert "refused: " in done.stderr
     assert "Traceback" not in done.stderr

@@ -27,6 +27,7 @@ from prefect.settings import (
 from flows.server import loopback, reach, ui
 from outliers.errors import BadInput
 from tests.support import tiny
+from tests.support.commands import run_command
 from tests.support.s3 import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,15 +155,8 @@ def test_the_command_refuses_a_dead_server_in_one_line(tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     dead = f"http://127.0.0.1:{free_ports(1)[0]}/api"
     options = ["--model", str(model), "--workspace", str(tmp_path / "w"), "--corpus", "builtin:python-docs"]
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "study", *options, "--num-sequences", "2", "--sequence-length", "32"],
-        env=kept | {"HOME": str(tmp_path), "PREFECT_API_URL": dead},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    words = ("study", *options, "--num-sequences", "2", "--sequence-length", "32")
+    done = run_command(tmp_path, *words, environment=kept | {"HOME": str(tmp_path), "PREFECT_API_URL": dead})
     assert done.returncode == 2, done.stderr
     assert f"refused: no Prefect server answers at {dead}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -171,7 +165,11 @@ def test_the_command_refuses_a_dead_server_in_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("PREFECT_API_URL", "http://[::1/api"), ("PREFECT_CLIENT_MAX_RETRIES", "many"), ("PREFECT_LOGGING_LEVEL", "LOUD")],
+    [
+        ("PREFECT_API_URL", "http://[::1/api"),
+        pytest.param("PREFECT_CLIENT_MAX_RETRIES", "many", marks=pytest.mark.studies),
+        pytest.param("PREFECT_LOGGING_LEVEL", "LOUD", marks=pytest.mark.studies),
+    ],
 )
 def test_settings_that_prefect_can_not_read_are_one_line(tmp_path, name, value):
     code = (

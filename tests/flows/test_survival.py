@@ -110,6 +110,7 @@ def no_job_is_left(command):
     return not jobs.running(command.workspace.root)
 
 
+@pytest.mark.studies
 def test_a_server_that_dies_is_started_again_and_the_study_goes_on(command):
     """All of it behind a proxy that the shell names for the rest of the world: nothing of it goes there."""
     with (
@@ -155,7 +156,9 @@ def test_a_server_that_can_not_be_started_again_ends_the_command_in_words(comman
     assert [json.loads(line)["sequences"] for line in record.read_text().splitlines()] == [60 - done]
 
 
-@pytest.mark.parametrize("signals", [2, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "signals", [pytest.param(2, marks=pytest.mark.studies), pytest.param(1, marks=pytest.mark.long)]
+)
 def test_ctrl_c_ends_a_command_whose_server_does_not_answer(command, signals):
     """The server is there and says nothing, and the job is deaf: the worst of both. A second Ctrl-C changes nothing."""
     with command.runs() as process:

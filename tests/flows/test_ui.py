@@ -21,6 +21,7 @@ from outliers.spec import StudySpec
 from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests.support import tiny
+from tests.support.cases import first_here
 from tests.support.prefect_home import ROOT
 from tests.support.prefect_ui import BROWSER, Page, Ui, in_browser
 from tests.support.s3 import BUCKET
@@ -115,6 +116,7 @@ def study(tmp_path_factory):
     }
 
 
+@pytest.mark.studies
 def test_it_says_what_to_open_and_a_second_one_that_it_runs(ui, killed_and_waiting):
     said = ui.said.read_text()
     assert f"open        {ui.url}" in said
@@ -128,6 +130,7 @@ def test_it_says_what_to_open_and_a_second_one_that_it_runs(ui, killed_and_waiti
     assert [(pool["name"], pool["type"]) for pool in settings] == [("outliers", "process")]
 
 
+@pytest.mark.studies
 def test_another_program_on_the_port_is_not_taken_for_prefect(ui, tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -141,12 +144,14 @@ def test_another_program_on_the_port_is_not_taken_for_prefect(ui, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [
-        ("--port=99999", "'99999' is not a port: 1 to 65535"),
-        ("--port=-1", "'-1' is not a port"),
-        ("--port=ui", "'ui' is not a port"),
-        ("--machines=0", "'0' is not a number of machines, 1 or more"),
-    ],
+    first_here(
+        [
+            ("--port=99999", "'99999' is not a port: 1 to 65535"),
+            ("--port=-1", "'-1' is not a port"),
+            ("--port=ui", "'ui' is not a port"),
+            ("--machines=0", "'0' is not a number of machines, 1 or more"),
+        ]
+    ),
 )
 def test_what_is_no_port_is_refused_in_words(tmp_path, option, words):
     command = [sys.executable, "-m", "flows.server.ui", option, "--home", str(tmp_path / "home")]
@@ -155,6 +160,7 @@ def test_what_is_no_port_is_refused_in_words(tmp_path, option, words):
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.studies
 def test_a_url_with_a_password_is_refused_before_a_run_shows_it(ui, study):
     _, parameters = study
     said = ui.prefect(
@@ -250,6 +256,7 @@ def test_the_form_starts_a_study_and_its_pages_show_it(ui, study, logged_in):
     assert "Content Security Policy" not in json.dumps(said), "what the pages need they may do"
 
 
+@pytest.mark.studies
 def test_a_killed_run_gives_its_slot_back(ui, killed_and_waiting):
     waiter, began = killed_and_waiting
     read_until(waiter, "has a slot", 120)

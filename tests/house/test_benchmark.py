@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_every_variant_runs_and_the_figures_hang_together(tmp_path, smollm2_workspace):
     figures, scratch = tmp_path / "figures.json", tmp_path / "scratch"
     scratch.mkdir()
@@ -36,6 +37,7 @@ def test_every_variant_runs_and_the_figures_hang_together(tmp_path, smollm2_work
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_the_benchmark_of_analysis_runs_and_counts_the_same(tmp_path, smollm2_workspace):
     figures, scratch = tmp_path / "figures.json", tmp_path / "scratch"
     scratch.mkdir()

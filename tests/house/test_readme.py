@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli.command import build_parser
+from flows.cli.options import read_spec
 from flows.server.served import SEED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +66,29 @@ def test_what_is_left_to_other_tests_is_there():
         assert text in (ROOT / "tests" / name).read_text()
 
 
+def demo_command():
+    """The words of `make demo`'s own command, after `outliers`."""
+    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = re.search(r"outliers (study (?:.*\\\n)*.*)", recipe)
+    assert command
+    return shlex.split(command[1].replace("\\\n", " "))
+
+
+def test_the_commands_have_options_that_there_are(tmp_path, monkeypatch):
+    """Read as the program reads them, and the demo's too; `make test-studies` runs them."""
+    monkeypatch.chdir(tmp_path)
+    typed = [shlex.split(line.partition(" > ")[0])[1:] for line in commands() if line.startswith("outliers")]
+    assert len(typed) >= 10
+    for words in (*typed, demo_command()):
+        arguments = build_parser().parse_args(words)
+        if arguments.verb in ("study", "plan"):
+            assert read_spec(arguments).model.id
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([*demo_command(), "--no-such-option"])
+
+
 @pytest.mark.servers
+@pytest.mark.studies
 def test_the_commands_do_what_the_readme_says(tmp_path, smollm2_workspace):
     """In order, in one folder, as a reader would; with a model of the hub only as far as it goes without the hub."""
     (tmp_path / "notes.txt").write_text("Call me Ishmael. Some years ago - never mind how long precisely. " * 60)
@@ -89,12 +113,10 @@ def test_the_commands_do_what_the_readme_says(tmp_path, smollm2_workspace):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_the_demo(tmp_path, smollm2_workspace):
     """The very command of `make demo`, on fewer tokens and elsewhere, twice: a study, then the answer that is there already."""
-    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    command = re.search(r"outliers (study (?:.*\\\n)*.*)", recipe)
-    assert command
-    words = shlex.split(command[1].replace("\\\n", " "))
+    words = demo_command()
     assert words[words.index("--publish-to") + 1].startswith("file://")
     elsewhere = {"--workspace": str(smollm2_workspace.root), "--publish-to": f"file://{tmp_path}/my atlas"}
     for option, value in (elsewhere | {"--num-sequences": "4", "--sequence-length": "64"}).items():

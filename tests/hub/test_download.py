@@ -21,6 +21,7 @@ from outliers.hub import download
 from outliers.hub.cache import CachedModel
 from outliers.hub.client import HubFile
 from tests.support import tiny
+from tests.support.cases import first_here
 from tests.support.hub_server import Fault, Repo, client_environment, commit_id, hub_server, sha256, wait_until
 
 pytestmark = pytest.mark.servers
@@ -171,7 +172,7 @@ WHERE = [
 ]
 
 
-@pytest.mark.parametrize(("disk", "given", "expected"), WHERE)
+@pytest.mark.parametrize(("disk", "given", "expected"), first_here(WHERE, 2))
 def test_weights_go_to_our_folder_where_the_cache_is_on_another_disk(hub, tmp_path, disk, given, expected):
     """A job on another machine: the disk that was asked for is the folder's, and what is cached there is not fetched again."""
     place = Path(tempfile.mkdtemp(dir=tmp_path if disk == "here" else disk))
@@ -238,7 +239,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", first_here(FAULTS))
 def test_the_files_are_the_same_whatever_goes_wrong(hub, tmp_path, files, name):
     faults, says = FAULTS[name]
     hub.faults.extend(replace(fault) for fault in faults)

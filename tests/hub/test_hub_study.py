@@ -44,6 +44,7 @@ def hub(tmp_path):
         yield running
 
 
+@pytest.mark.studies
 def test_a_study_of_the_hub(hub, tmp_path):
     shape = ("--corpus", "org/texts", "--num-sequences", "3", "--sequence-length", "32")
     place = ("--workspace", str(tmp_path / "ws"))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support import tiny
+from tests.support.commands import run_command
 from tests.support.sky_catalogs import write_catalogs
 
 pytestmark = pytest.mark.servers
@@ -35,8 +34,8 @@ def outliers(tmp_path_factory):
     kept |= {"HOME": str(home), "PYTHONPATH": str(ROOT), "OUTLIERS_WORKSPACE": str(home / "work space")}
 
     def run(verb, *words):
-        command = [sys.executable, "-m", "flows.cli", verb, "--provider", "sky", "--model", str(model), *SMALL, *words]
-        return subprocess.run(command, env=kept, cwd=home, capture_output=True, text=True, timeout=240, check=False)
+        asked = (verb, "--provider", "sky", "--model", model, *SMALL, *words)
+        return run_command(home, *asked, environment=kept, timeout=240)
 
     run.home = home
     return run

@@ -95,6 +95,7 @@ class Chatter:
         self._reporter.close()
 
 
+@pytest.mark.studies
 def test_the_cable_is_cut_and_sshd_restarted_in_the_middle(world, host, control, undisturbed):
     before = {run["id"] for run in world.prefect.flow_runs()}
     # a lease that is longer than the cut: else what nobody renews would end
@@ -273,6 +274,7 @@ def test_a_full_disk_there_is_named(tmp_path, world):
         assert 0 < sequences_done(machine) < SEQUENCES
 
 
+@pytest.mark.studies
 def test_hosts_that_can_not_be_used(tmp_path, world):
     """Each is refused in words that say what to do, and keeps nothing of ours."""
     tools = tmp_path / "tools"

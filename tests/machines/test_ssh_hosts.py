@@ -37,6 +37,7 @@ def place(workspace, name):
     return Rentals(workspace).get(name).place
 
 
+@pytest.mark.studies
 def test_parts_of_equal_price_are_spread(lab):
     workspace, _, _ = lab
     provider = SshProvider(workspace)

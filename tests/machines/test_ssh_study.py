@@ -70,6 +70,7 @@ def host(tmp_path_factory):
         yield machine
 
 
+@pytest.mark.studies
 def test_a_study_of_the_hub_leaves_its_token_nowhere(tmp_path, host, world, control):
     token = f"hf_{secrets.token_hex(20)}"
     files = {path.name: path.read_bytes() for path in Path(world.model).iterdir()}
@@ -99,6 +100,7 @@ def test_a_study_of_the_hub_leaves_its_token_nowhere(tmp_path, host, world, cont
     assert gone(host, seconds=5), ours(host)
 
 
+@pytest.mark.studies
 def test_the_numbers_are_those_of_this_machine_and_only_kilobytes_come_back(tmp_path, host, world, control):
     here = world.digest(tmp_path / "here", SEQUENCES)
     atlas = tmp_path / "atlas"
@@ -177,6 +179,7 @@ def test_a_laptop_that_was_asleep_finds_its_lease_over_and_goes_on(tmp_path, hos
     assert gone(host, "asleep", 5), ours(host, "asleep")
 
 
+@pytest.mark.studies
 def test_a_model_of_this_side_is_not_sent_unasked(host, world, control):
     sent = host.log.stat().st_size
     words = [word for word in world.study(4, *control.over(machine="unasked")) if word != "--upload-model"]
@@ -189,6 +192,7 @@ def test_a_model_of_this_side_is_not_sent_unasked(host, world, control):
     assert control.records() == []
 
 
+@pytest.mark.studies
 def test_a_probe_goes_to_the_kept_machine_and_reads_nothing_again(tmp_path, host, world, control):
     atlas = tmp_path / "atlas"
     options = control.over("--perplexity", "--publish-to", f"file://{atlas}", machine="probed")

@@ -188,6 +188,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_both_numbers(tmp_path, workspac
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_the_builtin_model_keeps_the_values_of_its_file(smollm2_workspace):
     """The converted copy computes what the GGUF file computes, and its tokenizer has the file's special tokens."""
     from pathlib import Path

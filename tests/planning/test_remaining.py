@@ -227,7 +227,9 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.servers
-@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "shards", [pytest.param(1, marks=pytest.mark.studies), pytest.param(2, marks=pytest.mark.long)]
+)
 def test_a_second_run_joins_the_jobs_whose_memory_is_not_free(prefect_home, tmp_path, shards):
     tiny.make_model(tmp_path / "model", "Mixtral", num_hidden_layers=6)
     workspace, made = (

@@ -194,7 +194,8 @@ def test_a_finished_probe_is_not_made_again_and_a_changed_one_is(world, monkeypa
     assert path.read_bytes() == data
 
 
-def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeypatch):
+@pytest.mark.parametrize("attempts", [2, pytest.param(7, marks=pytest.mark.studies)])
+def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeypatch, attempts):
     """An error at the start of any pass, and a torn journal: what is left is measured, and every file is the same."""
     workspace = world[0]
     asked = {"zero": ("3",), "quantize": ("int8_token",), "map": "int8_token", "prefix": "256"}
@@ -214,7 +215,7 @@ def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeyp
     probe(study, workspace, Silent())
     passes = len(counted)
     random = np.random.RandomState(3)
-    for attempt in range(7):
+    for attempt in range(attempts):
         shutil.rmtree(place)
         stops = random.randint(1, passes // 2, 3).tolist()
         while stops:
@@ -241,15 +242,16 @@ def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeyp
         assert sorted((place / "journal.jsonl").read_bytes().splitlines()) == journal
 
 
-def test_a_probe_that_is_killed_goes_on(workspace, llama, text):
-    """A real process, ended by SIGKILL at three moments, as soon as its journal has grown."""
+@pytest.mark.parametrize("moments", [(4_000,), pytest.param((1, 4_000, 12_000), marks=pytest.mark.studies)])
+def test_a_probe_that_is_killed_goes_on(workspace, llama, text, moments):
+    """A real process, ended by SIGKILL as soon as its journal has so many bytes."""
     study = study_of(workspace, llama, text, {"zero": ("3", "4"), "map": "int8_token"})
     extract(study, workspace, Silent())
     spec = workspace.root / "spec.json"
     spec.write_text(study.model_dump_json())
     place = probe_folder(study, workspace)
     path = place / "journal.jsonl"
-    for least in (1, 4_000, 12_000):
+    for least in moments:
         command = [sys.executable, "-m", "outliers", "probe", str(spec), "--workspace", str(workspace.root)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120

@@ -18,6 +18,8 @@ from outliers.study.prepare import prepare
 from outliers.study.probes import probe_folder
 from tests.support.synthetic import Silent
 
+pytestmark = pytest.mark.studies
+
 PARTS = {"attn_in": "self_attn", "mlp_in": "mlp", "o_in": "self_attn.o_proj", "down_in": "mlp.down_proj"}
 SUPER = "11.mlp.down_proj[507,1229]"
 

@@ -16,6 +16,7 @@ from outliers.errors import BadInput, DigestConflict, ForbiddenFile, PublishRefu
 from outliers.publish.manifest import read_manifest, write_manifest
 from outliers.publish.publish import check_target, fetch, model_slug, publish, published_manifest
 from outliers.publish.stores.open import opened
+from tests.support.cases import first_here
 from tests.support.publishing import Objects, other, results, s3, start_publisher, target
 from tests.support.results_folder import SLUG, STUDY_ID, finish, make_results
 
@@ -108,6 +109,7 @@ class TestRefusals:
             lambda folder: (folder / "tokens.json").write_text("{}"),
         ],
     )
+    @pytest.mark.parametrize("target", first_here(["file", "s3"]), indirect=True)
     def test_folder_that_is_not_its_manifest(
         self, target: str, results: Path, change: Callable[[Path], object]
     ) -> None:
@@ -125,6 +127,7 @@ class TestRefusals:
             lambda folder: (folder / "report.html").unlink(),
         ],
     )
+    @pytest.mark.parametrize("target", first_here(["file", "s3"]), indirect=True)
     def test_what_is_rendered_is_rendered_again(
         self, target: str, results: Path, change: Callable[[Path], object]
     ) -> None:
@@ -150,6 +153,7 @@ class TestRefusals:
             publish(results, target, SLUG)
 
     @pytest.mark.parametrize("data", [b"{", b"{}", b""])
+    @pytest.mark.parametrize("target", first_here(["file", "s3"]), indirect=True)
     def test_malformed_publication(self, target: str, results: Path, data: bytes) -> None:
         Objects(target).put(f"{SLUG}/{STUDY_ID}/manifest.json", data)
         for act in (lambda: publish(results, target, SLUG), lambda: published_manifest(target, SLUG, STUDY_ID)):
@@ -158,6 +162,7 @@ class TestRefusals:
         assert Objects(target).read(f"{SLUG}/{STUDY_ID}/manifest.json") == data
 
     @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden"])
+    @pytest.mark.parametrize("target", first_here(["file", "s3"]), indirect=True)
     def test_names_that_lead_elsewhere(self, target: str, name: str) -> None:
         with pytest.raises(BadInput):
             published_manifest(target, name, STUDY_ID)
@@ -200,6 +205,7 @@ class TestFetch:
             fetch(target, SLUG, STUDY_ID, tmp_path / "back")
 
     @pytest.mark.parametrize("path", ["../../escaped", "/tmp/escaped", "plots/../../escaped.png", "manifest.json"])
+    @pytest.mark.parametrize("target", first_here(["file", "s3"]), indirect=True)
     def test_manifest_that_leads_elsewhere(self, target: str, results: Path, tmp_path: Path, path: str) -> None:
         manifest = read_manifest(results)
         assert manifest is not None
@@ -238,6 +244,7 @@ class TestOrphans:
 
 
 class TestTwoAtOnce:
+    @pytest.mark.studies
     def test_same_results(self, target: str, results: Path, tmp_path: Path) -> None:
         publishers = [start_publisher(results, target) for _ in range(3)]
         outputs = [publisher.communicate(timeout=120)[0] for publisher in publishers]
@@ -245,6 +252,7 @@ class TestTwoAtOnce:
         assert len(set(outputs)) == 1
         fetch(target, SLUG, STUDY_ID, tmp_path / "back")
 
+    @pytest.mark.studies
     def test_different_results(self, target: str, results: Path, other: Path, tmp_path: Path) -> None:
         publishers = [start_publisher(folder, target) for folder in (results, other)]
         outputs = [publisher.communicate(timeout=120)[0] for publisher in publishers]

@@ -137,6 +137,7 @@ def test_a_list_of_a_bucket_reads_manifests_alone(bucket):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_more_studies_than_one_page_of_a_listing(s3_server):
     """A listing has a thousand names a page; the rest must not be lost."""
     import s3fs

@@ -103,7 +103,7 @@ def of_a_command(tmp_path_factory):
             process.send_signal(signal.SIGKILL)
 
 
-@pytest.fixture(params=["made_by_ui", "of_a_command"])
+@pytest.fixture(params=["made_by_ui", pytest.param("of_a_command", marks=pytest.mark.studies)])
 def server(request) -> Server:
     return request.getfixturevalue(request.param)
 

@@ -6,10 +6,8 @@ Each ends in an error or a right resume, never in a wrong capture.
 from __future__ import annotations
 
 import json
+import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -20,6 +18,7 @@ from outliers.steps import capture_exists, run_verify
 from outliers.store.chunks import Journal
 from outliers.store.verify import verify
 from tests.capture.test_faults import assert_identical
+from tests.support.commands import run_command
 from tests.support.damaged import copy, flip, whole
 from tests.support.synthetic import Silent
 
@@ -188,8 +187,7 @@ def test_the_command_checks_repairs_and_says_what_to_do(copy):
     workspace, study, folder = copy
 
     def outliers(*arguments):
-        command = [str(Path(sys.executable).parent / "outliers"), *arguments, "--workspace", str(workspace.root)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return run_command(folder.parent, *arguments, "--workspace", workspace.root, environment=os.environ)
 
     sound = outliers("verify", study.capture_id)
     assert sound.returncode == 0, sound.stderr

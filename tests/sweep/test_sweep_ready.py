@@ -48,6 +48,7 @@ def plans(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RENTED)
+@pytest.mark.studies
 def test_a_ready_made_sweep_has_plan_price_and_time_for_each_study(plans, name):
     plan = plans[0][name]
     assert [study["model"] for study in plan["studies"]] == MODELS[name]
@@ -64,6 +65,7 @@ def test_a_ready_made_sweep_has_plan_price_and_time_for_each_study(plans, name):
     assert (plan["refusals"], plan["unpriced"], plan["remedy"]) == ([], [], None)
 
 
+@pytest.mark.studies
 def test_each_model_is_told_as_it_is_planned_and_no_weights_are_fetched(plans):
     _, said, fetched = plans
     for name in RENTED:

@@ -187,6 +187,7 @@ def whole(world, tmp_path_factory):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_three_processes_give_what_one_gives(world, whole, tmp_path):
     spread = manifest(run(world, tmp_path / "three", *OPTIONS, "--shards", "3"))
     assert spread["results_digest"] == whole["results_digest"]
@@ -296,6 +297,7 @@ def test_what_could_not_be_published_is_not_made_again(world, whole, tmp_path):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_a_cancel_ends_every_part(world, tmp_path):
     folder, environment = world
     options = ("--workspace", str(tmp_path / "work"), "--shards", "2", "--num-sequences", "300")
