@@ -259,6 +259,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _limits(kind: int) -> NDArray[np.int64]:
     """Bits of infinity and of each magnitude of LADDER; each is a bfloat16 and a float16."""
+    magnitudes: NDArray[Any]
     if kind == FLOAT16:
         magnitudes = np.array(LADDER, np.float16).view(np.uint16)
     else:
