@@ -1,7 +1,7 @@
 """What watching the experts costs: a Qwen3-like mixture of 64 experts, with and without, side by side in one run.
 
     python -m benchmarks.experts                      about a minute
-    python -m benchmarks.experts --rounds 3 --tokens 512 --json figures.json
+    python -m benchmarks.experts --rounds 9 --tokens 1024 --json figures.json
 
 Variants, over the same tokens with one model in memory, in turn within each round, every other round backwards:
 
@@ -142,10 +142,10 @@ def main() -> None:
     """Measure, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 512")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=1024, help=f"of a pass, in {SEQUENCES} sequences")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=512, help=f"of a pass, in {SEQUENCES} sequences")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--implementations", default="grouped_mm,eager")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None)
