@@ -140,9 +140,10 @@ def tell(implementation: str, clocks: dict[str, Any]) -> None:
     for clock, figures in clocks.items():
         seconds, spread, ratios = figures["seconds"], figures["bare_seconds"], figures["ratios"]
         print(f"{implementation}, {clock}: bare {seconds['bare']:.3f} s ({spread[0]:.3f} to {spread[1]:.3f})")
-        for name, (median, least, greatest) in ratios.items():
+        for name, (median, lower, upper) in ratios.items():
+            at_least = figures["least"][name]
             print(
-                f"  {name:8} {seconds[name]:.3f} s  x{median:.3f} ({least:.3f} to {greatest:.3f}), least x{figures['least'][name]:.3f}"
+                f"  {name:8} {seconds[name]:.3f} s  x{median:.3f} ({lower:.3f} to {upper:.3f}), least x{at_least:.3f}"
             )
         loops = ratios["added"][0] - ratios["watched"][0]
         print(
