@@ -259,10 +259,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _limits(kind: int) -> NDArray[np.int64]:
     """Bits of infinity and of each magnitude of LADDER; each is a bfloat16 and a float16."""
-    magnitudes: NDArray[Any]
-    if kind == FLOAT16:
-        magnitudes = np.array(LADDER, np.float16).view(np.uint16)
-    else:
+    magnitudes: NDArray[Any] = np.array(LADDER, np.float16).view(np.uint16)
+    if kind != FLOAT16:
         magnitudes = np.array(LADDER, np.float32).view(np.uint32) >> (16 if kind == BFLOAT16 else 0)
     return np.array([INFINITY[kind], *magnitudes], np.int64)
 
