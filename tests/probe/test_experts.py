@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import outliers.probe.run as run
 from outliers.advice.advise import advise
@@ -417,8 +418,8 @@ def test_a_probe_of_experts_that_is_stopped_ends_with_the_same_bits(world, monke
         return forward(self, batch, **options)
 
     monkeypatch.setattr(Engine, "forward", failing)
-    # in the statistics, in the comparison of shared layers, in the first group of changes, in the second batch
-    for passes in (1, 3, 9, 14):
+    # in the statistics, in the comparison of shared layers, in the first group of changes, and twice in the second batch
+    for passes in (1, 2, 5, 10, 3):
         left[0] = passes
         with pytest.raises(RuntimeError, match="stopped"):
             probe(study, workspace, Silent())
@@ -450,7 +451,7 @@ def test_a_dense_model_has_no_experts_to_silence(workspace, llama, text):
 
 @pytest.mark.parametrize("name", ["1", "1.x", "-1.2", "1.2.3", "auto"])
 def test_what_is_no_expert_is_refused(world, name):
-    with pytest.raises(BadInput, match=r"is not LAYER\.EXPERT such as 1\.68, or super"):
+    with pytest.raises(ValidationError, match=r"is not LAYER\.EXPERT such as 1\.68, or super"):
         study_of(world, {"experts": (name,)})
 
 
