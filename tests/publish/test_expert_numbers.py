@@ -12,6 +12,7 @@ import json
 
 import pyarrow as pa
 import pytest
+import torch
 from rich.console import Console
 
 from flows.cli.run_show import read_run, show_command
@@ -39,7 +40,7 @@ from tests.support.synthetic import Silent
 def study(tmp_path_factory):
     """(prepared, workspace, the bytes of its numbers by name)."""
     folder = tmp_path_factory.mktemp("mixture")
-    expert_oracle.build("DeepseekV3", "eager").save_pretrained(folder / "model")
+    expert_oracle.build("DeepseekV3", "eager", torch.float32).save_pretrained(folder / "model")
     tiny.save_tokenizer(folder / "model")
     (folder / "book.txt").write_text("Tokens go to experts; some more than others. " * 200)
     workspace = open_workspace(folder / "workspace")
@@ -90,6 +91,13 @@ def put(table, name, row, value):
     return table.set_column(index, table.schema.field(index), pa.array(cells, table.schema.field(index).type))
 
 
+def unreached(table, row):
+    """The table where an expert has no token but kept its values."""
+    for name in ("tokens", "first_tokens", "delimiter_tokens", "special_tokens"):
+        table = put(table, name, row, 0)
+    return table
+
+
 def changed(files, change):
     summary = json.loads(files[SUMMARY])
     change(summary["experts"])
@@ -104,7 +112,8 @@ LATER = [
     (EXPERTS, lambda t: put(t, "tokens", 0, 1_000), "has 1,000 tokens"),
     (EXPERTS, lambda t: put(t, "tokens", 0, t["tokens"][0].as_py() - 1), "that its tokens do not give"),
     (EXPERTS, lambda t: put(t, "tokens", 0, None), "nulls in the column tokens"),
-    (EXPERTS, lambda t: put(t, "tokens", 0, 0), "which no token reached"),
+    (EXPERTS, lambda t: put(put(t, "tokens", 1, 0), "first_tokens", 1, 0), "of expert 1 of layer 1"),
+    (EXPERTS, lambda t: unreached(t, 1), "a value of expert 1 of layer 1, which no token reached"),
     (EXPERTS, lambda t: put(t, "first_tokens", 0, 49), "more of a kind"),
     (EXPERTS, lambda t: put(t, "load", 0, 2.5), "a load of expert 0 of layer 1"),
     (EXPERTS, lambda t: put(t, "load_low", 0, 9.0), "no ends"),
@@ -143,7 +152,7 @@ def test_another_table_is_refused(study, name, change, word):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda b: b.update(layers=[0, 1]), "rows of other experts"),
+        (lambda b: b.update(layers=[0, 1]), "of layer 2 was not read"),
         (lambda b: b.update(layers=[1, 9]), "was not read"),
         (lambda b: b.update(experts=5), "the model has 4"),
         (lambda b: b.update(never_reached=0.5), "never_reached"),
@@ -203,7 +212,7 @@ def test_the_terminal_the_page_and_python_show_them(study, capsys):
         assert f"largest abs(x) {row['output_max']:.6g} at channel {row['output_channel']}" in text
     assert "shared expert L1S0" in shown(workspace, expert="1.-1")
     for wrong, word in (
-        ("0.1", "layers with experts are 1 to 2"),
+        ("0.1", "layers with experts are 1-2"),
         ("1.4", "experts 0 to 3, and -1 to -1"),
         ("x", "such as 1.68"),
     ):
