@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from flows.cli.run_experts import show_reach
 from flows.cli.run_show import read_run, show_command
 from outliers.api.studies import open_study
 from outliers.atlas.row import row_of
@@ -239,3 +240,15 @@ def test_the_atlas_has_three_columns_of_them(study):
     assert row.experts_unreached == block["never_reached"]
     assert row.super_experts == block["super_experts"]["count"]
     assert row.largest_expert_output == block["largest_output"]["output"]
+
+
+def test_a_plan_says_how_many_tokens_would_reach_every_expert(study):
+    made, workspace, files = study
+    out = io.StringIO()
+    console = Console(file=out, width=100, no_color=True)
+    show_reach(console, workspace, "another/model")
+    assert out.getvalue() == ""
+    show_reach(console, workspace, made.model.source.id)
+    tokens = json.loads(files[SUMMARY])["experts"]["reach"][1]["tokens"]
+    assert f"to reach every expert 100 times: about {tokens:,} tokens" in out.getvalue()
+    assert f"by the routing of 48 tokens in study {made.study_id}" in out.getvalue()
