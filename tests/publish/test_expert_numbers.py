@@ -28,7 +28,7 @@ from outliers.publish.manifest import digest_of
 from outliers.publish.received import asked_of, check_received
 from outliers.publish.reporting import numbers_folder, write_numbers, write_study
 from outliers.publish.shelf import Published
-from outliers.results.schema import EXPERTS_SCHEMA, ROUTER_SCHEMA
+from outliers.results.schema import EXPERTS_NULLABLE, EXPERTS_SCHEMA, ROUTER_SCHEMA
 from outliers.results.write import json_bytes
 from outliers.steps import run_analyze
 from outliers.workspace import open_workspace
@@ -107,7 +107,7 @@ def changed(files, change):
 
 LATER = [
     (EXPERTS, lambda t: t.append_column("extra", t["tokens"]), "columns"),
-    (EXPERTS, lambda t: t.slice(0, 9), "has 9 rows, the study has 10 experts"),
+    (EXPERTS, lambda t: t.slice(0, 9), "has 9 rows, 10 are due"),
     (EXPERTS, lambda t: pa.concat_tables([t.slice(1), t.slice(0, 1)]), "in another order"),
     (EXPERTS, lambda t: put(t, "layer", 0, 0), "rows of other experts"),
     (EXPERTS, lambda t: put(t, "tokens", 0, 1_000), "has 1,000 tokens"),
@@ -129,7 +129,8 @@ LATER = [
     (EXPERTS, lambda t: put(t, "super_expert", 4, False), "has super_expert False"),
     (EXPERTS, lambda t: put(t, "super_expert", 0, None), "has super_expert None"),
     (EXPERTS, lambda t: put(t, "super_expert", 0, not t["super_expert"][0].as_py()), "the bounds in summary.json"),
-    (ROUTER, lambda t: t.slice(0, 1), "rows of other layers"),
+    (ROUTER, lambda t: t.slice(0, 1), "has 1 rows, 2 are due"),
+    (ROUTER, lambda t: put(t, "layer", 0, 2), "rows of other layers"),
     (ROUTER, lambda t: put(t, "tokens", 0, 49), "has 49 tokens"),
     (ROUTER, lambda t: put(t, "entropy", 0, 0.5), "an entropy of layer 1"),
     (ROUTER, lambda t: put(t, "entropy", 0, float("inf")), "not finite"),
@@ -249,6 +250,23 @@ def test_a_plan_says_how_many_tokens_would_reach_every_expert(study):
     show_reach(console, workspace, "another/model")
     assert out.getvalue() == ""
     show_reach(console, workspace, made.model.source.id)
-    tokens = json.loads(files[SUMMARY])["experts"]["reach"][1]["tokens"]
-    assert f"to reach every expert 100 times: about {tokens:,} tokens" in out.getvalue()
+    reach = json.loads(files[SUMMARY])["experts"]["reach"]
+    assert [row["times"] for row in reach] == [1, 100]
+    for row in reach:
+        said = "unknown, for some" if row["tokens"] is None else f"about {row['tokens']:,} tokens"
+        assert f"{'once' if row['times'] == 1 else '100 times'}: {said}" in out.getvalue()
     assert f"by the routing of 48 tokens in study {made.study_id}" in out.getvalue()
+
+
+def test_a_corpus_without_tokens_is_refused_not_divided_by(study):
+    _, _, files = study
+    summary = json.loads(files[SUMMARY])
+    summary["corpus"]["num_tokens"] = 0
+    table = read_parquet(files[EXPERTS])
+    for row in range(table.num_rows):
+        table = unreached(table, row)
+    for name in EXPERTS_NULLABLE:
+        index = table.schema.get_field_index(name)
+        table = table.set_column(index, table.schema.field(index), pa.nulls(10, table.schema.field(index).type))
+    with pytest.raises(ForbiddenFile):
+        check_numbers(files | {SUMMARY: json_bytes(summary), EXPERTS: parquet_bytes(table)})
