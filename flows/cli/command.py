@@ -306,6 +306,7 @@ def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str
     """`outliers plan`."""
     from flows.cli.console import busy, show_plan
     from flows.cli.options import read_spec
+    from flows.cli.run_experts import show_reach
     from outliers.machines.providers import provider
     from outliers.planning.plan import make_plan
     from outliers.study.prepare import model_info
@@ -326,6 +327,8 @@ def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str
         print(plan.model_dump_json())
     else:
         show_plan(console, plan)
+        if plan.experts != "off":
+            show_reach(console, workspace, plan.model)
     return REFUSED if plan.refusals and not plan.offers else DONE
 
 

@@ -1,7 +1,11 @@
-"""`outliers runs show --expert LAYER.EXPERT`: what one expert of a mixture gets and gives, from experts.parquet."""
+"""`outliers runs show --expert LAYER.EXPERT`: what one expert of a mixture gets and gives, from experts.parquet.
+
+And for `outliers plan`, how many tokens would reach every expert, by the routing that a study of the same model has seen.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +14,12 @@ from flows.cli.console import line
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from outliers.publish.finished import Finished
+    from outliers.workspace import Workspace
+
+LOOKED_AT = 200
+"""Studies of a workspace that are asked for the routing of a model, the newest first."""
 
 _NAMED = re.compile(r"L?(\d{1,6})[.E](-?\d{1,6})", re.ASCII)
 
@@ -69,3 +79,37 @@ def _largest(row: Mapping[str, Any], name: str, place: str) -> str:
         return "unknown"
     where = f"{place} {row[f'{name}_{place}']}, sequence {row[f'{name}_sequence']}, position {row[f'{name}_position']}"
     return f"largest abs(x) {row[f'{name}_max']:.6g} at {where}"
+
+
+def show_reach(console: Console, workspace: Workspace, model: str) -> None:
+    """How many tokens would reach every expert, from the newest study of this model in the workspace; nothing without one."""
+    from outliers.results.expert_words import reach_words
+
+    found = _routed(workspace, model)
+    if found is None:
+        return
+    said, tokens = reach_words(found.summary["experts"]), found.summary["corpus"]["num_tokens"]
+    seen = f"by the routing of {tokens:,} tokens in study {found.summary['study_id']}, a lower bound in practice"
+    line(console, "coverage", f"{'; '.join(said)} ({seen})")
+
+
+def _routed(workspace: Workspace, model: str) -> Finished | None:
+    """The newest finished study of a model that read its experts; damaged ones are passed over."""
+    from outliers.errors import OutliersError
+    from outliers.publish.contents import NotAllowedError, check_summary
+    from outliers.publish.finished import read_finished
+
+    places = []
+    for path in workspace.results.glob("*/manifest.json"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            places.append((path.lstat().st_mtime, path.parent))
+    for _, folder in sorted(places, reverse=True)[:LOOKED_AT]:
+        try:
+            found = read_finished(folder)
+            if found is None or found.summary["model"]["id"] != model or found.summary.get("experts") is None:
+                continue
+            check_summary(found.files["summary.json"])
+        except (OutliersError, NotAllowedError, OSError):
+            continue
+        return found
+    return None

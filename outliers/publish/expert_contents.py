@@ -93,8 +93,9 @@ def _judge(
     try:
         file = open_parquet(data)
         check_columns(file.schema_arrow, schema, (schema.names,))
-        if file.metadata.num_rows > MAX_ROWS:
-            raise NotAllowedError(f"has {file.metadata.num_rows:,} rows, at most {MAX_ROWS:,} are published")
+        wanted = len(block.layers) * (block.experts + block.shared if schema is EXPERTS_SCHEMA else 1)
+        if (rows_there := file.metadata.num_rows) != wanted or wanted > MAX_ROWS:
+            raise NotAllowedError(f"has {rows_there:,} rows, {wanted:,} are due and at most {MAX_ROWS:,} are published")
         check_extras(file.metadata, len(data), 1)
         table = file.read(use_threads=False)
         check_nulls(table, nullable)
@@ -109,9 +110,6 @@ def _judge(
 
 def _check_expert_rows(rows: Rows, summary: StudySummary, block: ExpertsBlock) -> None:
     numbers = [*range(block.experts), *range(-1, -block.shared - 1, -1)]
-    wanted = len(block.layers) * len(numbers)
-    if len(rows) != wanted:
-        raise NotAllowedError(f"has {len(rows):,} rows, the study has {wanted:,} experts")
     for at, layer in enumerate(block.layers):
         own = rows[at * len(numbers) : (at + 1) * len(numbers)]
         if [(row["layer"], row["expert"]) for row in own] != [(layer, number) for number in numbers]:
@@ -119,7 +117,7 @@ def _check_expert_rows(rows: Rows, summary: StudySummary, block: ExpertsBlock) -
         for row in own:
             _check_expert(row, summary, block)
         routed = sum(row["tokens"] for row in own[: block.experts])
-        if routed != summary.corpus.num_tokens * block.slots:
+        if not routed or routed != summary.corpus.num_tokens * block.slots:
             raise NotAllowedError(
                 f"has {routed:,} routed tokens in layer {layer}, {summary.corpus.num_tokens:,} x {block.slots} are due"
             )

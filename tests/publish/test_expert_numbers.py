@@ -12,8 +12,10 @@ import json
 
 import pyarrow as pa
 import pytest
+import torch
 from rich.console import Console
 
+from flows.cli.run_experts import show_reach
 from flows.cli.run_show import read_run, show_command
 from outliers.api.studies import open_study
 from outliers.atlas.row import row_of
@@ -26,7 +28,7 @@ from outliers.publish.manifest import digest_of
 from outliers.publish.received import asked_of, check_received
 from outliers.publish.reporting import numbers_folder, write_numbers, write_study
 from outliers.publish.shelf import Published
-from outliers.results.schema import EXPERTS_SCHEMA, ROUTER_SCHEMA
+from outliers.results.schema import EXPERTS_NULLABLE, EXPERTS_SCHEMA, ROUTER_SCHEMA
 from outliers.results.write import json_bytes
 from outliers.steps import run_analyze
 from outliers.workspace import open_workspace
@@ -39,7 +41,7 @@ from tests.support.synthetic import Silent
 def study(tmp_path_factory):
     """(prepared, workspace, the bytes of its numbers by name)."""
     folder = tmp_path_factory.mktemp("mixture")
-    expert_oracle.build("DeepseekV3", "eager").save_pretrained(folder / "model")
+    expert_oracle.build("DeepseekV3", "eager", torch.float32).save_pretrained(folder / "model")
     tiny.save_tokenizer(folder / "model")
     (folder / "book.txt").write_text("Tokens go to experts; some more than others. " * 200)
     workspace = open_workspace(folder / "workspace")
@@ -90,6 +92,13 @@ def put(table, name, row, value):
     return table.set_column(index, table.schema.field(index), pa.array(cells, table.schema.field(index).type))
 
 
+def unreached(table, row):
+    """The table where an expert has no token but kept its values."""
+    for name in ("tokens", "first_tokens", "delimiter_tokens", "special_tokens"):
+        table = put(table, name, row, 0)
+    return table
+
+
 def changed(files, change):
     summary = json.loads(files[SUMMARY])
     change(summary["experts"])
@@ -98,13 +107,14 @@ def changed(files, change):
 
 LATER = [
     (EXPERTS, lambda t: t.append_column("extra", t["tokens"]), "columns"),
-    (EXPERTS, lambda t: t.slice(0, 9), "has 9 rows, the study has 10 experts"),
+    (EXPERTS, lambda t: t.slice(0, 9), "has 9 rows, 10 are due"),
     (EXPERTS, lambda t: pa.concat_tables([t.slice(1), t.slice(0, 1)]), "in another order"),
     (EXPERTS, lambda t: put(t, "layer", 0, 0), "rows of other experts"),
     (EXPERTS, lambda t: put(t, "tokens", 0, 1_000), "has 1,000 tokens"),
     (EXPERTS, lambda t: put(t, "tokens", 0, t["tokens"][0].as_py() - 1), "that its tokens do not give"),
     (EXPERTS, lambda t: put(t, "tokens", 0, None), "nulls in the column tokens"),
-    (EXPERTS, lambda t: put(t, "tokens", 0, 0), "which no token reached"),
+    (EXPERTS, lambda t: put(put(t, "tokens", 1, 0), "first_tokens", 1, 0), "of expert 1 of layer 1"),
+    (EXPERTS, lambda t: unreached(t, 1), "a value of expert 1 of layer 1, which no token reached"),
     (EXPERTS, lambda t: put(t, "first_tokens", 0, 49), "more of a kind"),
     (EXPERTS, lambda t: put(t, "load", 0, 2.5), "a load of expert 0 of layer 1"),
     (EXPERTS, lambda t: put(t, "load_low", 0, 9.0), "no ends"),
@@ -119,7 +129,8 @@ LATER = [
     (EXPERTS, lambda t: put(t, "super_expert", 4, False), "has super_expert False"),
     (EXPERTS, lambda t: put(t, "super_expert", 0, None), "has super_expert None"),
     (EXPERTS, lambda t: put(t, "super_expert", 0, not t["super_expert"][0].as_py()), "the bounds in summary.json"),
-    (ROUTER, lambda t: t.slice(0, 1), "rows of other layers"),
+    (ROUTER, lambda t: t.slice(0, 1), "has 1 rows, 2 are due"),
+    (ROUTER, lambda t: put(t, "layer", 0, 2), "rows of other layers"),
     (ROUTER, lambda t: put(t, "tokens", 0, 49), "has 49 tokens"),
     (ROUTER, lambda t: put(t, "entropy", 0, 0.5), "an entropy of layer 1"),
     (ROUTER, lambda t: put(t, "entropy", 0, float("inf")), "not finite"),
@@ -143,7 +154,7 @@ def test_another_table_is_refused(study, name, change, word):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda b: b.update(layers=[0, 1]), "rows of other experts"),
+        (lambda b: b.update(layers=[0, 1]), "of layer 2 was not read"),
         (lambda b: b.update(layers=[1, 9]), "was not read"),
         (lambda b: b.update(experts=5), "the model has 4"),
         (lambda b: b.update(never_reached=0.5), "never_reached"),
@@ -203,7 +214,7 @@ def test_the_terminal_the_page_and_python_show_them(study, capsys):
         assert f"largest abs(x) {row['output_max']:.6g} at channel {row['output_channel']}" in text
     assert "shared expert L1S0" in shown(workspace, expert="1.-1")
     for wrong, word in (
-        ("0.1", "layers with experts are 1 to 2"),
+        ("0.1", "layers with experts are 1-2"),
         ("1.4", "experts 0 to 3, and -1 to -1"),
         ("x", "such as 1.68"),
     ):
@@ -230,3 +241,32 @@ def test_the_atlas_has_three_columns_of_them(study):
     assert row.experts_unreached == block["never_reached"]
     assert row.super_experts == block["super_experts"]["count"]
     assert row.largest_expert_output == block["largest_output"]["output"]
+
+
+def test_a_plan_says_how_many_tokens_would_reach_every_expert(study):
+    made, workspace, files = study
+    out = io.StringIO()
+    console = Console(file=out, width=100, no_color=True)
+    show_reach(console, workspace, "another/model")
+    assert out.getvalue() == ""
+    show_reach(console, workspace, made.model.source.id)
+    reach = json.loads(files[SUMMARY])["experts"]["reach"]
+    assert [row["times"] for row in reach] == [1, 100]
+    for row in reach:
+        said = "unknown, for some" if row["tokens"] is None else f"about {row['tokens']:,} tokens"
+        assert f"{'once' if row['times'] == 1 else '100 times'}: {said}" in out.getvalue()
+    assert f"by the routing of 48 tokens in study {made.study_id}" in out.getvalue()
+
+
+def test_a_corpus_without_tokens_is_refused_not_divided_by(study):
+    _, _, files = study
+    summary = json.loads(files[SUMMARY])
+    summary["corpus"]["num_tokens"] = 0
+    table = read_parquet(files[EXPERTS])
+    for row in range(table.num_rows):
+        table = unreached(table, row)
+    for name in EXPERTS_NULLABLE:
+        index = table.schema.get_field_index(name)
+        table = table.set_column(index, table.schema.field(index), pa.nulls(10, table.schema.field(index).type))
+    with pytest.raises(ForbiddenFile):
+        check_numbers(files | {SUMMARY: json_bytes(summary), EXPERTS: parquet_bytes(table)})
