@@ -196,8 +196,12 @@ def show_plan(console: Console, plan: Plan) -> None:
     if plan.spread:
         line(console, "shards", plan.spread)
     line(console, "disk", f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)")
+    if plan.experts == "off" and plan.num_experts:
+        line(console, "experts", f"not read{', ' + plan.experts_reason if plan.experts_reason else ' (--experts)'}")
     if plan.experts != "off":
-        line(console, "experts", f"{_EXPERTS[plan.experts]}; {size(plan.experts_bytes)} of the memory is for this")
+        why = f", {plan.experts_reason}" if plan.experts == "routing" and plan.experts_reason else ""
+        took = f"{size(plan.experts_bytes)} of the memory is for this"
+        line(console, "experts", f"{_EXPERTS[plan.experts]}{why}; {took}")
     line(console, "kept there", f"{size(plan.private_bytes)} of statistics, which `outliers export --full` brings home")
     for text in plan.assumptions:
         step, _, assumption = text.partition(": ")

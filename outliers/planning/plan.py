@@ -76,6 +76,8 @@ class Plan(BaseModel):
     capture_bytes_left: int
     experts: str
     """What is read of experts: all, routing or off."""
+    experts_reason: str | None
+    """Why it can't be all, as the end of a sentence; None where it can, or there are none."""
     experts_bytes: int
     """Of `ram_bytes`, what reading the experts takes."""
     private_bytes: int
@@ -111,6 +113,7 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
         capture_bytes=demand.layout.total_bytes,
         capture_bytes_left=left,
         experts=expert_mode(spec, info, demand.layout.layers),
+        experts_reason=_unread(info),
         experts_bytes=demand.experts_bytes * (spec.compute.shards if spec.compute.runs_here else 1),
         private_bytes=demand.private_bytes,
         seconds={step.name: step.seconds for step in first if step.seconds is not None},
@@ -134,6 +137,13 @@ def _model(info: ModelInfo) -> dict[str, Any]:
         "weight_bytes": info.weights.memory_bytes,
         "checkpoint_bytes": info.weights.checkpoint_bytes,
     }
+
+
+def _unread(info: ModelInfo) -> str | None:
+    """Why not everything of a mixture's experts can be read, as the end of a sentence."""
+    if info.experts is not None:
+        return info.experts.reason
+    return f"for the experts of {info.architecture} are not known" if info.anatomy.moe_layers else None
 
 
 def _memory(demand: Demand) -> dict[str, int]:
