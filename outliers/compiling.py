@@ -8,6 +8,8 @@ change in one of them recompiles every loop. Knows nothing of what is computed.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import Any
 
 from numba import njit
 
@@ -26,3 +28,10 @@ def compiler(files):
             return njit(**options)(function)
 
     return compiled
+
+
+def is_cached(function: Any) -> bool:
+    """Whether a `compiled` function, from these very files, is in the cache of this machine for any types of arguments."""
+    folder = function.stats.cache_path
+    name = f"{Path(function.py_func.__code__.co_filename).stem}.{function.py_func.__qualname__}-*.nbi"
+    return folder is not None and any(Path(folder).glob(name))

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from outliers.capture.forward import Batch
+from outliers.compiling import is_cached
 from outliers.experts.add import add_layer
+from outliers.experts.kernels import add_outputs
 from outliers.experts.routed import Routed
 from outliers.experts.routing import add_routing
 from outliers.experts.sums import ExpertSums
@@ -84,6 +86,10 @@ class ExpertPass:
         if layout.experts is None:
             raise ValueError("the capture reads no experts")
         self.shapes, self.layout, self.kept = layout.experts, layout, kept
+        if not self.shapes.values:
+            info = info.model_copy(update={"watch": "routing", "reason": "by choice"})
+        elif not is_cached(add_outputs):
+            log.info("compiling the loops that add up experts: once on this machine, about half a minute")
         self._index = {layer: number for number, layer in enumerate(self.shapes.layers)}
         self._watch = ExpertWatch(base, info, self.shapes.layers, self._take)
         self._batch: Batch | None = None

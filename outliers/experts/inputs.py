@@ -8,26 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from outliers.experts.kernels import add_token_squares
 from outliers.store.chunks import ChunkFiles
 from outliers.study.layout import Layout
 
 SITE = "mlp_in"
-
-
-@njit(nogil=True, cache=True)
-def _add(into: NDArray[np.float64], values: NDArray[np.float32], experts: NDArray[np.uint16]) -> None:
-    """into: (expert, column) += values^2 of each token for each of its experts. values: (token, slot or 1, column)."""
-    for token in range(values.shape[0]):
-        for slot in range(experts.shape[1]):
-            row = into[experts[token, slot]]
-            own = values[token, slot if values.shape[1] > 1 else 0]
-            for column in range(own.size):
-                x = np.float64(own[column])
-                if np.isfinite(x):
-                    row[column] += x * x
 
 
 def add_inputs(
@@ -58,7 +45,7 @@ def add_inputs(
             if shapes.applied:
                 weights = table["expert_weight"][index, start:stop, : shapes.slots, None]
                 values = _rounded(values * weights, layout.dtype)
-            _add(squares[index], np.ascontiguousarray(values), experts)
+            add_token_squares(squares[index], np.ascontiguousarray(values), experts)
 
 
 def _numbers(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:

@@ -12,13 +12,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
 SITES = ("attn_in", "mlp_in", "resid")
 
 
 def start_compiling(folder: Path) -> subprocess.Popen[bytes] | None:
     """A process that compiles the loops as they are; None where it was done before, by the stamps in `folder`."""
-    sources = sorted((ROOT / "outliers" / "counting" / "kernels").glob("*.py"))
+    kernels = (ROOT / "outliers" / "counting" / "kernels").glob("*.py")
+    sources = [*sorted(kernels), ROOT / "outliers" / "experts" / "kernels.py"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     stamp = folder / f"loops-{digest}"
     if stamp.exists():
@@ -28,8 +31,6 @@ def start_compiling(folder: Path) -> subprocess.Popen[bytes] | None:
 
 
 def main(stamp: Path) -> None:
-    import numpy as np
-
     from outliers.counting.analyze import analyze
     from outliers.workspace import open_workspace
     from tests.support import synthetic
@@ -42,7 +43,28 @@ def main(stamp: Path) -> None:
             workspace = open_workspace(Path(folder))
             synthetic.write_capture(prepared, workspace, acts)
             analyze(prepared, workspace, synthetic.Silent(), workers=1)
+    compile_experts()
     stamp.touch()
+
+
+def compile_experts() -> None:
+    """A layer of two experts in each dtype."""
+    import torch
+
+    from outliers.experts.add import add_layer
+    from outliers.experts.kernels import add_token_squares
+    from outliers.experts.routed import Routed
+    from outliers.experts.sums import ExpertSums
+    from outliers.experts.table import FIELDS, ExpertShapes
+
+    shapes = ExpertShapes(layers=(0,), experts=2, slots=1, width=4, shared_widths=(), hidden=4)
+    table = {name: np.zeros((1, 1, 2, 1), dtype) for name, (dtype, _) in FIELDS.items()}
+    index = torch.tensor([[0], [1]])
+    for dtype in (torch.bfloat16, torch.float32):
+        values = torch.ones(2, 4, dtype=dtype)
+        routed = Routed(0, index, torch.ones(2, 1), False, torch.ones(2), torch.arange(2), values, values, values, ())
+        add_layer(ExpertSums.zero(shapes), table, 0, routed, (2,), 2)
+    add_token_squares(np.zeros((2, 4)), np.ones((2, 1, 4), np.float32), np.zeros((2, 1), np.uint16))
 
 
 if __name__ == "__main__":

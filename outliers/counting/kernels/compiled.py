@@ -6,24 +6,17 @@ Knows nothing of what is counted.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from outliers.compiling import compiler
+from outliers.compiling import is_cached as is_cached
 
 FILES = sorted(Path(__file__).parent.glob("*.py"))
 """The sources of the loops."""
 
 
 compiled = compiler(FILES)
-
-
-def is_cached(function: Any) -> bool:
-    """Whether a `compiled` function, from these very files, is in the cache of this machine for any types of arguments."""
-    folder = function.stats.cache_path
-    name = f"{Path(function.py_func.__code__.co_filename).stem}.{function.py_func.__qualname__}-*.nbi"
-    return folder is not None and any(Path(folder).glob(name))
 
 
 @compiled
