@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outliers.experts.kernels import add_token_squares
+from outliers.experts.token_kernels import add_token_squares
 from outliers.store.chunks import ChunkFiles
 from outliers.study.layout import Layout
 

@@ -26,7 +26,6 @@ from outliers.study.demand import demand_of
 from outliers.study.prepare import model_info
 from outliers.sweep.plan import plan_sweep
 from outliers.sweep.sweep import make_sweep
-from outliers.units import amounts
 from tests.support import tiny
 
 CONFIGS = Path(__file__).parents[1] / "support" / "configs"
@@ -378,21 +377,6 @@ def test_amounts_that_differ_look_different(workspace, tmp_path):
     plain, stored = re.search(r"with (\S+ \S+) of weights instead of (\S+ \S+)$", str(refused.value)).groups()
     assert plain != stored
     assert not re.match(r"0\.0+ ", stored)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "said"),
-    [
-        ((300_000, 900_000), ("300.00 KB", "900.00 KB")),
-        ((300_000, 1_100_000), ("0.30 MB", "1.10 MB")),
-        ((7_000_000_000, 6_999_999_999), ("7.000000000 GB", "6.999999999 GB")),
-        ((1_342_000_000_000, 688_500_000_000), ("1.34 TB", "0.69 TB")),
-        ((5, 5), ("5 bytes", "5 bytes")),
-        ((0, 999), ("0 bytes", "999 bytes")),
-    ],
-)
-def test_amounts(numbers, said):
-    assert amounts(*numbers) == said
 
 
 def test_a_byte_too_little_is_seen_in_the_refusal(tmp_path, workspace):

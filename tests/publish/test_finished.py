@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,7 @@ from outliers.dispatch.steps import sync_study
 from outliers.dispatch.transfer import send_study
 from outliers.errors import BadInput, CorruptCapture, DamagedResults, DigestConflict, PublishRefused
 from outliers.files.atomic import sha256_file
-from outliers.jobs import jobs
-from outliers.locks import is_locked
-from outliers.machines.local import LocalMachine, instance_id
+from outliers.machines.local import LocalMachine
 from outliers.model.source import find_model
 from outliers.publish.finished import read_finished
 from outliers.publish.manifest import digest_of, dump_manifest, folder_of, read_manifest
@@ -375,27 +372,3 @@ def test_what_a_step_is_given_is_sealed(copy):
         with pytest.raises(BadInput, match="not what was written"):
             read_prepared(place, workspace)
         place.write_bytes(whole)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", bytes(50), b"\xff\xfe", b"[1]"])
-def test_a_job_whose_end_cannot_be_read_is_lost_and_started_again(tmp_path, content):
-    first = jobs.start(tmp_path, jobs.JobSpec("extract-x", ("true",)))
-    jobs.result(first.folder)
-    while is_locked(first.folder / "lock"):  # its supervisor ends after its record does
-        time.sleep(0.01)
-    for name in ("exit.json", "started.json", "job.json"):
-        (first.folder / name).write_bytes(content)
-    assert jobs.status(first.folder) == "lost"
-    assert jobs.running(tmp_path) == ()
-    again = jobs.start(tmp_path, jobs.JobSpec("extract-x", ("true",)))
-    assert again.attempt == 2
-    jobs.result(again.folder)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff" * 32, b"abc", bytes(32)])
-def test_a_disk_without_a_readable_name_gets_another(tmp_path, content):
-    first = instance_id(tmp_path)
-    (tmp_path / "instance").write_bytes(content)
-    again = instance_id(tmp_path)
-    assert again != first
-    assert instance_id(tmp_path) == again

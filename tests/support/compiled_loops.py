@@ -21,7 +21,7 @@ SITES = ("attn_in", "mlp_in", "resid")
 def start_compiling(folder: Path) -> subprocess.Popen[bytes] | None:
     """A process that compiles the loops as they are; None where it was done before, by the stamps in `folder`."""
     kernels = (ROOT / "outliers" / "counting" / "kernels").glob("*.py")
-    sources = [*sorted(kernels), ROOT / "outliers" / "experts" / "kernels.py"]
+    sources = [*sorted(kernels), *sorted((ROOT / "outliers" / "experts").glob("*kernels.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     stamp = folder / f"loops-{digest}"
     if stamp.exists():
@@ -52,10 +52,10 @@ def compile_experts() -> None:
     import torch
 
     from outliers.experts.add import add_layer
-    from outliers.experts.kernels import add_token_squares
     from outliers.experts.routed import Routed
     from outliers.experts.sums import ExpertSums
     from outliers.experts.table import FIELDS, ExpertShapes
+    from outliers.experts.token_kernels import add_token_squares
 
     shapes = ExpertShapes(layers=(0,), experts=2, slots=1, width=4, shared_widths=(), hidden=4)
     table = {name: np.zeros((1, 1, 2, 1), dtype) for name, (dtype, _) in FIELDS.items()}
