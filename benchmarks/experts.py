@@ -62,7 +62,7 @@ def make_model(arguments: argparse.Namespace, implementation: str) -> Any:
     torch.manual_seed(0)
     dtype = getattr(torch, arguments.dtype)
     return transformers.AutoModelForCausalLM.from_config(
-        config, dtype=dtype, experts_implementation=implementation
+        config, dtype=dtype, experts_implementation=implementation, trust_remote_code=False
     ).eval()
 
 

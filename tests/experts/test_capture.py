@@ -283,6 +283,7 @@ def test_a_damaged_table_is_named_and_computed_again_and_lost_sums_too(study):
     assert verify(folder, Silent()).sound
 
 
+@pytest.mark.studies
 def test_a_kill_at_any_instant_changes_nothing(tmp_path, study, deepseek):
     """SIGKILL while a process reads, ten times; then it is left to end."""
     workspace, whole = study

@@ -362,8 +362,8 @@ def test_a_full_disk_in_the_middle_is_one_clear_error_and_then_a_resume(place, t
             "model: Field required; corpus.num_sequences: Input should be",
         ),
         ("analyze", "tiny", 1, "extract first"),
-        ("report", "tiny", 1, "analyze first"),
-        ("verify", "tiny", 1, "there is no capture"),
+        pytest.param("report", "tiny", 1, "analyze first", marks=pytest.mark.studies),
+        pytest.param("verify", "tiny", 1, "there is no capture", marks=pytest.mark.studies),
     ],
 )
 def test_steps_say_what_is_missing(place, tmp_path, verb, content, code, message):

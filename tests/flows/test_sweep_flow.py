@@ -232,6 +232,7 @@ def test_a_cancelled_sweep_cancels_its_children(prefect_home, slow):
     assert 0 < len(journal.read_text().splitlines()) < 100
 
 
+@pytest.mark.studies
 def test_a_sweep_that_can_not_be_understood_fails_before_any_child(prefect_home):
     flow_run = start(prefect_home, study=[{"model": "a/b", "corpuss": "x"}])
     ended = prefect_home.wait(flow_run, *OVER)

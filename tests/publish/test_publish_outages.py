@@ -73,6 +73,7 @@ class TestServerGone:
             answered(step)
         assert published_manifest(self.TARGET, SLUG, "c" * 24) == read_manifest(second)
 
+    @pytest.mark.studies
     def test_silent(self, own_server: S3Server, results: Path) -> None:
         """A server that accepts and never answers ends in an error too, also under data that fill every buffer."""
         own_server.freeze()
@@ -83,6 +84,7 @@ class TestServerGone:
         assert [type(error) for error in errors] == [StoreUnavailable] * 2
         publish(results, self.TARGET, SLUG)
 
+    @pytest.mark.studies
     def test_killed_between_two_objects(self, own_server: S3Server, tmp_path: Path) -> None:
         results = make_results(tmp_path / "many")
         publisher = start_publisher(results, self.TARGET, more=90)

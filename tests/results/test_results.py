@@ -103,7 +103,7 @@ def test_analysis_never_loads_torch(workspace):
         assert done.stdout.splitlines()[-1] == "0 []", done.stderr
 
 
-@pytest.mark.parametrize("sites", [BLOCK, (*BLOCK, "resid")])
+@pytest.mark.parametrize("sites", [BLOCK, pytest.param((*BLOCK, "resid"), marks=pytest.mark.studies)])
 def test_a_large_model_is_published_in_four_megabytes(workspace, sites):
     """48 layers of 2,048 features, as Qwen3-30B-A3B has; with resid every feature of every layer is over every magnitude.
 

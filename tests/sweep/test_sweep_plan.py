@@ -107,6 +107,7 @@ class Small(LocalProvider):
         return tuple(replace(offer, facts=replace(offer.facts, **free)) for offer in offers), excluded
 
 
+@pytest.mark.studies
 def test_what_is_too_much_for_all_together_is_refused(model, workspace):
     """Captures stay on the disk; of the memory only as many studies count as run at once, the largest."""
     sweep = tiny_sweep(model, workspace, parallel=2, matrix={"num_sequences": [3, 4, 5]})

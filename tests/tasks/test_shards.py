@@ -317,6 +317,7 @@ def test_a_cancel_ends_every_part(world, tmp_path):
 
 
 @pytest.mark.servers
+@pytest.mark.studies
 def test_more_parts_than_batches_is_refused_before_anything_runs(world, tmp_path):
     done = run(world, tmp_path / "work", "--shards", "8")
     assert done.returncode == 2
