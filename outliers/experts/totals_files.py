@@ -112,7 +112,7 @@ def _shapes(stored: dict[str, Any], arrays: Any) -> ExpertShapes:
     layers, everyone = len(shapes.layers), shapes.all_experts
     if not 1 <= layers <= MAX_LAYERS or min(numbers) < 0 or shapes.experts < 1:
         raise ValueError(f"its frame has {layers} layers, {shapes.experts} experts")
-    wanted = {"weight_units": (layers, everyone)}
+    wanted: dict[str, tuple[int, ...]] = {"weight_units": (layers, everyone)}
     if shapes.values:
         wanted["sums.total"] = (layers, shapes.experts, shapes.width)
         wanted["sums.shared_total"] = (layers, shapes.shared, max(shapes.shared_widths, default=0))

@@ -154,6 +154,9 @@ def _verify(folder: Path, reporter: Reporter, workers: int, *, repair: bool = Fa
         # the mark first: from then on existing results are not reused
         mark_repaired(folder, marked)
         _take_back(journal, layout, marked)
+        for damage in found.damage:
+            if damage.file.startswith(f"{SUMS}/"):
+                (folder / damage.file).unlink(missing_ok=True)
     sound = {s for s in journal.done if s < layout.num_sequences} - marked
     unfinished, foreign = _strangers(files, journal, sound)
     return Verification(

@@ -283,6 +283,7 @@ def test_a_damaged_table_is_named_and_computed_again_and_lost_sums_too(study):
     found = verify(folder, Silent())
     assert [d.file for d in found.damage] == ["experts/0-6.npz"] and "checksum" in found.message()
     assert verify(folder, Silent(), repair=True).marked == (0,)
+    assert not file.exists()
     extract(whole, workspace, Silent())
     assert verify(folder, Silent()).sound
     same_arrays(before, sums_in(workspace, whole))

@@ -368,8 +368,8 @@ def test_a_summary_that_claims_other_shapes_is_refused(capture, tmp_path):
     ]
     if sums is not None:
         claims += [{"outputs": rows} for rows in outputs]
-        # a terabyte each, from a file of kilobytes
-        claims += [{"shapes": replace(shapes, width=1 << 33)}, {"shapes": replace(shapes, hidden=1 << 33)}]
+        # 40 gigabytes each, from a file of kilobytes
+        claims += [{"shapes": replace(shapes, width=1 << 30)}, {"shapes": replace(shapes, hidden=1 << 30)}]
         claims += [{"sums": replace(sums, rows=sums.rows + 1)}, {"sums": replace(sums, sequences=sums.sequences + 1)}]
     for changes in claims:
         write_totals(tmp_path, replace(found, **changes))
