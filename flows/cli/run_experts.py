@@ -65,7 +65,13 @@ def show_expert(console: Console, summary: Mapping[str, Any], row: Mapping[str, 
     if row["load"] is not None:
         ends = "" if row["load_low"] is None else f" ({row['load_low']:.4g} to {row['load_high']:.4g} over resamples)"
         line(console, "load", f"{row['load']:.4g} of the layer's mean{ends}")
-    line(console, "weights", f"{row['weight_sum']:.6g} in all, {row['weight_sum'] / row['tokens']:.4g} a token")
+    weights = row["weight_sum"]
+    said = (
+        "unknown: one is not finite"
+        if weights is None
+        else f"{weights:.6g} in all, {weights / row['tokens']:.4g} a token"
+    )
+    line(console, "weights", said)
     line(console, "down_in", _largest(row, "down_in", "column"))
     hits = "unknown" if row["hits"] is None else f"{row['hits']:,}"
     line(console, "hits", f"{hits} values of down_in with abs(x) >= {summary['criteria']['magnitude']:g}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,11 @@ class ExpertPass:
         if self.kept is None:
             add_routing(views, self._index[routed.layer], routed, batch.lengths, batch.positions)
             return
-        if (sums := self._sums) is None:
-            # of a batch whose values are in the sums already: only its table is written again
-            sums = self._spare = self._spare or ExpertSums.zero(self.shapes)
-        add_layer(sums, views, self._index[routed.layer], routed, batch.lengths, batch.positions)
+        sums, index = self._sums, self._index[routed.layer]
+        if sums is None:
+            # of a batch whose values are in the sums already: only its table is written again, and the sums go nowhere
+            views = {field: values[index : index + 1] for field, values in views.items()}
+            one = replace(self.shapes, layers=self.shapes.layers[:1])
+            sums, index = self._spare or ExpertSums.zero(one), 0
+            self._spare = sums
+        add_layer(sums, views, index, routed, batch.lengths, batch.positions)

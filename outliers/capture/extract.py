@@ -37,6 +37,7 @@ from outliers.spec import FORMAT_VERSION
 from outliers.store.chunks import ARRAYS, ChunkFiles, Journal, NamedChunk, create_arrays, hold, mend_arrays
 from outliers.store.durable import drop_leftovers
 from outliers.store.fingerprint import difference, layout_from, read_fingerprint, shapes_of, write_fingerprint
+from outliers.study.expert_shapes import SUMS
 from outliers.study.layout import STORAGE, Layout
 from outliers.study.prepare import Prepared, layout_of
 from outliers.study.ring_size import ring_slots, writers_bytes
@@ -121,15 +122,16 @@ def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -
 
 
 def _clear(folder: Path) -> None:
-    """Remove arrays without a fingerprint. Raises CorruptCapture if the journal has lines."""
+    """Remove arrays and sums without a fingerprint. Raises CorruptCapture if the journal has lines."""
     journal, arrays = folder / "journal.jsonl", folder / "activations.zarr"
     if journal.exists() and journal.stat().st_size:
         raise CorruptCapture(
             f"{folder / 'capture.json'} is gone, and the journal has {journal.stat().st_size} bytes: put it back, or "
             f"`outliers captures rm {folder.name}` and extract again"
         )
-    if arrays.is_dir():
-        shutil.rmtree(arrays)
+    for place in (arrays, folder / SUMS):
+        if place.is_dir():
+            shutil.rmtree(place)
 
 
 def conditions(prepared: Prepared, devices: Devices) -> dict[str, Any]:

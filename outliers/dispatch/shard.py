@@ -92,7 +92,8 @@ def _make(run: StudyRun, part: Shard, reporter: Reporter, slot: Slot) -> dict[st
         counted = step("analyze", prepared.study_id)
         draft = draft_of(part, prepared, workspace)
         shutil.rmtree(draft, ignore_errors=True)
-        machine.download(f"captures/{prepared.capture_id}/summaries/{prepared.study_id}", draft)
+        most = demand_of(prepared.spec, prepared.model).summary_bytes
+        machine.download(f"captures/{prepared.capture_id}/summaries/{prepared.study_id}", draft, max_bytes=most)
         record = {"sequences": part.span, "extraction": read, "analysis": counted, "machine": dict(machine.provenance)}
         write_record(draft, record)
         with locked(study_lock(prepared, workspace), _waiting(run, reporter, _JOINING)):

@@ -173,11 +173,11 @@ class _Inputs:
     arrays: tuple[Any, Any, Any]
     histogram: NDArray[np.int64]
     largest: _Largest
-    counted: NDArray[np.uint32] | None = None
+    counted: NDArray[Any] | None = None
 
     def __call__(self) -> None:
         bits, kind = self.bits
-        self.counted = np.zeros(PATTERNS, np.uint32)
+        self.counted = np.zeros(PATTERNS, counter_of(self.own.places.size * bits.shape[1]))
         slots = (self.own.slots, self.own.places, self.own.starts)
         largest = (self.largest.tops, self.largest.columns)
         tile = np.empty((2, bits.shape[1]), np.int16 if bits.itemsize == 2 else np.int32)
@@ -186,7 +186,12 @@ class _Inputs:
     def merge(self) -> None:
         """Add the piece's histogram to the layer's."""
         if self.counted is not None:
-            self.histogram += self.counted
+            self.histogram += self.counted.astype(np.int64)
+
+
+def counter_of(values: int) -> Any:
+    """The dtype that counts so many values; half of the bytes stay longer in a core's cache."""
+    return np.uint32 if values < 1 << 32 else np.uint64
 
 
 def _outputs(

@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from outliers.errors import CorruptCapture
 from outliers.experts.inputs import add_inputs
 from outliers.experts.sums_files import load_sums
 from outliers.experts.table import ExpertShapes
 from outliers.experts.totals import OUTPUT, OUTPUTS_KEPT, WEIGHT_UNITS, ExpertTotals, largest_outputs
 from outliers.store.chunks import ChunkFiles
+from outliers.study.expert_shapes import SUMS
 from outliers.study.layout import Layout
 
 MLP_IN = "mlp_in"
+LARGEST_WEIGHT = 2.0**31
+"""Of a token; those of the known families are below 16 (DeepSeek scales by its routed_scaling_factor)."""
 
 
 def count_experts(
@@ -48,7 +52,7 @@ def count_experts(
         totals.sums = load_sums(folder, shapes, wanted)
     if reads_inputs:
         totals.input_squares = np.zeros((len(shapes.layers), shapes.experts, shapes.hidden))
-    per_sequence = np.zeros((len(wanted), len(shapes.layers), shapes.all_experts), np.int64)
+    per_sequence = np.zeros((len(wanted), len(shapes.layers), shapes.all_experts), np.int32)
     for row, sequence in enumerate(wanted):
         crcs, length = lines[sequence]["crc32"], int(lengths[row])
         table = {field: files.read_table(field, sequence, int(crcs[field][0]))[:, :length] for field in shapes.fields}
@@ -59,6 +63,11 @@ def count_experts(
     totals.sequences = np.array(wanted, np.int64)
     totals.lengths = lengths.astype(np.int64)
     totals.per_sequence = per_sequence
+    if totals.sums is not None and not np.array_equal(totals.sums.rows, totals.tokens):
+        raise CorruptCapture(
+            f"{folder / SUMS} holds sums of other tokens than the routing of these sequences: remove that folder, and extract "
+            "again"
+        )
     return totals
 
 
@@ -81,14 +90,25 @@ def _add_sequence(
     for kind, chosen in enumerate((np.arange(length) == 0, *marks)):
         totals.by_kind[kind] += counted(keys[:, chosen])
         totals.kinds[kind] += int(chosen.sum())
-    units = np.rint(table["expert_weight"].astype(np.float64) * WEIGHT_UNITS).astype(np.int64)
-    added = np.zeros(size, np.int64)
-    np.add.at(added, keys.ravel(), units.ravel())
-    totals.weight_units += added.reshape(layers, everyone)
+    _add_weights(totals, table["expert_weight"].ravel(), keys.ravel())
     _add_margins(totals, table["router_margin"])
     if shapes.values:
         _add_largest(totals, sequence, table, keys, size)
     return found
+
+
+def _add_weights(totals: ExpertTotals, weights: NDArray[np.float32], keys: NDArray[np.int64]) -> None:
+    """weights, keys: one each a slot; a key is an expert in (L, A), flat. What is not finite is counted and left out."""
+    finite = np.abs(weights) < LARGEST_WEIGHT  # false for NaN
+    own, values = keys[finite], weights[finite].astype(np.float64)
+    whole = np.floor(values)
+    units = np.rint((values - whole) * WEIGHT_UNITS)
+    np.add.at(totals.weight_whole.reshape(-1), own, whole.astype(np.int64))
+    np.add.at(totals.weight_units.reshape(-1), own, units.astype(np.int64))
+    totals.weight_lost += np.bincount(keys[~finite], minlength=totals.weight_lost.size).reshape(
+        totals.weight_lost.shape
+    )
+    totals.carry()
 
 
 def _add_margins(totals: ExpertTotals, margins: NDArray[np.float32]) -> None:

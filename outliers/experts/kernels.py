@@ -63,7 +63,7 @@ def add_inputs(
 
     bits: (R, I). limits: (1 + K,) int64, bits of infinity and of each magnitude. slots, places, starts: as `order_slots` sets
     them. tile: (2, I) int16 or int32, overwritten. sums: total and squares, (E, I) float64 each. extremes: low and high, (E, I)
-    float32 each. counts: nonfinite, (E,), and hits, (K, E), int64. histogram: (65536,) uint32. tops, columns: (T x k,) float32
+    float32 each. counts: nonfinite, (E,), and hits, (K, E), int64. histogram: (65536,) unsigned. tops, columns: (T x k,) float32
     and uint16, set for each slot.
     """
     width = bits.shape[1]

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from dataclasses import fields
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,10 @@ import numpy as np
 from outliers.errors import CaptureError
 from outliers.experts.sums import ExpertSums
 from outliers.files.atomic import sync_folder
-from outliers.study.expert_shapes import ExpertShapes
+from outliers.study.expert_shapes import SUMS, ExpertShapes
 
 log = logging.getLogger(__name__)
 
-FOLDER = "experts"
 _NAME = re.compile(r"(\d+)-(\d+)\.npz")
 _ARRAYS = tuple(f.name for f in fields(ExpertSums) if f.name != "shapes")
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError)
@@ -33,7 +33,7 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError)
 
 def sums_path(folder: Path, sequences: range) -> Path:
     """The file of the sums that a reading of these sequences makes. folder: of the capture."""
-    return folder / FOLDER / f"{sequences.start}-{sequences.stop}.npz"
+    return folder / SUMS / f"{sequences.start}-{sequences.stop}.npz"
 
 
 def write_sums(path: Path, sums: ExpertSums) -> None:
@@ -73,7 +73,7 @@ def read_sums(path: Path, shapes: ExpertShapes) -> ExpertSums | None:
 def choose(folder: Path, shapes: ExpertShapes, wanted: range) -> list[tuple[Path, ExpertSums]]:
     """The files whose sums are of the wanted sequences alone, each sequence once; the file of this very range first."""
     own = sums_path(folder, wanted)
-    others = sorted((folder / FOLDER).glob("*.npz"), key=_range_of)
+    others = sorted((folder / SUMS).glob("*.npz"), key=_range_of)
     chosen: list[tuple[Path, ExpertSums]] = []
     taken: set[int] = set()
     for path in dict.fromkeys((own, *others)):
@@ -96,9 +96,9 @@ def _range_of(path: Path) -> tuple[int, int]:
 
 def load_sums(folder: Path, shapes: ExpertShapes, wanted: range) -> ExpertSums:
     """The sums of all wanted sequences of a capture. Raises CaptureError where some are missing."""
-    total = ExpertSums.zero(shapes)
-    for _, sums in sorted(choose(folder, shapes, wanted), key=lambda item: _range_of(item[0])):
-        total = total.merged(sums)
+    found = sorted(choose(folder, shapes, wanted), key=lambda item: _range_of(item[0]))
+    parts = [sums for _, sums in found] or [ExpertSums.zero(shapes)]
+    total = reduce(ExpertSums.merged, parts)
     missing = len(wanted) - total.sequences.size
     if missing:
         raise CaptureError(

@@ -17,7 +17,8 @@ from outliers.experts.sums import PATTERNS, ExpertSums
 from outliers.experts.table import ExpertShapes
 
 WEIGHT_UNITS = 1 << 40
-"""Routing weights are added up as integers in units of 2^-40, so that their sum does not depend on an order."""
+"""Routing weights are added up as integers in units of 2^-40, so that their sum does not depend on an order. Whole numbers are
+carried over: 64 bits of units alone would overflow after 2^23 tokens of weight 1."""
 KINDS = ("first", "delimiter", "special")
 """Kinds of tokens that are counted apart: the first of a sequence, delimiters, special tokens."""
 OUTPUTS_KEPT = 256
@@ -58,7 +59,8 @@ class ExpertTotals:
     """L layers with experts, E routed experts, S shared ones, A = E + S, N sequences, H hidden dimensions.
 
     sequences: (N,) int64 sorted; lengths: (N,) int64. per_sequence: (N, L, A)
-    int64, tokens that reached an expert. weight_units: (L, A) int64, sum of the weights in units of 2^-40. by_kind: (3, L, A)
+    int32, tokens that reached an expert. weight_whole, weight_units: (L, A) int64, sum of the weights: a whole number, and less
+    than 1 in units of 2^-40; weight_lost: (L, A) int64, tokens whose weight is not finite, and in no sum. by_kind: (3, L, A)
     int64, see KINDS. kinds: (3,) int64, tokens of each kind. down_in_max: (L, A) float32, NaN where no token came or nothing was
     finite, with down_in_column, down_in_sequence, down_in_position (L, A) int64, -1 there; output_max likewise with
     output_channel, output_sequence, output_position. Where equal values are largest, the first sequence and position decides.
@@ -72,8 +74,10 @@ class ExpertTotals:
     shapes: ExpertShapes
     sequences: NDArray[np.int64]
     lengths: NDArray[np.int64]
-    per_sequence: NDArray[np.int64]
+    per_sequence: NDArray[np.int32]
+    weight_whole: NDArray[np.int64]
     weight_units: NDArray[np.int64]
+    weight_lost: NDArray[np.int64]
     by_kind: NDArray[np.int64]
     kinds: NDArray[np.int64]
     down_in_max: NDArray[np.float32]
@@ -99,8 +103,10 @@ class ExpertTotals:
             shapes=shapes,
             sequences=np.zeros(0, np.int64),
             lengths=np.zeros(0, np.int64),
-            per_sequence=np.zeros((0, *own), np.int64),
+            per_sequence=np.zeros((0, *own), np.int32),
+            weight_whole=np.zeros(own, np.int64),
             weight_units=np.zeros(own, np.int64),
+            weight_lost=np.zeros(own, np.int64),
             by_kind=np.zeros((len(KINDS), *own), np.int64),
             kinds=np.zeros(len(KINDS), np.int64),
             down_in_max=np.full(own, np.nan, np.float32),
@@ -142,6 +148,11 @@ class ExpertTotals:
         largest[chosen], where[chosen] = values[better], places[better]
         first[chosen], at[chosen] = owner[better], positions[better]
 
+    def carry(self) -> None:
+        """Move what is 1 or more of the units to the whole numbers: one sum has one form."""
+        self.weight_whole += self.weight_units // WEIGHT_UNITS
+        self.weight_units %= WEIGHT_UNITS
+
     def merged(self, other: ExpertTotals) -> ExpertTotals:
         """The totals of both sets of sequences. Raises SummaryMismatch for other studies or a shared sequence."""
         if (self.study_id, self.shapes) != (other.study_id, other.shapes):
@@ -154,8 +165,9 @@ class ExpertTotals:
         found.sequences = sequences[order]
         for name in ("lengths", "per_sequence"):
             setattr(found, name, np.concatenate([getattr(self, name), getattr(other, name)])[order])
-        for name in ("weight_units", "by_kind", "kinds", "margins"):
+        for name in ("weight_whole", "weight_units", "weight_lost", "by_kind", "kinds", "margins"):
             setattr(found, name, getattr(self, name) + getattr(other, name))
+        found.carry()
         for part in (self, other):
             for name, place in PLACES.items():
                 parts = [getattr(part, f"{name}_{p}").reshape(-1) for p in ("max", place, "sequence", "position")]
@@ -171,4 +183,4 @@ class ExpertTotals:
     @property
     def tokens(self) -> NDArray[np.int64]:
         """Tokens that reached each expert, (L, A)."""
-        return np.asarray(self.per_sequence.sum(axis=0))
+        return np.asarray(self.per_sequence.sum(axis=0, dtype=np.int64))

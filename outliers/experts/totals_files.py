@@ -35,8 +35,8 @@ UNREADABLE = (
     zlib.error,
 )
 """What numpy and zipfile raise for an invalid archive."""
-MAX_CELLS = 1 << 31
-"""Cells of the largest array that a summary may claim: 1,024 layers x 1,024 experts x 2,048 columns."""
+MAX_LAYERS = 1_024
+"""Layers that a summary may claim. All other numbers of its frame are those of arrays that it holds."""
 
 _PLAIN = tuple(f.name for f in fields(ExpertTotals) if f.name not in ("study_id", "shapes", "sums", "input_squares"))
 _SUMS = tuple(f.name for f in fields(ExpertSums) if f.name not in ("shapes", "histogram"))
@@ -73,7 +73,7 @@ def read_totals(folder: Path) -> ExpertTotals:
     try:
         with open_npz(path) as stored:
             frame = json.loads(str(stored["frame"]))
-            shapes = _shapes(frame["shapes"])
+            shapes = _shapes(frame["shapes"], stored)
             totals = ExpertTotals.zero(str(frame["study_id"]), shapes)
             for name in _PLAIN:
                 if name not in _SPARSE:
@@ -84,6 +84,7 @@ def read_totals(folder: Path) -> ExpertTotals:
             if "input_squares" in stored:
                 totals.input_squares = stored["input_squares"]
             _check(totals)
+            _check_places(totals)
             return totals
     except UNREADABLE as error:
         raise CorruptCapture(f"{path} can't be read: {error}; analyze again") from error
@@ -100,13 +101,25 @@ def _read_sums(shapes: ExpertShapes, stored: Any) -> ExpertSums:
     return found
 
 
-def _shapes(stored: dict[str, Any]) -> ExpertShapes:
-    """Raises ValueError where they claim more than a model has."""
+def _shapes(stored: dict[str, Any], arrays: Any) -> ExpertShapes:
+    """The shapes of a frame. Raises ValueError where they are not those of arrays in the file, whose bytes are there: what is
+    allocated after this is a few times as large as the file."""
     shapes = ExpertShapes(**(stored | {name: tuple(stored[name]) for name in ("layers", "shared_widths")}))
-    width = max(shapes.width, shapes.hidden, *shapes.shared_widths, 65_536)
-    numbers = (shapes.experts, shapes.slots, shapes.width, shapes.hidden, len(shapes.layers))
-    if min(numbers) < 1 or len(shapes.layers) * shapes.all_experts * width > MAX_CELLS * 8:
-        raise ValueError(f"its frame is of {numbers}")
+    numbers = (shapes.experts, shapes.slots, shapes.width, shapes.hidden, *shapes.layers, *shapes.shared_widths)
+    flags = (shapes.values, shapes.applied)
+    if any(type(number) is not int for number in numbers) or any(type(flag) is not bool for flag in flags):
+        raise ValueError("its frame is not of whole numbers")
+    layers, everyone = len(shapes.layers), shapes.all_experts
+    if not 1 <= layers <= MAX_LAYERS or min(numbers) < 0 or shapes.experts < 1:
+        raise ValueError(f"its frame has {layers} layers, {shapes.experts} experts")
+    wanted: dict[str, tuple[int, ...]] = {"weight_units": (layers, everyone)}
+    if shapes.values:
+        wanted["sums.total"] = (layers, shapes.experts, shapes.width)
+        wanted["sums.shared_total"] = (layers, shapes.shared, max(shapes.shared_widths, default=0))
+        wanted["sums.energy"] = (layers, everyone, shapes.hidden)
+    for name, shape in wanted.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name} is {arrays[name].shape}, its frame has {shape}")
     return shapes
 
 
@@ -131,6 +144,58 @@ def _check(totals: ExpertTotals) -> None:
         raise ValueError(f"input_squares is {squares.shape}")
 
 
+def _check_places(totals: ExpertTotals) -> None:
+    """Raise ValueError where a sequence, expert, position or channel is none of the frame, or sums are of other tokens."""
+    shapes, sequences, lengths = totals.shapes, totals.sequences, totals.lengths
+    if (
+        (np.diff(sequences) <= 0).any()
+        or (sequences < 0).any()
+        or (lengths < 1).any()
+        or (totals.per_sequence < 0).any()
+    ):
+        raise ValueError("its sequences are not in order, or counts are below 0")
+    if (totals.sums is not None) != shapes.values:
+        raise ValueError("its sums are there where routing alone was read, or are not there")
+    if totals.sums is not None:
+        same = np.array_equal(totals.sums.sequences, sequences) and np.array_equal(totals.sums.rows, totals.tokens)
+        if not same:
+            raise ValueError("its sums are of other tokens than its routing")
+    outputs = totals.outputs
+    _check_inside("outputs", outputs["layer"], len(shapes.layers))
+    _check_inside("outputs", outputs["expert"], shapes.all_experts)
+    _check_inside("outputs", outputs["channel"], shapes.hidden)
+    if not np.isfinite(outputs["magnitude"]).all() or np.isinf(totals.first_row).any():
+        raise ValueError("an output is not finite")
+    _check_tokens("outputs", totals, outputs["sequence"], outputs["position"])
+    for name, place, width in (
+        ("down_in", "column", max(shapes.width, *shapes.shared_widths, 1)),
+        ("output", "channel", shapes.hidden),
+    ):
+        found = getattr(totals, f"{name}_max")
+        known = ~np.isnan(found)
+        if np.isinf(found).any() or (known & (totals.tokens == 0)).any():
+            raise ValueError(f"{name}_max has a value without a token, or an infinite one")
+        _check_inside(name, getattr(totals, f"{name}_{place}")[known], width)
+        own = (getattr(totals, f"{name}_{part}")[known] for part in ("sequence", "position"))
+        _check_tokens(name, totals, *own)
+
+
+def _check_inside(name: str, values: NDArray[Any], limit: int) -> None:
+    if values.size and (values.min() < 0 or values.max() >= limit):
+        raise ValueError(f"{name} names {values.min()} to {values.max()} of {limit}")
+
+
+def _check_tokens(name: str, totals: ExpertTotals, sequences: NDArray[Any], positions: NDArray[Any]) -> None:
+    """Every (sequence, position) is one of a token."""
+    if not sequences.size:
+        return
+    at = np.searchsorted(totals.sequences, sequences)
+    _check_inside(name, at, totals.sequences.size)
+    short = (positions < 0) | (positions >= totals.lengths[at])
+    if (totals.sequences[at] != sequences).any() or short.any():
+        raise ValueError(f"{name} names a token that is in none of its sequences")
+
+
 def _sparse(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """(layer, bin, count) a column: few bins are used."""
     layer, place = np.nonzero(counts)
@@ -139,4 +204,6 @@ def _sparse(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _fill(counts: NDArray[np.int64], stored: NDArray[np.int64]) -> None:
     layer, place, count = stored
+    _check_inside("counts", layer, counts.shape[0])
+    _check_inside("counts", place, counts.shape[1])
     counts[layer, place] = count

@@ -1,6 +1,7 @@
 """Brings the private summary of a study home from the machine that made it: `outliers export --full`.
 
-It is a few megabytes for each site, and is checked like a shard's. The machine must still be held: nothing is rented for it.
+It is a few megabytes for each site, some hundred more with experts, and is checked like a shard's. The machine must still be
+held: nothing is rented for it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from pathlib import Path
 
 from outliers.counting.summary_files import TOTALS, has_summary
 from outliers.errors import BadInput, CorruptCapture
+from outliers.export.source import described
 from outliers.files.atomic import temporary_for
 from outliers.machines.base import Machine, Rental
 from outliers.machines.providers import provider
 from outliers.machines.rentals import Rentals
+from outliers.study.demand import demand_of
+from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 
 
@@ -27,7 +31,8 @@ def bring_summary(workspace: Workspace, study_id: str, capture_id: str) -> str |
     if (place / TOTALS).exists():
         return None
     machine = find_machine(workspace, study_id, capture_id)
-    fetch_summary(machine, place, study_id, capture_id)
+    prepared = described(workspace, study_id, capture_id)
+    fetch_summary(machine, place, prepared)
     return machine.name
 
 
@@ -54,12 +59,13 @@ def _is_of(rental: Rental, study_id: str, capture_id: str) -> bool:
     return named and rental.state == "up"
 
 
-def fetch_summary(machine: Machine, place: Path, study_id: str, capture_id: str) -> None:
+def fetch_summary(machine: Machine, place: Path, prepared: Prepared) -> None:
     """Bring a summary from a machine to `place`, whole or not at all. Raises BadInput where it has none; CorruptCapture."""
+    study_id, most = prepared.study_id, demand_of(prepared.spec, prepared.model).summary_bytes
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = temporary_for(place)
     try:
-        machine.download(f"captures/{capture_id}/summaries/{study_id}", draft)
+        machine.download(f"captures/{prepared.capture_id}/summaries/{study_id}", draft, max_bytes=most)
         if not has_summary(draft):
             raise CorruptCapture(f"the summary of {study_id} that came from {machine.name} is not whole: try again")
         try:

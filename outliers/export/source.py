@@ -149,7 +149,7 @@ def open_study(workspace: Workspace, study_id: str, capture_id: str) -> Study:
     """
     private = workspace.summary(capture_id, study_id)
     summary = read_summary(private) if (private / TOTALS).exists() else None
-    prepared = _prepared(workspace, private if summary else None, study_id, capture_id)
+    prepared = described(workspace, study_id, capture_id, private if summary else None)
     if summary is not None:
         _check_summary(summary, prepared, private)
     readers = find_readers(prepared.model, workspace)
@@ -170,8 +170,11 @@ def _experts(private: Path, prepared: Prepared) -> ExpertTotals | None:
     return totals
 
 
-def _prepared(workspace: Workspace, private: Path | None, study_id: str, capture_id: str) -> Prepared:
-    """The description of a study: beside its summary, or as it was sent to the machine that ran it."""
+def described(workspace: Workspace, study_id: str, capture_id: str, private: Path | None = None) -> Prepared:
+    """The description of a study: beside its summary in `private`, or as it was sent to the machine that ran it.
+
+    Raises BadInput where there is none, CorruptCapture.
+    """
     found: Prepared | None = None
     try:
         if private is not None:

@@ -144,8 +144,6 @@ def _check_expert(row: dict[str, Any], summary: StudySummary, block: ExpertsBloc
     low, high = row["load_low"], row["load_high"]
     if (low is not None) != drawn or (high is not None) != drawn or (drawn and not 0 <= low <= high <= block.experts):
         raise NotAllowedError(f"has a load {what} whose ends are no ends")
-    if (row["weight_sum"] is None) != (tokens == 0):
-        raise NotAllowedError(f"has no sum of weights {what}, or one of no token")
     if block.read == "routing" and any(row[name] is not None for name in (*_PLACES, "hits")):
         raise NotAllowedError(f"has inputs or outputs {what}, and the study read routing alone")
     if row["hits"] is not None and row["hits"] < 0:

@@ -111,7 +111,8 @@ def _massive(one: Json) -> dict[str, Any]:
         if one["first_layer"] == one["last_layer"]
         else f"{one['first_layer']} to {one['last_layer']}",
         "givers": ", ".join(
-            f"{name_of(row)} {number(row['output'])} × {number(row['weight'])}" for row in one["experts"]
+            f"{name_of(row)} {number(row['output'])} × {'–' if row['weight'] is None else number(row['weight'])}"
+            for row in one["experts"]
         )
         or "none among the largest outputs",
     }

@@ -105,7 +105,7 @@ def _giver(totals: ExpertTotals, record: Any) -> Giver:
         layer=totals.shapes.layers[int(record["layer"])],
         expert=number_of(int(record["expert"]), totals.shapes.experts),
         output=float(record["magnitude"]),
-        weight=float(record["weight"]),
+        weight=float(record["weight"]) if np.isfinite(record["weight"]) else None,
     )
 
 

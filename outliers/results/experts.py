@@ -226,6 +226,12 @@ def expert_notes(found: ExpertFindings) -> list[str]:
         notes.append(
             "no super expert: the largest output is that of several experts, so that none is above P99.5 of all"
         )
+    if lost := int(found.totals.weight_lost.sum()):
+        notes.append(f"{lost:,} routing weights are not finite: sums of weights that would hold one are unknown")
+    if found.totals.sums is not None and (lost := int(found.totals.sums.nonfinite.sum())):
+        notes.append(
+            f"{lost:,} values of the experts' down_in are not finite: they are in no maximum, sum or count of hits"
+        )
     if found.ours is not None and found.ours.population < shapes.experts * len(shapes.layers) - never:
         notes.append("an expert whose outputs are not finite is unknown, and not in the population of super experts")
     return notes

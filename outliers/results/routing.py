@@ -108,14 +108,18 @@ def between(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[n
 
 
 def weight_sums(totals: ExpertTotals) -> NDArray[np.float64]:
-    """(L, A) float64, sum of each expert's weights; NaN where no token came."""
-    return np.where(totals.tokens > 0, totals.weight_units / WEIGHT_UNITS, np.nan)
+    """(L, A) float64, sum of each expert's weights; NaN where no token came, and where a weight is not finite."""
+    known = (totals.tokens > 0) & (totals.weight_lost == 0)
+    return np.where(known, totals.weight_whole + totals.weight_units / WEIGHT_UNITS, np.nan)
 
 
 def mean_weight_sums(totals: ExpertTotals) -> NDArray[np.float64]:
-    """(L,) float64, mean over the tokens of the sum of the weights of their routed experts."""
-    units = totals.weight_units[:, : totals.shapes.experts].sum(axis=1)
-    return np.asarray(units / WEIGHT_UNITS / int(totals.lengths.sum()))
+    """(L,) float64, mean over the tokens of the sum of the weights of their routed experts; NaN where one is not finite."""
+    whole, units, lost = (
+        own[:, : totals.shapes.experts].sum(axis=1)
+        for own in (totals.weight_whole, totals.weight_units, totals.weight_lost)
+    )
+    return np.where(lost == 0, (whole + units / WEIGHT_UNITS) / int(totals.lengths.sum()), np.nan)
 
 
 def margin_quantiles(margins: NDArray[np.int64], levels: tuple[float, ...]) -> tuple[int, list[float | None]]:

@@ -1,4 +1,4 @@
-"""Checks that a capture is what was written: every checksum, the metadata, the token ids, and unknown files.
+"""Checks that a capture is what was written: every checksum, the metadata, the token ids, sums of experts, and unknown files.
 
 Reads a capture, finished or not, without the model or the study, and continues after the first damage. With `repair` damaged
 sequences are withdrawn in the journal, so that the next extraction computes only those.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from outliers.store.durable import is_leftover
 from outliers.store.fingerprint import layout_from, read_fingerprint
 from outliers.store.journal import way_out
 from outliers.store.repair import mark_repaired
+from outliers.study.expert_shapes import SUMS
 from outliers.study.layout import Layout
 
 NAMED = 5
@@ -146,11 +148,15 @@ def _verify(folder: Path, reporter: Reporter, workers: int, *, repair: bool = Fa
     _check_chunks(files, journal, lengths, found, reporter, workers)
     if lengths is not None:
         _check_zarr(files, journal, found)
+    found.damage += _check_sums(folder)
     marked = _to_mark(journal, found)
     if repair and found.damage:
         # the mark first: from then on existing results are not reused
         mark_repaired(folder, marked)
         _take_back(journal, layout, marked)
+        for damage in found.damage:
+            if damage.file.startswith(f"{SUMS}/"):
+                (folder / damage.file).unlink(missing_ok=True)
     sound = {s for s in journal.done if s < layout.num_sequences} - marked
     unfinished, foreign = _strangers(files, journal, sound)
     return Verification(
@@ -316,6 +322,21 @@ def _check_zarr(files: ChunkFiles, journal: Journal, found: _Found) -> None:
             problem = f"can't be read through zarr: {error}"
         if problem:
             found.damage.append(Damage(file=f"{ARRAYS}/{site}", problem=problem))
+
+
+def _check_sums(folder: Path) -> list[Damage]:
+    """The sums of experts: each array of a file has a checksum there."""
+    damage = []
+    for path in sorted((folder / SUMS).glob("*.npz")):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                wrong = archive.testzip()
+            problem = None if wrong is None else f"has another checksum of {wrong} than was written"
+        except (*_UNREADABLE, EOFError, zipfile.BadZipFile) as error:
+            problem = f"can't be read ({error})"
+        if problem:
+            damage.append(Damage(file=str(path.relative_to(folder)), problem=problem))
+    return damage
 
 
 def _to_mark(journal: Journal, found: _Found) -> set[int]:

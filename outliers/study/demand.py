@@ -19,6 +19,7 @@ from outliers.study.placement import Placement, even, fit
 from outliers.study.prepare import layout_of
 from outliers.study.probe_memory import ProbeMemory, probe_memory
 from outliers.study.ring_size import MAX_WRITERS, ring_bytes, ring_slots, writers_bytes
+from outliers.untrusted.bounds import RECEIVED_BYTES
 
 PROCESS_BYTES = 1_000_000_000
 """For the process itself: a forward pass of a tiny Llama took 0.37 GB here (ru_maxrss, torch 2.13, transformers 5.17), kernels
@@ -61,6 +62,11 @@ class Demand:
     """Of main memory, what reading the experts takes: their sums, and one layer's values of one batch. 0 where none are read."""
     private_bytes: int
     """The statistics of each column and expert, which stay on the machine: what `outliers export --full` brings home."""
+
+    @property
+    def summary_bytes(self) -> int:
+        """What a machine may send as a private summary: its totals, and as much as any other folder for the sparse counts."""
+        return self.private_bytes + RECEIVED_BYTES
 
     @cached_property
     def shard_layout(self) -> Layout:
@@ -161,7 +167,7 @@ def _private_bytes(spec: StudySpec, layout: Layout) -> int:
     if experts is None:
         return columns
     inputs = 8 * len(experts.layers) * experts.experts * experts.hidden if "mlp_in" in layout.widths else 0
-    counted = 8 * layout.num_sequences * len(experts.layers) * experts.all_experts
+    counted = 4 * layout.num_sequences * len(experts.layers) * experts.all_experts
     return columns + experts.sums_bytes + counted + (inputs if experts.values else 0)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+SUMS = "experts"
+"""Folder of a capture with the sums over tokens that no table holds (`experts.sums_files`)."""
 NOBODY = 65_535
 """The expert of a position that holds no token."""
 

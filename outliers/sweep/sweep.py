@@ -236,7 +236,8 @@ def _axis(name: str, values: tuple[Any, ...], place: str) -> tuple[tuple[str, ..
     for part, kind in PARTS.items():
         for field in kind.model_fields:
             path = (part, field)
-            paths[part if BARE.get(part) == field else field] = path
+            # of fields of one name the first one's has it alone, as options have (capture.experts, probe.experts)
+            paths.setdefault(part if BARE.get(part) == field else field, path)
             paths[f"{part}.{field}"] = path
     if name not in paths:
         short = sorted(known for known in paths if "." not in known)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from outliers.counting.analyze import analyze
 from outliers.counting.merge import merge_summaries
 from outliers.errors import BadInput
 from outliers.experts.sums import LADDER
-from outliers.experts.sums_files import load_sums
+from outliers.experts.sums_files import load_sums, sums_path, write_sums
 from outliers.experts.table import FIELDS
 from outliers.experts.totals_files import read_totals
 from outliers.spec import StudySpec
@@ -275,12 +276,36 @@ def test_a_damaged_table_is_named_and_computed_again_and_lost_sums_too(study):
     extract(whole, workspace, Silent())
     assert path.read_bytes() == good
     same_arrays(before, sums_in(workspace, whole))
-    for file in (folder / "experts").iterdir():
-        file.unlink()
+    (file,) = (folder / "experts").iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    found = verify(folder, Silent())
+    assert [d.file for d in found.damage] == ["experts/0-6.npz"] and "checksum" in found.message()
+    assert verify(folder, Silent(), repair=True).marked == (0,)
+    assert not file.exists()
+    extract(whole, workspace, Silent())
+    assert verify(folder, Silent()).sound
+    same_arrays(before, sums_in(workspace, whole))
+    file.unlink()
     assert not capture_exists(whole, workspace)
     extract(whole, workspace, Silent())
     same_arrays(before, sums_in(workspace, whole))
     assert verify(folder, Silent()).sound
+
+
+def test_a_capture_that_begins_anew_takes_no_sums_of_the_former_one(study):
+    """Without capture.json and journal nothing says under which conditions sums were made."""
+    workspace, whole = study
+    extract(whole, workspace, Silent())
+    folder = workspace.capture(whole.capture_id)
+    good = sums_in(workspace, whole)
+    stale = replace(good, total=good.total + 1)
+    write_sums(sums_path(folder, range(6)), stale)
+    for name in ("capture.json", "journal.jsonl"):
+        (folder / name).unlink()
+    extract(whole, workspace, Silent())
+    same_arrays(good, sums_in(workspace, whole))
 
 
 @pytest.mark.studies

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from outliers.errors import CaptureError, CorruptCapture, SummaryMismatch
-from outliers.experts.count import count_experts
+from outliers.experts.count import _add_sequence, count_experts
 from outliers.experts.sums import LADDER, ExpertSums
 from outliers.experts.sums_files import choose, has_sums, sums_path, write_sums
 from outliers.experts.table import FIELDS, MARGIN, ExpertShapes
-from outliers.experts.totals import OUTPUTS_KEPT
+from outliers.experts.totals import OUTPUTS_KEPT, ExpertTotals
 from outliers.experts.totals_files import read_totals, write_totals
+from outliers.results.routing import mean_weight_sums, weight_sums
 from outliers.store.chunks import ChunkFiles, create_arrays
 from outliers.store.durable import Unsynced
 from outliers.study.layout import STORAGE, Layout
@@ -64,10 +65,12 @@ def made_up(shapes, rng, ties=True):
     return table
 
 
-def made_sums(shapes, sequences, rng):
+def made_sums(shapes, sequences, rng, table):
     sums = ExpertSums.zero(shapes)
     sums.sequences = np.array(sequences, np.int64)
-    sums.rows += rng.integers(0, 9, sums.rows.shape)
+    for sequence in sequences:
+        for at in np.ndindex(len(shapes.layers), int(LENGTHS[sequence]), shapes.all_slots):
+            sums.rows[at[0], table["expert"][at[0], sequence, at[1], at[2]]] += 1
     sums.total += rng.random(sums.total.shape)
     sums.low[:] = rng.random(sums.low.shape)
     sums.histogram[:, 77] = rng.integers(0, 9, 2)
@@ -110,7 +113,7 @@ def capture(request, tmp_path):
     unsynced.sync()
     if shapes.values:
         for number, span in enumerate((range(4), range(4, 6))):
-            write_sums(sums_path(folder, span), made_sums(shapes, span, np.random.default_rng(number)))
+            write_sums(sums_path(folder, span), made_sums(shapes, span, np.random.default_rng(number), table))
     marks = rng.random((SEQUENCES, 2, POSITIONS)) < 0.3
     return folder, plan, lines, table, exact, marks
 
@@ -157,7 +160,8 @@ def test_counts_are_those_of_a_loop_over_tokens_and_slots(capture):
                     first_rows.append(first_row)
             assert found.tokens[layer, expert] == tokens
             assert found.per_sequence[:, layer, expert].tolist() == per_sequence
-            assert found.weight_units[layer, expert] / 2**40 == pytest.approx(weights, rel=1e-9)
+            units = found.weight_whole[layer, expert] + found.weight_units[layer, expert] / 2**40
+            assert units == pytest.approx(weights, rel=1e-9)
             assert found.by_kind[:, layer, expert].tolist() == kinds
             for name, place in (("down_in", "column"), ("output", "channel")):
                 own = [getattr(found, f"{name}_{p}")[layer, expert] for p in ("max", place, "sequence", "position")]
@@ -289,14 +293,85 @@ def test_a_damaged_file_of_sums_counts_as_absent(capture):
     assert not has_sums(folder, plan.experts, range(4))
 
 
+def test_sums_of_other_tokens_than_the_routing_are_refused(capture):
+    """A sequence twice, or not at all, in sums that name it."""
+    folder, plan, _, table, _, _ = capture
+    if not plan.experts.values:
+        return
+    for sequences in ((0, 1, 2), (0, 1, 2, 3, 3)):
+        sums = made_sums(plan.experts, sequences, np.random.default_rng(0), table)
+        sums.sequences = np.arange(4)
+        write_sums(sums_path(folder, range(4)), sums)
+        with pytest.raises(CorruptCapture, match="sums of other tokens than the routing"):
+            count(capture)
+
+
+def test_many_tokens_do_not_overflow_the_sum_of_weights(capture):
+    """64 bits of units of 2^-40 hold 2^23 tokens of weight 1; 30 doublings are a billion tokens more."""
+    found = count(capture)
+    found.sequences, found.lengths, found.per_sequence = (
+        v[:0] for v in (found.sequences, found.lengths, found.per_sequence)
+    )
+    found.sums = None
+    whole = [
+        [int(w) * 2**40 + int(u) for w, u in zip(ws, us, strict=True)]
+        for ws, us in zip(found.weight_whole, found.weight_units, strict=True)
+    ]
+    for _ in range(30):
+        found = found.merged(found)
+    assert (found.weight_units < 2**40).all() and (found.weight_units >= 0).all()
+    for at in np.ndindex(found.weight_units.shape):
+        assert int(found.weight_whole[at]) * 2**40 + int(found.weight_units[at]) == whole[at[0]][at[1]] * 2**30
+
+
+def test_a_weight_that_is_not_finite_leaves_its_expert_without_a_sum(capture):
+    _, plan, _, table, _, _ = capture
+    shapes, marks = plan.experts, np.zeros((2, 7), bool)
+    own = {name: np.array(values[:, 0, :7]) for name, values in table.items()}
+    own["expert_weight"][0, 3, 1] = np.nan
+    own["expert_weight"][1, 2, 0] = np.inf
+    totals = ExpertTotals.zero("s", shapes)
+    totals.per_sequence = _add_sequence(totals, shapes, 0, own, marks)[None].astype(np.int32)
+    totals.lengths = np.array([7])
+    lost = {(0, int(own["expert"][0, 3, 1])), (1, int(own["expert"][1, 2, 0]))}
+    assert set(zip(*np.nonzero(totals.weight_lost), strict=True)) == lost
+    sums = weight_sums(totals)
+    for at in np.ndindex(sums.shape):
+        assert math.isnan(sums[at]) == (at in lost or totals.tokens[at] == 0)
+    assert np.isnan(mean_weight_sums(totals)).all()
+
+
 def test_a_summary_that_claims_other_shapes_is_refused(capture, tmp_path):
     found = count(capture)
-    for changes in (
+    shapes, sums = found.shapes, found.sums
+    last = {
+        name: getattr(found, name)
+        for name in ("output_position", "output_sequence", "output_channel", "down_in_column")
+    }
+    beyond = (
+        {name: np.where(found.tokens > 0, 1 << 20, values) for name, values in last.items()} if shapes.values else {}
+    )
+    outputs = [found.outputs.copy() for _ in range(2)]
+    for rows, name in zip(outputs, ("layer", "sequence"), strict=True):
+        rows[name] += 40
+    claims = [
         {"per_sequence": found.per_sequence[:, :1]},
         {"kinds": found.kinds.astype(np.int32)},
-        {"shapes": replace(found.shapes, experts=1 << 30)},
+        {"shapes": replace(shapes, experts=1 << 30)},
+        {"shapes": replace(shapes, layers=(1, "2"))},
+        {"shapes": replace(shapes, layers=tuple(range(5_000)))},
         {"lengths": found.lengths[:2]},
-    ):
+        {"lengths": found.lengths - 40},
+        {"sequences": found.sequences[::-1]},
+        {"per_sequence": -found.per_sequence},
+        *({name: values} for name, values in beyond.items()),
+    ]
+    if sums is not None:
+        claims += [{"outputs": rows} for rows in outputs]
+        # 40 gigabytes each, from a file of kilobytes
+        claims += [{"shapes": replace(shapes, width=1 << 30)}, {"shapes": replace(shapes, hidden=1 << 30)}]
+        claims += [{"sums": replace(sums, rows=sums.rows + 1)}, {"sums": replace(sums, sequences=sums.sequences + 1)}]
+    for changes in claims:
         write_totals(tmp_path, replace(found, **changes))
         with pytest.raises(CorruptCapture):
             read_totals(tmp_path)

@@ -20,6 +20,9 @@ from outliers.export.formats import TARGETS
 from outliers.machines.local import LocalMachine
 from outliers.machines.rentals import Rentals
 from outliers.steps import run_report
+from outliers.study.demand import demand_of
+from outliers.study.expert_shapes import ExpertShapes
+from outliers.untrusted.bounds import RECEIVED_BYTES
 from outliers.workspace import open_workspace
 from tests.support.synthetic import Silent
 
@@ -151,12 +154,30 @@ def test_the_summary_comes_home_from_a_machine(finished, tmp_path):
     home = open_workspace(tmp_path / "home")
     away = LocalMachine(workspace.root, "lab1")
     place = home.summary(prepared.capture_id, prepared.study_id)
-    fetch_summary(away, place, prepared.study_id, prepared.capture_id)
+    fetch_summary(away, place, prepared)
     there = workspace.summary(prepared.capture_id, prepared.study_id)
     assert (place / "totals.npz").read_bytes() == (there / "totals.npz").read_bytes()
     assert bring_summary(home, prepared.study_id, prepared.capture_id) is None
-    fetch_summary(away, place, prepared.study_id, prepared.capture_id)  # another process was first
+    fetch_summary(away, place, prepared)  # another process was first
     assert [path.name for path in place.parent.iterdir()] == [prepared.study_id]
+
+
+def test_as_much_comes_home_as_the_study_keeps(finished, tmp_path):
+    """The sums of gpt-oss-120b's experts alone are more than a folder of results may have."""
+    large = ExpertShapes(tuple(range(36)), 128, 4, 2880, (), 2880)
+    assert large.sums_bytes + 8 * 36 * 128 * 2880 > RECEIVED_BYTES
+    workspace, prepared = finished
+    asked = []
+
+    class Noted(LocalMachine):
+        def download(self, remote, local, *, max_bytes=RECEIVED_BYTES, **options):
+            asked.append(max_bytes)
+            super().download(remote, local, max_bytes=max_bytes, **options)
+
+    home = open_workspace(tmp_path / "home")
+    fetch_summary(Noted(workspace.root, "lab1"), home.summary(prepared.capture_id, prepared.study_id), prepared)
+    kept = demand_of(prepared.spec, prepared.model).private_bytes
+    assert kept > 0 and asked == [kept + RECEIVED_BYTES]
 
 
 @pytest.mark.parametrize(
@@ -189,11 +210,11 @@ def test_what_is_damaged_or_not_there_does_not_stay(finished, tmp_path):
         bring_summary(home, prepared.study_id, prepared.capture_id)
     empty = LocalMachine(open_workspace(tmp_path / "empty").root, "lab2")
     with pytest.raises(BadInput, match="lab2 has no summary of the study"):
-        fetch_summary(empty, place, prepared.study_id, prepared.capture_id)
+        fetch_summary(empty, place, prepared)
     damaged = open_workspace(tmp_path / "damaged")
     source = damaged.summary(prepared.capture_id, prepared.study_id)
     shutil.copytree(workspace.summary(prepared.capture_id, prepared.study_id), source)
     (source / "totals.npz").write_bytes(b"PK")
     with pytest.raises(CorruptCapture, match="that came from lab3 is not whole"):
-        fetch_summary(LocalMachine(damaged.root, "lab3"), place, prepared.study_id, prepared.capture_id)
+        fetch_summary(LocalMachine(damaged.root, "lab3"), place, prepared)
     assert list(place.parent.iterdir()) == []

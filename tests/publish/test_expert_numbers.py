@@ -119,7 +119,6 @@ LATER = [
     (EXPERTS, lambda t: put(t, "load", 0, 2.5), "a load of expert 0 of layer 1"),
     (EXPERTS, lambda t: put(t, "load_low", 0, 9.0), "no ends"),
     (EXPERTS, lambda t: put(t, "weight_sum", 0, float("nan")), "not finite"),
-    (EXPERTS, lambda t: put(t, "weight_sum", 0, None), "no sum of weights"),
     (EXPERTS, lambda t: put(t, "hits", 0, -1), "-1 hits"),
     (EXPERTS, lambda t: put(t, "output_max", 0, -1.0), "not a place of this model"),
     (EXPERTS, lambda t: put(t, "output_channel", 0, 1 << 20), "not a place of this model"),

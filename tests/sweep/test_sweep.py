@@ -344,3 +344,11 @@ def test_the_file_is_read_without_prefect_or_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "False False", done.stderr
+
+
+def test_of_two_fields_named_experts_the_capture_has_the_bare_name_as_on_the_command_line():
+    sweep = sweep_of(
+        '[matrix]\nexperts = ["all", "routing"]\n"probe.experts" = [["1.68"], ["super"]]\n[[study]]\nmodel = "a/b"\n'
+    )
+    found = [(study.spec.capture.experts, study.spec.probe.experts) for study in sweep.studies]
+    assert found == [(mode, (name,)) for mode in ("all", "routing") for name in ("1.68", "super")]

@@ -62,7 +62,8 @@ class ExpertRecord(BaseModel):
     )
     load_high: float | None = Field(description="high end")
     weight_sum: float | None = Field(
-        description="sum over its tokens of what its output is multiplied by; no unit; exact to 2^-40 a token"
+        description="sum over its tokens of what its output is multiplied by; no unit; exact to 2^-40 a token; null too where "
+        "one of these weights is not finite"
     )
     first_tokens: int = Field(description="those of `tokens` that are the first of their sequence")
     delimiter_tokens: int = Field(description="that are blanks or punctuation alone")
@@ -112,8 +113,9 @@ class RouterRecord(BaseModel):
     at_most_100: Int32 = Field(description="at most 100")
     busiest_expert: Int32 = Field(description="routed expert with the most tokens; of equals the first")
     busiest_load: float = Field(description="its tokens over the layer's mean")
-    mean_weight_sum: float = Field(
-        description="mean over the tokens of the sum of the weights of their routed experts; it need not be 1"
+    mean_weight_sum: float | None = Field(
+        description="mean over the tokens of the sum of the weights of their routed experts; it need not be 1; null where a "
+        "weight is not finite"
     )
     margin_tokens: int = Field(description="tokens whose router margin is known: not where every expert is chosen")
     margin_p01: float | None = Field(
@@ -262,7 +264,7 @@ class Giver(Strict):
     layer: Layer = Field(description="number of the layer, 0-based")
     expert: ExpertNumber = Field(description="its number; -1, -2... for shared ones")
     output: Size = Field(description="the largest abs(x) of its output for that token")
-    weight: Number = Field(description="what the output is multiplied by")
+    weight: Number | None = Field(description="what the output is multiplied by; null where that is not finite")
 
 
 class MassiveExperts(Strict):
