@@ -18,8 +18,8 @@ class Skips:
     """Modules to leave alone.
 
     always: the head, routers and gates, whatever the study found. large: (module, largest abs of its input) above the limit,
-    the largest first. unknown: modules whose input no site is, or whose site can't be captured beside the others. expert_layers:
-    layers whose experts have a second projection, which reads no site either.
+    the largest first. unknown: modules whose input is not a site, or whose site can't be captured with the others.
+    expert_layers: layers whose experts have a second projection, which reads no site either.
     """
 
     always: tuple[str, ...]

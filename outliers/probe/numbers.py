@@ -33,7 +33,7 @@ from outliers.spec.probe import SUPER
 from outliers.study.prepare import Prepared
 
 DISTINCT = 2.0
-"""A KL below so many times the floor's is not told from rounding."""
+"""A KL below this many times the floor's can't be distinguished from rounding."""
 
 
 @dataclass(frozen=True)

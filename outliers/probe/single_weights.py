@@ -2,8 +2,8 @@
 
 A super weight (Yu et al. 2024, arXiv 2411.07191) is sought in each layer where the second projection of its MLP gives its
 largest value: the row is that output, and the column the input whose product with the row's weight is largest at that token.
-Candidates are the layers with the largest such values. Each weight stands beside a random one of its matrix, and beside the
-one of the nearest magnitude: only if it does more than these is it more than a weight.
+Candidates are the layers with the largest such values. Each weight has two controls: a random one of its matrix, and the
+one of the nearest magnitude. Only a weight that does more than both is a super weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CANDIDATES = 3
 
 @dataclass(frozen=True)
 class Single:
-    """A weight that is set to zero. of: the name of the weight that a control stands beside. value: the weight.
+    """A weight that is set to zero. of: the name of the weight that this is a control of. value: the weight.
 
     output, input, sequence, position: of a candidate, the value that pointed at it, what was multiplied, and where it sits.
     """

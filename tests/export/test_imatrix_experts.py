@@ -131,7 +131,7 @@ def test_the_file_has_a_row_for_each_expert(world, tmp_path, family):
     expected = set()
     for layer in range(3):
         names = NAMES[family][0 if layer in study.experts.shapes.layers else 1]
-        # a dense layer beside experts has no down_in
+        # a dense layer of a mixture has no down_in
         own = names - missing - (set() if layer in study.experts.shapes.layers else {"ffn_down"})
         expected |= {f"blk.{layer}.{name}.weight" for name in own}
     assert weights == expected
