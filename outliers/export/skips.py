@@ -39,18 +39,18 @@ class Skips:
 
     def lines(self) -> list[str]:
         """What is left alone, for a person."""
-        told = [f"left alone always: {', '.join(_short(self.always))}"]
-        told += [
+        said = [f"left alone always: {', '.join(_short(self.always))}"]
+        said += [
             f"left alone: {reader.name}, the largest abs of its input is {peak:,.6g}" for reader, peak in self.large
         ]
         if self.unknown:
             names = _short([reader.name for reader in self.unknown])
-            told.append(f"not judged, because no captured site is their input: {', '.join(names)}")
+            said.append(f"not judged, because no captured site is their input: {', '.join(names)}")
         if self.expert_layers:
-            told.append(
+            said.append(
                 f"not judged: the second projections of the experts of layers {format_ranges(self.expert_layers)}"
             )
-        return told
+        return said
 
 
 def find_skips(study: Study, above: float | None) -> Skips:

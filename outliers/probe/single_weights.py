@@ -23,7 +23,7 @@ from outliers.probe.asked import AUTO, asked_of
 from outliers.probe.changes import Group, WeightAt, parse_weight
 from outliers.probe.engine import Engine
 from outliers.probe.statistics import SPIKE, Statistics
-from outliers.probe.weights import is_turned, nearest_weight
+from outliers.probe.weights import is_transposed, nearest_weight
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 
@@ -84,7 +84,7 @@ def _resolved(layer: torch.nn.Module, at: WeightAt, name: str) -> WeightAt:
             f"give one of {', '.join(linear)}"
         )
     shape = tuple(linear[fits[0]].weight.shape)
-    rows, columns = shape[::-1] if is_turned(linear[fits[0]]) else shape
+    rows, columns = shape[::-1] if is_transposed(linear[fits[0]]) else shape
     if at.row >= rows or at.column >= columns:
         raise BadInput(f"--weight {at.name}: {fits[0]} has {rows} outputs and {columns} inputs, counted from 0")
     return WeightAt(at.layer, fits[0], at.row, at.column)
@@ -137,7 +137,7 @@ def _weight(engine: Engine, at: WeightAt) -> torch.Tensor:
     """The matrix (output, input) that a weight is in."""
     module = engine.module_of(at)
     weight = module.get_parameter("weight").detach()
-    return weight.t() if is_turned(module) else weight
+    return weight.t() if is_transposed(module) else weight
 
 
 def _valued(engine: Engine, single: Single) -> Single:
