@@ -14,6 +14,7 @@ from outliers.counting.analyze import analyze
 from outliers.publish.allowlist import read_numbers
 from outliers.publish.manifest import results_digest
 from outliers.report.report import write_report
+from outliers.results.schema import Perplexity
 from outliers.results.write import perplexity, write_results
 from outliers.steps import run_report
 from tests.counting.test_counting import BLOCK, DTYPES, random_acts
@@ -172,7 +173,7 @@ def test_a_loss_is_kept_where_it_is_a_number(nll, tokens, value, loss):
 def test_perplexity_in_words(found, words):
     from outliers.results.answer import perplexity_words
 
-    assert words in perplexity_words(found | {"tokens": 8})
+    assert words in perplexity_words(Perplexity(**found, tokens=8))
 
 
 COUNTS = {"pooled": 1, "union": 1, "per_layer": 0, "affected": 1}

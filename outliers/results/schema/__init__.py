@@ -43,7 +43,7 @@ from outliers.results.schema.features import (
     NULLABLE_COLUMNS,
     FeatureRecord,
 )
-from outliers.results.schema.fields import MAX_MAGNITUDES, first_error
+from outliers.results.schema.fields import MAX_MAGNITUDES, first_error, other_version
 from outliers.results.schema.layers import (
     DeviationLadder,
     Histogram,
@@ -76,6 +76,7 @@ from outliers.results.schema.tokens import (
     MassiveToken,
     Positions,
     TokenFeature,
+    TokenInText,
     Tokens,
     TopToken,
 )
@@ -141,7 +142,9 @@ __all__ = [
     "SuperWeight",
     "Sweep",
     "TokenFeature",
+    "TokenInText",
     "Tokens",
     "TopToken",
     "first_error",
+    "other_version",
 ]
