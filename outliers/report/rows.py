@@ -16,7 +16,7 @@ import numpy as np
 from outliers.report.figures import number, percent
 from outliers.report.plots import Cells, captured_layers, captured_sites
 from outliers.results.answer import disagreement, perplexity_words, range_words, reading_counts, resampled
-from outliers.results.schema import LayerRow, Legacy, MassiveRow, MassiveToken, StudySummary, TokenInText, Tokens
+from outliers.results.schema import LayerRow, Legacy, MassiveRow, MassiveToken, StudySummary, Tokens, TopToken
 from outliers.spec import BLOCK, BLOCK_SITES, OWN_WIDTH_SITES, READINGS, AnySiteName, ReadingName
 from outliers.units import clip, format_ranges
 
@@ -241,7 +241,7 @@ def peak(summary: StudySummary) -> LayerRow | None:
     return max(rows, key=lambda row: (row.max_magnitude or 0.0, -row.layer), default=None)
 
 
-def _cut(token: str | None, around: TokenInText | None) -> dict[str, str | None]:
+def _cut(token: str | None, around: TopToken | MassiveToken | None) -> dict[str, str | None]:
     """A token and the text around it, cut to what a line of the page holds; None stays None."""
     before, after = (None, None) if around is None else (around.before, around.after)
     return {

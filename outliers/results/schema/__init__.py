@@ -76,7 +76,6 @@ from outliers.results.schema.tokens import (
     MassiveToken,
     Positions,
     TokenFeature,
-    TokenInText,
     Tokens,
     TopToken,
 )
@@ -142,7 +141,6 @@ __all__ = [
     "SuperWeight",
     "Sweep",
     "TokenFeature",
-    "TokenInText",
     "Tokens",
     "TopToken",
     "first_error",
