@@ -61,7 +61,7 @@ WRITES = {
     "zarr": "zarr-python's own store, no fsync",
 }
 REPEATS = 3
-"""Processes for each figure of memory; the median is told."""
+"""Processes for each figure of memory; the median is reported."""
 
 
 def open_bench(arguments: argparse.Namespace, scratch: Path) -> Bench:

@@ -162,7 +162,7 @@ def test_digest_is_sorted_and_plain():
 
 
 def test_an_option_of_another_provider_is_refused_before_the_model_is_looked_for(workspace, monkeypatch):
-    """Also where no command reads the options: in the flow, in a sweep. Defaults that are written out are no options."""
+    """Also where no command reads the options: in the flow, in a sweep. Defaults that are written out are not options."""
     written = ComputeSpec().model_dump()
     for name in ("", "local", "ssh", "sky"):
         check_options(ComputeSpec.model_validate(written | {"provider": name}))

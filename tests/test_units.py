@@ -1,4 +1,4 @@
-"""Amounts of bytes that are shown beside each other."""
+"""Amounts of bytes that are shown next to each other."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from flows.cli.console import line
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from outliers.publish.finished import Finished
+    from outliers.results.schema import ExpertsBlock, StudySummary
     from outliers.workspace import Workspace
 
 LOOKED_AT = 200
@@ -55,7 +55,7 @@ def show_expert(console: Console, summary: Mapping[str, Any], row: Mapping[str, 
     from outliers.results.expert_words import name_of
 
     kind = "shared expert" if row["expert"] < 0 else "expert"
-    line(console, kind, f"{name_of(row)} of {summary['model']['id']}")
+    line(console, kind, f"{name_of(row['layer'], row['expert'])} of {summary['model']['id']}")
     if not row["tokens"]:
         line(console, "tokens", f"none of {summary['corpus']['num_tokens']:,}: what it does is unknown")
         return
@@ -94,13 +94,14 @@ def show_reach(console: Console, workspace: Workspace, model: str) -> None:
     found = _routed(workspace, model)
     if found is None:
         return
-    said, tokens = reach_words(found.summary["experts"]), found.summary["corpus"]["num_tokens"]
-    seen = f"by the routing of {tokens:,} tokens in study {found.summary['study_id']}, a lower bound in practice"
+    study, experts = found
+    said, tokens = reach_words(experts), study.corpus.num_tokens
+    seen = f"by the routing of {tokens:,} tokens in study {study.study_id}, a lower bound in practice"
     line(console, "coverage", f"{'; '.join(said)} ({seen})")
 
 
-def _routed(workspace: Workspace, model: str) -> Finished | None:
-    """The newest finished study of a model that read its experts; damaged ones are passed over."""
+def _routed(workspace: Workspace, model: str) -> tuple[StudySummary, ExpertsBlock] | None:
+    """The newest finished study of a model that read its experts, and their part; damaged studies are passed over."""
     from outliers.errors import OutliersError
     from outliers.publish.contents import NotAllowedError, check_summary
     from outliers.publish.finished import read_finished
@@ -114,8 +115,9 @@ def _routed(workspace: Workspace, model: str) -> Finished | None:
             found = read_finished(folder)
             if found is None or found.summary["model"]["id"] != model or found.summary.get("experts") is None:
                 continue
-            check_summary(found.files["summary.json"])
+            checked = check_summary(found.files["summary.json"])
         except (OutliersError, NotAllowedError, OSError):
             continue
-        return found
+        if checked.experts is not None:
+            return checked, checked.experts
     return None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outliers.publish.finished import Finished
+    from outliers.results.schema import StudySummary
     from outliers.workspace import Workspace
 
 ROWS = 40
@@ -246,7 +247,7 @@ def chosen_rows(table: Any, summary: dict[str, Any], arguments: argparse.Namespa
 
 
 def _check_number(name: str, value: int | None, known: Sequence[int]) -> None:
-    """BadInput for a feature or layer that the study has none of: `no row` would read as an answer."""
+    """BadInput for a feature or layer that the study does not have: `no row` would read as an answer."""
     from outliers.errors import BadInput
 
     if value is not None and value not in known:
@@ -260,9 +261,10 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
 
     from outliers.results.answer import crowded, disagreement, perplexity_words, reading_counts
     from outliers.results.expert_words import expert_lines
+    from outliers.results.schema import StudySummary
     from outliers.untrusted.visible import visible_values
 
-    summary = visible_values(run.summary)
+    summary, checked = visible_values(run.summary), StudySummary.model_validate(run.summary)
     model, corpus, rule = summary["model"], summary["corpus"], summary["criteria"]
     found = summary["systematic"]
     line(
@@ -280,18 +282,18 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
         f"{corpus['source']}: {corpus['num_tokens']:,} tokens in {corpus['num_sequences']:,} sequences",
     )
     console.print()
-    others = disagreement(reading_counts(summary))
+    others = disagreement(reading_counts(checked))
     count = f"{len(found)} systematic outlier feature{'' if len(found) == 1 else 's'}"
     rest = (
-        f"{_range(summary)} by {rule['reading']} at {rule['site']}, abs(x) >= {rule['magnitude']:g}"
+        f"{_range(checked)} by {rule['reading']} at {rule['site']}, abs(x) >= {rule['magnitude']:g}"
         f"{f'; {others}' if others else ''}"
     )
     console.print(Text.assemble((count, "bold"), rest), soft_wrap=True)
-    if (crowd := crowded(summary)) is not None:
+    if (crowd := crowded(checked)) is not None:
         console.print(Text(crowd), soft_wrap=True)
-    if summary.get("perplexity") is not None:
-        line(console, "perplexity", perplexity_words(summary["perplexity"]).removeprefix("perplexity "))
-    for text in expert_lines(summary):
+    if checked.perplexity is not None:
+        line(console, "perplexity", perplexity_words(checked.perplexity).removeprefix("perplexity "))
+    for text in expert_lines(checked.experts):
         line(console, "experts", text)
     if arguments.feature is None and arguments.layer is None and found:
         console.print(feature_table(found))
@@ -322,7 +324,7 @@ def _show_formats(console: Console, run: Run, arguments: argparse.Namespace) -> 
         line(console, "note", text, style="dim")
 
 
-def _range(summary: dict[str, Any]) -> str:
+def _range(summary: StudySummary) -> str:
     from outliers.results.answer import range_words, resampled
 
     ends = resampled(summary)

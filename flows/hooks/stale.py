@@ -2,13 +2,13 @@
 
     <workspace>/runs/<flow run id>     {"host", "pid", "run_count"}, and an flock of the process that runs the flow
 
-Prefect does not notice the death of a flow that was killed together with its worker: its state would stay Running for ever.
+Prefect does not notice the death of a flow that was killed together with its worker: its state would stay Running.
 An flock ends with its process, however that ends, while a process id is used again; so the lock decides. A run whose file
 names another computer is left alone: only that computer can see whether it lives.
 
-A run that was killed before it had its lock, in the seconds of its imports, stays Pending or Running for ever too. Prefect
+A run that was killed before it had its lock, in the seconds of its imports, stays Pending or Running too. Prefect
 does not say on which computer that was; but a living worker reports to the server every half minute, and a run whose lock is
-held has a label there (`BEGUN`). A run that no worker has had for ten minutes, and that is no process here, is dead. Where
+held has a label there (`BEGUN`). A run that no worker has had for ten minutes, and that is not a process here, is dead. Where
 that is wrong nothing is lost: a run that is called Crashed and begins all the same is Running again.
 """
 
@@ -114,7 +114,7 @@ def end_stale_runs(workspace: Workspace, grace_seconds: float | None = None) -> 
     """End every run that says it runs, or is about to, and has no process; (what was done, what failed).
 
     `grace_seconds`: how long one that has not begun is left alone ($OUTLIERS_REAP_GRACE_SECONDS, else ten minutes).
-    In `workspace`, files of runs that have ended are removed: of crashed ones, which nobody has retried.
+    In `workspace`, files of runs that have ended are removed; of crashed runs, those that were not retried.
     """
     if grace_seconds is None:
         grace_seconds = float(os.environ.get(GRACE_VARIABLE) or GRACE_SECONDS)

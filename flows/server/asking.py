@@ -43,7 +43,7 @@ def is_prefect(port: int) -> bool:
 
 
 def asks_for_password(port: int) -> bool:
-    """Whether the server answers nobody without a password."""
+    """Whether the server answers only with a password."""
     try:
         with open_direct(f"http://{HOST}:{port}/api/admin/version", timeout=30):
             return False
@@ -120,7 +120,7 @@ def _open(port: int, path: str, headers: dict[str, str], data: bytes | None = No
 
 
 def cancel_runs(port: int) -> None:
-    """Cancel what runs in our pool and wait for that: a run whose worker and server just go stays Running for ever.
+    """Cancel what runs in our pool and wait for that: a run whose worker and server just go stays Running.
 
     One that does not answer lost its process before, and is said to be cancelled.
     """

@@ -224,7 +224,7 @@ class OwnServer:
                 except OSError as error:
                     how = f"can't be started again: {error}"
             if how is not None and not self._stopped.is_set():
-                # refuse connections from now on, so that nobody waits for an answer
+                # refuse connections from now on, so that no client waits for an answer
                 self._held.close()
                 self._give_up(
                     f"Prefect's server {how}, and can't be started again; {self._last_words()}. What is done is kept: the same "

@@ -15,7 +15,7 @@ from outliers.results.schema.probes import Change, Probes
 from outliers.spec.formats import parse_format
 
 DEFAULT_BUDGET = 0.05
-"""Most KL that is accepted where nobody says, in nats a token: the perplexity grows by about 5% where all of it is loss.
+"""Most KL that is accepted without --budget, in nats a token: the perplexity grows by about 5% where all of it is loss.
 Chosen. For scale: SmolLM2-135M with inputs in int8, a scale a token, is at 0.036; with NVFP4 at 0.2."""
 FLOORS = 2.0
 """A KL below this multiple of the floor can't be distinguished from rounding."""

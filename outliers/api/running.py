@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def plan(spec: StudySpec) -> Plan:
     """Which machines hold a study, how long it takes there, and what it costs; nothing is downloaded but the model's config.
 
-    The machines are those of `spec.compute.provider`. Raises BadInput and its kinds for a spec that can't be had,
+    The machines are those of `spec.compute.provider`. Raises BadInput and its kinds for a spec that can't be satisfied,
     HubUnavailable where the hub does not answer.
     """
     from outliers.machines.options import check_options
@@ -37,7 +37,7 @@ def run_study(spec: StudySpec, *, progress: bool = True) -> Study:
 
     It goes on where an earlier run was interrupted, also one of the command. spec.compute.workspace: where captures and
     results are kept (default: $OUTLIERS_WORKSPACE, else ~/.outliers). progress: lines on standard error. Raises BadInput for
-    a spec that can't be had or that names another machine, PlanRefused where this computer can't hold the study, and the
+    a spec that can't be satisfied or that names another machine, PlanRefused where this computer can't hold the study, and the
     errors of the steps (docs/reliability.md).
     """
     from outliers.events.stream import ConsoleReporter

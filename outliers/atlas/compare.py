@@ -112,7 +112,7 @@ def common_counts(summaries: Sequence[StudySummary]) -> CommonCounts | None:
     """Numbers of features by every reading and site that all summaries have, at a magnitude that all have counted.
 
     The magnitude is the first study's where all have it, else the common one nearest to it. None where the shares of layers
-    or tokens differ, or nothing is common: those counts can't be had without the capture.
+    or tokens differ, or nothing is common: those counts need the capture.
     """
     rules = {(found.criteria.layer_fraction, found.criteria.position_fraction) for found in summaries}
     common = set.intersection(*(set(found.sweep.magnitudes) for found in summaries))

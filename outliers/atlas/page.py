@@ -279,6 +279,6 @@ def _unlike_earlier(row: AtlasRow) -> list[str]:
 
 
 def _unsure_of_earlier(row: AtlasRow) -> list[str]:
-    """What a study has that nobody wrote down of the earlier pipeline: which part of the corpus, which arithmetic."""
+    """What a study records that is unknown of the earlier pipeline: which part of the corpus, which arithmetic."""
     said = [row.corpus_options, row.dtype if row.dtype != EARLIER_DTYPE else None, row.quantization]
     return [clip(part, 120) for part in said if part]

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from outliers.errors import PublishRefused
 from outliers.publish.shelf import Published
-from outliers.results.schema import StudySummary, first_error
+from outliers.results.schema import StudySummary, first_error, other_version
 
 
 def read_summary(study: Published) -> StudySummary:
@@ -21,7 +21,7 @@ def read_summary(study: Published) -> StudySummary:
     try:
         found = StudySummary.model_validate_json(study.summary or b"", extra="ignore")
     except ValidationError as error:
-        version = _other_version(error)
+        version = other_version(error)
         if version is not None:
             raise PublishRefused(
                 f"summary.json of {url} has schema_version {version}, this program reads 1; update outlier-features"
@@ -30,11 +30,3 @@ def read_summary(study: Published) -> StudySummary:
     if found.study_id != study.manifest["study_id"]:
         raise PublishRefused(f"summary.json of {url} is of the study {found.study_id}; remove it and publish again")
     return found
-
-
-def _other_version(error: ValidationError) -> int | None:
-    """The schema_version of a summary that is of another format; None where that is not what is wrong."""
-    for item in error.errors(include_url=False):
-        if item["loc"] == ("schema_version",) and type(item["input"]) is int:
-            return item["input"]
-    return None

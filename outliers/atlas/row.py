@@ -333,7 +333,7 @@ def _feature(item: FeatureRow) -> AtlasFeature:
 
 
 def _mean_spans(features: Sequence[AtlasFeature]) -> dict[str, Any]:
-    """Means over the features of both fractions and of the of their ends."""
+    """Means over the features of both fractions and of their ends."""
     names = [f"{side}{end}" for side in ("layer_fraction", "position_fraction") for end in ("", "_low", "_high")]
     plain: list[Mapping[str, Any]] = [dict(item) for item in features]
     return {name: _mean([item[name] for item in plain]) for name in names}

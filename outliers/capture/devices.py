@@ -60,7 +60,7 @@ def instructions() -> str:
 
 
 def choose_devices(spec: StudySpec, info: ModelInfo, cuda: Any = torch.cuda, nvidia_smi: str = "nvidia-smi") -> Devices:
-    """The processor if no GPU is requested or there is none, else as few GPUs as hold the model.
+    """The processor if no GPU is requested or available, else as few GPUs as hold the model.
 
     cuda: `torch.cuda`, or a module with its interface. Raises PlanRefused, with both numbers, if the GPUs don't hold the
     model or another process uses their memory; also if they can't compute with quantized weights, and if torch can't use the

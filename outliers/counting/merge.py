@@ -176,7 +176,7 @@ def parse_sequences(text: str | None, num_sequences: int, batch: int) -> range |
     first, colon, stop = text.partition(":")
     if not (colon and first.isdigit() and stop.isdigit() and int(first) < int(stop) <= num_sequences):
         raise BadInput(
-            f"--sequences {text} is no range of the {num_sequences} sequences: FIRST:STOP such as 0:{num_sequences}"
+            f"--sequences {text} is not a range of the {num_sequences} sequences: FIRST:STOP such as 0:{num_sequences}"
         )
     chosen = range(int(first), int(stop))
     if chosen.start % batch or (chosen.stop % batch and chosen.stop != num_sequences):

@@ -5,7 +5,7 @@
     cancelled    released at once
     failed       kept for grace_seconds, with its disk, so that Retry goes on from the journal; released at once where
                  trying again changes nothing and nothing was journaled
-    killed       nobody renews: the machine ends by itself when its lease is over
+    killed       no renewal: the machine ends by itself when its lease is over
 
 A machine never depends on this class to end: the class only shortens what the lease would end anyway.
 """

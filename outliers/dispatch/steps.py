@@ -71,7 +71,7 @@ class Steps(Protocol):
         """As `probe_study`. `analyzed`: what `analyze` returned, which comes before."""
 
     def start_shard(self, run: StudyRun, part: Shard, *, again: bool) -> PendingShard:
-        """Begin `make_shard`; it goes on beside this call."""
+        """Start `make_shard`, which goes on in the background."""
 
     def merge(self, run: StudyRun, parts: tuple[Shard, ...]) -> dict[str, Any]:
         """As `merge_shards`."""

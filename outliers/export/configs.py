@@ -136,7 +136,7 @@ TORCHAO: dict[str, dict[str, Any]] = {
 
 def torchao(study: Study, skips: Skips, scheme: str) -> dict[str, Any]:
     """`quantization_config` with an FqnToConfig: what has null is left alone. A whole name goes before a pattern, which stands
-    behind `re:` and fits from end to end. Experts that are one module are no torch.nn.Linear, and stay as they are."""
+    behind `re:` and fits from end to end. Experts that are one module are not a torch.nn.Linear, and stay as they are."""
     check_linear(study, "torchao")
     anatomy = study.prepared.model.anatomy
     base = f"{anatomy.backbone}.{anatomy.layers}."

@@ -137,7 +137,7 @@ def _check_values(totals: ExpertTotals, why: str) -> None:
         raise BadInput(f"{why}, and values of their input are not finite: run the study again with --dtype float32")
 
 
-def told(study: Study, found: dict[str, Rows], *, sums: bool) -> list[str]:
+def expert_notes(study: Study, found: dict[str, Rows], *, sums: bool) -> list[str]:
     """What a person must know of the rows of experts, and of the weights that have none."""
     lines = []
     totals = study.experts

@@ -35,7 +35,7 @@ class ExportRequest:
 
 @dataclass
 class Exported:
-    """What was made: the file, one beside it by the ending of its name, and what a person must know."""
+    """What was made: the file, further files by the ending of their names, and what a person must know."""
 
     content: bytes
     beside: dict[str, bytes] = field(default_factory=dict)

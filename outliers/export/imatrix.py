@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outliers.export.expert_rows import Rows, expert_rows, told
+from outliers.export.expert_rows import Rows, expert_notes, expert_rows
 from outliers.export.gguf_names import gguf_names
 from outliers.export.source import SITES, Study
 
@@ -59,7 +59,7 @@ def imatrix_gguf(study: Study, sums: bool) -> tuple[bytes, list[str]]:
         "imatrix.chunk_count": corpus.num_sequences,
         "imatrix.chunk_size": corpus.sequence_length,
     }
-    return gguf_bytes(values, tensors), told(study, found, sums=sums)
+    return gguf_bytes(values, tensors), expert_notes(study, found, sums=sums)
 
 
 def imatrix_dat(study: Study) -> tuple[bytes, list[str]]:
@@ -77,7 +77,7 @@ def imatrix_dat(study: Study) -> tuple[bytes, list[str]]:
         mean = (squares / np.maximum(counts, np.float32(1))) * np.float32(calls)
         out += _sized(name, "<i") + struct.pack("<ii", calls, mean.size) + mean.astype("<f4").tobytes()
     content = bytes(out + struct.pack("<i", corpus.num_sequences) + _sized(corpus.source, "<i"))
-    return content, told(study, found, sums=False)
+    return content, expert_notes(study, found, sums=False)
 
 
 def gguf_bytes(values: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> bytes:

@@ -18,8 +18,8 @@ class Skips:
     """Modules to leave alone.
 
     always: the head, routers and gates, whatever the study found. large: (module, largest abs of its input) above the limit,
-    the largest first. unknown: modules whose input no site is, or whose site can't be captured beside the others. expert_layers:
-    layers whose experts have a second projection, which reads no site either.
+    the largest first. unknown: modules whose input is not a site, or whose site can't be captured with the others.
+    expert_layers: layers whose experts have a second projection, which reads no site either.
     """
 
     always: tuple[str, ...]
@@ -39,18 +39,18 @@ class Skips:
 
     def lines(self) -> list[str]:
         """What is left alone, for a person."""
-        told = [f"left alone always: {', '.join(_short(self.always))}"]
-        told += [
+        said = [f"left alone always: {', '.join(_short(self.always))}"]
+        said += [
             f"left alone: {reader.name}, the largest abs of its input is {peak:,.6g}" for reader, peak in self.large
         ]
         if self.unknown:
             names = _short([reader.name for reader in self.unknown])
-            told.append(f"not judged, because no captured site is their input: {', '.join(names)}")
+            said.append(f"not judged, because no captured site is their input: {', '.join(names)}")
         if self.expert_layers:
-            told.append(
+            said.append(
                 f"not judged: the second projections of the experts of layers {format_ranges(self.expert_layers)}"
             )
-        return told
+        return said
 
 
 def find_skips(study: Study, above: float | None) -> Skips:

@@ -94,7 +94,8 @@ def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolv
     silent = _silent.get()
     if silent:
         raise HubUnavailable(
-            f"'{name}' is no folder, file or built-in, and the hub, which did not answer for {silent[0]}, was not asked again"
+            f"'{name}' is not a folder, a file or a built-in, and the hub, which did not answer for {silent[0]}, was not "
+            "asked again"
         )
     use_patient_client()
     api = HfApi()
@@ -110,7 +111,7 @@ def _resolve(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolv
     except HubUnavailable as error:
         if silent is not None and isinstance(error.__context__, httpx.TransportError):
             silent.append(name)
-        raise HubUnavailable(f"'{name}' is no folder, file or built-in, and {error}") from error
+        raise HubUnavailable(f"'{name}' is not a folder, a file or a built-in, and {error}") from error
     public = not found.private and not found.gated
     if kind == "dataset" or found.siblings is None:
         return Resolved(str(found.sha), public)
@@ -128,7 +129,7 @@ def _offline(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Resolv
         commit = asked if pinned else _cached_commit(kind, name, asked)
     if commit is None:
         raise refuse(
-            f"'{name}' is no folder, file or built-in, and the hub is switched off (HF_HUB_OFFLINE) with nothing cached "
+            f"'{name}' is not a folder, a file or a built-in, and the hub is switched off (HF_HUB_OFFLINE) with nothing cached "
             f"for '{asked}'"
         )
     return Resolved(commit, public=False)
@@ -226,12 +227,12 @@ def refusals(kind: str, name: str, asked: str, refuse: type[BadInput]) -> Iterat
         raise refuse(f"{name} has no revision '{asked}'") from error
     except RepositoryNotFoundError as error:
         raise refuse(
-            f"'{name}' is no folder, file or built-in, and no {kind} of the hub that this account may see"
+            f"'{name}' is not a folder, a file or a built-in, and no {kind} of the hub that this account may see"
         ) from error
     except RemoteEntryNotFoundError as error:
         raise refuse(f"{name} lacks a file at '{asked}': {plain(error)}") from error
     except HFValidationError as error:
-        raise refuse(f"'{name}' is no folder, file or built-in, and no name that the hub could have") from error
+        raise refuse(f"'{name}' is not a folder, a file or a built-in, and no name that the hub could have") from error
     except (httpx.LocalProtocolError, UnicodeEncodeError):
         # the original error shows the header with the token
         raise refuse("HF_TOKEN holds characters that no token has: set it again") from None

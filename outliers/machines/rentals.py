@@ -139,8 +139,8 @@ class Rentals:
         return made
 
     def hold(self, name: str, holder: str, title: str, seconds: float, alive: bool = True) -> Rental | None:
-        """Notes that `holder` needs it for `seconds` from now, renewed by this process, or, where not `alive`, not renewed; None
-        where there is no record."""
+        """Records that `holder` needs it for `seconds` from now; `alive`: this process renews it. None
+        without a record."""
         return self._change(name, holder, Holder(title, time.time() + seconds, this_process() if alive else ""))
 
     @contextlib.contextmanager
@@ -198,8 +198,8 @@ class Rentals:
             return made
 
     def take_overdue(self, name: str) -> Rental | None:
-        """Notes that a machine past its lease is being released: decided and written under one lock. None where nobody has to
-        release it any more: it was taken again meanwhile, or has ended."""
+        """Records that a machine past its lease is being released: decided and written under one lock. None where it need not
+        be released: it was taken again meanwhile, or has ended."""
         with self._changing():
             known = self.get(name)
             if known is None or not known.is_over(time.time()):
@@ -231,8 +231,8 @@ class Rentals:
         return total + (known.spent(time.time()) if known else 0.0)
 
     def paid_seconds(self, name: str, most: float | None, price_per_hour: float) -> float:
-        """How long `most` dollars in all still pay for a machine of that name; for ever where there is no such limit, or no
-        price."""
+        """How long `most` dollars in all still pay for a machine of that name; infinite without a limit or
+        a price."""
         if most is None or not price_per_hour:
             return math.inf
         return max(0.0, most - self.spent(name)) / price_per_hour * 3600
@@ -308,8 +308,8 @@ def _is_dead(process: str) -> bool:
 def _parse(record: dict[str, Any]) -> Rental:
     """The rental of a record; ValueError, KeyError or TypeError where it is not one.
 
-    Times that can't be have no comparison that ever says "over", so such a record is none either: it is told to whoever
-    looks, and `reap` fails at it, until a person has looked.
+    A record with impossible times is not valid either, since no comparison would ever find its lease over: whoever reads it
+    gets the error, and `reap` fails, until a person has looked.
     """
     holders = {key: Holder(**value) for key, value in record.pop("holders").items()}
     rental = Rental(**record, holders=holders)

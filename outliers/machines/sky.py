@@ -33,7 +33,7 @@ FOLDER = ".outliers"
 PREFIX = "outliers-"
 """Clusters of this name are ours, also where this computer has no record of them."""
 TRIES = 5
-"""Offers that are asked for, one after the other, where a cloud has none left of what its catalog lists."""
+"""Offers that are tried, one after the other, where a cloud has run out of what its catalog lists."""
 LAUNCH_SECONDS = 3600.0
 """No launch takes longer: a machine with neither an end nor a record is past its lease then."""
 
@@ -72,8 +72,8 @@ def may_have(name: str) -> bool:
 
 
 def access(name: str) -> Access:
-    """How a cluster is reached: by the file that SkyPilot wrote for it. The key of a machine that is minutes old is known to
-    nobody, so it is not checked: as SkyPilot itself does."""
+    """How a cluster is reached: by the file that SkyPilot wrote for it. The key of a machine that is minutes old is not
+    known yet, so it is not checked, as in SkyPilot itself."""
     file = Path.home() / ".sky" / "generated" / "ssh" / name
     config = file if file.exists() else None
     return Access(Connection(sky_engine.ssh_alias(name), config=config, check_host_key=False), FOLDER)
@@ -158,7 +158,7 @@ class SkyProvider:
         return False
 
     def _rent(self, name: str, request: MachineRequest, holder: str, title: str) -> Rental:
-        """The cheapest machine that can be had; what a cloud has none left of is followed by the next."""
+        """The cheapest machine that is available; where a cloud has run out of one, the next is asked for."""
         found, excluded = self._candidates(request)
         wanted = [one for one in found if not request.among or one.offer.name in request.among]
         if not wanted:

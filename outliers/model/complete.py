@@ -137,7 +137,7 @@ def _check_plain(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], nam
     ]
     if packed:
         raise UnknownModel(
-            f"{name} holds {len(packed)} weights that are no floating-point numbers, first {named(packed)} in "
+            f"{name} holds {len(packed)} weights that are not floating-point numbers, first {named(packed)} in "
             f"{tensors[packed[0]].dtype}, and its config.json does not say how they are scaled: take a checkpoint of the same "
             "model in bfloat16"
         )

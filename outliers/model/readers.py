@@ -18,7 +18,7 @@ from outliers.workspace import Workspace
 HEAD = "lm_head"
 """The output embedding of every family of the table."""
 TRANSPOSED = ("GPT2LMHeadModel",)
-"""Families whose projections are transformers' Conv1D, which is no `torch.nn.Linear`."""
+"""Families whose projections are transformers' Conv1D, which is not a `torch.nn.Linear`."""
 
 Kind = Literal["projection", "router", "experts"]
 

@@ -101,7 +101,7 @@ def _resolve(base: torch.nn.Module, layer: str, names: tuple[str, ...], site: st
 def _mlp_output(base: torch.nn.Module, layer: str, row: Family, model: torch.nn.Module) -> str:
     """Path of the MLP's second projection in one layer; empty text for a layer of experts, which has none.
 
-    A layer of experts may have a child of the same name for its shared expert: that one is no dense MLP.
+    A layer of experts may have a child of the same name for its shared expert: that one is not a dense MLP.
     """
     if row.experts and _module(base, f"{layer}.{row.experts}") is not None:
         return ""

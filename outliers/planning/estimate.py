@@ -117,9 +117,9 @@ class Step(BaseModel):
 def estimate(demand: Demand, offer: Offer, gpus: tuple[str, ...], left: int, download: int) -> tuple[Step, ...]:
     """The steps of a study on an offer, in order, without those that are not needed.
 
-    gpus: names of those the model lies on, none where the processor computes. left: bytes of the capture still to write
-    on that machine. download: bytes of the weights that are not on this machine; another one is taken to have none. Of a
-    study that is spread (--shards) over machines these are the steps of the longest part, and on this machine those of
+    gpus: names of those that hold the model, empty where the processor computes. left: bytes of the capture still to write
+    on that machine. download: bytes of the weights that are not on this machine; another machine is assumed to have none.
+    Of a study that is spread (--shards) over machines these are the steps of the longest part, and on this machine those of
     all its processes, which share it.
     """
     info, compute = demand.model, demand.spec.compute

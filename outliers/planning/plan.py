@@ -77,7 +77,7 @@ class Plan(BaseModel):
     experts: str
     """What is read of experts: all, routing or off."""
     experts_reason: str | None
-    """Why it can't be all, as the end of a sentence; None where it can, or there are none."""
+    """Why it can't be all, as the end of a sentence; None where it can, and for a dense model."""
     experts_bytes: int
     """Of `ram_bytes`, what reading the experts takes."""
     private_bytes: int

@@ -61,8 +61,8 @@ class Change:
 
     sites, layers: where. features: those that are zeroed or replaced. held: those that stay as they are while the others are
     quantized. weights: the format of the readers' weights. smooth: SmoothQuant's strength. first_tokens: whether a static
-    range is of all tokens. prefix: whether a prefix comes before each sequence. of: the weight, or the expert, that a control
-    stands beside. alone: whether it is one feature of a set. experts: those that are silent.
+    range is of all tokens. prefix: whether a prefix comes before each sequence. of: the weight or the expert that this is a
+    control of. alone: whether it is one feature of a set. experts: those that are silent.
     """
 
     name: str
@@ -270,7 +270,7 @@ def _of_expert_inputs(prepared: Prepared) -> list[Change]:
 
 
 def _of_experts(chosen: ExpertChoice) -> list[Change]:
-    """Each silenced expert alone, its controls behind it, and the super experts together beside theirs."""
+    """Each silenced expert alone, followed by its controls, then all super experts together with theirs."""
     found = [
         Change(
             f"expert {name_of(one.at)}" + (f" ({one.role}, beside {one.of})" if one.of else ""),

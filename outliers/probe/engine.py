@@ -69,7 +69,7 @@ class Engine:
         self.base: torch.nn.Module = self.model.get_submodule(self.anatomy.backbone)
         found = self.base.get_submodule(self.anatomy.layers)
         if not isinstance(found, torch.nn.ModuleList):
-            raise SiteError(f"{self.anatomy.layers} of {type(self.base).__name__} is no list of layers")
+            raise SiteError(f"{self.anatomy.layers} of {type(self.base).__name__} is not a list of layers")
         self.layers: torch.nn.ModuleList = found
         self.head = Head(self.model)
 

@@ -28,8 +28,8 @@ Role = Literal["super", "asked", "random", "load"]
 
 @dataclass(frozen=True)
 class Silenced:
-    """An expert that is silenced alone. of: the name of the expert that a control stands beside. tokens: of the probe that
-    reach it."""
+    """An expert that is silenced alone. of: the name of the expert that this is a control of. tokens: tokens of the probe
+    that reach it."""
 
     at: Expert
     role: Role
@@ -97,7 +97,7 @@ def check_experts(prepared: Prepared) -> None:
     for layer, expert in (parse_expert(one) for one in asked if one != SUPER):
         if layer not in layers:
             raise BadInput(
-                f"--probe-experts {layer}.{expert}: layer {layer} is none of the study's layers with experts, which are "
+                f"--probe-experts {layer}.{expert}: layer {layer} is not one of the study's layers with experts, which are "
                 f"{format_ranges(layers) or 'none'}"
             )
         if expert >= (model.num_experts or 0):
@@ -161,7 +161,7 @@ def _beside(
     seed: str,
     role: Role,
 ) -> tuple[Expert, ...]:
-    """A control of each expert, all different; none where one has none."""
+    """A control of each expert, all different; empty where any expert has no control."""
     found: list[Expert] = []
     for layer, expert in together:
         taken = {number for other, number in (*without, *found) if other == layer}
@@ -175,8 +175,8 @@ def _beside(
 def choose_controls(load: NDArray[np.int64], expert: int, without: Collection[int], seed: str) -> dict[Role, int]:
     """An expert of the nearest load, of equal ones the smaller number, and a random one of the rest, by a hash of its number.
 
-    load: (expert,) tokens. without: experts that are no control. Nobody takes part whom no token reaches: without such an
-    expert nothing changes. A layer with too few others has one control, or none.
+    load: (expert,) tokens. without: experts that can't be controls. Experts that no token reaches are left out: silencing one
+    changes nothing. A layer with too few others has one control, or none.
     """
     left = [number for number in np.flatnonzero(load).tolist() if number != expert and number not in without]
     if not left:

@@ -45,7 +45,7 @@ class ProbeJournal:
             journal.done[entry["change"], entry["sequence"]] = entry
             whole += len(line)
         if whole < len(content):
-            log.warning("%s has %d bytes at its end that are no lines: cut off", path, len(content) - whole)
+            log.warning("%s has %d bytes at its end that are not lines: cut off", path, len(content) - whole)
             with path.open("r+b") as file:
                 file.truncate(whole)
                 os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""What a changed pass is, beside the untouched one: losses, top-1 probability and agreement, and KL, in float64 a sequence.
+"""A changed pass against the untouched one: losses, top-1 probability and agreement, and KL, in float64 a sequence.
 
 The head is applied to slices of tokens, never to a whole sequence. The untouched pass's log-probabilities of a slice are
 computed once for a group of changes, which takes K + 1 heads for K changes. Padding and the last token, which predicts

@@ -33,7 +33,7 @@ from outliers.spec.probe import SUPER
 from outliers.study.prepare import Prepared
 
 DISTINCT = 2.0
-"""A KL below so many times the floor's is not told from rounding."""
+"""A KL below this many times the floor's can't be distinguished from rounding."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def write_numbers(made: Made, journal: ProbeJournal, sequences: Sequence[int]) -
     rows = sensitivity_rows(made, measured)
     floor = measured.mean(FLOOR, "kl")
     loss = measured.mean(REFERENCE, "nll")
-    told = [change for change in made.changes if change.kind not in ("identity", "floor")]
-    whole = [change for change in told if _is_finite(measured, change)]
+    reported = [change for change in made.changes if change.kind not in ("identity", "floor")]
+    whole = [change for change in reported if _is_finite(measured, change)]
     try:
         content = Probes(
             probe_id=made.probe_id,
@@ -123,7 +123,7 @@ def write_numbers(made: Made, journal: ProbeJournal, sequences: Sequence[int]) -
             ),
             changes=[_change(measured, made, change, floor, rows) for change in whole],
             super_weights=[_super_weight(single) for single in made.weights if single.output is not None],
-            notes=_notes(measured, made, floor, [change.name for change in told if change not in whole]),
+            notes=_notes(measured, made, floor, [change.name for change in reported if change not in whole]),
         )
     except ValidationError as error:
         raise ForbiddenFile(

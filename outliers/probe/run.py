@@ -57,7 +57,7 @@ from outliers.probe.sharing import Kept, kept_layers
 from outliers.probe.silence import count_load
 from outliers.probe.single_weights import Single, choose_weights, resolve_weights, spike_modules
 from outliers.probe.statistics import LOAD, Collector, Rotated, Statistics, load, save, watch_spike
-from outliers.probe.weights import is_turned
+from outliers.probe.weights import is_transposed
 from outliers.results.schema.probes import sensitivity_bytes
 from outliers.spec.formats import parse_format
 from outliers.store.chunks import Journal
@@ -270,7 +270,7 @@ class _Run:
         handles = []
         if AUTO in self.asked.weight:
             for layer, module in spike_modules(engine.base, self.prepared):
-                handles.append(watch_spike(found, layer, module, is_turned(module), batch.sequences, lengths))
+                handles.append(watch_spike(found, layer, module, is_transposed(module), batch.sequences, lengths))
         try:
             yield
         finally:

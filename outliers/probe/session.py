@@ -34,7 +34,7 @@ class Session:
     """One call of `probe` that has something to measure.
 
     captured: sequence -> its loss in the capture's journal, in nats, where it can be compared. errors: formats whose squared
-    error is measured in the untouched pass. advance: told of each pass, with its tokens.
+    error is measured in the untouched pass. advance: called after each pass, with its tokens.
     """
 
     engine: Engine
@@ -154,7 +154,7 @@ def _check_identity(change: Change, sequence: int, measures: Measures) -> None:
     if change.name in (IDENTITY, SHARED) and measures.kl != 0:
         raise ProbeMismatch(
             f"a change that changes nothing ({change.name}) gives a KL of {measures.kl!r} nats on sequence {sequence}: two "
-            "passes of this model over the same tokens differ here, so no effect of a change can be told from chance"
+            "passes of this model over the same tokens differ here, so no effect of a change can be distinguished from chance"
         )
 
 

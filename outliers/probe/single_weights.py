@@ -2,8 +2,8 @@
 
 A super weight (Yu et al. 2024, arXiv 2411.07191) is sought in each layer where the second projection of its MLP gives its
 largest value: the row is that output, and the column the input whose product with the row's weight is largest at that token.
-Candidates are the layers with the largest such values. Each weight stands beside a random one of its matrix, and beside the
-one of the nearest magnitude: only if it does more than these is it more than a weight.
+Candidates are the layers with the largest such values. Each weight has two controls: a random one of its matrix, and the
+one of the nearest magnitude. Only a weight that does more than both is a super weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from outliers.probe.asked import AUTO, asked_of
 from outliers.probe.changes import Group, WeightAt, parse_weight
 from outliers.probe.engine import Engine
 from outliers.probe.statistics import SPIKE, Statistics
-from outliers.probe.weights import is_turned, nearest_weight
+from outliers.probe.weights import is_transposed, nearest_weight
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
 
@@ -33,7 +33,7 @@ CANDIDATES = 3
 
 @dataclass(frozen=True)
 class Single:
-    """A weight that is set to zero. of: the name of the weight that a control stands beside. value: the weight.
+    """A weight that is set to zero. of: the name of the weight that this is a control of. value: the weight.
 
     output, input, sequence, position: of a candidate, the value that pointed at it, what was multiplied, and where it sits.
     """
@@ -84,7 +84,7 @@ def _resolved(layer: torch.nn.Module, at: WeightAt, name: str) -> WeightAt:
             f"give one of {', '.join(linear)}"
         )
     shape = tuple(linear[fits[0]].weight.shape)
-    rows, columns = shape[::-1] if is_turned(linear[fits[0]]) else shape
+    rows, columns = shape[::-1] if is_transposed(linear[fits[0]]) else shape
     if at.row >= rows or at.column >= columns:
         raise BadInput(f"--weight {at.name}: {fits[0]} has {rows} outputs and {columns} inputs, counted from 0")
     return WeightAt(at.layer, fits[0], at.row, at.column)
@@ -137,7 +137,7 @@ def _weight(engine: Engine, at: WeightAt) -> torch.Tensor:
     """The matrix (output, input) that a weight is in."""
     module = engine.module_of(at)
     weight = module.get_parameter("weight").detach()
-    return weight.t() if is_turned(module) else weight
+    return weight.t() if is_transposed(module) else weight
 
 
 def _valued(engine: Engine, single: Single) -> Single:

@@ -114,11 +114,11 @@ class Collector:
                 self._add(f"{site}.square", row, wide.square().sum(0))
                 self._reach(site, row, own)
             for way in self.rotated:
-                turned = own.float()
+                kept = own.float()
                 if way.held and self.held.get(site):
-                    turned = turned.index_fill(-1, torch.tensor(self.held[site], device=own.device), 0)
+                    kept = kept.index_fill(-1, torch.tensor(self.held[site], device=own.device), 0)
                 name = f"{'prefix.' if self.prefix else ''}{site}.{way.key}"
-                self._reach(name, row, rotate(turned, way.width))
+                self._reach(name, row, rotate(kept, way.width))
 
     def _reach(self, name: str, row: int, own: torch.Tensor) -> None:
         sizes = own.abs()
@@ -140,7 +140,12 @@ class Collector:
 
 
 def watch_spike(
-    found: Statistics, layer: int, module: torch.nn.Module, turned: bool, batch: Sequence[int], lengths: Sequence[int]
+    found: Statistics,
+    layer: int,
+    module: torch.nn.Module,
+    transposed: bool,
+    batch: Sequence[int],
+    lengths: Sequence[int],
 ) -> Any:
     """A forward hook's handle that notes a layer's largest output of its MLP's second projection.
 
@@ -160,7 +165,7 @@ def watch_spike(
             value = float(rows[number, position, row])
             if not np.isnan(found.spikes[at, 0]) and abs(value) <= abs(found.spikes[at, 0]):
                 continue
-            weight = projection.weight[:, row] if turned else projection.weight[row]
+            weight = projection.weight[:, row] if transposed else projection.weight[row]
             column = int((weight.double() * inputs[number, position].double()).abs().argmax())
             found.spikes[at] = (value, sequence, position, row, column, float(inputs[number, position, column]))
 

@@ -25,11 +25,11 @@ _OUTPUT = "down"
 
 @dataclass(frozen=True)
 class ReadingWeight:
-    """A weight that multiplies a site's tensor. turned: whether its dimensions are (in, out), experts apart."""
+    """A weight that multiplies a site's tensor. transposed: whether its dimensions are (in, out), experts apart."""
 
     module: torch.nn.Module
     name: str
-    turned: bool
+    transposed: bool
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -41,7 +41,7 @@ class ReadingWeight:
 
     def rows(self) -> torch.Tensor:
         """The weight as (out, in), or (expert, out, in): a view."""
-        return self.tensor.transpose(-1, -2) if self.turned else self.tensor
+        return self.tensor.transpose(-1, -2) if self.transposed else self.tensor
 
 
 def reading_weights(readers: Sequence[Reader]) -> list[ReadingWeight]:
@@ -52,18 +52,18 @@ def reading_weights(readers: Sequence[Reader]) -> list[ReadingWeight]:
             continue
         for name, weight in reader.module.named_parameters(recurse=False):
             if weight.dim() == 2 or (weight.dim() == 3 and not name.startswith(_OUTPUT)):
-                found.append(ReadingWeight(reader.module, name, _is_turned(reader.module, weight)))
+                found.append(ReadingWeight(reader.module, name, _is_transposed(reader.module, weight)))
     return found
 
 
-def _is_turned(module: torch.nn.Module, weight: torch.Tensor) -> bool:
+def _is_transposed(module: torch.nn.Module, weight: torch.Tensor) -> bool:
     if weight.dim() == 3:
-        # transformers says it of experts; Llama 4's own class does not, and is turned
+        # transformers says it of experts; Llama 4's own class does not, and is transposed
         return bool(getattr(module, "is_transposed", type(module).__name__.startswith("Llama4")))
-    return is_turned(module)
+    return is_transposed(module)
 
 
-def is_turned(module: torch.nn.Module) -> bool:
+def is_transposed(module: torch.nn.Module) -> bool:
     """Whether a linear layer keeps its weight as (in, out): GPT-2's Conv1D."""
     return hasattr(module, "nf") and not hasattr(module, "in_features")
 
@@ -136,7 +136,7 @@ def _made(place: Place, weight: ReadingWeight, make: Make) -> torch.Tensor:
     """The changed weight, in the shape and order of the original."""
     rows = weight.rows().detach()
     made = torch.stack([make(place, one) for one in rows]) if rows.dim() == 3 else make(place, rows)
-    return made.transpose(-1, -2).contiguous() if weight.turned else made
+    return made.transpose(-1, -2).contiguous() if weight.transposed else made
 
 
 @contextlib.contextmanager
@@ -146,7 +146,7 @@ def zeroed_weight(module: torch.nn.Module, row: int, column: int) -> Iterator[No
     if original is None:
         raise BadInput(f"{type(module).__name__} has no weight")
     made = original.detach().clone()
-    made[(column, row) if is_turned(module) else (row, column)] = 0
+    made[(column, row) if is_transposed(module) else (row, column)] = 0
     try:
         module._parameters["weight"] = made  # type: ignore[assignment]  # a tensor for a pass
         yield
@@ -159,7 +159,7 @@ def nearest_weight(module: torch.nn.Module, row: int, column: int) -> tuple[int,
     weight = module._parameters["weight"]
     if weight is None or weight.numel() < 2:
         raise BadInput(f"{type(module).__name__} has no second weight to compare with")
-    rows = (weight.t() if is_turned(module) else weight).detach()
+    rows = (weight.t() if is_transposed(module) else weight).detach()
     apart = (rows.abs().float() - rows[row, column].abs().float()).abs()
     apart[row, column] = torch.inf
     found = int(apart.flatten().argmin())

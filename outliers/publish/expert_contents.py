@@ -143,7 +143,7 @@ def _check_expert(row: dict[str, Any], summary: StudySummary, block: ExpertsBloc
     drawn = block.resamples is not None and load is not None
     low, high = row["load_low"], row["load_high"]
     if (low is not None) != drawn or (high is not None) != drawn or (drawn and not 0 <= low <= high <= block.experts):
-        raise NotAllowedError(f"has a load {what} whose ends are no ends")
+        raise NotAllowedError(f"has a load {what} whose ends are not valid")
     if block.read == "routing" and any(row[name] is not None for name in (*_PLACES, "hits")):
         raise NotAllowedError(f"has inputs or outputs {what}, and the study read routing alone")
     if row["hits"] is not None and row["hits"] < 0:
@@ -213,7 +213,7 @@ def _check_router_rows(rows: Rows, summary: StudySummary, block: ExpertsBlock) -
             raise NotAllowedError(f"has {row['tokens']:,} tokens {what}, the corpus has {summary.corpus.num_tokens:,}")
         low, high = row["entropy_low"], row["entropy_high"]
         if (low is not None) != drawn or (high is not None) != drawn or (drawn and not 0 <= low <= high <= 1):
-            raise NotAllowedError(f"has an entropy {what} whose ends are no ends")
+            raise NotAllowedError(f"has an entropy {what} whose ends are not valid")
         margins = [value for name, value in row.items() if name.startswith("margin_p") and value is not None]
         if margins != sorted(margins) or (margins and not row["margin_tokens"]):
             raise NotAllowedError(f"has router margins {what} that are not in order")

@@ -11,18 +11,19 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from outliers.counting.summary_files import has_summary
 from outliers.errors import DamagedResults, OutliersError, WorkspaceError
 from outliers.events.stream import Lines
-from outliers.publish.allowlist import NUMBERS, OPTIONAL
+from outliers.publish.allowlist import NUMBERS, OPTIONAL, SUMMARY
 from outliers.publish.finished import Finished, read_finished
 from outliers.publish.probes import PAGE, find_probe, read_probe
 from outliers.publish.publish import fetch, model_slug, published_manifest
 from outliers.publish.reporting import alone, known_digest, render_again, write_study
 from outliers.results.answer import crowded, disagreement, perplexity_words, range_words, reading_counts, resampled
 from outliers.results.expert_words import expert_lines
+from outliers.results.schema import Perplexity, StudySummary, first_error
 from outliers.store.repair import is_repaired
 from outliers.study.prepare import Prepared
 from outliers.study.probes import placed_probe
@@ -51,7 +52,7 @@ class Outcome(BaseModel):
     """The study was there already: nothing ran."""
     nonfinite: int = 0
     """Activations that are not finite, over all sites and layers."""
-    perplexity: dict[str, Any] | None = None
+    perplexity: Perplexity | None = None
     """As in summary.json, where it was asked for."""
     interval: tuple[int, int] | None = None
     """Range over resamples of the sequences of how many features are systematic; None for a single sequence."""
@@ -139,7 +140,7 @@ def make_outcome(prepared: Prepared, workspace: Workspace, *, published: str | N
 
 
 def _read(prepared: Prepared, workspace: Workspace) -> Finished | None:
-    """The results in the workspace, while nobody writes them. Raises DamagedResults."""
+    """The results in the workspace, read while no process writes them. Raises DamagedResults."""
     with alone(prepared, workspace):
         return read_finished(workspace.study(prepared.study_id), prepared.study_id)
 
@@ -197,7 +198,7 @@ def _fetched(prepared: Prepared, workspace: Workspace, target: str, slug: str) -
 def _outcome(
     prepared: Prepared, workspace: Workspace, found: Finished, *, published: str | None, cached: bool
 ) -> Outcome:
-    summary = found.summary
+    summary = _summary(found)
     probe = read_probe(placed_probe(prepared, workspace)) if prepared.spec.probe.asked else None
     return Outcome(
         study_id=prepared.study_id,
@@ -207,14 +208,22 @@ def _outcome(
         report=str(found.folder / "report.html"),
         published=published,
         published_bytes=sum(int(item["size"]) for item in found.manifest["files"]),
-        systematic=summary["systematic"],
+        systematic=found.summary["systematic"],
         cached=cached,
-        nonfinite=sum(int(layer["nonfinite"]) for layer in summary["layers"]),
-        perplexity=summary.get("perplexity"),
+        nonfinite=sum(row.nonfinite for row in summary.layers),
+        perplexity=summary.perplexity,
         interval=resampled(summary),
         readings=reading_counts(summary),
-        experts=expert_lines(summary),
+        experts=expert_lines(summary.experts),
         crowded=crowded(summary),
         verdict=None if probe is None else probe.advice.paragraph,
         probe=None if probe is None else str(probe.folder / PAGE),
     )
+
+
+def _summary(found: Finished) -> StudySummary:
+    """summary.json by its model. Raises DamagedResults where it is not a study's."""
+    try:
+        return StudySummary.model_validate_json(found.files[SUMMARY], extra="ignore")
+    except ValidationError as error:
+        raise DamagedResults(f"the results in {found.folder} are not whole: {SUMMARY}: {first_error(error)}") from error

@@ -122,7 +122,7 @@ def drop_numbers(prepared: Prepared, workspace: Workspace) -> None:
 
 
 def known_digest(prepared: Prepared, workspace: Workspace) -> str | None:
-    """The results_digest with which the study was reported from this capture; None where it was not, or nobody knows."""
+    """The results_digest with which the study was reported from this capture; None where it was not, or that is unknown."""
     found = read_sealed(_record(prepared, workspace))
     return None if found is None else str(found.get("results_digest"))
 

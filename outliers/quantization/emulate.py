@@ -79,7 +79,7 @@ def _emulated(x: Tensor, fmt: Format, amax: float | Tensor | None, held: Tensor 
         amax, base = _checked_range(fmt, amax, values), fmt.base
     out = rotate(_quantized(values, base, amax), fmt.rotation)
     if x.dtype == torch.float16:
-        # a scale that was rounded up may lead beyond the largest value, which is no infinity
+        # a scale that was rounded up may lead beyond the largest value, which is not infinity
         out = out.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
     out = torch.where(finite, out, math.nan).to(x.dtype)
     return out if held is None else torch.where(held & finite, x.detach(), out)

@@ -17,7 +17,7 @@ from outliers.study.prepare import Prepared
 
 ALL, WITHOUT_FIRST = "all", "without_first_tokens"
 BESIDE = (64, 32, 16)
-"""Blocks of the rotation that is tried beside a 4-bit format, the largest that divides the features."""
+"""Block sizes of the rotation that is tried with each 4-bit format; the largest that divides the features is used."""
 WHOLE_TENSOR = ("int8_tensor", "fp8_tensor")
 """Formats that one token's magnitude decides for all: they are tried with the range of the other tokens too."""
 
@@ -38,7 +38,7 @@ class Variant:
 
 
 def formats_at(names: tuple[str, ...], width: int) -> tuple[Format, ...]:
-    """The formats of a study at a site: those asked for, and beside each 4-bit format the largest rotation that fits."""
+    """The formats of a study at a site: those asked for, and after each 4-bit format its largest rotation that fits."""
     asked = [parse_format(name) for name in names]
     found: list[Format] = []
     for fmt in asked:

@@ -1,23 +1,21 @@
 """Figures: the one look of all plots, from an empty figure to PNG bytes.
 
 Title, axes, colours, legend, and numbers as people read them. Equal figures give equal bytes: no clock, no program name,
-no state of pyplot. It knows nothing of what is drawn.
+no state of pyplot. It knows nothing of what is drawn, but the words of the deciding rule.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from outliers.results.schema import CriteriaBlock
 from outliers.spec import BLOCK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Json = Mapping[str, Any]
 
 WIDTH_INCHES = 7.2
 DPI = 200
@@ -51,12 +49,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def criterion(summary: Json) -> str:
+def criterion(rule: CriteriaBlock) -> str:
     """The deciding rule in one line."""
-    rule = summary["criteria"]
     return (
-        f"{rule['reading']} at {rule['site']}: abs(x) ≥ {number(rule['magnitude'])} in at least "
-        f"{percent(rule['layer_fraction'])} of layers and {percent(rule['position_fraction'])} of tokens"
+        f"{rule.reading} at {rule.site}: abs(x) ≥ {number(rule.magnitude)} in at least "
+        f"{percent(rule.layer_fraction)} of layers and {percent(rule.position_fraction)} of tokens"
     )
 
 
@@ -68,13 +65,13 @@ def new_figure(height_inches: float) -> Figure:
     return FigureCanvasAgg(Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")).figure
 
 
-def entitle(figure: Figure, axes: Axes, summary: Json, what: str, below: str = "") -> None:
-    """Title (model and `what`) and subtitle (`below`, else the criterion); a name is never read as TeX."""
-    # the font has no glyph for many a character outside ASCII, and would warn
-    model = re.sub(r"[^ -~]", "?", str(summary["model"]["id"]))
-    title = f"{model if len(model) <= 40 else model[:39] + '…'}: {what}"
+def entitle(figure: Figure, axes: Axes, model: str, what: str, below: str) -> None:
+    """Title (the model's name and `what`) and subtitle `below`; a name is never read as TeX."""
+    # the font lacks many glyphs outside ASCII, and matplotlib would warn
+    name = re.sub(r"[^ -~]", "?", model)
+    title = f"{name if len(name) <= 40 else name[:39] + '…'}: {what}"
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
-    axes.set_title(below or criterion(summary), loc="left", fontsize=8.5, color=MUTED, parse_math=False, pad=8)
+    axes.set_title(below, loc="left", fontsize=8.5, color=MUTED, parse_math=False, pad=8)
 
 
 def dress(axes: Axes, x_label: str, y_label: str) -> None:
@@ -108,9 +105,9 @@ def _short(value: float) -> str:
     return f"{value / size:,.4g}{unit}" if value < 1e3 or unit else f"{value:,.0f}"
 
 
-def mark_magnitude(axes: Axes, summary: Json, *, vertical: bool = True) -> None:
+def mark_magnitude(axes: Axes, magnitude: float, *, vertical: bool = True) -> None:
     """A dashed line at the deciding magnitude."""
-    magnitude, line = float(summary["criteria"]["magnitude"]), axes.axvline if vertical else axes.axhline
+    line = axes.axvline if vertical else axes.axhline
     line(magnitude, color=DECIDING, linewidth=1.2, linestyle="--", label=f"magnitude {number(magnitude)}")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from outliers.report.figures import INK, MUTED, Json, entitle, new_figure, png
-from outliers.report.plots import DRAWING, Plot, captured_layers
+from outliers.report.figures import INK, MUTED, entitle, new_figure, png
+from outliers.report.plots import DRAWING, Plot
 from outliers.results.format_lines import format_lines
 from outliers.spec import SITES
 
@@ -70,13 +70,16 @@ def _shown(decibels: float | None) -> str:
     return "exact" if decibels is None else f"{decibels:.1f}"
 
 
-def format_maps(summary: Json, rows: Sequence[dict[str, Any]]) -> Plot | None:
-    """SQNR by site and layer, a panel a format, every feature quantized; None for an empty table."""
+def format_maps(model: str, layers: Sequence[int], rows: Sequence[dict[str, Any]]) -> Plot | None:
+    """SQNR by site and layer, a panel a format, every feature quantized; None for an empty table.
+
+    model: its name. layers: those that were read, ascending.
+    """
     plain = [row for row in rows if row["held_out"] == 0 and row["range"] in (None, "all")]
     names = list(dict.fromkeys(row["format"] for row in plain))[:MAX_PANELS]
     if not names:
         return None
-    sites, layers = measured_sites(rows), captured_layers(summary)
+    sites = measured_sites(rows)
     values = np.full((len(names), len(sites), len(layers)), np.nan)
     for row in plain:
         if row["format"] in names and row["sqnr_db"] is not None:
@@ -101,7 +104,7 @@ def format_maps(summary: Json, rows: Sequence[dict[str, Any]]) -> Plot | None:
         bar.ax.tick_params(labelsize=8, colors=MUTED, length=2)
         bar.outline.set_visible(False)
         first = panels[0].get_title(loc="left")
-        entitle(figure, panels[0], summary, "error of number formats", below=first)
+        entitle(figure, panels[0], model, "error of number formats", below=first)
         content = png(figure)
     shown = f"{low:.1f} to {high:.1f} dB" if known.size else "no number"
     return Plot(

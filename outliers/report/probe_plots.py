@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from outliers.report.figures import DECIDING, INK, Json, dress, entitle, new_figure, number, plain_log, png
+from outliers.report.figures import DECIDING, INK, dress, entitle, new_figure, number, plain_log, png
 from outliers.report.plots import Plot
 from outliers.results.schema import Advice, Change, Probes
 from outliers.spec import SITES
@@ -37,7 +37,7 @@ def draw_probe(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: Advice
 
 
 def causes(probes: Probes) -> Plot | None:
-    """Bars of the perplexity without some features or weights, beside the controls; None where nothing was taken out."""
+    """Bars of the perplexity without some features or weights, with the controls; None where nothing was taken out."""
     changes = [change for change in probes.changes if change.kind in ("zero", "mean", "weight")]
     changes = sorted(changes, key=lambda change: -change.perplexity)[:MAX_BARS]
     if not changes:
@@ -50,9 +50,7 @@ def causes(probes: Probes) -> Plot | None:
     axes.set_yticks(range(len(changes)), [_label(change) for change in changes])
     axes.axvline(probes.reference.perplexity, color=DECIDING, linewidth=1.2, linestyle="--")
     axes.set_xlim(left=0.9 * min([probes.reference.perplexity, *values]))
-    entitle(
-        figure, axes, _titled(probes), "perplexity without some features", f"dashed: untouched. {_measured(probes)}"
-    )
+    entitle(figure, axes, probes.model, "perplexity without some features", f"dashed: untouched. {_measured(probes)}")
     dress(axes, "perplexity (log scale)", "")
     plain_log(axes, "x")
     worst = changes[0]
@@ -61,7 +59,7 @@ def causes(probes: Probes) -> Plot | None:
 
 
 def draw_experts(probes: Probes) -> Plot | None:
-    """Bars of the perplexity without experts, each beside its controls; None where none was silenced."""
+    """Bars of the perplexity without experts, each with its controls; None where no expert was silenced."""
     changes = [change for change in probes.changes if change.kind == "silence"][:MAX_BARS]
     if not changes:
         return None
@@ -73,7 +71,7 @@ def draw_experts(probes: Probes) -> Plot | None:
     axes.set_yticks(range(len(changes)), [_label(change) for change in changes])
     axes.axvline(probes.reference.perplexity, color=DECIDING, linewidth=1.2, linestyle="--")
     axes.set_xlim(left=0.9 * min([probes.reference.perplexity, *values]))
-    entitle(figure, axes, _titled(probes), "perplexity without experts", f"dashed: untouched. {_measured(probes)}")
+    entitle(figure, axes, probes.model, "perplexity without experts", f"dashed: untouched. {_measured(probes)}")
     dress(axes, "perplexity (log scale)", "")
     plain_log(axes, "x")
     worst = max(changes, key=lambda change: change.perplexity)
@@ -98,7 +96,7 @@ def formats(probes: Probes, advice: Advice) -> Plot | None:
     if floor > 0:
         axes.axvspan(axes.get_xlim()[0], max(floor, axes.get_xlim()[0]), color="#eceef1", zorder=0)
     below = f"dashed: the budget, {number(advice.budget)}; grey: not distinguishable. {_measured(probes)}"
-    entitle(figure, axes, _titled(probes), "what each format costs", below)
+    entitle(figure, axes, probes.model, "what each format costs", below)
     dress(axes, "KL to the untouched model, nats a token (log scale)", "")
     plain_log(axes, "x")
     alt = f"Bars of {len(changes)} formats; the costliest is {_label(changes[0])} with KL {number(changes[0].kl)}."
@@ -126,7 +124,7 @@ def sensitivity(probes: Probes, rows: Sequence[Mapping[str, Any]]) -> Plot | Non
     bar.set_label("KL, nats a token", fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK, length=2)
     bar.outline.set_visible(False)
-    entitle(figure, axes, _titled(probes), f"{measured[0]['format']} at one place alone", _measured(probes))
+    entitle(figure, axes, probes.model, f"{measured[0]['format']} at one place alone", _measured(probes))
     dress(axes, "layer (0-based)", "")
     axes.grid(False)
     axes.set_yticks(range(len(sites)), sites)
@@ -163,10 +161,6 @@ def _format_colour(change: Change) -> str:
 
 def _repair(change: Change) -> bool:
     return bool(change.held or change.smooth is not None or change.prefix or (change.format or "").startswith("had"))
-
-
-def _titled(probes: Probes) -> Json:
-    return {"model": {"id": probes.model}}
 
 
 def _measured(probes: Probes) -> str:

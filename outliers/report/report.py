@@ -8,18 +8,17 @@ nothing.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from outliers.errors import BadInput, WorkspaceError
 from outliers.files.atomic import write_atomic
 from outliers.report.expert_plots import ENTROPY_PLOT, GIVERS_PLOT, LOAD_PLOT, OUTPUT_PLOT, draw_experts
 from outliers.report.experts import expert_values
-from outliers.report.figures import Json
 from outliers.report.formats import FORMATS_PLOT, format_maps, format_rows, measured_sites
 from outliers.report.page import render_template
 from outliers.report.plots import MASSIVE_RULE, MAX_POSITION_ROWS, Cells, Plot, captured_layers, draw
@@ -39,9 +38,9 @@ from outliers.report.rows import (
     reading_rows,
 )
 from outliers.results.answer import crowded, share_words
+from outliers.results.schema import StudySummary, Tokens, first_error, other_version
 from outliers.units import clip
 
-SCHEMA_VERSION = 1
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
 QUANTIZATION = "quantization.parquet"
 EXPERTS, ROUTER = "experts.parquet", "router.parquet"
@@ -110,6 +109,8 @@ EXPERT_TEXTS = {
 MASSIVE_PLOTS = ("massive_positions.png",)
 """Plots that stand below the heading of the massive activations."""
 
+Parsed = TypeVar("Parsed", StudySummary, Tokens)
+
 READING_MEANINGS = {
     "pooled": "layers with a hit anywhere; hits over all (layer, token) pairs",
     "union": "layers with a hit anywhere; tokens with a hit in any layer",
@@ -143,23 +144,24 @@ def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path,
 
 def make_plots(files: Mapping[str, bytes]) -> tuple[Plot, ...]:
     """The pictures of a study, from the bytes of its three files by name. Raises as `write_report`."""
-    summary, tokens = _json(files, SUMMARY), _json(files, TOKENS)
-    plots = draw(summary, tokens, _cells(files[FEATURES], summary["criteria"]["site"]))
-    maps = format_maps(summary, _table(files, QUANTIZATION))
+    summary, tokens = _parsed(files, SUMMARY, StudySummary), _parsed(files, TOKENS, Tokens)
+    name = summary.model.id
+    plots = draw(summary, tokens, _cells(files[FEATURES], summary.criteria.site))
+    maps = format_maps(name, captured_layers(summary), _table(files, QUANTIZATION))
     plots = plots if maps is None else (*plots, maps)
-    return (*plots, *draw_experts(summary, _table(files, EXPERTS), _table(files, ROUTER)))
+    return (*plots, *draw_experts(name, summary.experts, _table(files, EXPERTS), _table(files, ROUTER)))
 
 
 def make_page(files: Mapping[str, bytes], plots: Sequence[Plot], provenance: Mapping[str, object]) -> bytes:
     """report.html of a study, from the bytes of its three files by name and its pictures. Raises as `write_report`."""
-    summary, tokens = _json(files, SUMMARY), _json(files, TOKENS)
-    cells = _cells(files[FEATURES], summary["criteria"]["site"])
+    summary, tokens = _parsed(files, SUMMARY, StudySummary), _parsed(files, TOKENS, Tokens)
+    cells = _cells(files[FEATURES], summary.criteria.site)
     return render(summary, tokens, cells, plots, provenance, _table(files, QUANTIZATION)).encode("utf-8", "replace")
 
 
 def render(
-    summary: Json,
-    tokens: Json,
+    summary: StudySummary,
+    tokens: Tokens,
     cells: Cells,
     plots: Sequence[Plot],
     provenance: Mapping[str, object],
@@ -170,8 +172,8 @@ def render(
     shown = [(plot.name, *texts[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
     values = {
         "summary": summary,
-        "text_published": tokens["text"],
-        "rule": summary["criteria"],
+        "text_published": tokens.text,
+        "rule": summary.criteria,
         "layers": captured_layers(summary),
         "meanings": READING_MEANINGS,
         "facts": facts(summary),
@@ -179,29 +181,29 @@ def render(
         "crowded": crowded(summary),
         "share_ends": share_words(summary),
         "deviations": deviation_rows(summary),
-        "intervals": summary.get("intervals"),
-        "without": bool(summary.get("without_first_tokens")),
+        "intervals": summary.intervals,
+        "without": bool(summary.without_first_tokens),
         "features": feature_rows(summary),
-        "near": [] if summary["systematic"] else nearest(summary, cells),
+        "near": [] if summary.systematic else nearest(summary, cells),
         "peak": peak(summary),
         "readings": reading_rows(summary),
-        "has_legacy": any(found.get("legacy") for found in summary["readings"].values()),
-        "nonfinite": [row for row in summary["layers"] if row["nonfinite"]][:MAX_FEATURE_ROWS],
-        "nonfinite_total": sum(row["nonfinite"] for row in summary["layers"]),
+        "has_legacy": any(found.legacy for found in summary.readings.values()),
+        "nonfinite": [row for row in summary.layers if row.nonfinite][:MAX_FEATURE_ROWS],
+        "nonfinite_total": sum(row.nonfinite for row in summary.layers),
         "plots": [plot[1:] for plot in shown if plot[0] not in (*MASSIVE_PLOTS, *FORMAT_TEXTS, *EXPERT_TEXTS)],
         "format_plots": [plot[1:] for plot in shown if plot[0] in FORMAT_TEXTS],
-        "experts": expert_values(summary),
+        "experts": expert_values(summary.experts),
         "expert_plots": [plot[1:] for plot in shown if plot[0] in EXPERT_TEXTS],
         "formats": format_rows(errors),
         "format_sites": measured_sites(errors),
-        "format_sample": summary.get("quantization"),
+        "format_sample": summary.quantization,
         "massive_plots": [plot[1:] for plot in shown if plot[0] in MASSIVE_PLOTS],
         "contexts": contexts(tokens),
         "max_tokens": MAX_CONTEXTS,
-        "num_features": len(summary["systematic"]),
+        "num_features": len(summary.systematic),
         "massive": massive_rows(summary, tokens),
         "massive_rule": MASSIVE_RULE,
-        "notes": [clip(str(note), MAX_TEXT_CHARACTERS) for note in summary["notes"]],
+        "notes": [clip(note, MAX_TEXT_CHARACTERS) for note in summary.notes],
         "provenance": provenance_rows(provenance),
     }
     return render_template("report.html", values)
@@ -216,15 +218,15 @@ def _read(path: Path) -> bytes:
         raise BadInput(f"{path} is not readable: {error}; analyze the capture again") from error
 
 
-def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+def _parsed(files: Mapping[str, bytes], name: str, model: type[Parsed]) -> Parsed:
+    """A file of JSON by its model. Keys that a newer program added are passed over; an older file's have their defaults."""
     try:
-        value = json.loads(files[name])
-    except ValueError as error:
-        raise BadInput(f"{name} is not readable JSON: {error}; analyze the capture again") from error
-    version = value.get("schema_version") if isinstance(value, dict) else None
-    if version != SCHEMA_VERSION:
-        raise WorkspaceError(f"{name} has schema_version {version}, this program reads {SCHEMA_VERSION}; update it")
-    return dict(value)
+        return model.model_validate_json(files[name], extra="ignore")
+    except ValidationError as error:
+        version = other_version(error)
+        if version is not None:
+            raise WorkspaceError(f"{name} has schema_version {version}, this program reads 1; update it") from error
+        raise BadInput(f"{name} is not readable: {first_error(error)}; analyze the capture again") from error
 
 
 def _table(files: Mapping[str, bytes], name: str) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Which experts give a systematic feature, a massive activation, and which get the first tokens, delimiters, special tokens.
 
 share_e = sum over tokens of (w o_e)^2 over the sum over all experts of the same, at the feature's channel: of squares, so that
-cross terms between experts are ignored, and the block's own sum of squares stands beside it. Made from ExpertTotals alone.
+cross terms between experts are ignored, and the block's own sum of squares is given with it. Made from ExpertTotals alone.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def outputs_floor(totals: ExpertTotals, layer: int) -> float | None:
 
 
 def kinds_of(totals: ExpertTotals) -> list[KindBlock]:
-    """Where first tokens, delimiters and special tokens go, against all tokens; kinds of which there is none are left out."""
+    """Where first tokens, delimiters and special tokens go, against all tokens; kinds without tokens are left out."""
     experts, whole = totals.shapes.experts, int(totals.lengths.sum())
     tokens = totals.tokens[:, :experts]
     found = []

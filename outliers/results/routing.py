@@ -2,7 +2,7 @@
 
 Made from ExpertTotals alone. Shared experts, which every token reaches, are in none of these numbers. Ends are those of the
 middle LEVEL of resamples of whole sequences, with the seed and the rule of `bootstrap`: the tokens of one sequence are not
-independent. They are no confidence intervals.
+independent. They are not confidence intervals.
 """
 
 from __future__ import annotations

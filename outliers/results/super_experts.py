@@ -30,7 +30,7 @@ class SuperExperts:
 
     layers_below: None for all. marks: (L, A) bool. values: (L, A) float64, what was compared, NaN where it was not.
     unknown: experts of the layers without a known output. percentile, largest, bound: None of an empty population. at_most:
-    how many of so many can be above the percentile. none_because: None where there are some.
+    how many of the population can be above the percentile. none_because: None where there are some.
     """
 
     layers_below: int | None

@@ -250,7 +250,7 @@ class ComputeSpec(Part):
         1_800,
         ge=10,
         le=86_400,
-        description="a machine ends by itself when nobody has renewed its lease for so long, in seconds; a study that runs "
+        description="a machine ends by itself when its lease has not been renewed for this many seconds; a study that runs "
         "renews it all the time",
     )
     grace_seconds: int = Field(
@@ -347,7 +347,7 @@ class StudySpec(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> StudySpec:
-        self.deciding_site  # noqa: B018 - raises where it can't be told
+        self.deciding_site  # noqa: B018 - raises where it is undetermined
         if self.probe.asked and self.compute.shards > 1:
             raise ValueError(
                 "a probe reads the whole model on one machine, and --shards gives each machine a part of the corpus: leave one "
@@ -372,7 +372,7 @@ def has_block(sites: tuple[str, ...]) -> bool:
 
 
 def deciding_site(sites: tuple[str, ...], asked: str | None) -> str:
-    """`asked`, or block where it can be had, or the only site; ValueError where that leaves a choice."""
+    """`asked`, or block where both of its sites are read, or the only site; ValueError where that leaves a choice."""
     options = [*sites, *([BLOCK] if has_block(sites) else [])]
     if asked is not None:
         if asked not in options:

@@ -94,7 +94,7 @@ class ProbeSpec(Part):
     def _features(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if not _FEATURES.fullmatch(name):
-                raise ValueError(f"'{name}' is no set of features: give {FEATURES_HELP}")
+                raise ValueError(f"'{name}' is not a set of features: give {FEATURES_HELP}")
         return tuple(dict.fromkeys(names))
 
     @field_validator("quantize")

@@ -52,8 +52,8 @@ def _experts_from(stored: dict[str, Any] | None) -> ExpertShapes | None:
 def difference(found: dict[str, Any], fixed: dict[str, Any]) -> str | None:
     """How the conditions of a fingerprint differ from `fixed`; None if they don't.
 
-    A condition that the fingerprint lacks is no difference, since the first captures recorded fewer; but if that version looked
-    for it (`looked_for`), it was absent.
+    A condition that the fingerprint lacks is not a difference, since the first captures recorded fewer; but if that version
+    looked for it (`looked_for`), it was absent.
     """
     before, looked_for = found["fixed"], found.get("looked_for", [])
     for name in dict.fromkeys((*fixed, *looked_for)):

@@ -197,7 +197,7 @@ def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
 def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
     """Resolve a spec. The caller has checked its options (`machines.options.check_options`).
 
-    Raises BadInput and its kinds for what can't be had, HubUnavailable when the hub is silent."""
+    Raises BadInput and its kinds for what does not exist or can't be read, HubUnavailable when the hub is silent."""
     documents = find_local(spec.corpus)  # first: a mistyped path is refused before a model is hashed
     info = model_info(spec, workspace)
     corpus = prepare_corpus(spec.corpus, info.source, workspace, documents=documents, vocab_size=info.vocab_size)

@@ -39,7 +39,7 @@ def slice_tokens(vocabulary: int) -> int:
 
 
 def group_size(hidden_bytes: int) -> int:
-    """Changes that are measured together, of whose last hidden states each takes so many bytes."""
+    """How many changes are measured together; hidden_bytes: what the last hidden states of one take."""
     return max(1, min(MOST_GROUP, GROUP_BYTES // max(1, hidden_bytes)))
 
 

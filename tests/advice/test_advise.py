@@ -119,7 +119,7 @@ def test_the_words_say_what_was_measured_and_what_was_not_tried():
 
 
 def test_a_map_with_a_hole_predicts_nothing():
-    """A sum over some of the places would be too small, and nobody could see it."""
+    """A sum over some of the places would be too small without any sign of it."""
     rows = [row("attn_in", layer, "int8_token", 0.01, kl=0.01) for layer in (0, 1)]
     rows += [row("mlp_in", layer, "int8_token", 0.01, kl=0.01) for layer in (0, 1)]
     joint = change("int8_token", format="int8_token", kl=0.03)

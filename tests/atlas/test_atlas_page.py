@@ -213,7 +213,7 @@ def test_the_earlier_pipeline_stands_beside_our_legacy(store):
     assert ours[1][8].endswith("not alike: another corpus, another sizenot known of the earlier run: float16")
     (alone,) = [row for row in rows if row[0] == "GLM-4.5-Air"]
     assert alone[8] == "not in this atlas"
-    # magnitude 3 counts other things: of Qwen3-4B's three studies the two under the pipeline's criteria are set beside it
+    # magnitude 3 counts other things: of Qwen3-4B's three studies the two under the pipeline's criteria are compared with it
     assert len([row for row in rows if row[0] == "Qwen3-4B"]) == 2
 
 
@@ -226,7 +226,7 @@ def test_every_model_of_a_ready_made_sweep_stands_beside_the_earlier_count(name)
 
 
 def earlier_of(tmp_path, **changes):
-    """The row of one study beside the earlier pipeline's, None where it is not set beside it."""
+    """The row that compares one study with the earlier pipeline; None where the page does not compare it."""
     quick_store(tmp_path, [study(1, MODELS[0], **changes)])
     rows = earlier_rows(read_atlas(f"file://{tmp_path}").rows)
     assert [row["known"] for row in rows] == list(EARLIER)
@@ -384,7 +384,7 @@ def test_a_thousand_studies_make_one_page(tmp_path):
     html = render(atlas)
     assert len([row for row in Page(html).rows if len(row) == 11]) == 1_000 + len(groups(atlas.rows))
     assert sum(len(dots) for _, dots, _ in charts_of(html)[::6]) == 1_000
-    assert 'class="number"' not in html  # of so many they would hide each other
+    assert 'class="number"' not in html  # with this many they would hide each other
 
 
 def test_a_name_is_text_wherever_it_stands(tmp_path):

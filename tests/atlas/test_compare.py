@@ -59,7 +59,7 @@ def test_other_shares_leave_nothing_to_compare(tmp_path, share):
 
 
 def test_other_tokens_and_layers_of_one_model_are_not_alike(tmp_path):
-    """Another model's tokenizer gives other ids for the same text: that is no difference of theirs."""
+    """Another model's tokenizer gives other ids for the same text: that is not a difference of the corpora."""
     one, two, three = study(1, MODELS[0]), study(2, MODELS[0]), study(3, MODELS[1])
     two["corpus"]["token_sha256"] = three["corpus"]["token_sha256"] = "e" * 64
     two["layers"] = [row for row in two["layers"] if row["layer"] < 5]

@@ -59,7 +59,7 @@ def spec_of(folder):
 
 
 def split_size(spec, info, share):
-    """Total of a GPU that has room for `share` of the weights beside its work."""
+    """Total of a GPU that has room for `share` of the weights in addition to its working memory."""
     return total_needed(int(info.weights.memory_bytes * share) + demand_of(spec, info).work_bytes)
 
 
@@ -90,7 +90,7 @@ def test_a_model_that_does_not_fit_one_is_cut_by_the_memory_that_was_found(works
     assert set(where.values()) == {0, 1}
     layers = [where[f"model.layers.{number}"] for number in range(12)]
     assert layers == sorted(layers)
-    # unequal ones: the larger takes more, and which layers were where is told
+    # unequal ones: the larger takes more, and the message says which layers were where
     uneven = Cuda(("NVIDIA L4", split_size(spec, info, 0.35)), ("NVIDIA A100", split_size(spec, info, 0.8)))
     mixed = choose_devices(spec, info, uneven, NO_SMI)
     held = [mixed.placement.weight_bytes(gpu) for gpu in (0, 1)]

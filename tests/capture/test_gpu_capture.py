@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, tried where there is none: a real model, the real pieces, in processes of their own."""
+"""The benchmark for a GPU, tried without one: a real model, the real pieces, in processes of their own."""
 
 from __future__ import annotations
 

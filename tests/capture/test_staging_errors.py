@@ -23,7 +23,7 @@ __all__ = ["cuda", "no_thread_is_left"]  # fixtures, found by name
 
 @pytest.mark.parametrize("on_device", [False, True])
 def test_an_error_of_a_writer_comes_out_of_the_next_submit(cuda, on_device):
-    """Also where every slot is taken: nobody waits for a writer that will not write."""
+    """Also where every slot is taken: no caller waits for a writer that will not write."""
     full = DiskFull("no space left")
     calls = []
 
@@ -141,7 +141,7 @@ def test_an_interrupt_reaches_a_hook_that_waits():
 
 
 def test_leaving_the_block_waits_for_every_copy(cuda):
-    """Also after a writer's error, when nobody cares for the values: the memory must not go while it is written to."""
+    """Also after a writer's error, when no caller needs the values: the memory must not go while it is written to."""
 
     def write(key, values):
         raise DiskFull("no space left")
@@ -178,7 +178,7 @@ def test_a_copy_that_was_queued_and_then_failed_is_waited_for_too(cuda):
     ):
         with pytest.raises(KeyboardInterrupt):
             run_model(cuda, ring, 1)
-        # nothing is put into that slot again, and nobody waits for it
+        # nothing is put into that slot again, and no caller waits for it
         run_model(cuda, ring, 1)
     assert (cuda.queued, cuda.copied) == (1, 1)
 

@@ -65,7 +65,7 @@ def with_template(tmp_path, template, **options):
         ("[gMASK] <sop> $A", ["[gMASK]", "<sop>"], ["[gMASK]", "<sop>"]),  # GLM
         ("<sop> $A", ["<sop>"], ["<sop>"]),  # not its bos
         ("<s> $A", ["<s>"], ["<s>"]),
-        ("<s> $A </s>", ["<s>"], ["<s>"]),  # what comes after a text is none of it
+        ("<s> $A </s>", ["<s>"], ["<s>"]),  # what comes after a text is not a part of it
         ("$A [SEP]", [], ["<s>"]),
         (None, [], ["<s>"]),
     ],
@@ -101,7 +101,7 @@ def test_merged_bytes_and_byte_fallback_have_their_bytes(tmp_path, workspace):
     assert found.pieces[-3:] == ["", "", "鬱"]
     names = encoder.names(found.ids, found.pieces)
     assert [names.fragments.get(number) for number in found.ids[-3:]] == ["<0xE9>", "<0xAC>", "<0xB1>"]
-    # a byte that is a character by itself is none
+    # a byte that is a character by itself is not one
     line = encoder.encode("the\x0bfox", 99)
     assert "<0x0B>" in [encoder.tokenizer.convert_ids_to_tokens(number) for number in line.ids]
     assert not encoder.names(line.ids, line.pieces).fragments
@@ -128,7 +128,7 @@ DAMAGE = {
     "a list": lambda _: "[]",
     "no JSON": lambda _: "version https://git-lfs.github.com/spec/v1",
     "a merge of tokens that are not there": lambda text: text.replace('"merges": []', '"merges": [["qq", "zz"]]'),
-    "a pattern that is none": lambda text: json.dumps(
+    "a pattern that is not valid": lambda text: json.dumps(
         json.loads(text) | {"pre_tokenizer": _BROKEN}
     ),
     "an id of a special token that is text": lambda text: text.replace("256", '"x"'),

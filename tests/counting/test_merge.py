@@ -1,4 +1,4 @@
-"""Parts of a study, extracted and analyzed apart, joined into the exact whole; what is no part of it is refused."""
+"""Parts of a study, extracted and analyzed apart, joined into the exact whole; what does not belong to it is refused."""
 
 from __future__ import annotations
 

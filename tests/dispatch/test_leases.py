@@ -119,7 +119,7 @@ GRACE, KEEP = {"grace_seconds": 700}, {"keep_running": True, "keep_seconds": 900
         (JobFailed("bug"), True, GRACE, (700.0, True)),
         (JobFailed("bug"), False, GRACE, (0.0, True)),
         (BadInput("no"), False, GRACE | KEEP, (0.0, True)),
-        # an error of ours that is none of the tree is not judged: kept
+        # an error that is not in the tree of errors is not judged: kept
         (ValueError("?"), False, GRACE, (700.0, True)),
         (BudgetSpent("all of it"), True, GRACE | KEEP, (0.0, True)),
     ],

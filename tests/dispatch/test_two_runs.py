@@ -67,7 +67,7 @@ def test_a_cancel_ends_its_own_study_and_each_hears_its_own_events(tmp_path, sha
     spaces = [workspace.root, *(workspace.root / "shards").glob("*")]
     left = {handle.name for space in spaces for handle in jobs.running(space)}
     assert not [name for name in left if cancelled.run.prepared.capture_id in name]
-    # its end is no end of the other, which gets to its results
+    # its end does not end the other, which gets to its results
     other.thread.join(120)
     (outcome,) = other.ended
     assert not isinstance(outcome, BaseException), outcome

@@ -48,7 +48,7 @@ def made(seed, dtype, lengths, positions, *, applied=False, shared=1, wild=False
 
     index = torch.from_numpy(
         np.stack([rng.permutation(E - 1)[:K] for _ in range(tokens)])
-    )  # nobody reaches the last one
+    )  # no token reaches the last one
     weights = torch.from_numpy(rng.random((tokens, K)).astype(np.float32))
     gate = torch.from_numpy(rng.random(tokens).astype(np.float32)) if seed % 2 else None
     others = tuple(Shared(values(tokens, OTHER), values(tokens, HIDDEN), gate) for _ in range(shared))

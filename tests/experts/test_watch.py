@@ -56,7 +56,7 @@ def info_of(model, implementation="eager", quantization=None):
 
 
 def block_inputs(model, family, ids):
-    """What each block of experts gets and gives in a pass that nobody watches, by layer, and the hidden states."""
+    """What each block of experts gets and gives in a pass that is not watched, by layer, and the hidden states."""
     found, handles = {}, []
     for layer in range(model.config.num_hidden_layers):
         parts = oracle.block_of(model, family, layer)
@@ -250,7 +250,7 @@ def test_many_small_experts(implementation):
 
 
 def test_groups_and_a_token_that_reaches_every_expert():
-    """The margin is within the groups that were chosen; there is none where no other expert could be."""
+    """The margin is within the groups that were chosen; there is no margin where no other expert could be chosen."""
     check("DeepseekV3", "eager", torch.float32, n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3)
     check("Glm4Moe", "eager", torch.float32, n_routed_experts=8, n_group=4, topk_group=1)
     check("Mixtral", "grouped_mm", torch.float32, num_experts_per_tok=4)

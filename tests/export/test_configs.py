@@ -1,4 +1,4 @@
-"""Settings of quantizers, read by those programs where they are here, else by their rule of matching, beside brute force."""
+"""Settings of quantizers, read by those programs where they are here, else by their rule of matching, against brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Importance matrices and scales, read back by other programs' readers, beside sums over what each projection received."""
+"""Importance matrices and scales, read back by other programs' readers, against sums over what each projection received."""
 
 from __future__ import annotations
 

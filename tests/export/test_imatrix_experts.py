@@ -17,7 +17,7 @@ from outliers.errors import BadInput, CorruptCapture
 from outliers.experts.sums import ExpertSums
 from outliers.experts.table import ExpertShapes
 from outliers.experts.totals import ExpertTotals
-from outliers.export.expert_rows import Rows, told
+from outliers.export.expert_rows import Rows, expert_notes
 from outliers.export.formats import ExportRequest, make_export
 from outliers.export.gguf_names import gguf_names
 from outliers.workspace import open_workspace
@@ -131,7 +131,7 @@ def test_the_file_has_a_row_for_each_expert(world, tmp_path, family):
     expected = set()
     for layer in range(3):
         names = NAMES[family][0 if layer in study.experts.shapes.layers else 1]
-        # a dense layer beside experts has no down_in
+        # a dense layer of a mixture has no down_in
         own = names - missing - (set() if layer in study.experts.shapes.layers else {"ffn_down"})
         expected |= {f"blk.{layer}.{name}.weight" for name in own}
     assert weights == expected
@@ -173,7 +173,7 @@ def test_what_to_know_is_said(world):
     many = Rows(np.array([1 << 25]), np.zeros((1, 4)), None)
     assert (
         "counts above 16,777,216 are rounded"
-        in told(world["Qwen3Moe"], {"blk.0.ffn_up_exps.weight": many}, sums=False)[-1]
+        in expert_notes(world["Qwen3Moe"], {"blk.0.ffn_up_exps.weight": many}, sums=False)[-1]
     )
 
 

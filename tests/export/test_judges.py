@@ -162,7 +162,7 @@ def test_llama_imatrix_counts_the_same(llama_tools):
             assert ours[name].tolist() == theirs[name].tolist() == [512.0]
         elif name.endswith(".in_sum2"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=COLUMN)
-        else:  # a sum of signs that cancel, beside the largest that it could be
+        else:  # a sum of signs that cancel, against the largest that it could be
             assert (np.abs(ours[name] - theirs[name]) <= COLUMN * np.sqrt(512 * theirs[f"{name}2"])).all()
 
 

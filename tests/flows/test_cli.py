@@ -67,7 +67,7 @@ REFUSED = [
     ),
     (("study", *TINY, "--num-sequences", "5000"), "5000 sequences of 32 need 160,000"),
     (("study", *TINY, "--model", "./nothing"), "there is no model at ./nothing"),
-    (("study", *TINY, "--model", "Some/Model"), "'Some/Model' is no folder, file or built-in"),
+    (("study", *TINY, "--model", "Some/Model"), "'Some/Model' is not a folder, a file or a built-in"),
     (("study", *TINY, "--corpus", "missing.txt"), "there is no text at missing.txt"),
     (("study", *TINY, "--provider", "azure"), "provider 'azure' is not known: use local"),
     (

@@ -108,7 +108,7 @@ def test_a_process_that_ends_well_is_left_alone():
 
 @pytest.mark.parametrize("dead", ["silent", "refusing"])
 def test_a_step_is_not_held_up_by_the_server_of_its_progress(dead):
-    """One server takes connections and never answers, at the other there is nobody."""
+    """One server takes connections and never answers, the other is not there."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         held.listen()

@@ -252,7 +252,6 @@ def test_a_sweep_that_can_not_be_understood_fails_before_any_child(prefect_home)
             ('defaults={"publish_to": "s3://me:secret@b/x"}', "defaults.publish_to"),
             ('matrix={"publish_to": ["s3://b/x", "s3://me:secret@b/x"]}', "matrix.publish_to[1]"),
         ],
-        2,
     ),
 )
 def test_what_breaks_a_bound_is_refused_before_there_is_a_run(prefect_home, parameter, words):

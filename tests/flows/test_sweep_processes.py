@@ -19,7 +19,7 @@ from tests.support.hub_server import wait_until
 
 
 class Answering(Processes):
-    """Its processes end at once, and say what they are told to by study."""
+    """Its processes end at once, and print what the test gives for each study."""
 
     def __init__(self, folder, answers):
         super().__init__(folder, "http://127.0.0.1:1/api")

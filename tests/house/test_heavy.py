@@ -60,7 +60,7 @@ def test_the_exit_code_is_of_all(tmp_path, targets, code):
 
 
 def test_every_heavy_target_is_one_of_all():
-    """A target that nobody runs rots: all called test-... are run by test-all; two are a part of `make test`."""
+    """A target that is never run breaks unnoticed: all called test-... are run by test-all; two are a part of `make test`."""
     text = (ROOT / "Makefile").read_text()
     named = re.search(r"^ALL := (.*)$", text, re.MULTILINE)
     assert named

@@ -131,7 +131,7 @@ def test_a_hub_that_is_broken_is_transient(hub, tmp_path):
     (kind, message), _ = ask(hub.url, tmp_path, "model", "org/open")
     hub.forget()
     assert kind == "HubUnavailable"
-    assert "'org/open' is no folder, file or built-in, and the hub did not answer" in message
+    assert "'org/open' is not a folder, a file or a built-in, and the hub did not answer" in message
 
 
 def test_a_name_waits_as_it_is_told(hub, tmp_path):

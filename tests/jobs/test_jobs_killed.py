@@ -82,7 +82,7 @@ STUBBORN = (
 
 
 def test_a_command_that_outlives_its_supervisor_still_runs(workspace):
-    """No second one may start beside it, and it can be ended: the lock is the command's too."""
+    """No second one may start while it runs, and it can be ended: the lock is the command's too."""
     handle = jobs.start(workspace, python(STUBBORN))
     until(lambda: "deaf" in (handle.folder / "events.jsonl").read_text())
     supervisor = started(handle.folder)["pgid"]

@@ -147,7 +147,7 @@ def answered(**lines):
 
 
 def test_the_memory_of_a_container_is_its_limit():
-    """The lowest of all levels; `max` is none."""
+    """The lowest of all levels; `max` is not a level."""
     assert answered(limit=["max"]).facts.ram_bytes == 64_000_000 * 1024
     facts = answered(limit=["max", "32000000000", "48000000000"]).facts
     assert (facts.ram_bytes, facts.ram_available_bytes) == (32_000_000_000, 32_000_000_000)
@@ -363,7 +363,7 @@ def test_an_environment_is_made_once_and_half_of_one_is_made_again(box, tmp_path
     code = "import outliers.events.stream, psutil, sys; print(psutil.__version__, sys.prefix)"
     done = subprocess.run([*ready.python, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{importlib.metadata.version('psutil')} {half}\n"
-    # what can't be had is told in the installer's words, and leaves nothing that counts
+    # what can't be installed is reported in the installer's words, and leaves nothing that counts
     monkeypatch.setattr(deploying, "requirements", lambda: ("psutil>=999",))
     with pytest.raises(errors.DeployFailed, match=r"(?s)could not be installed on box.*psutil"):
         make()

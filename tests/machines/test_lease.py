@@ -161,7 +161,7 @@ def test_files_go_only_where_that_was_asked(place, how, remove):
 
 
 def test_weights_go_with_the_last_machine_that_needs_them(tmp_path):
-    """Those that were sent and those of the hub; not what nobody names, and not those of a machine that somebody holds."""
+    """Those that were sent and those of the hub; not those that no spec names, and not those of a machine that is held."""
     sources = {
         "first": [
             ("folder", f"{tmp_path}/uploads/mine"),

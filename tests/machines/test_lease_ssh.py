@@ -46,7 +46,7 @@ def test_a_lease_that_nobody_renews_ends_the_job_on_the_host(box):
     time.sleep(max(0.0, held + 5.2 - time.monotonic()))
     assert machine.status(handle) == "running"
     began = time.monotonic()
-    # at once, and in the words of the job: this is no connection that may come back
+    # at once, and in the words of the job: this is not a connection that may come back
     with pytest.raises(errors.MachineLost, match=r"^job 'step' .*the lease of its machine was not renewed"):
         machine.result(handle)
     assert time.monotonic() - began < 10

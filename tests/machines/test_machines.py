@@ -62,7 +62,7 @@ FITS = [
     (facts(A100_40, H100), {"gpu_filter": "A100", "min_vram": 80.0}, [("80.0 GB", "42.9 GB")]),
     (facts(A100_40, A100_80), {"gpu_count": 1, "min_vram": 80.0}, []),
     (facts(A100_40, A100_80), {"gpu_count": 2, "min_vram": 80.0}, [("2 GPUs", "80.0 GB", "42.9 GB")]),
-    # Memory and disk: the very number passes, a little less does not, and the two are told apart.
+    # Memory and disk: the very number passes, a little less does not, and the message shows the difference.
     (facts(ram=64), {"min_cpu_ram": 64.0}, []),
     (facts(ram=63.99), {"min_cpu_ram": 64.0}, [("64.00 GB", "63.99 GB", "--min-cpu-ram")]),
     (facts(disk=100), {"disk": 100.0}, []),

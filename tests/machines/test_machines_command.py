@@ -69,7 +69,7 @@ def overdue(workspace, name="m9", place="lab1", seconds=-5.0):
 
 
 def overdue_on_a_host_that_is_gone(workspace, monkeypatch):
-    """A record `m3` past its lease, of a host at which nobody answers."""
+    """A record `m3` past its lease, of a host that does not answer."""
     config = workspace / "ssh_config"
     config.write_text("Host gone\n  HostName 127.0.0.1\n  Port 1\n")
     monkeypatch.setenv(CONFIG_VARIABLE, str(config))
@@ -349,7 +349,7 @@ assert main(["machines", "list"]) == main(["machines", "release", "--all"]) == 0
 
 @needs_sshd
 def test_a_session_leaves_the_users_own_files_as_they_were(box, workspace, tmp_path):
-    """Of the HOME that a process is told, of the account's own, and of the account there."""
+    """Of the HOME that a process is given, of the account's own, and of the account there."""
     home, account = tmp_path / "home", Path(pwd.getpwuid(os.geteuid()).pw_dir)
     for folder in (home, box.home):
         for name, text in {

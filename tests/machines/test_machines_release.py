@@ -115,7 +115,7 @@ def test_a_name_that_no_machine_has_is_refused_before_anything_is_released(
     for strange in ("", " ", "M1", "../m1", "m1/"):
         code, _, err = outliers("machines", "release", strange)
         assert (code, f"no machine {strange!r} is held" in err) == (2, True), err
-    # one that is gone is no error, and one that never was is not hidden behind it
+    # one that is gone is not an error, and does not hide one that never was
     assert outliers("machines", "release", "gone")[0] == 0
     assert outliers("machines", "release", "gone", "never")[0] == 2
 

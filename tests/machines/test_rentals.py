@@ -157,7 +157,7 @@ def test_a_record_that_can_not_be_read_is_named(tmp_path, text):
     (rentals.folder / "m1.json").write_text(text)
     with pytest.raises(errors.WorkspaceError, match=r"machines/m1\.json is not a record of a machine"):
         rentals.get("m1")
-    # it hides no other, and somebody is told
+    # it hides no other, and an error reports it
     assert rentals.all() == (other,)
     (told,) = rentals.unreadable()
     assert told.startswith(f"{rentals.folder / 'm1.json'} is not a record of a machine")

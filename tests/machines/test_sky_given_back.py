@@ -110,7 +110,7 @@ def test_an_installation_that_takes_longer_than_the_lease_ends_no_machine(cloud,
     source.ensure("m", short, "study.run", "a study")
     assert len(left) == 30
     assert min(left) > 0
-    # the first and the last beside, no more often than each quarter of the lease
+    # apart from the first and the last, no more often than each quarter of the lease
     assert len(cloud.names("renew")) - before <= (time.monotonic() - begun) / 0.5 + 2
 
 
@@ -154,7 +154,7 @@ def test_a_full_disk_here_ends_no_lease_there(cloud, records, monkeypatch):
     fill(monkeypatch)
     source.hold("m", "study.run", "a study", 1800)
     assert 1790 < ends_in(cloud) <= 1800
-    # what is kept is nobody's run: without a record nothing would tell of it
+    # what is kept belongs to no run: without a record nothing would show it
     with pytest.raises(DiskFull, match=r"the records of machines in .* can't be written: .*No space left"):
         source.hold("m", f"study{KEPT}", "a study", 9000)
     with pytest.raises(OutliersError, match="No space left"):
@@ -166,7 +166,7 @@ def test_a_full_disk_here_ends_no_lease_there(cloud, records, monkeypatch):
 
 
 def test_what_is_being_released_is_waited_for_and_another_is_rented(cloud, records, caplog):
-    """Ctrl-C, then the same command: the dying machine is no machine."""
+    """Ctrl-C, then the same command: the dying machine is not used."""
     cloud.slow = True
     source = cloud.provider()
     first = source.ensure("m", ASKED, "study.run", "a study")

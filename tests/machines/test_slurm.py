@@ -92,7 +92,7 @@ class Renter:
         return self._started[-1]
 
     def end(self) -> None:
-        """No command lives on where a test failed: it would rent beside the next, or start an API server of its own."""
+        """No command lives on where a test failed: it would rent while the next one does, or start its own API server."""
         while self._started:
             process = self._started.pop()
             process.kill()
@@ -240,12 +240,12 @@ def test_this_side_is_killed_before_its_launch_returns(renter, tmp_path, moment,
 
 
 def test_a_machine_whose_launch_nobody_awaits_ends_with_its_lease(renter, tmp_path):
-    """SkyPilot's server brings the launch to its end, and its timer the machine: nobody here does anything."""
+    """SkyPilot's server brings the launch to its end, and its timer ends the machine: nothing is done on this side."""
     name = "outliers-orphan"
     renter.strike(name, lambda: name in renter.jobs(), 60, tmp_path / "log")
     assert name in renter.jobs()
     wait_for(lambda: not renter.jobs().strip())
-    # whether that launch had ended is known to nobody here: the record waits for who makes sure
+    # whether that launch had ended is unknown here: the record stays until someone has made sure
     listed = renter.machines()[name]
     assert (listed["state"], listed["lease_seconds_left"]) == ("launching", 0)
     assert renter.outliers("machines", "reap").returncode == 0

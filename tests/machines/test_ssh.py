@@ -239,7 +239,7 @@ def masters(socket):
 
 
 def test_many_that_connect_at_once_keep_one_connection_and_it_can_be_ended(box):
-    """An ssh that lost the race for the socket would stay for good: nobody uses it, and nothing ends it."""
+    """An ssh that lost the race for the socket would stay for good: it is not used, and nothing ends it."""
     connections = [Connection("box") for _ in range(6)]
     connections[0].close()
     until(lambda: not masters(connections[0]._socket))

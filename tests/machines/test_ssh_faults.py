@@ -98,7 +98,7 @@ class Chatter:
 @pytest.mark.studies
 def test_the_cable_is_cut_and_sshd_restarted_in_the_middle(world, host, control, undisturbed):
     before = {run["id"] for run in world.prefect.flow_runs()}
-    # a lease that is longer than the cut: else what nobody renews would end
+    # a lease that is longer than the cut: else a lease that is not renewed would end
     command = control.start(*whole_study(world, control, "--lease-seconds", "300"))
     frozen = freeze(command, host)
     (folder,) = attempts(host, "extract")
@@ -108,7 +108,7 @@ def test_the_cable_is_cut_and_sshd_restarted_in_the_middle(world, host, control,
     host.cut()
     thaw(frozen)
     cut = time.monotonic()
-    frozen = freeze(command, host, at=SEQUENCES // 3)  # it goes on where nobody sees it
+    frozen = freeze(command, host, at=SEQUENCES // 3)  # it continues unobserved
     command.until(lambda: time.monotonic() - cut > CUT_SECONDS, "the end of the cut", 0.5)
     silent = len(chatter.said) - 1
     assert f"this is line {silent}" not in command.said
@@ -185,7 +185,7 @@ def test_this_side_is_killed_at_every_step_and_nothing_stays_past_its_lease(worl
         command = control.start(*whole_study(world, control, machine="k-extract"))
         frozen = freeze(command, host, "k-extract")
         command.signal(signal.SIGKILL)
-        # nobody but the watchdog of the machine is left to end it
+        # only the watchdog of the machine is left to end it
         cancelled = attempts(host, "extract", "k-extract")[0] / "cancel.json"
         assert settled(cancelled.exists, LEASE_SECONDS + 15)
         thaw(frozen)

@@ -109,7 +109,7 @@ def test_a_host_that_is_asked_for_by_name_is_not_replaced(lab):
     machine.connection.close()
     with pytest.raises(MachineLost, match="a can't be reached"):
         SshProvider(workspace).ensure("m", pinned, "study.run", "a study")
-    # one that is told to go elsewhere goes
+    # one that is redirected elsewhere follows
     SshProvider(workspace).ensure("m", MachineRequest(lease_seconds=120, host="b"), "study.run", "a study")
     assert place(workspace, "m") == "b"
 

@@ -1,4 +1,4 @@
-"""Hosts whose login shell is no POSIX shell, and a client that is told to run something else there."""
+"""Hosts whose login shell is not a POSIX shell, and a client whose configuration runs something else there."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ print(json.dumps({"taken": taken, "bound": work.bytes(1, positions, 4, eager=eag
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak of one pass is read from Linux's /proc"
 )
-@pytest.mark.parametrize(("family", "values", "loose"), first_here(CASES, 2), ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("family", "values", "loose"), first_here(CASES), ids=[case[0] for case in CASES])
 def test_a_pass_takes_what_is_planned_for_it_at_most(family, values, loose):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps([family, values, POSITIONS])],

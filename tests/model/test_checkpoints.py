@@ -193,7 +193,7 @@ def test_values_that_are_packed_are_not_cast(tmp_path, workspace, dtype):
     tiny.make_model(tmp_path)
     key = "model.layers.1.mlp.down_proj.weight"
     change(tmp_path, lambda t: t | {key: torch.zeros(t[key].shape, dtype=torch.uint8).view(dtype)})
-    assert f"1 weights that are no floating-point numbers, first {key}" in refusal(tmp_path, workspace)
+    assert f"1 weights that are not floating-point numbers, first {key}" in refusal(tmp_path, workspace)
 
 
 def test_old_masks_of_gpt2_are_left_alone_and_a_bias_is_not(tmp_path, workspace):

@@ -1,4 +1,4 @@
-"""At length, beside llama.cpp's own program: `make test-tokenizers` builds it and runs this; elsewhere it is skipped."""
+"""Many texts, against llama.cpp's own program: `make test-tokenizers` builds it and runs this; elsewhere it is skipped."""
 
 from __future__ import annotations
 

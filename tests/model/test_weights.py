@@ -133,7 +133,7 @@ def test_parameters_are_those_of_the_arithmetic(name):
 
 
 # total as published, in billions, within 1%. Active as published, with as many digits, and what of it the publication
-# leaves out: nothing, the embedding (a look-up is no arithmetic), or embedding and head. Ours leaves out nothing, which is
+# leaves out: nothing, the embedding (a look-up is not arithmetic), or embedding and head. Ours leaves out nothing, which is
 # what Qwen3-30B-A3B, Mixtral and OLMoE give; the last column is the difference that this makes.
 PUBLISHED = {
     #                      total   active  leaves out           ours with all in

@@ -152,7 +152,7 @@ def test_finished_results_need_nothing(settled, workspace):
 
 
 def test_nothing_is_known_of_another_machines_disk(settled, workspace):
-    """A capture that is complete here is none there."""
+    """A capture that is complete on this machine does not exist on that one."""
     prepared = settled()
     run_extract(prepared, workspace, Silent())
     there = settled(compute={"provider": "ssh"})

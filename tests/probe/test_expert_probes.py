@@ -108,7 +108,7 @@ class Experts:
 
 
 def test_every_number_of_a_probe_of_experts(world):
-    """Experts named by hand and their controls, and a format at the experts' inputs, beside whole logits."""
+    """Experts named by hand and their controls, and a format at the experts' inputs, against whole logits."""
     workspace = world[0]
     study = study_of(world, {"experts": ("1.2", "2.0"), "quantize": ("int8_token", "nvfp4")})
     probe(study, workspace, Silent())
@@ -160,7 +160,7 @@ def named(world, study, experts):
 
 
 def test_super_experts_are_silenced_alone_and_together(world):
-    """Beside a random one and one of equal load each, and beside as many of these; named by results of another capture."""
+    """Each has a random control and one of equal load, and all together as many of these; named by results of another capture."""
     workspace = world[0]
     study = study_of(world, {"experts": ("super",)}, capture={"experts": "off"})
     extract(study, workspace, Silent())
@@ -248,7 +248,7 @@ def test_a_probe_of_experts_that_is_stopped_ends_with_the_same_bits(world, monke
     ("asked", "said"),
     [
         (("1.4",), "each layer of .* has the experts 0 to 3"),
-        (("3.0",), "layer 3 is none of the study's layers with experts, which are 0-2"),
+        (("3.0",), "layer 3 is not one of the study's layers with experts, which are 0-2"),
         (("super",), "says nothing of super experts here: run it with --experts all"),
     ],
 )
@@ -296,7 +296,7 @@ def without_one(name, perplexity, group, of=None):
 
 
 def test_the_verdict_and_the_page_name_experts_beside_their_controls():
-    """A format at the experts' inputs alone is no try of the format."""
+    """A format at the experts' inputs alone does not count as a trial of the format."""
     alone = [
         without_one("expert 1.68", 250.0, "super"),
         without_one("expert 1.7 (random, beside 1.68)", 17.0, "random", "1.68"),

@@ -167,7 +167,7 @@ def test_experts_that_receive_another_tensor_are_refused():
 
 @pytest.mark.parametrize("family", list(tiny.CONFIGS))
 def test_what_is_measured_is_what_whole_logits_give(family):
-    """The head on slices beside the model's own forward, caps and divisors included; one sequence is shorter."""
+    """The head on slices against the model's own forward, caps and divisors included; one sequence is shorter."""
     engine, batch, _, _layers = engine_of(family)
     places = [place for place in engine.readers if place[0] in ("attn_in", "mlp_in")]
     lengths = (12, 9)

@@ -1,4 +1,4 @@
-"""Every number of a probe on a tiny model beside the same from whole logits in float64."""
+"""Every number of a probe on a tiny model against the same from whole logits in float64."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_matched_features_are_the_largest_others(world):
 
 
 def test_numbers_smoothing_weights_and_static_ranges(world):
-    """What is named by number; SmoothQuant, weights and both static ranges, each beside the definition."""
+    """What is named by number; SmoothQuant, weights and both static ranges, each against the definition."""
     workspace, _, _ = world
     asked = {
         "zero": ("3", "11"),
@@ -115,7 +115,7 @@ def test_numbers_smoothing_weights_and_static_ranges(world):
 
 
 def test_a_map_and_what_it_predicts(world):
-    """Each place alone beside the definition; squared errors and predictions by hand; the joint prediction is their sum."""
+    """Each place alone against the definition; squared errors and predictions by hand; the joint prediction is their sum."""
     workspace, _, _ = world
     study, found, rows = made(world, {"map": "int8_token", "quantize": ("int8_token", "int4_token", "nvfp4")})
     oracle = Oracle(study, workspace)

@@ -70,7 +70,7 @@ class Stopped(Exception):
 
 
 def test_float32_finds_what_the_study_captured_in_bfloat16(world, tmp_path):
-    """The model again, in float32: its losses stand beside none of the capture's, and the numbers are those of float32."""
+    """The model again, in float32: its losses are not compared with the capture's, and the numbers are those of float32."""
     _, folder, text = world
     workspace = open_workspace(tmp_path / "w")
     parts = {"model": {"dtype": "bfloat16"}}
@@ -244,7 +244,7 @@ def test_a_probe_that_is_stopped_anywhere_ends_with_the_same_bits(world, monkeyp
 
 @pytest.mark.parametrize("moments", [(4_000,), pytest.param((1, 4_000, 12_000), marks=pytest.mark.studies)])
 def test_a_probe_that_is_killed_goes_on(workspace, llama, text, moments):
-    """A real process, ended by SIGKILL as soon as its journal has so many bytes."""
+    """A real process, ended by SIGKILL as soon as its journal has a given number of bytes."""
     study = study_of(workspace, llama, text, {"zero": ("3", "4"), "map": "int8_token"})
     extract(study, workspace, Silent())
     spec = workspace.root / "spec.json"

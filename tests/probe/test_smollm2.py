@@ -1,4 +1,4 @@
-"""Known answers: SmolLM2 in float32 on a little text, its effects beside whole logits, hooks and formats of this file."""
+"""Known answers: SmolLM2 in float32 on a little text, its effects against whole logits, hooks and formats of this file."""
 
 from __future__ import annotations
 

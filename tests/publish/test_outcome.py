@@ -49,10 +49,10 @@ def test_results_whose_manifest_cannot_be_read_are_not(study, text):
 
 
 def test_bytes_are_counted_while_a_job_writes(tmp_path):
-    """`captures list` beside a job: a chunk gets its name between the list of a folder and the look at a file."""
+    """`captures list` while a job runs: a chunk gets its name between the list of a folder and the look at a file."""
 
     class Moving(type(tmp_path)):
-        """A path whose unfinished file is moved on as soon as somebody has seen it."""
+        """A path whose unfinished file is moved on as soon as it has been seen."""
 
         def stat(self, **given):
             found = super().stat(**given)

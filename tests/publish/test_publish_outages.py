@@ -193,7 +193,7 @@ with opened("s3://atlas/atlas"):
 
 
 def test_what_breaks_unasked_is_told_unless_a_request_tells_it(s3_server: S3Server) -> None:
-    """The half of a request that was sending when its server died: asyncio would print its traceback beside the error."""
+    """The half of a request that was sending when its server died: asyncio would print its traceback next to the error."""
     done = subprocess.run(
         [sys.executable, "-c", LEFT_ALONE],
         env=os.environ | s3_server.environment(),

@@ -1,4 +1,4 @@
-"""Reading an artifact store: no more of it than it takes, from a folder and from S3, and what lies there that is no study."""
+"""Reading an artifact store: no more of it than needed, from a folder and from S3, and files there that are not a study."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Number formats as functions of tensors, beside compressed-tensors and beside an oracle that looks values up in tables."""
+"""Number formats as functions of tensors, against compressed-tensors and an oracle that looks values up in tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled loops beside `emulate`: every bit of every row, and the sums in float64."""
+"""The compiled loops against `emulate`: every bit of every row, and the sums in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of formats from a capture, beside an oracle that reads the same values one at a time in float64."""
+"""Errors of formats from a capture, against an oracle that reads the same values one at a time in float64."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def oracle(values, lengths, sample, fmt, held, ranged):
     ]
     turned = {at: np.where(held, 0.0, values[at]) @ matrix for at in tokens}
     known = [np.abs(row) for at, row in turned.items() if ranged == "all" or at[1] > 0]
-    if ranged == "all" and not size:  # the summary's: of every finite value, also beside one that is not
+    if ranged == "all" and not size:  # the summary's: of every finite value, also those of a token with one that is not
         every = [np.abs(values[n, p]) for n, length in enumerate(lengths) for p in range(length)]
         known = [np.where(np.isfinite(row) & ~held, row, 0.0) for row in every]
     amax = np.max(known, axis=0)

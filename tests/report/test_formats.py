@@ -59,11 +59,10 @@ def test_the_page_has_a_row_a_format_and_range():
 
 
 def test_the_maps_have_a_panel_a_format():
-    summary = {"layers": [{"layer": 0}, {"layer": 1}], "model": {"id": "tiny"}}
-    plot = format_maps(summary, ROWS)
+    plot = format_maps("tiny", (0, 1), ROWS)
     assert plot.name == "formats.png" and plot.png.startswith(b"\x89PNG")
     assert plot.alt == "Heat maps of 1 number formats over 2 layers: SQNR from 10.0 to 20.0 dB."
-    assert format_maps(summary, []) is None
+    assert format_maps("tiny", (0, 1), []) is None
 
 
 @pytest.fixture(scope="module")

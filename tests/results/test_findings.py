@@ -1,4 +1,4 @@
-"""What is told beside the lists: intervals over sequences, readings without first tokens, quantiles, massive by token."""
+"""What goes with the lists: intervals over sequences, readings without first tokens, quantiles, massive by token."""
 
 from __future__ import annotations
 

@@ -14,10 +14,12 @@ from outliers.counting.analyze import analyze
 from outliers.publish.allowlist import read_numbers
 from outliers.publish.manifest import results_digest
 from outliers.report.report import write_report
+from outliers.results.schema import Perplexity
 from outliers.results.write import perplexity, write_results
 from outliers.steps import run_report
 from tests.counting.test_counting import BLOCK, DTYPES, random_acts
 from tests.support import results_folder, synthetic
+from tests.support.cases import first_here
 from tests.support.html_page import Page
 
 STEPS = (3.0, 6.0, 10.0, 20.0, 50.0)
@@ -172,14 +174,16 @@ def test_a_loss_is_kept_where_it_is_a_number(nll, tokens, value, loss):
 def test_perplexity_in_words(found, words):
     from outliers.results.answer import perplexity_words
 
-    assert words in perplexity_words(found | {"tokens": 8})
+    assert words in perplexity_words(Perplexity(**found, tokens=8))
 
 
 COUNTS = {"pooled": 1, "union": 1, "per_layer": 0, "affected": 1}
 SAID = "the readings disagree: pooled 1, union 1, per_layer 0, affected 1"
 
 
-@pytest.mark.parametrize(("counts", "said"), [(COUNTS, True), (dict.fromkeys(COUNTS, 1), False), ({}, False)])
+@pytest.mark.parametrize(
+    ("counts", "said"), first_here([(COUNTS, True), (dict.fromkeys(COUNTS, 1), False), ({}, False)])
+)
 def test_every_headline_names_the_readings_where_they_disagree(tmp_path, counts, said):
     """The terminal, Prefect's page, `runs show` and the report; where they agree nothing is added."""
     import argparse

@@ -82,7 +82,7 @@ def study_in(root: Path) -> Path:
 def test_another_user_reads_nothing_of_a_workspace(place: Path) -> None:
     root = study_in(place / "work" / "space")
     assert mode(root) == 0o700
-    assert mode(root.parent) == 0o755  # it is no folder of ours
+    assert mode(root.parent) == 0o755  # it is not a folder of ours
     assert readable(place) == [str(place), str(root.parent)]
 
 
@@ -189,7 +189,7 @@ def test_the_folder_of_sockets_has_no_name_that_others_can_take(monkeypatch: pyt
         monkeypatch.setattr(tempfile, "tempdir", name)
         others = Path(name) / "mine"
         others.mkdir(mode=0o700)
-        # what somebody else puts in the way: a link to a private folder of ours, a file, an open folder
+        # what another user puts in the way: a link to a private folder of ours, a file, an open folder
         (Path(name) / f"outliers-ssh-{os.getuid()}").symlink_to(others)
         (Path(name) / f"outliers-ssh-{os.getuid()}-00000000").symlink_to(others)
         (Path(name) / f"outliers-ssh-{os.getuid()}-00000001").write_text("")

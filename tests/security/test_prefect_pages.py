@@ -40,7 +40,7 @@ const kind = (made, what) => new Promise(done => {
   setTimeout(() => { document.title = 'done'; }, 1000);
 })();
 </script>"""
-"""A page of somebody else's: `got` says what it got."""
+"""A page of another site: `got` says what it got."""
 
 
 @pytest.fixture(scope="module")

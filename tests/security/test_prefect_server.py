@@ -332,7 +332,7 @@ def test_a_server_of_another_user_is_not_used(tmp_path):
     finally:
         process.kill()
         process.communicate()
-    # root believes itself, and nobody else
+    # root trusts only itself
     assert (done.returncode, "belongs to another user" in done.stderr) == (2, True), done.stdout + done.stderr
 
 

@@ -1,6 +1,6 @@
 """What leaves is rendered on this side, of numbers that passed their schemas: a machine's or a store's page never does.
 
-The machine is a workspace of its own that somebody else may have written to, behind the real LocalMachine; the store a folder
+The machine is a workspace of its own that others may have written to, behind the real LocalMachine; the store a folder
 that others write to. Each test plants something there, and looks at what arrives and what is published.
 """
 
@@ -88,7 +88,7 @@ def case(made, tmp_path):
     return Case(made, tmp_path)
 
 
-# What a machine renders, or leaves beside its numbers
+# What a machine renders, or leaves next to its numbers
 
 
 def test_the_machine_writes_numbers_alone(made):
@@ -130,7 +130,7 @@ def test_nothing_else_of_the_machine_arrives_or_is_published(case, tmp_path):
 
 
 def test_padding_in_numbers_does_not_arrive(case):
-    """White space, escapes, and all that a Parquet file holds beside its columns' values."""
+    """White space, escapes, and all that a Parquet file holds in addition to its columns' values."""
     for name in ("summary.json", "tokens.json"):
         content = json.loads((case.numbers / name).read_bytes())
         (case.numbers / name).write_text(json.dumps(content, indent=3, ensure_ascii=True) + " \n\t" * 5_000)
@@ -175,7 +175,7 @@ HOSTILE = {
     "a key too many": ("summary.json", lambda content: content.update(activations=[0.5])),
     "a text as massive token": ("summary.json", _massive),
     "a text around a token": ("tokens.json", _top),
-    "a place that is none": ("tokens.json", _far),
+    "a place that does not exist": ("tokens.json", _far),
     "no text": ("tokens.json", lambda content: content.update(text=False)),
     "a number of a thousand digits": ("summary.json", lambda content: content["layers"][0].update(hits=10**1000)),
     "a long note": ("summary.json", lambda content: content.update(notes=["x" * 2_000])),
@@ -191,7 +191,7 @@ def test_other_numbers_are_refused(case, how):
 
 
 def test_text_that_may_not_leave_is_looked_for_here(case):
-    """A machine that was told to keep the text, and gives it."""
+    """A machine that was asked to keep the text back, and gives it."""
     case.study = case.study.model_copy(update={"text": False})
     case.edit("summary.json", lambda content: content["corpus"].update(publish_text="none"))
     case.edit("tokens.json", lambda content: content.update(text=False))
@@ -288,7 +288,7 @@ def test_of_provenance_only_short_plain_text_is_kept(case):
 
 @pytest.fixture
 def store(case, tmp_path):
-    """The study published, by somebody whose page and pictures are his own: (case, study as asked for there, folder)."""
+    """The study published by someone with another page and pictures: (case, study as asked for there, folder)."""
     case.receive()
     target = f"file://{tmp_path}/store"
     slug = model_slug(case.study.model.source.id)

@@ -127,7 +127,7 @@ def test_a_machine_lives_in_a_folder_of_any_name(box, workspace, folder):
 @needs_sshd
 @pytest.mark.servers
 def test_an_environment_is_made_in_a_folder_of_any_name(box):
-    """The installer's script: with a `uv` that makes what it is told and downloads nothing."""
+    """The installer's script: with a `uv` that makes what it is asked for and downloads nothing."""
     bin_folder = box.home / "bin $(touch ran)'"
     bin_folder.mkdir(parents=True)
     uv = bin_folder / "uv"

@@ -152,7 +152,7 @@ def test_numbers_at_their_limits_end_no_page_of_the_others(tmp_path: Path) -> No
 
 @pytest.fixture
 def evil(tmp_path: Path) -> str:
-    """A store with a study whose name is markup and escapes, beside a plain one."""
+    """A store with a study whose name is markup and escapes, and a plain one."""
     made = study(1, (NAME, 1.0, 1.0, None, 16, 1024))
     made["notes"] = ["[/red] \x1b]0;title\x07 \u2028"]
     made["model"] |= {"architecture": NAME, "revision": NAME, "quantization": NAME}

@@ -1,4 +1,4 @@
-"""Files that the disk must have before anything names them: whole, waited for, and errors told to whoever waits."""
+"""Files that the disk must have before anything names them: whole, waited for, and errors raised where they are waited for."""
 
 from __future__ import annotations
 

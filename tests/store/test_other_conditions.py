@@ -1,4 +1,4 @@
-"""A capture that was begun under other conditions, or that somebody else holds or has put files into.
+"""A capture that was begun under other conditions, or that another process holds or has put files into.
 
 Each ends in an error or a right resume, never in a wrong capture.
 """

@@ -171,7 +171,7 @@ def test_the_map_covers_every_module_of_a_family(family):
     model = empty(FAMILIES[family], "float32")
     path, placed, where = mapped(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # accelerate only warns of a name that is no module
+        warnings.simplefilter("error")  # accelerate only warns of a name that is not a module
         check_device_map(model, where)
     names = [name for name, _ in model.named_parameters()]
     found = expand_device_map(where, names)

@@ -1,4 +1,4 @@
-"""constraints.txt beside the public advisory databases, by pip-audit: `make audit`. Ends with 0, 1 (advisories) or 2 (not shown).
+"""constraints.txt against the public advisory databases, by pip-audit: `make audit`. Exits with 0, 1 (advisories) or 2 (unknown).
 
 pip-audit reports a package that no database knows as skipped, and ends with 0: where none can be reached, it would look as if all
 were well. So its answer is read: what was not looked up is counted and said. Standard library alone. Before it: the Makefile.

@@ -89,7 +89,7 @@ def serve() -> None:
 
     assert "prefect" not in sys.modules, "Prefect reads its settings when it is imported"
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what an import prints is no answer
+    os.dup2(2, 1)  # what an import prints is not an answer
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

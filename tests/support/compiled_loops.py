@@ -1,6 +1,6 @@
-"""The loops of counting, compiled once a checkout beside the first tests: else each process of the tests compiles its own.
+"""The loops of counting, compiled once a checkout, while the first tests run: else each process of the tests compiles its own.
 
-numba takes 20 seconds of a core for a dtype and 6 more for a lone site, and keeps the result beside the program.
+numba takes 20 seconds of a core for a dtype and 6 more for a lone site, and keeps the result next to the program.
 `python -m tests.support.compiled_loops STAMP` counts a few values of every dtype, and makes the file STAMP.
 """
 

@@ -1,4 +1,4 @@
-"""How often the ends beside a number hold the truth: studies drawn from known distributions, as the table of docs/results.md.
+"""How often the ends of a number contain the truth: studies drawn from known distributions, as the table of docs/results.md.
 
     python -m tests.support.coverage            4,000 studies a cell, some minutes; prints the table
     python -m tests.support.coverage 500        fewer
@@ -73,7 +73,7 @@ HARDEST = "10% of sequences with 5 times as many"
 
 
 def shares_covered(law, size, studies, seed=0, *, lengths=False):
-    """The share of studies whose ends beside a share of tokens hold the law's mean. lengths: sequences of 51 to 512 tokens."""
+    """Share of studies in which the ends of a share of tokens contain the law's mean. lengths: sequences of 51 to 512 tokens."""
     random = np.random.default_rng([seed, size])
     held = 0
     for _ in range(studies):

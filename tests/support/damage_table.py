@@ -180,7 +180,7 @@ class World:
         prepared = prepare(self.spec, workspace)
         folder = workspace.study(prepared.study_id)
         if not draws:
-            # of a study that nobody knows to have been reported the report is not written while it is looked for
+            # the report of a study that is not known to have been reported is not written while it is looked for
             for record in (root / "captures").glob("*/summaries/*.json"):
                 record.unlink()
         before = _dates(folder)

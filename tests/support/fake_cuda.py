@@ -74,7 +74,7 @@ class FakeStream:
             while (operation := self._queue.get()) is not None:
                 try:
                     operation()
-                except Exception as error:  # noqa: BLE001 - told by close, in the thread of the test
+                except Exception as error:  # noqa: BLE001 - raised by close, in the thread of the test
                     self.cuda.errors.append(error)
 
 

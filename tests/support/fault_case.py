@@ -102,7 +102,7 @@ class Case:
         return dict(found)
 
     def crashed(self) -> dict[str, Any]:
-        """The state of a run whose process was killed, once nobody says so any more.
+        """The state of a run whose process was killed, once no record says so any more.
 
         Who watched the process says it first; its worker mostly says it again a moment later, which would undo a Retry
         in between.
@@ -262,7 +262,7 @@ class Case:
             self.world.gate.open()
 
     def kill_job(self, step: str, *, supervisor: bool) -> None:
-        """SIGKILL of a step's process; with its supervisor: nobody is left to say how it ended."""
+        """SIGKILL of a step's process; with its supervisor, so that no process is left to record how it ended."""
         job = self._job(step)
         assert job is not None
         started = read_json(job.folder / "started.json") or {}
@@ -281,7 +281,7 @@ class Case:
             process.rlimit(psutil.RLIMIT_FSIZE, (0, 0))
 
     def drop(self) -> None:
-        """What was held is no more."""
+        """What was held is gone."""
         self._stopped.clear()
 
     def extract_by_hand(self) -> subprocess.Popen[str]:
@@ -298,7 +298,7 @@ class Case:
         return self._by_hand
 
     def cancel_asked(self, step: str) -> bool:
-        """Whether somebody asked for the end of the step's job."""
+        """Whether the end of the step's job was asked for."""
         job = self._job(step)
         return job is not None and (job.folder / "cancel.json").exists()
 

@@ -65,7 +65,7 @@ def second_run(case: Case, step: str) -> None:
 
 @strike("extraction by hand")
 def by_hand(case: Case, step: str) -> None:
-    """Somebody starts the extraction of the same capture beside the run: it is refused, and the run goes on."""
+    """Another process starts the extraction of the same capture during the run: it is refused, and the run goes on."""
     said = case.extract_by_hand().communicate(timeout=120)[0]
     assert said.rstrip().endswith("wait for it, or end it"), said
     assert case.home.state(case.run)["name"] == "Running"

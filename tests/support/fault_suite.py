@@ -68,7 +68,7 @@ def raises_for_good(case: Case, step: str) -> None:
     if step != "sync":
         case.release(step)
     state = case.wait("Failed")
-    assert re.search(CAUSES[step], state["message"]), f"the cause is not told: {state['message']}"
+    assert re.search(CAUSES[step], state["message"]), f"the cause is not named: {state['message']}"
     # what Prefect's server tells of tasks comes a moment later than of flows
     failed = until(lambda: case.failed_task(step), f"the end of {step}", explain=case.log)
     if step != "provision":  # which was held by a host that is away: that is tried again
@@ -126,7 +126,7 @@ def retry_joins(case: Case, step: str, since: str) -> None:
     until(lambda: case.back_at(step, since), f"{step} again", explain=case.log)
     time.sleep(1.0)  # were it to start another job, it would have
     case.release(step)
-    assert case.attempts(step) == began, "a second job was started beside the one that runs"
+    assert case.attempts(step) == began, "a second job was started while the first runs"
 
 
 @strike("worker killed")
@@ -193,7 +193,7 @@ def sweep_and_study_killed(case: Case, step: str) -> None:
     until(lambda: step in case.home.task_runs(again), f"{step} again", explain=case.log)
     time.sleep(1.0)  # were it to start another job, it would have
     case.release(step)
-    assert case.attempts(step) == began, "a second job was started beside the one that runs"
+    assert case.attempts(step) == began, "a second job was started while the first runs"
 
 
 @strike("sweep killed, then cancelled")

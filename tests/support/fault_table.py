@@ -1,4 +1,4 @@
-"""Stories of faults, told one after the other, and the table of what came of each.
+"""Scenarios of faults, run one after the other, and the table of what came of each.
 
 A story is a study that meets faults at one step after the other; after each its state is read, and what a user would do is
 done. At its end the results are bit for bit the undisturbed ones, no sequence was extracted twice, and nothing is left.

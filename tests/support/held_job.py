@@ -1,4 +1,4 @@
-"""A job that is held in its middle until somebody has asked for its end: what a cancel does must not depend on its speed."""
+"""A job that is held in its middle until its end is asked for: what a cancel does must not depend on its speed."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ import psutil
 from tests.support.ssh_machine import SshMachine
 from tests.support.ssh_tools import await_true, find_tool, root_lacks, run_tool
 
-_NETWORK = ipaddress.ip_network("198.18.0.0/15")  # kept for benchmarks: nobody's real network
+_NETWORK = ipaddress.ip_network("198.18.0.0/15")  # reserved for benchmarks (RFC 2544): not a real network
 
-# What a machine of its own sees of the accounts: the same ones, with its own home and nobody locked out.
+# What a machine of its own sees of the accounts: the same ones, with its own home, and none of them locked.
 _OWN_ACCOUNTS = """
 mount --bind "$1" /etc/passwd && mount --bind "$2" /etc/shadow || exit 1
 shift 2
@@ -50,7 +50,7 @@ class NetnsMachine(SshMachine):
         return self.name.replace("outliers-", "ov")
 
     def cut(self) -> None:
-        """Cuts the cable: packets vanish both ways, and this side isn't told: connections hang, new ones time out."""
+        """Cuts the cable: packets vanish both ways, and this side gets no error: connections hang, new ones time out."""
         # at the far end: with this end down, this side would send the packets by its default route instead
         run_tool("ip", "-n", self.name, "link", "set", "eth0", "down")
 
@@ -199,7 +199,7 @@ def _free_addresses() -> tuple[str, str]:
 
 
 def _remove(name: str) -> None:
-    """Removes all of a machine: processes, cable, namespace, disk. What is gone already is no error."""
+    """Removes all of a machine: processes, cable, namespace, disk. What is gone already is not an error."""
     for pid in run_tool("ip", "netns", "pids", name, check=False).split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)

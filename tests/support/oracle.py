@@ -190,7 +190,7 @@ T_16 = 2.946712883338617
 
 
 def logit_interval(mask, feature, reading, lengths=None):
-    """Of 16 sequences: the two ends beside the ratio of sums, on the logit scale; None for per_layer."""
+    """Of 16 sequences: the two ends of the ratio of sums, on the logit scale; None for per_layer."""
     found = _counted(mask, feature, reading, lengths)
     if found is None:
         return None

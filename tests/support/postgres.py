@@ -31,7 +31,7 @@ def programs():
 
 
 class Postgres:
-    """One server with the database `prefect`; `url` is what Prefect is told."""
+    """One server with the database `prefect`; `url` is what Prefect connects to."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="postgres-test-"))

@@ -39,7 +39,7 @@ except Exception as error:
 
 
 def start_publisher(results: Path, target: str, more: int = 0) -> subprocess.Popen[str]:
-    """A publisher as a process of its own, with this process's keys; `more`: files that it publishes beside the study's."""
+    """A publisher in its own process, with this process's keys; `more`: files that it publishes in addition to the study's."""
     command = [sys.executable, "-c", PUBLISHER, str(results), target, SLUG, str(more)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -2,7 +2,7 @@
 
 The "machine" is Debian's munged, slurmctld, slurmd and sshd (login node and compute node are one) in PID, mount and UTS
 namespaces of its own, with its own /run, /etc/slurm, /etc/passwd (whose root lives in `folder/node`) and host name. GPUs
-are declared: Slurm counts them, and there are none. SkyPilot's side has a HOME of its own, `folder/home`.
+are declared: Slurm counts them, and they do not exist. SkyPilot's side has a HOME of its own, `folder/home`.
 
 Both are killed as a whole, with all that they started, when the process that made them ends, however that ends. It needs
 root, Debian's slurm-wlm, munge, openssh-server and rsync, and `uv` and SkyPilot (extra `sky`) in this
@@ -213,7 +213,7 @@ class SlurmCluster:
         return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
 
     def _programs(self) -> dict[str, Path]:
-        """What the node has beside Debian's: our Python for studies, and one of 3.10, which SkyPilot asks uv for."""
+        """What the node has in addition to Debian's: our Python for studies, and one of 3.10, which SkyPilot asks uv for."""
         base = Path(sys.base_prefix) / "bin"
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         found = {"uv": Path(self._uv()), version: base / version}

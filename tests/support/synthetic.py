@@ -33,11 +33,11 @@ NO_WEIGHTS = Weights(
     rest_modules=(),
     work=ActivationMemory(elements=1, float_elements=1, heads=1, windowed=False, unequal_heads=False),
 )
-"""Of a model that is nowhere: a capture that is there asks for none."""
+"""Of a model that does not exist: a finished capture needs no weights."""
 
 
 class Silent:
-    """A Reporter that nobody reads."""
+    """A Reporter that discards everything."""
 
     def log(self, level, message):
         pass

@@ -1,7 +1,7 @@
 """Which tests are slow: `make test-times` measures all of them and writes slow.txt, which `make test-fast` leaves out.
 
 Counted is the processor's time of a test function with all of its parameters, its fixtures and the children that it waited
-for: the clock on the wall says more of the machine than of the test. A new test is fast until somebody measures.
+for: the wall clock says more of the machine than of the test. A new test counts as fast until it is measured.
 """
 
 from __future__ import annotations

@@ -331,7 +331,7 @@ def test_the_gpus_that_are_asked_hold_the_moe_models(tmp_path, workspace):
 
 
 def test_the_gpus_that_are_asked_hold_the_dense_models():
-    """Two bytes a parameter, as the names tell them, and a tenth and 1.5 GB beside."""
+    """Two bytes a parameter, as the names give them, and a tenth and 1.5 GB more."""
     for study in read_sweep(ROOT / "sweeps" / "qwen3-dense.toml").studies:
         billions = float(study.spec.model.id.rsplit("-", 1)[1].removesuffix("B"))
         assert 2 * billions * 1.1 + 1.5 < study.spec.compute.min_vram

@@ -1,4 +1,4 @@
-"""The order of a sweep's children: at most so many, one failure nothing to the others, all ended with it."""
+"""The order of a sweep's children: a limit on how many run, no harm of one failure to the others, all ended with the sweep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from outliers.sweep.sweep import NEXT_SECONDS, make_sweep
 
 
 class Clock:
-    """Time that passes when somebody sleeps."""
+    """Time that passes only in `sleep`."""
 
     def __init__(self):
         self.now = 0.0
@@ -52,7 +52,7 @@ class FakeChild:
 
 
 class World:
-    """Starts fake children and notes who ran beside whom, and when each began."""
+    """Starts fake children and records which ran at the same time, and when each began."""
 
     def __init__(self, lasts=lambda study: 10.0, failing=(), there=(), raising=None):
         self.clock, self.lasts, self.failing, self.there, self.raising = Clock(), lasts, failing, there, raising or {}
@@ -163,7 +163,7 @@ def test_a_hub_or_an_error_nobody_foresaw_leaves_it_to_the_child():
     "odd", [OSError(28, "No space left on device"), UnknownModel("no such model"), ValueError("no JSON")]
 )
 def test_an_error_of_one_child_is_its_end_and_nobody_elses(odd):
-    """At its start (s1), and while it runs (s2), which is then ended, since nobody looks at it any more."""
+    """At its start (s1), and while it runs (s2), which is then ended, since its result is not needed any more."""
     world = World(raising={"s1": odd})
     begin = world.start
 

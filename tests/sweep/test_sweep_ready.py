@@ -97,14 +97,19 @@ def test_a_hub_that_can_not_be_reached_is_waited_for_once(tmp_path):
     refused = [line for line in done.stderr.splitlines() if line.startswith("refused ")]
     assert len(refused) == 2
     assert refused[0].split()[1] == f"{first}:"
-    assert f" {', '.join(others)}: 'MODEL' is no folder, file or built-in, and the hub, which did not" in refused[1]
+    assert (
+        f" {', '.join(others)}: 'MODEL' is not a folder, a file or a built-in, and the hub, which did not" in refused[1]
+    )
 
 
 def test_what_is_refused_of_all_is_said_once_with_their_names(tmp_path):
     done = dry_run(tmp_path, ROOT / "sweeps" / "moe.toml", HF_HUB_OFFLINE="1")
     (refused,) = [line for line in done.stderr.splitlines() if line.startswith("refused ")]
     names = ", ".join(name.split("/")[1] for name in MODELS["moe"])
-    assert f" {names}: 'MODEL' is no folder, file or built-in, and the hub is switched off (HF_HUB_OFFLINE)" in refused
+    assert (
+        f" {names}: 'MODEL' is not a folder, a file or a built-in, and the hub is switched off (HF_HUB_OFFLINE)"
+        in refused
+    )
 
 
 def test_models_that_are_made_by_a_command_are_asked_for_by_it(tmp_path):

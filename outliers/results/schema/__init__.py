@@ -43,7 +43,7 @@ from outliers.results.schema.features import (
     NULLABLE_COLUMNS,
     FeatureRecord,
 )
-from outliers.results.schema.fields import MAX_MAGNITUDES, first_error
+from outliers.results.schema.fields import MAX_MAGNITUDES, first_error, other_version
 from outliers.results.schema.layers import (
     DeviationLadder,
     Histogram,
@@ -144,4 +144,5 @@ __all__ = [
     "Tokens",
     "TopToken",
     "first_error",
+    "other_version",
 ]

@@ -27,7 +27,7 @@ from outliers.results.schema.fields import (
 )
 
 MAX_EXPERTS = 65_535
-"""Routed and shared experts of a layer: numbers of 16 bits, one of which is nobody's."""
+"""Routed and shared experts of a layer: numbers of 16 bits, one of which stands for no expert."""
 MAX_SUPER = 256
 """Super experts that summary.json lists, by their largest output; experts.parquet marks all."""
 MAX_SHARES = 4
@@ -151,7 +151,7 @@ class Coverage(Strict):
     """How many experts have few tokens."""
 
     at_most: Count = Field(description="tokens: 0, 10, 50 and 100")
-    experts: Count = Field(description="routed experts of all layers with at most so many")
+    experts: Count = Field(description="routed experts of all layers with at most that many")
 
 
 class Reach(Strict):
@@ -192,7 +192,7 @@ class SuperReading(Strict):
     bound: Size | None = Field(
         description="a tenth of `largest`, rounded down to a whole number in the published reading; an output must be above it"
     )
-    at_most: Count = Field(description="how many experts can be above P99.5 of so many")
+    at_most: Count = Field(description="how many experts of this population can be above P99.5")
     count: Count = Field(description="super experts")
     none_because: NoneBecause | None = Field(
         description="why there is none: `tie`, the largest output is that of several, and none is above P99.5; `zero`, no "

@@ -65,6 +65,14 @@ def check_ascending(values: list[int] | list[float], what: str) -> None:
         raise ValueError(f"{what} are not in ascending order")
 
 
+def other_version(error: ValidationError) -> int | None:
+    """The schema_version of a file that is of another format; None where that is not what is wrong."""
+    for item in error.errors(include_url=False):
+        if item["loc"] == ("schema_version",) and type(item["input"]) is int:
+            return item["input"]
+    return None
+
+
 def first_error(error: ValidationError) -> str:
     """The place and the first error there, in printable characters: a place may be a key of untrusted JSON."""
     first = error.errors(include_url=False, include_input=False)[0]

@@ -99,8 +99,8 @@ class Change(Strict):
     value: Number | None = Field(description="what that weight was")
     control_of: Name | None = Field(
         None,
-        description="name of the single weight, or of the expert, that this one stands beside, of the same matrix or layer; "
-        "null: it is no control",
+        description="name of the single weight, or of the expert, that this one is a control of, in the same matrix or layer; "
+        "null: not a control",
     )
     experts: Annotated[list[Name], Field(max_length=MAX_EXPERTS)] = Field(
         [], description="experts that are silent, `LAYER.EXPERT`; absent where there are none"
