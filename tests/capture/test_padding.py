@@ -14,6 +14,7 @@ from outliers.capture.load import load_model
 from outliers.corpus.tokens import load_corpus
 from outliers.errors import CorpusError
 from outliers.publish.outcome import make_outcome
+from outliers.results.schema import Perplexity
 from outliers.spec import StudySpec
 from outliers.steps import run_analyze, run_report
 from outliers.study.prepare import prepare
@@ -155,7 +156,7 @@ def test_a_whole_study_of_documents(tmp_path, workspace, folder):
         f"perplexity {content['perplexity']['value']:.6g} (mean loss {content['perplexity']['loss']:.6f} nats a token), "
         f"over {study.corpus.num_tokens - 5} tokens",
     ]
-    broken = outcome.model_copy(update={"nonfinite": 1200, "perplexity": {"value": None, "loss": None, "tokens": 9}})
+    broken = outcome.model_copy(update={"nonfinite": 1200, "perplexity": Perplexity(value=None, loss=None, tokens=9)})
     assert [text.split(":")[0] for text in broken.remarks()] == [
         sure.split(":")[0],
         "perplexity not a number",

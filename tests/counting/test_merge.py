@@ -159,10 +159,10 @@ def test_a_folder_that_is_no_summary(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "batch", "words"),
     [
-        ("3", 1, "no range"),
-        ("3:3", 1, "no range"),
-        ("0:9", 1, "no range"),
-        ("-1:2", 1, "no range"),
+        ("3", 1, "not a range"),
+        ("3:3", 1, "not a range"),
+        ("0:9", 1, "not a range"),
+        ("-1:2", 1, "not a range"),
         ("1:4", 2, "cuts a batch"),
     ],
 )

@@ -27,7 +27,7 @@ EVIL = (
 def results(folder, model="SmolLM2", layers=12):
     """A report of a model with massive activations, many layers, and text around its tokens."""
     acts = planted(("attn_in", "mlp_in", "resid"), layers, 2, 32, 12)
-    acts["resid"][:, :, ::2, 1] = 2000.0
+    acts["resid"][:, :, ::4, 1] = 2000.0  # of 48 layers fewer than the 1,000 that a summary holds
     acts["attn_in"][:, :, :, 3] = -9.0
     write_results(folder, acts, model=model)
     return folder
