@@ -140,7 +140,8 @@ class _Layer:
             weights = None if index is None else found[0].gather(1, index)
             score = self._ranking.score
         else:
-            index, weights = (found[0], found[1]) if self._form == "index, weights" else (found[2], found[1])
+            # (index, weights, logits) or (logits, weights, index): GraniteMoe's order depends on the version of transformers
+            index, weights = (found[2] if found[0].is_floating_point() else found[0]), found[1]
             score = found[0] if self._form == "two maxima" else self._ranking.score
             if self._form != "two maxima" and not _same(index, self._ranking.index):
                 raise self._wrong("the router gives other experts than its topk found")

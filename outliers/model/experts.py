@@ -16,7 +16,7 @@ from outliers.model.anatomy import Anatomy
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 """How transformers computes fused experts with torch's own products, which can be watched (integrations/moe.py)."""
 
-ROUTERS: dict[str, Literal["weights, index", "index, weights", "scores", "two maxima"]] = {
+ROUTERS: dict[str, Literal["weights, index", "scores", "two maxima"]] = {
     **dict.fromkeys(
         (
             "MixtralTopKRouter",
@@ -30,11 +30,11 @@ ROUTERS: dict[str, Literal["weights, index", "index, weights", "scores", "two ma
         ),
         "weights, index",
     ),
-    "GraniteMoeTopKRouter": "index, weights",
+    "GraniteMoeTopKRouter": "weights, index",
     "Llama4Router": "scores",
     "PhimoeTopKRouter": "two maxima",
 }
-"""Class of a router -> what it returns: (logits, weights, index); (index, weights, logits); (scores of all experts, logits),
+"""Class of a router -> what it returns: (logits, weights, index), or the same from its end; (scores of all experts, logits),
 whose experts get inputs that are multiplied already; or the first form with the two experts of largest logits, without topk."""
 
 SHARED = ("shared_expert", "shared_experts")
