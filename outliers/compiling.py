@@ -24,7 +24,8 @@ def compiler(files):
         options = {"nogil": True, "error_model": "numpy"}
         try:
             return njit(cache=True, **options)(function)
-        except RuntimeError:  # "cannot cache function: no locator available": neither beside the program nor in a home
+        except RuntimeError:
+            # "cannot cache function: no locator available": neither the program's folder nor the user's can be written
             return njit(**options)(function)
 
     return compiled

@@ -25,7 +25,7 @@ _NAMED = re.compile(r"L?(\d{1,6})[.E](-?\d{1,6})", re.ASCII)
 
 
 def chosen_expert(named: str, summary: Mapping[str, Any], rows: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
-    """The row of an expert that is named as 1.68 or L1E68. Raises BadInput where there is none."""
+    """The row of an expert that is named as 1.68 or L1E68. Raises BadInput for an expert that the study does not have."""
     from outliers.errors import BadInput
     from outliers.units import format_ranges
 

@@ -70,6 +70,8 @@ def extract(
         size = prepared.spec.capture.batch_sequences
         chosen = sequences if sequences is not None else range(layout.num_sequences)
         wanted = _runs(chosen, size)
+        if layout.experts is None and prepared.model.anatomy.moe_layers and prepared.model.experts is None:
+            log.warning("the experts of %s are not read: `outliers plan` says why", prepared.model.source.name)
         has_values = layout.experts is not None and layout.experts.values
         experts = ExpertSumsFile(folder, layout.experts, chosen) if layout.experts is not None and has_values else None
         batches = _todo(wanted, journal, files, experts, prepared.spec.capture.perplexity)

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from outliers.counting.summary import Summary, merge
-from outliers.counting.summary_files import COUNTS, STUDY, TOTALS, UNREADABLE, read_summary, write_summary
+from outliers.counting.summary_files import COUNTS, STUDY, TOTALS, read_summary, write_summary
 from outliers.errors import BadInput, CorruptCapture, SummaryMismatch
 from outliers.experts.totals_files import has_totals, read_totals, write_totals
 from outliers.files.sealed import check_folder
@@ -29,7 +29,7 @@ from outliers.locks import locked
 from outliers.study.parts import LOCKS
 from outliers.study.prepare import Prepared
 from outliers.units import format_ranges
-from outliers.untrusted.npz import open_npz
+from outliers.untrusted.npz import UNREADABLE, open_npz
 from outliers.workspace import Workspace
 
 POLL_SECONDS = 0.1

@@ -12,8 +12,6 @@ Knows arrays and files, nothing of how they were counted.
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from outliers.counting.summary import Frame, SiteTotals, Summary
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.experts.totals_files import EXPERTS
 from outliers.files.sealed import check_folder, seal_folder
-from outliers.untrusted.npz import open_npz
+from outliers.untrusted.npz import UNREADABLE, open_npz
 
 MAX_LAYERS, MAX_FEATURES, MAX_MAGNITUDES = 1_024, 1 << 17, 33
 """The limits of summary.json (`results.schema`, which is not imported because it loads Arrow)."""
@@ -36,18 +34,6 @@ STUDY = "study.json"
 BATCH_SEQUENCES = 64
 BATCH_BYTES = 8_000_000
 """A file of counts is closed at the first of these limits, which bounds the number of files and the memory."""
-UNREADABLE = (
-    ValueError,
-    KeyError,
-    IndexError,
-    OSError,
-    EOFError,
-    TypeError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What numpy and zipfile raise for an invalid archive."""
 
 
 @dataclass

@@ -190,7 +190,7 @@ class _Inputs:
 
 
 def counter_of(values: int) -> Any:
-    """The dtype that counts so many values; half of the bytes stay longer in a core's cache."""
+    """The dtype of a histogram of that number of values: 32 bits where they suffice, for more of it stays in a core's cache."""
     return np.uint32 if values < 1 << 32 else np.uint64
 
 

@@ -22,13 +22,12 @@ from outliers.errors import CaptureError
 from outliers.experts.sums import ExpertSums
 from outliers.files.atomic import sync_folder
 from outliers.study.expert_shapes import SUMS, ExpertShapes
+from outliers.untrusted.npz import UNREADABLE
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"(\d+)-(\d+)\.npz")
 _ARRAYS = tuple(f.name for f in fields(ExpertSums) if f.name != "shapes")
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError)
-"""What numpy raises for a damaged file; zipfile's error is a ValueError's neighbour and named where it is caught."""
 
 
 def sums_path(folder: Path, sequences: range) -> Path:
@@ -54,8 +53,6 @@ def write_sums(path: Path, sums: ExpertSums) -> None:
 
 def read_sums(path: Path, shapes: ExpertShapes) -> ExpertSums | None:
     """The sums in a file; None where they can't be read or are of other shapes, and then their sequences are read again."""
-    import zipfile
-
     sums = ExpertSums.zero(shapes)
     try:
         with np.load(path, allow_pickle=False) as stored:  # zip's checksums are compared as the arrays are read
@@ -64,7 +61,7 @@ def read_sums(path: Path, shapes: ExpertShapes) -> ExpertSums | None:
                 if found.dtype != wanted.dtype or (name != "sequences" and found.shape != wanted.shape):
                     raise ValueError(f"{name} is {found.dtype} {found.shape}")
                 setattr(sums, name, found)
-    except (*UNREADABLE, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         log.warning("%s can't be used (%s): its sequences are read again", path, error)
         return None
     return sums

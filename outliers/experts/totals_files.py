@@ -7,8 +7,6 @@ shapes of the study's own capture.
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,21 +18,9 @@ from outliers.errors import CaptureError, CorruptCapture
 from outliers.experts.sums import ExpertSums
 from outliers.experts.table import ExpertShapes
 from outliers.experts.totals import OUTPUT, ExpertTotals
-from outliers.untrusted.npz import open_npz
+from outliers.untrusted.npz import UNREADABLE, open_npz
 
 EXPERTS = "experts.npz"
-UNREADABLE = (
-    ValueError,
-    KeyError,
-    IndexError,
-    OSError,
-    EOFError,
-    TypeError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What numpy and zipfile raise for an invalid archive."""
 MAX_LAYERS = 1_024
 """Layers that a summary may claim. All other numbers of its frame are those of arrays that it holds."""
 
@@ -145,7 +131,7 @@ def _check(totals: ExpertTotals) -> None:
 
 
 def _check_places(totals: ExpertTotals) -> None:
-    """Raise ValueError where a sequence, expert, position or channel is none of the frame, or sums are of other tokens."""
+    """Raise ValueError where a sequence, expert, position or channel lies outside the frame, or sums are of other tokens."""
     shapes, sequences, lengths = totals.shapes, totals.sequences, totals.lengths
     if (
         (np.diff(sequences) <= 0).any()

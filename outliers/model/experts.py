@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from outliers.errors import UnknownArchitecture
 from outliers.model.anatomy import Anatomy
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -78,8 +77,8 @@ def find_experts(
     """The experts of a backbone, from its modules' shapes; None for a dense model and for a router that is not known.
 
     base: the backbone, on any device. config: of the text model. implementation: as transformers names it. quantization: the
-    method in which the weights stay in memory, None for plain ones. Raises UnknownArchitecture where the shapes of the
-    experts contradict the config.
+    method in which the weights stay in memory, None for plain ones. None too where the layers' experts have several shapes, or
+    shapes that contradict the config or that no routing table holds: such a model is read without its experts.
     """
     if not anatomy.moe_layers or anatomy.router is None or anatomy.experts is None:
         return None
@@ -90,16 +89,18 @@ def find_experts(
         return None
     names = tuple(name for name in SHARED if hasattr(first, name))
     paths = [_at(anatomy.experts, layer) for layer in anatomy.moe_layers]
-    count, width = _one(paths, [_shape(base.get_submodule(path), int(config.hidden_size)) for path in paths])
-    shared = [
+    hidden = int(config.hidden_size)
+    shapes = {_shape(base.get_submodule(path), hidden) for path in paths}
+    shared = {
         tuple(int(base.get_submodule(f"{_at(block, layer)}.{name}.{SECOND}").in_features) for name in names)
         for layer in anatomy.moe_layers
-    ]
+    }
+    if len(shapes) > 1 or len(shared) > 1 or (shape := shapes.pop()) is None:
+        return None
+    (count, width), shared_widths = shape, shared.pop()
+    if max(count + len(names), width, *shared_widths, hidden) > LARGEST:
+        return None
     reason = _hidden(implementation, quantization)
-    if max(count + len(names), width, *shared[0], int(config.hidden_size)) > LARGEST:
-        raise UnknownArchitecture(
-            f"{paths[0]} has more than {LARGEST} experts or features, which no routing table holds"
-        )
     return ExpertsInfo(
         layers=anatomy.moe_layers,
         block=block,
@@ -109,7 +110,7 @@ def find_experts(
         count=count,
         slots=2 if ROUTERS[type(router).__name__] == "two maxima" else int(config.num_experts_per_tok),
         width=width,
-        shared_widths=_one(paths, shared),
+        shared_widths=shared_widths,
         applied=ROUTERS[type(router).__name__] == "scores",
         watch="all" if reason is None else "routing",
         reason=reason,
@@ -120,28 +121,14 @@ def _at(pattern: str, layer: int) -> str:
     return pattern.replace("*", str(layer))
 
 
-def _one(paths: list[str], found: list[Any]) -> Any:
-    """What all layers have in common."""
-    for path, value in zip(paths, found, strict=True):
-        if value != found[0]:
-            raise UnknownArchitecture(
-                f"{paths[0]} has the shape {found[0]} and {path} {value}: experts of one shape are read"
-            )
-    return found[0]
-
-
-def _shape(experts: Any, hidden: int) -> tuple[int, int]:
-    """(experts, width of one) of a module of fused experts, whose second projections are (E, H, I), or (E, I, H)."""
+def _shape(experts: Any, hidden: int) -> tuple[int, int] | None:
+    """(experts, width of one) of a module of fused experts, whose second projections are (E, H, I), or (E, I, H); None where
+    another number of features than the hidden ones comes out."""
     count, rows, columns = experts.down_proj.shape
     # Llama4's module, which knows no implementations, multiplies from the right too
     transposed = bool(getattr(experts, "is_transposed", type(experts).__name__ == "Llama4TextExperts"))
     given, width = (columns, rows) if transposed else (rows, columns)
-    if given != hidden:
-        raise UnknownArchitecture(
-            f"{type(experts).__name__} has second projections of {count} x {rows} x {columns}: {given} features come out, and "
-            f"the hidden size is {hidden}"
-        )
-    return int(count), int(width)
+    return (int(count), int(width)) if given == hidden else None
 
 
 def _hidden(implementation: str | None, quantization: str | None) -> str | None:

@@ -143,7 +143,11 @@ def _unread(info: ModelInfo) -> str | None:
     """Why not everything of a mixture's experts can be read, as the end of a sentence."""
     if info.experts is not None:
         return info.experts.reason
-    return f"for the experts of {info.architecture} are not known" if info.anatomy.moe_layers else None
+    return (
+        f"for the router or the shapes of the experts of {info.architecture} are not known"
+        if info.anatomy.moe_layers
+        else None
+    )
 
 
 def _memory(demand: Demand) -> dict[str, int]:

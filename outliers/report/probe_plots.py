@@ -42,20 +42,7 @@ def causes(probes: Probes) -> Plot | None:
     changes = sorted(changes, key=lambda change: -change.perplexity)[:MAX_BARS]
     if not changes:
         return None
-    figure = new_figure(1.3 + 0.24 * len(changes))
-    axes = figure.subplots()
-    values = [change.perplexity for change in changes]
-    colours = [GROUP_COLOURS.get(change.group, OTHER_COLOUR) for change in changes]
-    _bars(axes, values, [change.perplexity_interval for change in changes], colours)
-    axes.set_yticks(range(len(changes)), [_label(change) for change in changes])
-    axes.axvline(probes.reference.perplexity, color=DECIDING, linewidth=1.2, linestyle="--")
-    axes.set_xlim(left=0.9 * min([probes.reference.perplexity, *values]))
-    entitle(figure, axes, probes.model, "perplexity without some features", f"dashed: untouched. {_measured(probes)}")
-    dress(axes, "perplexity (log scale)", "")
-    plain_log(axes, "x")
-    worst = changes[0]
-    alt = f"Bars of {len(changes)} changes; the largest perplexity is {number(worst.perplexity)}, {_label(worst)}."
-    return Plot("causes.png", alt, png(figure))
+    return _perplexities(probes, changes, "perplexity without some features", "causes.png")
 
 
 def draw_experts(probes: Probes) -> Plot | None:
@@ -63,6 +50,11 @@ def draw_experts(probes: Probes) -> Plot | None:
     changes = [change for change in probes.changes if change.kind == "silence"][:MAX_BARS]
     if not changes:
         return None
+    return _perplexities(probes, changes, "perplexity without experts", "experts.png")
+
+
+def _perplexities(probes: Probes, changes: list[Change], title: str, name: str) -> Plot:
+    """Bars of the perplexity under some changes, from the first down, with a line where nothing is changed."""
     figure = new_figure(1.3 + 0.24 * len(changes))
     axes = figure.subplots()
     values = [change.perplexity for change in changes]
@@ -71,12 +63,12 @@ def draw_experts(probes: Probes) -> Plot | None:
     axes.set_yticks(range(len(changes)), [_label(change) for change in changes])
     axes.axvline(probes.reference.perplexity, color=DECIDING, linewidth=1.2, linestyle="--")
     axes.set_xlim(left=0.9 * min([probes.reference.perplexity, *values]))
-    entitle(figure, axes, probes.model, "perplexity without experts", f"dashed: untouched. {_measured(probes)}")
+    entitle(figure, axes, probes.model, title, f"dashed: untouched. {_measured(probes)}")
     dress(axes, "perplexity (log scale)", "")
     plain_log(axes, "x")
     worst = max(changes, key=lambda change: change.perplexity)
     alt = f"Bars of {len(changes)} changes; the largest perplexity is {number(worst.perplexity)}, {_label(worst)}."
-    return Plot("experts.png", alt, png(figure))
+    return Plot(name, alt, png(figure))
 
 
 def formats(probes: Probes, advice: Advice) -> Plot | None:

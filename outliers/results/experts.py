@@ -74,10 +74,10 @@ def read_experts(prepared: Prepared, private: Path) -> ExpertFindings | None:
         shapes,
     ) or totals.sequences.size != prepared.corpus.num_sequences:
         raise CorruptCapture(f"the totals of experts in {private} are not those of {prepared.study_id}: analyze again")
-    return find_experts(totals, prepared.model.num_layers)
+    return expert_findings(totals, prepared.model.num_layers)
 
 
-def find_experts(totals: ExpertTotals, num_layers: int) -> ExpertFindings:
+def expert_findings(totals: ExpertTotals, num_layers: int) -> ExpertFindings:
     """Count. num_layers: decoder layers of the model. Raises CorruptCapture where the routing is not of every token."""
     known = totals.sums is not None
     return ExpertFindings(

@@ -19,13 +19,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from outliers.counting.summary_files import UNREADABLE
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.files.sealed import check_folder, seal_folder
 from outliers.results.intervals import ratio_ends, share_span
 from outliers.results.schema.quantization import QUANTIZATION_SCHEMA, QuantizationBlock
 from outliers.study.prepare import Prepared
-from outliers.untrusted.npz import open_npz
+from outliers.untrusted.npz import UNREADABLE, open_npz
 
 FOLDER, ERRORS = "formats", "errors.npz"
 DIGITS = 6

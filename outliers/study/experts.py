@@ -20,7 +20,7 @@ def expert_mode(spec: StudySpec, info: ModelInfo, layers: tuple[int, ...]) -> Mo
     if experts is None:
         if asked != "auto":
             why = (
-                f"its experts are not known, for {info.architecture} is not in the table of families"
+                f"the router or the shapes of the experts of {info.architecture} are not known"
                 if info.anatomy.moe_layers
                 else "it has no experts"
             )

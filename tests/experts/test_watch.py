@@ -324,3 +324,13 @@ def test_a_module_that_multiplies_otherwise_is_refused():
     experts.act_fn.forward = lambda x: plain(x) @ torch.eye(x.shape[-1])
     with pytest.raises(SiteError, match="should multiply twice"):
         watched(model, info_of(model), torch.randint(0, 200, (1, 4)))
+
+
+@pytest.mark.parametrize("shape", [(4, 33, 48), (5, 32, 48), (4, 32, 40)], ids=["outputs", "experts", "widths"])
+def test_experts_of_several_shapes_are_left_out(shape):
+    """The model itself is described and read: its experts alone are not."""
+    model = oracle.build("Mixtral", "eager", torch.float32)
+    assert info_of(model).count == 4
+    _, _, experts, _ = oracle.block_of(model, "Mixtral", 1)
+    experts.down_proj = torch.nn.Parameter(torch.zeros(shape))
+    assert info_of(model) is None

@@ -8,7 +8,7 @@ from outliers.report.expert_plots import draw_experts
 from outliers.report.experts import expert_values
 from outliers.results.expert_tables import experts_table, router_table
 from outliers.results.expert_words import coverage_warning, expert_lines, name_of, reach_words
-from outliers.results.experts import find_experts
+from outliers.results.experts import expert_findings
 from outliers.results.schema import Coverage, ExpertsBlock
 from tests.support.expert_world import block_of, totals_of, world
 
@@ -16,7 +16,7 @@ from tests.support.expert_world import block_of, totals_of, world
 def made(**asked):
     """(part of summary.json, rows of experts.parquet, rows of router.parquet) of a made-up mixture."""
     mixture = world(**asked)
-    found = find_experts(totals_of(mixture), 9)
+    found = expert_findings(totals_of(mixture), 9)
     return (
         ExpertsBlock.model_validate(block_of(found)),
         experts_table(found, 6.0).to_pylist(),
@@ -54,7 +54,7 @@ def test_pictures_of_many_few_and_one(asked):
 def test_no_picture_without_experts_and_none_of_outputs_that_are_unknown():
     assert draw_experts("tiny", None, [], []) == ()
     mixture = world(seed=4, shared=0)
-    found = find_experts(totals_of(mixture, routing=True), 9)
+    found = expert_findings(totals_of(mixture, routing=True), 9)
     block = ExpertsBlock.model_validate(block_of(found))
     plots = draw_experts("tiny", block, experts_table(found, 6.0).to_pylist(), router_table(found).to_pylist())
     assert [plot.name for plot in plots] == ["experts_load.png", "experts_entropy.png"]

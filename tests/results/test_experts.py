@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from outliers.errors import CorruptCapture
 from outliers.results.attribution import feature_experts, kinds_of, massive_experts, outputs_floor
 from outliers.results.expert_tables import experts_table, router_table
-from outliers.results.experts import expert_notes, find_experts
+from outliers.results.experts import expert_findings, expert_notes
 from outliers.results.routing import below, margin_quantiles, tokens_to_reach
 from outliers.results.schema import EXPERTS_SCHEMA, ROUTER_SCHEMA, MassiveRow
 from outliers.results.super_experts import as_published, over_all_tokens
@@ -50,7 +50,7 @@ def largest(made, values, layer, expert):
 @pytest.mark.parametrize("asked", WORLDS)
 def test_the_tables_are_those_of_loops(asked):
     made = world(**asked)
-    found = find_experts(totals_of(made), num_layers=8)
+    found = expert_findings(totals_of(made), num_layers=8)
     table = experts_table(found, 6.0)
     assert table.schema.equals(EXPERTS_SCHEMA)
     rows = iter(table.to_pylist())
@@ -88,7 +88,7 @@ def test_the_tables_are_those_of_loops(asked):
 def test_the_routers_are_those_of_loops(asked):
     made = world(**asked)
     totals = totals_of(made)
-    table = router_table(find_experts(totals, num_layers=8))
+    table = router_table(expert_findings(totals, num_layers=8))
     assert table.schema.equals(ROUTER_SCHEMA)
     experts = made.shapes.experts
     for index, row in enumerate(table.to_pylist()):
@@ -122,7 +122,7 @@ def test_the_routers_are_those_of_loops(asked):
 def test_the_ends_are_those_of_resamples_of_whole_sequences():
     made = world(seed=6, lengths=(7, 4, 9, 5, 3, 8), experts=4, shared=0)
     totals = totals_of(made)
-    found = find_experts(totals, 3)
+    found = expert_findings(totals, 3)
     random = np.random.RandomState(0)
     loads, entropies, never = [], [], []
     for _ in range(1000):
@@ -149,7 +149,7 @@ def test_routing_that_is_not_of_every_token_is_refused():
     totals = totals_of(world())
     totals.per_sequence[1, 0, 2] += 1
     with pytest.raises(CorruptCapture, match="the routing of layer 0"):
-        find_experts(totals, 3)
+        expert_findings(totals, 3)
 
 
 def linear_percentile(values, share):
@@ -208,7 +208,7 @@ def test_a_tie_at_the_top_leaves_no_super_expert_and_says_so():
     assert (reading.none_because, reading.population, reading.at_most, reading.largest) == ("tie", 6, 1, 50.0)
     assert any(
         "no super expert: the largest output is that of several" in note
-        for note in expert_notes(find_experts(totals, 2))
+        for note in expert_notes(expert_findings(totals, 2))
     )
     made.output[:] = 0
     assert over_all_tokens(totals_of(made)).none_because == "zero"
@@ -222,7 +222,7 @@ def test_an_expert_that_nothing_reached_lowers_the_published_bound_alone():
     ours, published = over_all_tokens(totals), as_published(totals, 4)
     assert (ours.population, ours.unknown, published.population, published.unknown) == (3, 1, 4, 1)
     assert published.values[0, 3] == 0 and np.isnan(ours.values[0, 3])
-    rows = experts_table(find_experts(totals, 4), 6.0).to_pylist()
+    rows = experts_table(expert_findings(totals, 4), 6.0).to_pylist()
     assert (rows[3]["super_expert"], rows[3]["super_expert_as_published"], rows[3]["output_max"]) == (None, False, None)
 
 
@@ -351,7 +351,7 @@ def test_margins_may_be_negative_zero_or_unknown():
 
 def test_routing_alone_leaves_outputs_unknown():
     totals = totals_of(world(seed=15, shared=0), routing=True)
-    found = find_experts(totals, 3)
+    found = expert_findings(totals, 3)
     assert (found.ours, found.published) == (None, None)
     for row in experts_table(found, 6.0).to_pylist():
         assert row["tokens"] and row["weight_sum"] is not None
@@ -362,6 +362,6 @@ def test_routing_alone_leaves_outputs_unknown():
 
 
 def test_hits_are_unknown_at_a_magnitude_that_the_ladder_lacks():
-    found = find_experts(totals_of(world()), 3)
+    found = expert_findings(totals_of(world()), 3)
     assert experts_table(found, 5.0)["hits"].null_count == 12
     assert experts_table(found, 6.0)["hits"].null_count == 0

@@ -195,8 +195,8 @@ class SuperReading(Strict):
     at_most: Count = Field(description="how many experts of this population can be above P99.5")
     count: Count = Field(description="super experts")
     none_because: NoneBecause | None = Field(
-        description="why there is none: `tie`, the largest output is that of several, and none is above P99.5; `zero`, no "
-        "output is above 0; `nothing known`"
+        description="why no expert is a super expert: `tie`, the largest output is that of several, and none is above P99.5; "
+        "`zero`, no output is above 0; `nothing known`"
     )
     experts: Annotated[list[SuperExpert], Field(max_length=MAX_SUPER)] = Field(
         description="the largest 256, by `output`"
