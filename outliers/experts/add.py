@@ -56,7 +56,8 @@ def add_layer(
     pieces = threads * PIECES if threads > 1 else 1
     largest = [_Largest.none(own.places.size) for _ in range(2)]
     work = _inputs(sums, index, routed.down_in, own, largest[0], pieces)
-    work += _outputs(sums.energy[index, : shapes.experts], routed.output, own, factors, largest[1], pieces)
+    counted = (sums.energy[index, : shapes.experts], sums.nonfinite_outputs[index, : shapes.experts])
+    work += _outputs(counted, routed.output, own, factors, largest[1], pieces)
     valid = _tokens(lengths, positions)
     shared = [
         _shared(sums, index, number, expert, _Slots.of(valid, len(routed.experts)), work)
@@ -195,19 +196,20 @@ def counter_of(values: int) -> Any:
 
 
 def _outputs(
-    energy: NDArray[np.float64],
+    counted: tuple[NDArray[np.float64], NDArray[np.int64]],
     values: torch.Tensor,
     own: _Slots,
     factors: NDArray[np.float32],
     largest: _Largest,
     pieces: int,
 ) -> Work:
+    """Work that adds outputs. counted: energy (E, H), and rows that are not finite (E,)."""
     bits, kind = _bits(values)
 
     def added(piece: tuple[int, int]) -> Callable[[], None]:
         def run() -> None:
             slots = (own.slots, own.places, own.starts)
-            add_outputs(bits, kind, INFINITY[kind], factors, *slots, *piece, energy, largest.tops, largest.columns)
+            add_outputs(bits, kind, INFINITY[kind], factors, *slots, *piece, *counted, largest.tops, largest.columns)
 
         return run
 
@@ -227,7 +229,8 @@ def _shared(sums: ExpertSums, index: int, number: int, expert: Shared, own: _Slo
     largest = (_Largest.none(tokens), _Largest.none(tokens))
     weights = np.ones(tokens, np.float32) if expert.weight is None else _numpy(expert.weight)
     work.append(_Inputs(_bits(expert.down_in), own, (0, 1), arrays, np.zeros(PATTERNS, np.int64), largest[0]))
-    work += _outputs(sums.energy[index, at : at + 1], expert.output, own, weights, largest[1], 1)
+    counted = (sums.energy[index, at : at + 1], sums.nonfinite_outputs[index, at : at + 1])
+    work += _outputs(counted, expert.output, own, weights, largest[1], 1)
     return _Rows(np.full((tokens, 1), at), weights, *largest)
 
 

@@ -101,10 +101,11 @@ def add_inputs(
 
 
 @compiled
-def add_outputs(bits, kind, infinity, weights, slots, places, starts, first, last, energy, tops, columns):
+def add_outputs(bits, kind, infinity, weights, slots, places, starts, first, last, energy, lost, tops, columns):
     """Add the squares of the weighted outputs of experts `first` to `last` (exclusive).
 
-    bits: (R, H). weights: (T x k,) float32. energy: (E, H) float64. The others as in `add_inputs`.
+    bits: (R, H). weights: (T x k,) float32. energy: (E, H) float64. lost: (E,) int64, rows with a value that is not finite. The
+    others as in `add_inputs`.
     """
     width = bits.shape[1]
     floats = np.empty((GROUP, width), np.float32)
@@ -118,6 +119,7 @@ def add_outputs(bits, kind, infinity, weights, slots, places, starts, first, las
                 slot = slots[start + n]
                 rows[n], factors[n] = places[slot], np.float64(weights[slot])
                 top = _largest(bits[rows[n]])
+                lost[e] += top >= infinity
                 finite = finite and top < infinity and np.isfinite(factors[n])
                 _place_top(bits[rows[n]], kind, infinity, top, slot, tops, columns)
             if several == GROUP and finite:

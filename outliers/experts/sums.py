@@ -25,7 +25,8 @@ class ExpertSums:
     """L layers, E routed experts, S shared ones, A = E + S, I and J their widths, H hidden dimensions, K magnitudes.
 
     sequences: (N,) int64, sorted. rows: (L, A) int64, tokens of each expert. nonfinite: (L, A) int64, values of its down_in that
-    are not finite; the others are of the finite values. total, squares: (L, E, I) float64; low, high: (L, E, I) float32, inf and
+    are not finite; the others are of the finite values. nonfinite_outputs: (L, A) int64, tokens whose output has a value that is
+    not finite. total, squares: (L, E, I) float64; low, high: (L, E, I) float32, inf and
     -inf where nothing was finite; shared_*: the same, (L, S, J). hits: (K, L, A) int64, values with abs(x) >= LADDER[k].
     histogram: (L, 65536) int64 of the routed experts' down_in. energy: (L, A, H) float64, sum of squares of the weighted
     output; block: (L, H) float64, sum of squares of what the layer of experts adds to its residual stream.
@@ -35,6 +36,7 @@ class ExpertSums:
     sequences: NDArray[np.int64]
     rows: NDArray[np.int64]
     nonfinite: NDArray[np.int64]
+    nonfinite_outputs: NDArray[np.int64]
     total: NDArray[np.float64]
     squares: NDArray[np.float64]
     low: NDArray[np.float32]
@@ -59,6 +61,7 @@ class ExpertSums:
             sequences=np.zeros(0, np.int64),
             rows=np.zeros((layers, everyone), np.int64),
             nonfinite=np.zeros((layers, everyone), np.int64),
+            nonfinite_outputs=np.zeros((layers, everyone), np.int64),
             total=np.zeros(own),
             squares=np.zeros(own),
             low=np.full(own, np.inf, np.float32),

@@ -232,6 +232,11 @@ def expert_notes(found: ExpertFindings) -> list[str]:
         notes.append(
             f"{lost:,} values of the experts' down_in are not finite: they are in no maximum, sum or count of hits"
         )
+    if found.totals.sums is not None and (lost := int(found.totals.sums.nonfinite_outputs.sum())):
+        notes.append(
+            f"{lost:,} outputs of experts have values that are not finite: their largest is of the finite ones, and shares of a "
+            "feature leave them out"
+        )
     if found.ours is not None and found.ours.population < shapes.experts * len(shapes.layers) - never:
         notes.append("an expert whose outputs are not finite is unknown, and not in the population of super experts")
     return notes

@@ -143,6 +143,7 @@ def one(sums, table, place, inputs, outputs, factor, lengths, positions, applied
             sums.hits[k, 1, e] += abs(value) >= magnitude
         if not shared:
             sums.histogram[1, pattern_of(value, inputs.dtype)] += 1
+    sums.nonfinite_outputs[1, e] += any(not math.isfinite(value) for value in outputs.tolist())
     for channel, value in enumerate(outputs.tolist()):
         if math.isfinite(value):
             weighted = value if applied else value * factor

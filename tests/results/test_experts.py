@@ -199,6 +199,14 @@ def test_super_experts_are_those_of_both_definitions(seed, experts, shared, skew
     assert published.layers_below == 8
 
 
+def test_outputs_that_are_not_finite_are_named():
+    totals = totals_of(world(seed=8, experts=3, slots=2, shared=0, lengths=(2, 2)))
+    said = "3 outputs of experts have values that are not finite"
+    assert not any(said in note for note in expert_notes(expert_findings(totals, 2)))
+    totals.sums.nonfinite_outputs[0, 1] = 3
+    assert any(said in note for note in expert_notes(expert_findings(totals, 2)))
+
+
 def test_a_tie_at_the_top_leaves_no_super_expert_and_says_so():
     made = world(seed=8, experts=3, slots=3, shared=0, lengths=(2, 2))
     made.output[:] = np.clip(made.output, -1, 1)
