@@ -53,13 +53,13 @@ class _Mode(TorchFunctionMode):
         """Read from here on."""
         self.clear()
         self._open = True
-        self.__enter__()  # type: ignore[no-untyped-call]
+        self.__enter__()  # type: ignore[no-untyped-call]  # torch gives it no types; a pre-hook opens, a hook closes
 
     def close(self) -> bool:
         """Read no longer; returns whether the mode was open."""
         was, self._open = self._open, False
         if was:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
         return was
 
 

@@ -188,7 +188,7 @@ class _Layer:
     @property
     def _hidden(self) -> int:
         """Features of an expert's output: the second projections are (E, H, I), or (E, I, H)."""
-        return self._experts.down_proj.numel() // (self._info.count * self._info.width)  # type: ignore[operator]
+        return self._experts.get_parameter("down_proj").numel() // (self._info.count * self._info.width)
 
     def _share(self, _module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> None:
         """Take what a shared expert's second projection gets and gives; Llama4 adds the routed experts to it in place."""
