@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.arguments import number
+from flows.cli.answers import Answers
 from flows.cli.console import line
 
 if TYPE_CHECKING:
@@ -35,9 +36,8 @@ _EXAMPLES = """examples:
 """
 
 
-def add_atlas_parser(verbs: Any) -> None:
+def add_atlas_parser(verbs: Any, text: str) -> None:
     """Add `atlas URL`."""
-    text = "make one page and one table of every study published in one place"
     sub = verbs.add_parser(
         "atlas",
         help=text,
@@ -98,7 +98,8 @@ def atlas_command(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.json:
         print(json.dumps(_as_json(atlas, page, table)))
         return
-    _show(console, atlas, page, table)
+    _show(Answers(), atlas, page, table)
+    warn(console, atlas.skipped)
 
 
 def store_url(given: str) -> str:
@@ -178,7 +179,7 @@ def _as_json(atlas: Atlas, page: Path, table: Path | None) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, atlas: Atlas, page: Path, table: Path | None) -> None:
+def _show(console: Answers, atlas: Atlas, page: Path, table: Path | None) -> None:
     own = _grouped(atlas)
     models = len({row.model for row in atlas.rows})
     line(console, "studies", f"{len(atlas.rows):,} of {models:,} model{'s'[: models != 1]} in {atlas.url}")
@@ -198,7 +199,6 @@ def _show(console: Console, atlas: Atlas, page: Path, table: Path | None) -> Non
         )
     if atlas.left_out:
         line(console, "left out", f"{atlas.left_out:,} by {atlas.filter.words()}")
-    warn(console, atlas.skipped)
     line(console, "page", str(page))
     if table is not None:
         line(console, "table", str(table))

@@ -11,8 +11,9 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.answers import Answers
 from flows.cli.console import line, size
-from flows.cli.options import add_common_options
+from flows.cli.options import add_common_options, add_plain_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,17 +27,22 @@ SHOWN = 10
 """Damages and foreign files that are listed; of the rest only the number. `--json` has them all."""
 
 
-def add_captures_parsers(verbs: Any) -> None:
-    """Add `captures list`, `captures rm ID...` and `verify CAPTURE`."""
-    captures = verbs.add_parser("captures", help="list the captures on this disk, or remove one")
+def add_captures_parser(verbs: Any, text: str) -> None:
+    """Add `captures list` and `captures rm ID...`."""
+    captures = verbs.add_parser("captures", help=text)
     actions = captures.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for action, text in (("list", "what is held, and how much of the disk"), ("rm", "remove captures by their ids")):
-        sub = actions.add_parser(action, help=text, description=text)
+    for action, does in (("list", "what is held, and how much of the disk"), ("rm", "remove captures by their ids")):
+        sub = actions.add_parser(action, help=does, description=does)
         if action == "rm":
             sub.add_argument("capture_id", nargs="+", help="as `outliers captures list` shows them")
         sub.add_argument("--host", metavar="NAME", help="on this host of provider ssh, not here")
         add_common_options(sub)
-    text = "check every checksum of a capture; nothing is changed without --repair"
+        if action == "list":
+            add_plain_option(sub)
+
+
+def add_verify_parser(verbs: Any, text: str) -> None:
+    """Add `verify CAPTURE`."""
     check = verbs.add_parser(
         "verify",
         help=text,
@@ -66,7 +72,10 @@ def list_command(workspace: Workspace, arguments: argparse.Namespace, console: C
     for item, part in held:
         name = item.capture_id if part is None else f"{item.capture_id} part {part}"
         table.add_row(name, item.model, f"{item.done} of {item.of_sequences}", size(item.bytes))
-    console.print(table if held else f"no captures {'on' if arguments.host else 'in'} {where}")
+    if held:
+        Answers(arguments).table(table)
+    else:
+        console.print(f"no captures {'on' if arguments.host else 'in'} {where}", soft_wrap=True)
 
 
 def _list_here(workspace: Workspace) -> list[tuple[Held, str | None]]:
@@ -100,10 +109,10 @@ def remove_command(workspace: Workspace, arguments: argparse.Namespace, console:
         print(json.dumps({"removed": freed}))
         return
     for name, held in freed.items():
-        console.print(f"removed {name}, {size(held)}")
+        Answers().print(f"removed {name}, {size(held)}")
     if arguments.host:
         return
-    console.print(f"{size(shutil.disk_usage(workspace.root).free)} free")
+    Answers().print(f"{size(shutil.disk_usage(workspace.root).free)} free")
 
 
 def _remove_here(workspace: Workspace, capture_id: str) -> int:
@@ -131,7 +140,7 @@ def verify_command(workspace: Workspace, arguments: argparse.Namespace, console:
     if arguments.json:
         print(json.dumps(found.model_dump() | {"sound": found.sound}))
     else:
-        _show(console, found)
+        _show(Answers(), found)
     return found.sound
 
 

@@ -14,92 +14,17 @@ import sys
 from typing import TYPE_CHECKING
 
 from flows.cli.exit_codes import DONE, FAILED, REFUSED
+from flows.cli.parser import build_parser
 from flows.cli.quiet import quiet_libraries
-from outliers import __version__
 from outliers.errors import BadInput, OutliersError, PlanRefused
-from outliers.spec import StudySpec
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from outliers.publish.outcome import Outcome
+    from outliers.spec import StudySpec
     from outliers.study.prepare import Prepared
     from outliers.workspace import Workspace
-
-_EXAMPLES = """examples:
-  outliers study --model builtin:smollm2 --corpus builtin:python-docs --num-sequences 8 --sequence-length 512
-  outliers study --model ./my-model --corpus notes.txt --num-sequences 16 --publish-to s3://atlas/runs
-  outliers plan  --model Qwen/Qwen3-30B-A3B --num-sequences 4
-  outliers models inspect Qwen/Qwen3-30B-A3B
-  outliers runs show STUDY --feature 247
-  outliers probe STUDY --check
-  outliers advise STUDY --budget 0.05
-  outliers sweep sweeps/moe.toml --dry-run
-  outliers machines add lab1 anna@gpu1.lab.example
-  outliers captures list
-  outliers verify CAPTURE
-"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
-    from flows.cli.options import add_spec_options
-
-    parser = argparse.ArgumentParser(
-        prog="outliers",
-        description="Find the systematic outlier features of a large language model, exactly.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"outliers {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    for verb, text in (
-        ("study", "run a study, or show the one that is there already"),
-        ("plan", "say what a study would take; nothing is run or spent"),
-    ):
-        sub = verbs.add_parser(
-            verb,
-            help=text,
-            description=text,
-            usage=f"outliers {verb} --model MODEL [options]",
-            epilog=_EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        sub.add_argument(
-            "--json", action="store_true", help="print one JSON object on standard output, and nothing else there"
-        )
-        if verb == "study":
-            sub.add_argument("--print-spec", action="store_true", help="print the StudySpec as JSON and stop")
-        add_spec_options(sub)
-    from flows.cli.models import add_models_parser
-
-    add_models_parser(verbs)
-    from flows.cli.captures import add_captures_parsers
-
-    add_captures_parsers(verbs)
-    from flows.cli.runs import add_runs_parsers
-
-    add_runs_parsers(verbs)
-    from flows.cli.export import add_export_parser
-
-    add_export_parser(verbs)
-    from flows.cli.atlas import add_atlas_parser
-
-    add_atlas_parser(verbs)
-    from flows.cli.merge import add_merge_parser
-
-    add_merge_parser(verbs)
-    from flows.cli.sweeps import add_sweep_parser
-
-    add_sweep_parser(verbs)
-    from flows.cli.machines import add_machines_parser
-
-    add_machines_parser(verbs)
-    from flows.cli.probes import add_probe_parsers
-
-    add_probe_parsers(verbs)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("rich") is None or importlib.util.find_spec("prefect") is None:
         print("the command needs the control side: pip install 'outlier-features[flows]'", file=sys.stderr)
         return REFUSED
-    arguments = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser(words).parse_args(words or ["--help"])
     from rich.console import Console
     from rich.text import Text
 
@@ -136,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         with interrupt.bounded():
-            return verbs[arguments.verb](arguments, console, list(sys.argv[1:] if argv is None else argv))
+            return verbs[arguments.verb](arguments, console, words)
     except BadInput as error:
         console.print(Text(visible(f"refused: {error}"), style="red"), soft_wrap=True)
         return REFUSED
@@ -260,6 +186,7 @@ def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, a
 
 
 def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console: Console, *, as_json: bool) -> None:
+    from flows.cli.answers import Answers
     from flows.cli.console import show_outcome
     from outliers.files.atomic import held_bytes
     from outliers.study.parts import captures_of_shards
@@ -275,7 +202,7 @@ def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console:
         f"{100 * criteria.layer_fraction:g}% of {len(prepared.layers)} layers and {100 * criteria.position_fraction:g}% of "
         f"{prepared.corpus.num_tokens:,} tokens"
     )
-    show_outcome(console, outcome, held, answer)
+    show_outcome(Answers(), outcome, held, answer)
     _show_kept(prepared, workspace, console)
 
 
@@ -304,7 +231,8 @@ def _show_kept(prepared: Prepared, workspace: Workspace, console: Console) -> No
 
 def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers plan`."""
-    from flows.cli.console import busy, show_plan
+    from flows.cli.answers import Answers
+    from flows.cli.console import busy, show_plan, show_refusals
     from flows.cli.options import read_spec
     from flows.cli.run_experts import show_reach
     from outliers.machines.providers import provider
@@ -326,9 +254,10 @@ def plan_command(arguments: argparse.Namespace, console: Console, argv: list[str
     if arguments.json:
         print(plan.model_dump_json())
     else:
-        show_plan(console, plan)
+        show_plan(Answers(), plan)
         if plan.experts != "off":
-            show_reach(console, workspace, plan.model)
+            show_reach(Answers(), workspace, plan.model)
+        show_refusals(console, plan)
     return REFUSED if plan.refusals and not plan.offers else DONE
 
 

@@ -1,4 +1,4 @@
-"""The terminal: progress while a study runs, the table at its end. All of it goes to standard error, except the answer."""
+"""The terminal: progress while a study runs on standard error, and the answer at its end on standard output (`answers`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,11 +21,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from flows.cli.answers import Answers
 from outliers.events.event import Event
-from outliers.planning.plan import GpuShare, Plan
-from outliers.publish.outcome import Outcome
 from outliers.units import format_seconds
 from outliers.untrusted.visible import visible
+
+if TYPE_CHECKING:
+    from outliers.planning.plan import GpuShare, Plan
+    from outliers.publish.outcome import Outcome
 
 TABLE_ROWS = 30
 PLAN_OFFERS = 8
@@ -122,7 +125,7 @@ def _readable(event: Event) -> Event:
     return replace(event, done=-(-event.done // MB), total=-(-event.total // MB), unit="MB")
 
 
-def show_outcome(console: Console, outcome: Outcome, held: int, answer: str) -> None:
+def show_outcome(console: Answers, outcome: Outcome, held: int, answer: str) -> None:
     """The answer, the table, and where everything is. `held`: bytes of the capture on disk; `answer`: the rule in words."""
     count = len(outcome.systematic)
     console.print()
@@ -133,7 +136,7 @@ def show_outcome(console: Console, outcome: Outcome, held: int, answer: str) -> 
     head = (f"{count} systematic outlier feature{plural}", "bold")
     console.print(Text.assemble(head, visible(f" {answer}{others}")), soft_wrap=True)
     if outcome.systematic:
-        console.print(feature_table(outcome.systematic))
+        console.table(feature_table(outcome.systematic))
     if count > TABLE_ROWS:
         console.print(f"and {count - TABLE_ROWS} more, in the report")
     for text in outcome.remarks():
@@ -177,8 +180,10 @@ def feature_table(features: list[dict[str, Any]]) -> Table:
     return table
 
 
-def show_plan(console: Console, plan: Plan) -> None:
+def show_plan(console: Answers, plan: Plan) -> None:
     """A plan: what, how much, and where it would run."""
+    from outliers.planning.plan import GpuShare
+
     experts = f", {plan.num_experts} experts a layer" if plan.num_experts else ""
     line(console, "model", f"{plan.model}: {plan.architecture}, {plan.num_layers} layers{experts}, {plan.dtype}")
     line(console, "parameters", f"{count(plan.total_parameters)} total, {count(plan.active_parameters)} active")
@@ -227,6 +232,10 @@ def show_plan(console: Console, plan: Plan) -> None:
             line(console, f"GPU {share.gpu}", f"{gpu_share(share)}, of {total}")
     if len(plan.offers) > PLAN_OFFERS:
         line(console, "", f"and {len(plan.offers) - PLAN_OFFERS} more machines that fit (--json shows all)")
+
+
+def show_refusals(console: Console, plan: Plan) -> None:
+    """Why a plan can't be run, on standard error as every refusal is."""
     for text in plan.refusals:
         line(console, "refused", text, style="red")
 

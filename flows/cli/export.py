@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from flows.cli.answers import Answers
 from flows.cli.console import busy, line, size
 from flows.cli.options import add_common_options
 
@@ -43,9 +44,8 @@ docs/export.md has a table of the formats and what each needs.
 """
 
 
-def add_export_parser(verbs: Any) -> None:
+def add_export_parser(verbs: Any, text: str) -> None:
     """Add `export STUDY --to FORMAT --out FILE`."""
-    text = "write a finished study for a quantizer; no model is loaded, and nothing is published"
     export = verbs.add_parser(
         "export",
         help=text,
@@ -116,9 +116,9 @@ def export_command(workspace: Workspace, arguments: argparse.Namespace, console:
         print(json.dumps({"study_id": study_id, "files": [str(path) for path in paths], "notes": made.lines}))
         return
     for path in paths:
-        line(console, "wrote", f"{path} ({size(path.stat().st_size)})")
+        line(Answers(), "wrote", f"{path} ({size(path.stat().st_size)})")
     for text in made.lines:
-        line(console, "note", text)
+        line(Answers(), "note", text)
 
 
 def _find(name: str | None, workspace: Workspace) -> tuple[str, str, Workspace]:

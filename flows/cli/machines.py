@@ -11,6 +11,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.answers import Answers
 from outliers.errors import BadInput, OutliersError
 from outliers.hardware import GB
 from outliers.machines.base import Rental
@@ -37,14 +38,16 @@ _EXAMPLES = """examples:
 """
 
 
-def add_machines_parser(verbs: Any) -> None:
+def add_machines_parser(verbs: Any, text: str) -> None:
     """Add `machines` and its actions."""
     machines = verbs.add_parser(
         "machines",
-        help="add hosts of your own; list and end machines that are held or rented",
+        help=text,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    from flows.cli.options import add_common_options, add_plain_option
+
     actions = machines.add_subparsers(dest="action", required=True, metavar="ACTION")
     texts = {
         "add": "name a host of yours for --provider ssh, and see what it has",
@@ -54,7 +57,7 @@ def add_machines_parser(verbs: Any) -> None:
         "release": "end machines, even if others hold them; one that is gone already is not an error, an unknown name is",
         "reap": "end every machine whose lease is over; the deployment `reap` does this on a schedule",
     }
-    made = {name: actions.add_parser(name, help=text, description=text) for name, text in texts.items()}
+    made = {name: actions.add_parser(name, help=does, description=does) for name, does in texts.items()}
     add = made["add"]
     add.add_argument("name", metavar="NAME", help="what it is called from now on, such as lab1")
     add.add_argument("destination", metavar="DESTINATION", help="user@host, or a name of your ssh configuration")
@@ -77,8 +80,9 @@ def add_machines_parser(verbs: Any) -> None:
     made["release"].add_argument("name", nargs="*", metavar="NAME", help="as `outliers machines list` shows it")
     made["release"].add_argument("--all", action="store_true", help="all of them")
     for sub in made.values():
-        sub.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
-        sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        add_common_options(sub)
+    for name in ("hosts", "list"):
+        add_plain_option(made[name])
 
 
 def machines_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> bool:
@@ -123,12 +127,12 @@ def _add(workspace: Workspace, arguments: argparse.Namespace, console: Console) 
     if arguments.json:
         print(json.dumps(_host_record(host) | {"facts": _facts_record(found)}))
         return True
-    console.print(f"{host.name}: {describe(found)}", highlight=False, soft_wrap=True)
+    Answers().print(f"{host.name}: {describe(found)}")
     if not found.pythons and not found.uv:
         console.print(
             "it has no Python 3.11 or newer and no uv: install one of them there before a study", style="yellow"
         )
-    console.print(f"  outliers study --provider ssh --host {host.name} --model ...", highlight=False)
+    Answers().print(f"  outliers study --provider ssh --host {host.name} --model ...")
     return True
 
 
@@ -173,7 +177,7 @@ def _hosts(workspace: Workspace, arguments: argparse.Namespace, console: Console
         table = Table("name", "host", "folder", "python", "$/h", box=None, pad_edge=False)
         for host in hosts:
             table.add_row(host.name, host.destination, host.folder, host.python or "made", f"{host.price_per_hour:.2f}")
-        console.print(table)
+        Answers(arguments).table(table)
     return True
 
 
@@ -221,7 +225,7 @@ def _list(workspace: Workspace, arguments: argparse.Namespace, console: Console)
                 ", ".join(sorted({holder.title for holder in rental.holders.values() if holder.title})),
                 style="red" if over else None,
             )
-        console.print(table)
+        Answers(arguments).table(table)
     for text in silent:
         console.print(text, style="yellow", soft_wrap=True)
     return True
@@ -319,7 +323,7 @@ def _told(arguments: argparse.Namespace, console: Console, done: list[str], fail
         print(json.dumps({"done": done, "failed": failed}))
         return not failed
     for text in done or ([] if failed else ["there was nothing to do"]):
-        console.print(text, highlight=False, soft_wrap=True)
+        Answers().print(text)
     for text in failed:
         console.print(text, style="red", highlight=False, soft_wrap=True)
     return not failed

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.answers import Answers
 from flows.cli.captures import Bars
 from flows.cli.console import Steps, line
 
@@ -28,11 +29,11 @@ Summaries that share a sequence, or are of another model, corpus or criteria, ar
 """
 
 
-def add_merge_parser(verbs: Any) -> None:
+def add_merge_parser(verbs: Any, text: str) -> None:
     """Add `merge SUMMARY...`."""
     merge = verbs.add_parser(
         "merge",
-        help="join summaries of parts of one study into the whole",
+        help=text,
         description=_TEXT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,14 +53,15 @@ def merge_command(
 
     merged = merge_summaries(arguments.summary, workspace)
     of, have = merged.prepared.corpus.num_sequences, len(merged.sequences)
+    out = console if arguments.json else Answers()
     line(
-        console,
+        out,
         "merged",
         f"{have} of {of} sequences of {merged.prepared.title}: {format_ranges(merged.sequences, half_open=True)}",
     )
     if merged.missing:
-        line(console, "missing", f"{format_ranges(merged.missing, half_open=True)}; merge again with those")
-        line(console, "summary", str(merged.folder))
+        line(out, "missing", f"{format_ranges(merged.missing, half_open=True)}; merge again with those")
+        line(out, "summary", str(merged.folder))
         if arguments.json:
             print(
                 json.dumps(

@@ -8,19 +8,18 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.answers import Answers
 from flows.cli.console import count, size
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from outliers.model.describe import ModelInfo
 
 _TEXT = "show layers, sites, router, experts and parameters of a model, from its config alone"
 
 
-def add_models_parser(verbs: Any) -> None:
+def add_models_parser(verbs: Any, text: str) -> None:
     """Add `models inspect MODEL` with the options that change what is shown."""
-    models = verbs.add_parser("models", help="look at a model before anything is run")
+    models = verbs.add_parser("models", help=text)
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     sub = actions.add_parser("inspect", help=_TEXT, description=_TEXT, allow_abbrev=False)
     sub.add_argument(
@@ -73,7 +72,7 @@ def _stored(info: ModelInfo) -> str:
     return f"{info.dtype}; {size(info.weights.checkpoint_bytes)} on disk in {info.stored_quantization}, made plain on loading"
 
 
-def show_model(console: Console, info: ModelInfo) -> None:
+def show_model(console: Answers, info: ModelInfo) -> None:
     """Print an inspection as lines of name and value, then a table of the sites."""
     from rich.table import Table
 
@@ -109,7 +108,7 @@ def show_model(console: Console, info: ModelInfo) -> None:
         ]
     for name, text in rows:
         table.add_row(name, text)
-    console.print(table)
+    console.table(table)
     sites = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("site", "features", "module (* is the layer; :input is what it receives)"):
         sites.add_column(name, overflow="fold")
@@ -125,4 +124,4 @@ def show_model(console: Console, info: ModelInfo) -> None:
         else:
             sites.add_row(site, "", "not known: --site-module " + site + "=PATTERN")
     console.print()
-    console.print(sites)
+    console.table(sites)

@@ -17,9 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from outliers.errors import BadInput
-from outliers.spec import StudySpec
-from outliers.study.prepare import parse_spec
-from outliers.sweep.sweep import PARTS
+from outliers.spec import PARTS, StudySpec
 
 RENAMED = {
     ("model", "id"): "model",
@@ -66,6 +64,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """--workspace and --json, as the commands have them that read what a workspace holds."""
     parser.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
+
+def add_plain_option(parser: argparse.ArgumentParser) -> None:
+    """--plain, for a command that prints a table."""
+    parser.add_argument("--plain", action="store_true", help="separate the cells of the table by tabs, for cut and awk")
 
 
 def _add(group: Any, part: str, name: str, field: FieldInfo) -> None:
@@ -145,6 +148,8 @@ def overlaid(content: dict[str, Any], arguments: argparse.Namespace, parts: tupl
 
 
 def _from_file(path: Path) -> dict[str, Any]:
+    from outliers.study.prepare import parse_spec
+
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:

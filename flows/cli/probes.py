@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from flows.arguments import number
+from flows.cli.answers import Answers
 from flows.cli.console import line
 
 if TYPE_CHECKING:
@@ -28,11 +29,10 @@ SHORT = {"within": "within", "beyond": "beyond", "unclear": "unclear", "indistin
 NO_PROBE = "it has no probe: make one with `outliers probe {} --check`"
 
 
-def add_probe_parsers(verbs: Any) -> None:
-    """Add `probe` and `advise`."""
+def add_probe_parser(verbs: Any, text: str) -> None:
+    """Add `probe`."""
     from flows.cli.options import add_common_options, add_part_options
 
-    text = "change a finished study's model in places and see what that does to its predictions"
     probe = verbs.add_parser(
         "probe",
         help=text,
@@ -53,7 +53,12 @@ def add_probe_parsers(verbs: Any) -> None:
     )
     add_part_options(probe, ("probe", "compute"), leave_out=("workspace", "shards", "executor"))
     add_common_options(probe)
-    text = "say what of a probed study's model can be quantized, how, and what must be left alone"
+
+
+def add_advise_parser(verbs: Any, text: str) -> None:
+    """Add `advise`."""
+    from flows.cli.options import add_common_options, add_plain_option
+
     advise = verbs.add_parser(
         "advise",
         help=text,
@@ -72,6 +77,7 @@ def add_probe_parsers(verbs: Any) -> None:
         help="most KL divergence that is accepted, in nats a token (default: 0.05)",
     )
     add_common_options(advise)
+    add_plain_option(advise)
 
 
 def probe_spec(arguments: argparse.Namespace, workspace: Workspace) -> StudySpec:
@@ -119,10 +125,10 @@ def advise_command(workspace: Workspace, arguments: argparse.Namespace, console:
     if arguments.json:
         print(json.dumps(advice.model_dump(mode="json")))
         return
-    show_advice(console, found, advice)
+    show_advice(Answers(arguments), found, advice)
 
 
-def show_advice(console: Console, found: Probed, advice: Any) -> None:
+def show_advice(console: Answers, found: Probed, advice: Any) -> None:
     """The table of formats, then the paragraph, then where the page is."""
     from rich.table import Table
     from rich.text import Text
@@ -145,7 +151,7 @@ def show_advice(console: Console, found: Probed, advice: Any) -> None:
             "" if best is None else f"{best.what}: {_short(best.kl)}",
             "no map" if item.leave_alone is None else str(len(item.leave_alone)),
         )
-    console.print(table)
+    console.table(table)
     console.print()
     console.print(Text(visible(advice.paragraph)), soft_wrap=True)
     for item in advice.not_tried:

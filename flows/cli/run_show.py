@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
+from flows.cli.answers import Answers
 from flows.cli.console import feature_table, line
 from flows.cli.run_experts import chosen_expert, show_expert
 
@@ -28,8 +29,6 @@ ROWS = 40
 """Rows of features.parquet that are shown; `--json` has them all."""
 MAX_SAID = 300
 """Most characters of a label or a dtype that are shown: a manifest is untrusted."""
-WIDE = 150
-"""Columns of a terminal that has room for the ladder."""
 
 
 def show_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
@@ -47,12 +46,13 @@ def show_command(workspace: Workspace, arguments: argparse.Namespace, console: C
             )
         )
         return
+    out = Answers(arguments)
     if chosen is not None:
-        show_expert(console, found.summary, chosen)
+        show_expert(out, found.summary, chosen)
     elif getattr(arguments, "formats", False):
-        _show_formats(console, found, arguments)
+        _show_formats(out, found, arguments)
     else:
-        _show(console, found, rows, arguments)
+        _show(out, found, rows, arguments)
 
 
 class Run(NamedTuple):
@@ -256,7 +256,7 @@ def _check_number(name: str, value: int | None, known: Sequence[int]) -> None:
         raise BadInput(f"--{name} {value} is not in that study; its {name}s are {there}")
 
 
-def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def _show(console: Answers, run: Run, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     from rich.text import Text
 
     from outliers.results.answer import crowded, disagreement, perplexity_words, reading_counts
@@ -296,19 +296,22 @@ def _show(console: Console, run: Run, rows: list[dict[str, Any]], arguments: arg
     for text in expert_lines(checked.experts):
         line(console, "experts", text)
     if arguments.feature is None and arguments.layer is None and found:
-        console.print(feature_table(found))
+        console.table(feature_table(found))
     if run.verdict is not None:
         console.print()
         console.print(Text(run.verdict), soft_wrap=True)
     console.print()
-    console.print(_row_table(rows[:ROWS], summary, console.width) if rows else Text(_nothing(arguments)))
+    if rows:
+        console.table(_row_table(rows[:ROWS], summary))
+    else:
+        console.print(_nothing(arguments))
     if len(rows) > ROWS:
         console.print(f"and {len(rows) - ROWS:,} more rows (--feature, --site, --layer choose; --json has all)")
     for text in summary["notes"]:
         line(console, "note", text, style="dim")
 
 
-def _show_formats(console: Console, run: Run, arguments: argparse.Namespace) -> None:
+def _show_formats(console: Answers, run: Run, arguments: argparse.Namespace) -> None:
     from flows.cli.run_formats import format_table
     from outliers.errors import BadInput
     from outliers.results.format_lines import format_lines
@@ -319,7 +322,7 @@ def _show_formats(console: Console, run: Run, arguments: argparse.Namespace) -> 
             "which is a study of its own from the same capture"
         )
     lines = format_lines(run.formats.to_pylist(), arguments.site, arguments.layer)
-    console.print(format_table(lines, run.summary["quantization"]))
+    console.table(format_table(lines, run.summary["quantization"]))
     for text in run.summary["notes"]:
         line(console, "note", text, style="dim")
 
@@ -338,14 +341,13 @@ def _nothing(arguments: argparse.Namespace) -> str:
     return f"features.parquet has no row with a hit{' for ' + ', '.join(asked) if asked else ''}"
 
 
-def _row_table(rows: list[dict[str, Any]], summary: dict[str, Any], width: int) -> Any:
+def _row_table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
     from outliers.untrusted.visible import visible_values
 
-    # the ladder where there is room for it: cut numbers say nothing
-    ladder = summary["criteria"]["ladder"] if width >= WIDE else []
+    ladder = summary["criteria"]["ladder"]
     table = Table(box=None, header_style="bold", pad_edge=False, title="features.parquet", title_justify="left")
     table.add_column("site", no_wrap=True)
     names = ("layer", "feature", "hits", "first", "min", "max", "mean", "std", "kurtosis", "max/sd")

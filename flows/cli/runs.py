@@ -10,8 +10,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.answers import Answers
 from flows.cli.console import line
-from flows.cli.options import add_common_options
+from flows.cli.options import add_common_options, add_plain_option
 from flows.cli.run_show import (
     MAX_SAID,
     ROWS,
@@ -47,9 +48,9 @@ _EXAMPLES = """examples:
 """
 
 
-def add_runs_parsers(verbs: Any) -> None:
+def add_runs_parsers(verbs: Any, text: str) -> None:
     """Add `runs list [URL]`, `runs show [RUN]` and `runs compare RUN RUN...`."""
-    runs = verbs.add_parser("runs", help="read finished studies: list, show, compare")
+    runs = verbs.add_parser("runs", help=text)
     actions = runs.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_list_and_compare(actions)
     text = "print a study's answer, its lists, and the rows of features.parquet"
@@ -77,6 +78,7 @@ def add_runs_parsers(verbs: Any) -> None:
         "--expert", metavar="LAYER.EXPERT", help="this expert of a mixture, such as 1.68; 1.-1 is the first shared one"
     )
     add_common_options(show)
+    add_plain_option(show)
 
 
 def _add_list_and_compare(actions: Any) -> None:
@@ -86,6 +88,7 @@ def _add_list_and_compare(actions: Any) -> None:
         "url", metavar="URL", nargs="?", help="what --publish-to named, or a folder (default: the workspace's results)"
     )
     add_common_options(listing)
+    add_plain_option(listing)
     text = "set two or more studies side by side, like with like, and say in what they differ"
     compare = actions.add_parser("compare", help=text, description=text, allow_abbrev=False)
     compare.add_argument(
@@ -95,6 +98,7 @@ def _add_list_and_compare(actions: Any) -> None:
         "--strict", action="store_true", help="refuse studies of other criteria, corpus, arithmetic or layers"
     )
     add_common_options(compare)
+    add_plain_option(compare)
 
 
 def runs_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
@@ -128,10 +132,11 @@ def list_command(workspace: Workspace, arguments: argparse.Namespace, console: C
         ]
         print(json.dumps({"studies": listed, "skipped": [{"url": item.url, "why": item.why} for item in skipped]}))
         return
-    console.print(_list_table(studies))
-    line(console, "studies", f"{len(studies):,} in {shelf.url}")
+    out = Answers(arguments)
+    out.table(_list_table(studies))
+    line(out, "studies", f"{len(studies):,} in {shelf.url}")
     if any(_nameless(item) for item in studies):
-        line(console, "local", LOCAL, style="dim")
+        line(out, "local", LOCAL, style="dim")
     warn(console, skipped)
 
 
@@ -195,7 +200,7 @@ def compare_command(workspace: Workspace, arguments: argparse.Namespace, console
     if arguments.json:
         print(json.dumps(found.as_json()))
         return
-    show_comparison(console, found)
+    show_comparison(Answers(arguments), found)
 
 
 def _with_summary(name: str, workspace: Workspace) -> Published:
@@ -211,7 +216,7 @@ def _with_summary(name: str, workspace: Workspace) -> Published:
     return Published(str(found.folder), found.manifest, {SUMMARY: found.files[SUMMARY]}, verdicts)
 
 
-def show_comparison(console: Console, found: Comparison) -> None:
+def show_comparison(console: Answers, found: Comparison) -> None:
     """Facts and numbers side by side, a column a study; ≠ marks what differs."""
     from rich.table import Table
     from rich.text import Text
@@ -227,7 +232,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
             made.add_column(str(index + 1), overflow="fold")
         for name, cells, style in rows:
             made.add_row(Text(name, style=style), *(Text(cell, style=style) for cell in cells))
-        console.print(made)
+        console.table(made)
         console.print()
 
     for index, row in enumerate(found.rows, 1):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.cli.answers import Answers
 from flows.cli.console import busy, line, size
 from outliers.errors import JobFailed, OutliersError
 from outliers.sweep.outcome import Ended, end_of, sentence, short, summary
@@ -53,11 +54,11 @@ Ready-made files are in sweeps/.
 """
 
 
-def add_sweep_parser(verbs: Any) -> None:
+def add_sweep_parser(verbs: Any, text: str) -> None:
     """Add `sweep SWEEP.toml`."""
     sub = verbs.add_parser(
         "sweep",
-        help="run many studies from one file, or say what they would take",
+        help=text,
         description=_TEXT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -91,20 +92,20 @@ def sweep_command(arguments: argparse.Namespace, console: Console) -> int:
         studies = [end.model_dump() for end in ended]
         print(json.dumps({"sweep": sweep.name, "failed": failed, "studies": studies}))
     else:
-        console.print()
-        console.print(outcome_table(ended))
-        console.print()
+        out = Answers()
+        out.table(outcome_table(ended))
+        out.print()
         wide = max(len(end.name) for end in ended)
         for end in ended:
             style = "" if end.state == "done" else "red"
-            line(console, end.name.ljust(wide), short(end.reason) or end.published or end.report or "", style=style)
+            line(out, end.name.ljust(wide), short(end.reason) or end.published or end.report or "", style=style)
         bad = [end.name for end in ended if end.state != "done"]
         for end in ended:
             if end.name in bad and end.run:
-                line(console, "log", f"{end.name}: {end.run}")
+                line(out, "log", f"{end.name}: {end.run}")
         if bad and sweep.remedy:
-            line(console, "first", sweep.remedy)
-        _say(console, f"{len(bad)} of {len(ended)} studies failed: {', '.join(bad)}" if bad else summary(ended))
+            line(out, "first", sweep.remedy)
+        _say(out, f"{len(bad)} of {len(ended)} studies failed: {', '.join(bad)}" if bad else summary(ended))
     return DONE if all(end.state == "done" for end in ended) else FAILED
 
 
@@ -190,12 +191,13 @@ def _dry_run(sweep: Sweep, console: Console, *, as_json: bool) -> int:
     if as_json:
         print(plan.model_dump_json())
     else:
-        show_plan(console, plan)
+        show_plan(Answers(), plan)
+        show_refusals(console, plan)
     return REFUSED if plan.refusals or any(study.refused for study in plan.studies) else DONE
 
 
-def show_plan(console: Console, plan: SweepPlan) -> None:
-    """A row for each study, then the sums, then what is refused."""
+def show_plan(console: Answers, plan: SweepPlan) -> None:
+    """A row for each study, then the sums."""
     from rich.table import Table
     from rich.text import Text
 
@@ -204,17 +206,21 @@ def show_plan(console: Console, plan: SweepPlan) -> None:
         table.add_column(name, justify="left" if name in ("study", "machine") else "right", overflow="fold")
     for study in plan.studies:
         table.add_row(*map(Text, _cells(study)), style="red" if study.refused else "")
-    console.print(table)
+    console.table(table)
     console.print()
     if any(study.refused is None for study in plan.studies):
         _show_sums(console, plan)
+    _say(console, "nothing was run; a study that is there already will cost nothing")
+
+
+def show_refusals(console: Console, plan: SweepPlan) -> None:
+    """What can't be run and why, on standard error as every refusal is."""
     for names, reason in refusals(plan):
         line(console, "refused", f"{names}: {reason}", style="red")
     if plan.remedy:
         line(console, "first", plan.remedy)
     for text in plan.refusals:
         line(console, "refused", text, style="red")
-    _say(console, "nothing was run; a study that is there already will cost nothing")
 
 
 def refusals(plan: SweepPlan) -> list[tuple[str, str]]:

@@ -23,9 +23,10 @@ def models_command(arguments: argparse.Namespace, console: Console, argv: list[s
     if arguments.json:
         print(info.model_dump_json(exclude={"source": {"path"}}))
         return DONE
+    from flows.cli.answers import Answers
     from flows.cli.models import show_model
 
-    show_model(console, info)
+    show_model(Answers(), info)
     return DONE
 
 

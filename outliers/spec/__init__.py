@@ -366,6 +366,18 @@ class StudySpec(Part):
         return deciding_site(self.capture.sites, self.criteria.site)
 
 
+PARTS: dict[str, type[Part]] = {
+    "model": ModelSpec,
+    "corpus": CorpusSpec,
+    "capture": CaptureSpec,
+    "criteria": CriteriaSpec,
+    "formats": FormatsSpec,
+    "probe": ProbeSpec,
+    "compute": ComputeSpec,
+}
+"""The parts of a StudySpec by their fields."""
+
+
 def has_block(sites: tuple[str, ...]) -> bool:
     """Whether both sites of the block were captured."""
     return set(BLOCK_SITES) <= set(sites)

@@ -11,26 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from outliers.names import nearest
-from outliers.spec import (
-    CaptureSpec,
-    ComputeSpec,
-    CorpusSpec,
-    CriteriaSpec,
-    FormatsSpec,
-    ModelSpec,
-    ProbeSpec,
-    StudySpec,
-)
+from outliers.spec import PARTS, StudySpec
 
-PARTS: dict[str, type[BaseModel]] = {
-    "model": ModelSpec,
-    "corpus": CorpusSpec,
-    "capture": CaptureSpec,
-    "criteria": CriteriaSpec,
-    "formats": FormatsSpec,
-    "probe": ProbeSpec,
-    "compute": ComputeSpec,
-}
 OF_THE_SWEEP = ("parallel", "stagger_seconds", "needs")
 """Fields that belong above all tables; below the header of a table, TOML reads them as fields of that table."""
 

@@ -22,13 +22,13 @@ from outliers.errors import BadInput
 from outliers.machines.options import check_options
 from outliers.names import nearest
 from outliers.publish.outcome import Outcome, find_outcome
-from outliers.spec import DEFAULT_PROVIDER, Part, StudySpec, chosen, digest, short_model_name
+from outliers.spec import DEFAULT_PROVIDER, PARTS, Part, StudySpec, chosen, digest, short_model_name
 from outliers.study.prepare import prepare
-from outliers.sweep.slips import PARTS, errors_of, format_mistake, format_value, holds, lines, origin
+from outliers.sweep.slips import errors_of, format_mistake, format_value, holds, lines, origin
 from outliers.workspace import open_workspace
 
 __all__ = [
-    "PARTS", "Sweep", "SweepFile", "SweepStudy", "answer", "kept_for_next", "make_sweep", "merged", "next_to_start",
+    "Sweep", "SweepFile", "SweepStudy", "answer", "kept_for_next", "make_sweep", "merged", "next_to_start",
     "read_sweep",
 ]  # fmt: skip
 

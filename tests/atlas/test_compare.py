@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 
 import pytest
-from rich.console import Console
 
+from flows.cli.answers import Answers
 from flows.cli.runs import show_comparison
 from outliers.atlas.compare import compare
 from outliers.errors import BadInput, PublishRefused
@@ -165,5 +165,5 @@ def test_a_damaged_study_is_not_compared(own):
 def test_other_numbers_of_tokens_are_said_to_compare_by_per_layer_alone(tmp_path, size, said):
     quick_store(tmp_path, [study(1, MODELS[0]), study(2, MODELS[0], corpus=(FINEWEB, *size))])
     shown = io.StringIO()
-    show_comparison(Console(file=shown, width=300), compared(f"file://{tmp_path}", 1, 2))
+    show_comparison(Answers(file=shown), compared(f"file://{tmp_path}", 1, 2))
     assert ("so that these only grow with it; per_layer compares" in shown.getvalue()) == said

@@ -54,7 +54,7 @@ def test_the_help_names_every_format():
 
 def test_a_file_and_what_it_left_alone(export, tmp_path):
     out = tmp_path / "quantization_config.json"
-    code, _, said = export("--to", "bitsandbytes", "--skip-above", 7, "--out", out)
+    code, said, _ = export("--to", "bitsandbytes", "--skip-above", 7, "--out", out)
     assert code == 0
     listed = json.loads(out.read_text())["llm_int8_skip_modules"]
     assert len(listed) > 1 and listed[0] == "lm_head"

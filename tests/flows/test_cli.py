@@ -165,7 +165,7 @@ def test_a_model_is_inspected_from_its_config_alone(place):
     (folder / "config.json").write_text(config.read_text())
     shown = run(place, "models", "inspect", "./deepseek")
     assert shown.returncode == 0, shown.stderr
-    text = " ".join(shown.stderr.split())
+    text = " ".join(shown.stdout.split())
     for part in (
         "deepseek (DeepseekV3ForCausalLM)",
         "671.0B, 37.6B active a token",
@@ -179,7 +179,7 @@ def test_a_model_is_inspected_from_its_config_alone(place):
         "o_in 16384 layers.*.self_attn.o_proj:input",
     ):
         assert part in text, part
-    assert shown.stdout == ""
+    assert shown.stderr == ""
     found = json.loads(run(place, "models", "inspect", "./deepseek", "--json").stdout)
     assert found["anatomy"]["moe_layers"] == list(range(3, 61))
     assert "path" not in found["source"]
@@ -199,7 +199,7 @@ def test_a_family_that_is_not_known_is_refused_with_what_it_has(place):
     named = ("--site-module", "attn_in=layers.*.input_layernorm", "--site-module", "mlp_in=layers.*.mlp:input")
     shown = run(place, "models", "inspect", "./stranger", *named)
     assert shown.returncode == 0, shown.stderr
-    assert "o_in not known: --site-module o_in=PATTERN" in " ".join(shown.stderr.split())
+    assert "o_in not known: --site-module o_in=PATTERN" in " ".join(shown.stdout.split())
     missing = run(place, "models", "inspect", "./stranger", "--site-module", "attn_in=layers.*.nothing")
     assert (missing.returncode, "3 of 3 modules are not there" in missing.stderr) == (2, True)
 

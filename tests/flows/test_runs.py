@@ -65,9 +65,9 @@ def test_a_study_is_shown_from_wherever_it_is(finished, tmp_path):
     shown.append(show(elsewhere, os.path.relpath(published)))
     for done in shown:
         assert done.returncode == 0, done.stderr
-        assert done.stdout == ""
-    assert len({done.stderr for done in shown}) == 1
-    said = " ".join(shown[0].stderr.split())
+        assert done.stderr == ""
+    assert len({done.stdout for done in shown}) == 1
+    said = " ".join(shown[0].stdout.split())
     assert "1 systematic outlier feature (range over resamples of the sequences: 1) by pooled at block" in said
     assert "model LlamaForCausalLM, bfloat16 corpus synthetic" in said
     assert "block 0 3 20 2 -9 -7.188" in said
@@ -87,7 +87,7 @@ def test_one_feature_layer_by_layer(finished):
     only = json.loads(show(workspace, prepared.study_id, "--site", "mlp_in", "--layer", "3", "--json").stdout)
     assert [(row["feature"], row["max"]) for row in only["features"]] == [(3, -7.1875)]
     nothing = show(workspace, prepared.study_id, "--feature", "5")
-    assert "no row with a hit for feature 5" in nothing.stderr
+    assert "no row with a hit for feature 5" in nothing.stdout
 
 
 @pytest.mark.servers
@@ -202,12 +202,12 @@ def test_studies_are_listed_from_the_workspace_and_from_where_they_are_published
     (two[0] / "notes.txt").write_text("")
     done = runs(workspace, "list", str(two[0]))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    said = " ".join(done.stderr.split())
+    said = " ".join(done.stdout.split())
     assert "Qwen/Qwen3-0.6B 5 union block 32,768 0000000000000002" in said
     assert "by the hash of its content" not in said
-    assert "notes.txt does not belong to a published study" in said
-    said = runs(workspace, "list").stderr
+    assert "notes.txt does not belong to a published study" in done.stderr
+    assert "notes.txt" not in done.stdout
+    said = runs(workspace, "list").stdout
     assert prepared.model.dtype in said
     assert "4 x 6" in said
     assert "by the hash of its content: no name is published; --label NAME tells studies apart" in said
@@ -219,7 +219,7 @@ def test_a_label_is_shown(two, tmp_path):
     root = two[0]
     edited(root, 3, spec={"label": "gpu-b"})
     workspace = open_workspace(tmp_path / "labels")
-    assert "gpu-b" in runs(workspace, "list", str(root)).stderr
+    assert "gpu-b" in runs(workspace, "list", str(root)).stdout
     acts = {"mlp_in": synthetic.store(np.full((2, 2, 5, 4), 7.0, np.float32), "float16")[0]}
     prepared = synthetic.prepared_for(acts, "float16", label="gpu-b")
     synthetic.write_capture(prepared, workspace, acts)
@@ -227,8 +227,8 @@ def test_a_label_is_shown(two, tmp_path):
     run_report(prepared, workspace, synthetic.Silent())
     done = show(workspace, prepared.study_id)
     assert done.returncode == 0, done.stderr
-    assert "label gpu-b" in " ".join(done.stderr.split())
-    assert ", float16" in done.stderr
+    assert "label gpu-b" in " ".join(done.stdout.split())
+    assert ", float16" in done.stdout
     assert json.loads(show(workspace, prepared.study_id, "--json").stdout)["label"] == "gpu-b"
 
 
@@ -237,13 +237,13 @@ def test_studies_stand_side_by_side(finished, two):
     workspace, prepared, _ = finished
     done = runs(workspace, "compare", *two[1][:2])
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    said = " ".join(done.stderr.split())
+    assert done.stderr == ""
+    said = " ".join(done.stdout.split())
     assert "reading ≠ pooled union" in said
     assert "criteria differ in reading: the answers are not to be compared; those counted alike are" in said
     assert "union at block 3 5" in said
     # in one line, and what was not measured is not left blank
-    assert "features at abs(x) >= 6, counted alike\n" in done.stderr
+    assert "features at abs(x) >= 6, counted alike\n" in done.stdout
     assert "perplexity – –" in said
     done = runs(workspace, "compare", prepared.study_id, two[1][2], "--json")
     found = json.loads(done.stdout)

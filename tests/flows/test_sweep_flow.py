@@ -78,8 +78,8 @@ def test_the_offline_sweep_and_a_second_run_that_does_only_what_is_missing(tmp_p
     assert done.returncode == 1, done.stderr
     said = done.stderr
     assert "tiny-gpt-oss: failed: refused: there is no model at" in said
-    assert said.rstrip().endswith("1 of 5 studies failed: tiny-gpt-oss")
-    assert "first       make offline-models, in the checkout (for tiny-gpt-oss)\n" in said
+    assert done.stdout.rstrip().endswith("1 of 5 studies failed: tiny-gpt-oss")
+    assert "first       make offline-models, in the checkout (for tiny-gpt-oss)\n" in done.stdout
     assert said.count(": started\n") == 4
     assert said.count(": done in ") == 4
     assert "Traceback" not in said
@@ -104,7 +104,7 @@ def test_the_offline_sweep_and_a_second_run_that_does_only_what_is_missing(tmp_p
     # all there: no server is started, nothing is written
     last = run(place, *asked)
     assert (last.returncode, "starting Prefect" in last.stderr) == (0, False)
-    assert "5 of 5 studies are done, 5 were there already" in last.stderr
+    assert "5 of 5 studies are done, 5 were there already" in last.stdout
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli.command import build_parser
 from flows.cli.options import read_spec
+from flows.cli.parser import build_parser
 from flows.server.served import SEED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +124,7 @@ def test_the_demo(tmp_path, smollm2_workspace):
     known = environment(tmp_path, smollm2_workspace)
     first = subprocess.run(["outliers", *words], env=known, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr
-    said = " ".join(first.stderr.split())
+    said = " ".join(first.stdout.split())
     assert "1 systematic outlier feature by the reading pooled at block" in said
     # in float32: processors and numbers of threads sum in other orders
     found = re.search(r"\b247 +(\d+\.?\d*) +-(\d+\.?\d*) ", said)
@@ -132,11 +132,11 @@ def test_the_demo(tmp_path, smollm2_workspace):
     assert all(11 < float(value) < 12.1 for value in found.groups())
     assert "Without the systematic features (247) the perplexity is" in said
     assert re.search(r"int8_token \(KL 0\.0", said) and "nvfp4 (KL 0." in said
-    report = re.search(r"^report +(/.*/report.html)$", first.stderr, re.MULTILINE)
+    report = re.search(r"^report +(/.*/report.html)$", first.stdout, re.MULTILINE)
     assert report
     assert Path(report[1]).read_text().startswith("<!doctype html>")
     second = subprocess.run(["outliers", *words], env=known, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert second.returncode == 0
-    assert "was there already: nothing had to run" in second.stderr
+    assert "was there already: nothing had to run" in second.stdout
     size = sum(path.stat().st_size for path in (tmp_path / "my atlas").rglob("*") if path.is_file())
     assert size < 1_000_000

@@ -85,10 +85,10 @@ def test_a_host_is_added_shown_and_forgotten(outliers, box, workspace):
     assert (code, out) == (0, "")
     assert "machines add NAME user@host" in err
     code, out, err = outliers("machines", "add", "lab1", "box", "--python", sys.executable, "--price", "2.5")
-    assert (code, out) == (0, "")
-    assert f"{os.cpu_count()} cores" in err
-    assert f"Python {sys.version.split()[0]}" in err
-    assert "--provider ssh --host lab1" in err
+    assert (code, err) == (0, "")
+    assert f"{os.cpu_count()} cores" in out
+    assert f"Python {sys.version.split()[0]}" in out
+    assert "--provider ssh --host lab1" in out
     code, out, _ = outliers("machines", "add", "lab2", "box", "--folder", "deep/er", "--json")
     record = json.loads(out)
     assert (code, record["name"], record["folder"], record["python"]) == (0, "lab2", "deep/er", None)
@@ -96,10 +96,12 @@ def test_a_host_is_added_shown_and_forgotten(outliers, box, workspace):
     assert record["facts"]["ram_bytes"] > 1e8
     code, out, err = outliers("machines", "hosts")
     assert code == 0
-    assert [line.split() for line in err.splitlines()[1:]] == [
+    assert [line.split() for line in out.splitlines()[1:]] == [
         ["lab1", "box", ".outliers", sys.executable, "2.50"],
         ["lab2", "box", "deep/er", "made", "0.00"],
     ]
+    code, out, err = outliers("machines", "hosts", "--plain")
+    assert out.splitlines()[2] == "lab2\tbox\tdeep/er\tmade\t0.00"
     outliers("machines", "add", "lab1", "box", "--price", "3")  # replaces
     code, out, _ = outliers("machines", "hosts", "--json")
     assert [(host["name"], host["price_per_hour"]) for host in json.loads(out)["hosts"]] == [("lab1", 3), ("lab2", 0)]
@@ -184,8 +186,8 @@ def test_a_file_of_hosts_that_can_not_be_read_is_named(outliers, workspace):
 @needs_sshd
 def test_what_is_held_is_listed_and_released(outliers, held, workspace):
     code, out, err = outliers("machines", "list")
-    assert (code, out) == (0, "")
-    row = err.splitlines()[1].split()
+    assert (code, err) == (0, "")
+    row = out.splitlines()[1].split()
     assert 0 <= float(row.pop(5).removeprefix("$")) < 0.1
     assert row == ["m1", "ssh", "lab1", "up", "2.50", "1:59", "h", *["Study", "of", "one,", "Study", "of", "two"]]
     code, out, _ = outliers("machines", "list", "--json")
@@ -213,8 +215,8 @@ def test_what_is_held_is_listed_and_released(outliers, held, workspace):
     code, _, err = outliers("machines", "release", "m1", "never-was")
     assert (code, "no machine 'never-was' is held or rented, or ever was" in err) == (2, True)
     assert "nothing is held or rented" in outliers("machines", "list")[2]
-    code, _, err = outliers("machines", "release", "--all")
-    assert (code, err.strip()) == (0, "there was nothing to do")
+    code, out, _ = outliers("machines", "release", "--all")
+    assert (code, out.strip()) == (0, "there was nothing to do")
     assert outliers("machines", "remove", "lab1")[0] == 0
 
 
@@ -225,10 +227,10 @@ def test_all_are_released_and_one_that_is_silent_is_told(outliers, held, box, wo
     box.config.write_text(box.config.read_text() + "Host gone\n  HostName 127.0.0.1\n  Port 1\n")
     overdue(workspace, "m3", "gone", seconds=600)
     handle = second.start(JobSpec("step", ("sleep", "88")))
-    code, _, err = outliers("machines", "release", "--all")
+    code, out, err = outliers("machines", "release", "--all")
     assert code == 1
-    assert "m1 on lab1 is released" in err
-    assert "m2 on lab1 is released" in err
+    assert "m1 on lab1 is released" in out
+    assert "m2 on lab1 is released" in out
     assert "m3 could not be released: gone can't be reached" in err
     assert second.status(handle) == "cancelled"
     assert [(rental.name, rental.state) for rental in Rentals(workspace).all()] == [("m3", "releasing")]
@@ -258,8 +260,8 @@ def test_what_is_past_its_lease_is_reaped_even_where_its_host_is_gone(outliers, 
     assert [rental.name for rental in Rentals(workspace).all()] == ["m1"]
     history = [json.loads(line) for line in (workspace / "machines/history.jsonl").read_text().splitlines()]
     assert {line["name"]: line["how"] for line in history} == {"m2": "released", "m3": "its lease ended"}
-    code, _, err = outliers("machines", "reap")
-    assert (code, err.strip()) == (0, "there was nothing to do")
+    code, out, _ = outliers("machines", "reap")
+    assert (code, out.strip()) == (0, "there was nothing to do")
 
 
 def test_a_provider_that_does_not_answer_spares_no_other(outliers, workspace, monkeypatch):
@@ -314,9 +316,9 @@ def test_what_is_past_its_lease_is_told_first(outliers, workspace, verb):
 
 def test_an_overdue_machine_is_listed_as_over(outliers, workspace):
     overdue(workspace)
-    code, _, err = outliers("machines", "list")
+    code, out, _ = outliers("machines", "list")
     assert code == 0
-    assert " over " in err.splitlines()[1]
+    assert " over " in out.splitlines()[1]
     assert json.loads(outliers("machines", "list", "--json")[1])["machines"][0]["lease_seconds_left"] == 0
 
 

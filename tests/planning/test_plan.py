@@ -7,9 +7,9 @@ import json
 import re
 
 import pytest
-from rich.console import Console
 
-from flows.cli.console import show_plan
+from flows.cli.answers import Answers
+from flows.cli.console import show_plan, show_refusals
 from outliers.errors import BadInput, PlanRefused
 from outliers.hardware import GB, Facts, Gpu
 from outliers.machines.base import Offer
@@ -48,8 +48,9 @@ def planned(tmp_path, workspace):
 
 
 def shown(plan):
-    console = Console(file=io.StringIO(), width=300, highlight=False)
+    console = Answers(file=io.StringIO())
     show_plan(console, plan)
+    show_refusals(console, plan)
     return console.file.getvalue()
 
 

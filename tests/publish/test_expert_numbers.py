@@ -6,6 +6,7 @@ The model is a tiny DeepSeek V3: a dense layer, two layers of four routed expert
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import io
 import json
@@ -15,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from flows.cli.answers import Answers
 from flows.cli.run_experts import show_reach
 from flows.cli.run_show import read_run, show_command
 from outliers.api.studies import open_study
@@ -200,11 +202,12 @@ def test_the_tables_and_the_summary_go_together_and_are_of_what_was_asked(study)
 def shown(workspace, **options):
     out = io.StringIO()
     asked = {"run": None, "json": False, "site": None, "layer": None, "feature": None, "formats": False, "expert": None}
-    show_command(workspace, argparse.Namespace(**asked | options), Console(file=out, width=100, no_color=True))
+    with contextlib.redirect_stdout(out):
+        show_command(workspace, argparse.Namespace(**asked | options), Console(stderr=True))
     return out.getvalue()
 
 
-def test_the_terminal_the_page_and_python_show_them(study, capsys):
+def test_the_terminal_the_page_and_python_show_them(study):
     made, workspace, files = study
     row = read_parquet(files[EXPERTS]).to_pylist()[2]
     for named in ("1.2", "L1E2"):
@@ -220,8 +223,7 @@ def test_the_terminal_the_page_and_python_show_them(study, capsys):
         with pytest.raises(BadInput, match=word):
             shown(workspace, expert=wrong)
     assert "of 8 experts reached by no token" in shown(workspace)
-    shown(workspace, expert="2.0", json=True)
-    (found,) = json.loads(capsys.readouterr().out)["experts"]
+    (found,) = json.loads(shown(workspace, expert="2.0", json=True))["experts"]
     assert (found["layer"], found["expert"]) == (2, 0)
     folder = workspace.study(made.study_id)
     page = (folder / "report.html").read_text()
@@ -245,7 +247,7 @@ def test_the_atlas_has_three_columns_of_them(study):
 def test_a_plan_says_how_many_tokens_would_reach_every_expert(study):
     made, workspace, files = study
     out = io.StringIO()
-    console = Console(file=out, width=100, no_color=True)
+    console = Answers(file=out)
     show_reach(console, workspace, "another/model")
     assert out.getvalue() == ""
     show_reach(console, workspace, made.model.source.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import math
 
@@ -76,7 +77,8 @@ def finished(tmp_path_factory):
 def shown(workspace, **options):
     out = io.StringIO()
     asked = {"run": None, "json": False, "site": None, "layer": None, "feature": None, "formats": True} | options
-    show_command(workspace, argparse.Namespace(**asked), Console(file=out, width=100, no_color=True))
+    with contextlib.redirect_stdout(out):
+        show_command(workspace, argparse.Namespace(**asked), Console(stderr=True))
     return out.getvalue()
 
 

@@ -187,11 +187,13 @@ SAID = "the readings disagree: pooled 1, union 1, per_layer 0, affected 1"
 def test_every_headline_names_the_readings_where_they_disagree(tmp_path, counts, said):
     """The terminal, Prefect's page, `runs show` and the report; where they agree nothing is added."""
     import argparse
+    import contextlib
     import io
 
     from rich.console import Console
 
     from flows.artifacts import markdown
+    from flows.cli.answers import Answers
     from flows.cli.console import show_outcome
     from flows.cli.run_show import show_command
     from outliers.publish.outcome import Outcome
@@ -203,7 +205,7 @@ def test_every_headline_names_the_readings_where_they_disagree(tmp_path, counts,
         systematic=[row], cached=False, readings=counts, interval=(0, 2),
     )  # fmt: skip
     shown = io.StringIO()
-    show_outcome(Console(file=shown, width=200), outcome, 0, "by the reading pooled at block")
+    show_outcome(Answers(file=shown), outcome, 0, "by the reading pooled at block")
     head = next(line for line in shown.getvalue().splitlines() if "1 systematic outlier feature" in line)
     assert (SAID in head) == said
     assert "range over resamples of the sequences: 0 to 2" in shown.getvalue()
@@ -221,7 +223,8 @@ def test_every_headline_names_the_readings_where_they_disagree(tmp_path, counts,
     printed = io.StringIO()
     results_folder.finish(folder)
     arguments = argparse.Namespace(run=results_folder.STUDY_ID, feature=None, site=None, layer=None, json=False)
-    show_command(open_workspace(tmp_path), arguments, Console(file=printed, width=200))
+    with contextlib.redirect_stdout(printed):
+        show_command(open_workspace(tmp_path), arguments, Console(stderr=True))
     assert (SAID in printed.getvalue()) == said
 
 

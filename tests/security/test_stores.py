@@ -190,7 +190,7 @@ def test_names_are_text_at_the_terminal(
     assert "<img" not in (tmp_path / "page.html").read_text()
     monkeypatch.setenv("COLUMNS", "300")
     assert main(["runs", "list", evil, *workspace]) == 0
-    assert "evil/[/red]\\x1b[2J\\u202emodel" in capsys.readouterr().err.replace("\n", "")
+    assert "evil/[/red]\\x1b[2J\\u202emodel" in capsys.readouterr().out
 
 
 def test_a_list_of_many_names_is_cut_with_a_word(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

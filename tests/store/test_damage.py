@@ -191,8 +191,8 @@ def test_the_command_checks_repairs_and_says_what_to_do(copy):
 
     sound = outliers("verify", study.capture_id)
     assert sound.returncode == 0, sound.stderr
-    assert "36 chunks" in sound.stderr
-    assert "every checksum is right" in sound.stderr
+    assert "36 chunks" in sound.stdout
+    assert "every checksum is right" in sound.stdout
     flip(folder / "activations.zarr" / "resid" / "c.2.3.0.0", 7)
     damaged = outliers("verify", str(folder), "--json")
     assert damaged.returncode == 1
@@ -201,5 +201,5 @@ def test_the_command_checks_repairs_and_says_what_to_do(copy):
     assert found["damage"][0]["file"] == "activations.zarr/resid/c.2.3.0.0"
     repaired = outliers("verify", study.capture_id, "--repair")
     assert repaired.returncode == 1
-    assert "the same study then computes 2 of 4 sequences" in repaired.stderr
+    assert "the same study then computes 2 of 4 sequences" in repaired.stdout
     assert outliers("verify", "nothing").returncode == 2
