@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from flows.study import study
 from outliers.errors import BadInput, PlanRefused
 from outliers.machines.options import TAKEN_BY, check_options, foreign
-from outliers.spec import STORE_PATTERN, ComputeSpec, CriteriaSpec, StudySpec, digest, has_login
+from outliers.spec import STORE_PATTERN, ComputeSpec, CriteriaSpec, ModelSpec, StudySpec, digest, has_login
 from outliers.study.prepare import prepare
 from outliers.sweep.sweep import answer, make_sweep
 from outliers.workspace import open_workspace
@@ -34,6 +34,10 @@ def test_bare_strings_stand_for_model_and_corpus():
         ({"capture": {"sites": ["attn_out"]}}, "'attn_in', 'mlp_in', 'o_in', 'down_in' or 'resid'"),
         ({"capture": {"sites": []}}, "at least 1 item"),
         ({"capture": {"layers": [-1]}}, "0-based"),
+        ({"capture": {"layers": "5-2"}}, "5-2 names no layer"),
+        ({"capture": {"layers": "0-2,"}}, "numbers and ranges such as 0-5,20-, or all; got 0-2,"),
+        ({"capture": {"layers": ["0", "x"]}}, "got 0,x"),
+        ({"capture": {"layers": "0-99999"}}, "no model has a layer 99999"),
         ({"captures": {}}, "Extra inputs are not permitted"),
         ({"corpus": {"num_sequence": 4}}, "Extra inputs are not permitted"),
         ({"criteria": {"position_fraction": 6}}, "less than or equal to 1"),
@@ -123,6 +127,21 @@ def test_what_an_id_covers(base, changes, capture, study):
 
 def test_auto_and_all_are_resolved_before_the_digest(base):
     assert ids(base) == ids(base, model={"dtype": "float32"}, capture={"layers": (0, 1, 2)})
+
+
+@pytest.mark.parametrize("layers", ["0-", "0-2", ["0-1", "2"], "0,1-", ["2", "0-1"]])
+def test_ranges_of_layers_are_the_layers_that_they_name(base, layers):
+    assert ids(base) == ids(base, capture={"layers": layers})
+
+
+def test_a_range_that_begins_after_the_model_is_refused(base):
+    with pytest.raises(BadInput, match=r"--layers 1,3-: 3- names no layer; .* has layers 0 to 2"):
+        ids(base, capture={"layers": "1,3-"})
+
+
+def test_short_names_of_dtypes_stand_for_the_long_ones(base):
+    assert ids(base, model={"dtype": "bf16"}) == ids(base, model={"dtype": "bfloat16"}) != ids(base)
+    assert ModelSpec(id="m", dtype="fp16").dtype == "float16"
 
 
 def test_ids_are_the_same_in_another_process_with_another_hash_seed(base):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from outliers.errors import BadInput
+from outliers.names import nearest
 from outliers.spec import PARTS, StudySpec
 
 RENAMED = {
@@ -177,5 +179,7 @@ def _explain(item: Any) -> str:
     if not place:
         return message
     part, name = (place[0], place[1]) if place[0] in PARTS and len(place) > 1 else ("", place[0])
+    if item["type"] == "literal_error":
+        message += nearest(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
     given = "" if isinstance(item["input"], dict) or item["type"] == "value_error" else f" (given: {item['input']})"
     return f"{option_name(part, name)}: {message}{given}"

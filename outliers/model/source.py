@@ -68,6 +68,8 @@ def _find(spec: ModelSpec, workspace: Workspace, weights: bool) -> ModelSource:
     if spec.id.startswith("builtin:"):
         return _builtin(spec, workspace)
     path = local_path(spec.id)
+    if path.name == "config.json" and path.is_file():
+        path = path.parent
     if spec.id.endswith(".gguf") or path.is_file():
         return _gguf_file(path, workspace)
     if path.is_dir():

@@ -57,6 +57,13 @@ EXPERTS_VERSION = 1
 """The same for what is read of experts; part of the capture_id of a capture that has them."""
 
 
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+"""Short names of dtypes, as other programs have them."""
+MAX_LAYER = 9_999
+LAYER_RANGES = r"^[0-9]+(-[0-9]*)?(,[0-9]+(-[0-9]*)?)*$"
+"""Layers with a range that ends with the model, such as 0-5,20-."""
+
+
 def chosen(name: str) -> str:
     """The provider that `name` means ("": $OUTLIERS_PROVIDER, else local)."""
     return name or os.environ.get(PROVIDER_VARIABLE) or DEFAULT_PROVIDER
@@ -100,6 +107,12 @@ class ModelSpec(Part):
         "which needs a GPU and packages; auto makes plain what can be",
     )
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _spelled_out(cls, dtype: Any) -> Any:
+        """The short names of dtypes stand for the long ones, in ids too."""
+        return DTYPE_ALIASES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+
 
 class CorpusSpec(Part):
     """Which tokens the model reads."""
@@ -135,7 +148,9 @@ class CaptureSpec(Part):
     sites: tuple[SiteName, ...] = Field(
         BLOCK_SITES, min_length=1, description="places in every layer: attn_in, mlp_in, o_in, down_in, resid"
     )
-    layers: Literal["all"] | tuple[int, ...] = Field("all", description="all, or 0-based layers such as 0,5,11")
+    layers: Literal["all"] | tuple[int, ...] | Annotated[str, Field(pattern=LAYER_RANGES)] = Field(
+        "all", description="all, or 0-based layers and ranges such as 0,5,11 or 0-5,20- (20 to the last)"
+    )
     codec: Literal["none", "zstd"] = Field("none", description="compression of the capture: none, or shuffled zstd")
     batch_sequences: int = Field(
         1, ge=1, le=4096, description="sequences in one forward pass; part of a result, for it moves the last bits"
@@ -159,9 +174,25 @@ class CaptureSpec(Part):
     def _canonical(cls, sites: tuple[SiteName, ...]) -> tuple[SiteName, ...]:
         return tuple(site for site in SITES if site in sites)
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _ranges(cls, layers: Any) -> Any:
+        """Ranges as numbers, where each has an end; else the text, of which `layers_in` makes numbers once the model is known."""
+        items = layers.split(",") if isinstance(layers, str) and layers != "all" else layers
+        # what is no list of numbers and ranges is for the annotation to refuse, negative numbers for `_sorted`
+        if not isinstance(items, list | tuple) or not any(isinstance(item, str) and item[:1] != "-" for item in items):
+            return layers
+        text = ",".join(str(item).strip() for item in items)
+        if not re.fullmatch(LAYER_RANGES, text):
+            raise ValueError(f"layers are 0-based numbers and ranges such as 0-5,20-, or all; got {text}")
+        ends = [int(end) for item in text.split(",") for end in item.split("-") if end]
+        if max(ends) > MAX_LAYER:
+            raise ValueError(f"no model has a layer {max(ends)}")
+        return text if re.search(r"-(,|$)", text) else layers_in(text, 0)
+
     @field_validator("layers")
     @classmethod
-    def _sorted(cls, layers: Literal["all"] | tuple[int, ...]) -> Literal["all"] | tuple[int, ...]:
+    def _sorted(cls, layers: Literal["all"] | tuple[int, ...] | str) -> Literal["all"] | tuple[int, ...] | str:
         if isinstance(layers, str):
             return layers
         if not layers or min(layers) < 0:
@@ -376,6 +407,18 @@ PARTS: dict[str, type[Part]] = {
     "compute": ComputeSpec,
 }
 """The parts of a StudySpec by their fields."""
+
+
+def layers_in(text: str, num_layers: int) -> tuple[int, ...]:
+    """The layers that 0-5,20- names in a model of `num_layers`, ascending. Raises ValueError for a range without a layer."""
+    found: set[int] = set()
+    for item in text.split(","):
+        first, dash, last = item.partition("-")
+        named = range(int(first), int(last) + 1 if last else num_layers if dash else int(first) + 1)
+        if not named:
+            raise ValueError(f"{item} names no layer")
+        found.update(named)
+    return tuple(sorted(found))
 
 
 def has_block(sites: tuple[str, ...]) -> bool:

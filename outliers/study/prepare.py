@@ -35,6 +35,7 @@ from outliers.spec import (
     StudySpec,
     chosen,
     digest,
+    layers_in,
 )
 from outliers.spec.formats import ROTATIONS, parse_format
 from outliers.study.experts import expert_mode, expert_shapes
@@ -170,12 +171,19 @@ def _check_layers(spec: StudySpec, info: ModelInfo, layers: tuple[int, ...]) -> 
 
 def resolve_layers(spec: StudySpec, info: ModelInfo) -> tuple[int, ...]:
     """The layers of a spec as numbers; BadInput for one that the model doesn't have."""
-    if isinstance(spec.capture.layers, str):
+    asked = spec.capture.layers
+    if asked == "all":
         return tuple(range(info.num_layers))
-    beyond = [layer for layer in spec.capture.layers if layer >= info.num_layers]
+    try:
+        layers = layers_in(asked, info.num_layers) if isinstance(asked, str) else asked
+    except ValueError as error:
+        raise BadInput(
+            f"--layers {asked}: {error}; {info.source.name} has layers 0 to {info.num_layers - 1}"
+        ) from error
+    beyond = [layer for layer in layers if layer >= info.num_layers]
     if beyond:
         raise BadInput(f"layer {beyond[0]} was asked, and {info.source.name} has layers 0 to {info.num_layers - 1}")
-    return spec.capture.layers
+    return layers
 
 
 def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
