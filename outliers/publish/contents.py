@@ -10,11 +10,12 @@ import json
 import re
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
-from outliers.files.parquet import open_parquet
+from outliers.files.parquet import numbers_of, open_parquet
 from outliers.publish.expert_contents import check_agreement as check_agreement
 from outliers.publish.expert_contents import check_experts as check_experts
 from outliers.publish.expert_contents import check_router as check_router
@@ -118,24 +119,23 @@ def _check_rows(table: Any, summary: StudySummary) -> None:
     strange = set(pc.unique(table["layer"]).to_pylist()) - {row.layer for row in summary.layers}
     if strange:
         raise NotAllowedError(f"has rows of layer {min(strange)}, which the summary does not have")
-    # counted, not compared: one row for each cell is what bounds the table
-    cells = (
-        table.select(["site", "layer", "feature"])
-        .group_by(["site", "layer", "feature"], use_threads=False)
-        .aggregate([])
+    # counted, not compared: one row for each cell is what bounds the table. Layer and feature are in their ranges by now, so
+    # that a cell has a number of its own
+    sites = table["site"].combine_chunks().dictionary_encode()
+    site, layer, feature = (
+        numbers_of(column).astype(np.int64) for column in (sites.indices, table["layer"], table["feature"])
     )
-    if cells.num_rows != table.num_rows:
-        raise NotAllowedError(
-            f"has {table.num_rows:,} rows for {cells.num_rows:,} (site, layer, feature); one each is allowed"
-        )
+    cells = np.unique((site * summary.model.num_layers + layer) * summary.max_width + feature).size
+    if cells != table.num_rows:
+        raise NotAllowedError(f"has {table.num_rows:,} rows for {cells:,} (site, layer, feature); one each is allowed")
     lengths = pc.unique(pc.list_value_length(table["ladder_hits"])).to_pylist()
     if len(lengths) != 1 or lengths[0] > MAX_MAGNITUDES:
         raise NotAllowedError(
             f"has ladder_hits of lengths {lengths[:5]}; one length of at most {MAX_MAGNITUDES} is allowed"
         )
-    block = table.filter(pc.equal(table["site"], BLOCK))
+    at_block = np.array([name == BLOCK for name in sites.dictionary.to_pylist()])[site]
     for name in MOMENT_COLUMNS:
-        if block[name].null_count != block.num_rows:
+        if not numbers_of(pc.is_null(table[name]))[at_block].all():
             raise NotAllowedError(f"has a {name} at the site block, which has none")
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from outliers.errors import PublishRefused
 from outliers.files.atomic import write_atomic
 from outliers.files.beneath import read_beneath
-from outliers.files.parquet import read_parquet
+from outliers.files.parquet import numbers_of, read_parquet
 from outliers.publish.allowlist import (
     EXPERTS,
     FEATURES,
@@ -158,7 +158,7 @@ def _column_digest(name: str, column: Any) -> str:
         if name not in _NULLABLE:
             raise ValueError(f"the column {name} has nulls")
         # which rows have no value, then the others' values
-        hasher.update(np.packbits(flat.is_null().to_numpy(zero_copy_only=False)).tobytes())
+        hasher.update(np.packbits(numbers_of(flat.is_null())).tobytes())
         flat = flat.drop_null()
     if pa.types.is_list(flat.type):
         lengths = np.asarray([len(row) for row in flat.to_pylist()], dtype="<i8")
@@ -167,7 +167,7 @@ def _column_digest(name: str, column: Any) -> str:
     if pa.types.is_string(flat.type):
         hasher.update(json.dumps(flat.to_pylist()).encode())
     else:
-        values = flat.to_numpy(zero_copy_only=False)
+        values = numbers_of(flat)
         hasher.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
     return hasher.hexdigest()
 
