@@ -218,7 +218,7 @@ def _text(row: dict[str, Any], place: str) -> str:
 
 def _cuts() -> tuple[type[Exception], ...]:
     """Errors of a connection that breaks while reading; `outliers.hub` handles the hub's answers."""
-    import httpx
+    from outliers.hub.http import httpx
 
     return (httpx.TransportError, ConnectionError, TimeoutError)
 

@@ -45,7 +45,7 @@ class Encoded:
 @contextmanager
 def _library(name: str) -> Iterator[None]:
     """Turn what a tokenizer's library raises for a damaged file into UnknownModel; a panic of Rust code is not an Exception."""
-    import httpx
+    from outliers.hub.http import httpx
 
     try:
         yield

@@ -19,10 +19,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
-
 from outliers.errors import BadInput, HubUnavailable
 from outliers.hub.files import INDEX, SHARD, SMALL_SUFFIXES, WEIGHTS_SUFFIX, WHOLE, adapter_files
+from outliers.hub.http import httpx
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
-
 from outliers.errors import DiskFull, UnknownModel
 from outliers.files.atomic import sha256_file
 from outliers.hub.cache import CachedModel, cache_for
@@ -34,6 +32,7 @@ from outliers.hub.client import (
     use_patient_client,
 )
 from outliers.hub.files import WEIGHTS_SUFFIX
+from outliers.hub.http import httpx
 
 log = logging.getLogger(__name__)
 

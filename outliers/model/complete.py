@@ -28,6 +28,7 @@ from outliers.model.fp8 import FLOAT8, plain_shapes
 from outliers.model.loading import Report, Shape, read_report
 from outliers.model.pretrained import load_config
 from outliers.model.source import ModelSource
+from outliers.model.weights import kept_in_float32
 from outliers.spec import digest
 from outliers.workspace import Workspace
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECK_VERSION = 1
+CHECK_VERSION = 2
 """Increased whenever a checkpoint that passed before may be refused."""
 
 
@@ -167,7 +168,7 @@ def _dry_run(config: Any, shapes: Mapping[str, Shape], info: ModelInfo) -> Repor
     model_class = type(build_empty(config, info.dtype, info.source.name))
     empty = {key: torch.empty(shape, dtype=torch.float32, device="meta") for key, shape in shapes.items()}
     with foreign(f"the weights of {info.source.name} don't fit the model of its config.json"), _silent():
-        _, report = model_class.from_pretrained(
+        model, report = model_class.from_pretrained(
             None,
             trust_remote_code=False,
             config=config,
@@ -177,7 +178,20 @@ def _dry_run(config: Any, shapes: Mapping[str, Shape], info: ModelInfo) -> Repor
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that the report has them all; each is refused here
         )
-    return read_report(report)
+    found = read_report(report)
+    return found._replace(unexpected=sorted({*found.unexpected, *_masks_left_out(model, shapes)}))
+
+
+def _masks_left_out(model: Any, shapes: Mapping[str, Shape]) -> Iterator[str]:
+    """Names like a mask's that no module takes, and that the model's class keeps out of transformers' report whatever their
+    shape: `_keys_to_ignore_on_load_unexpected` of GPT-2, and of GPT-J from transformers 5.24 on."""
+    taken, prefix = set(model.state_dict()), f"{model.base_model_prefix}."
+    patterns = tuple(model._keys_to_ignore_on_load_unexpected or ())
+    for key in shapes:
+        if _MASK.search(key) and any(re.search(pattern, key) for pattern in patterns):
+            full = key if key.startswith(prefix) else prefix + key
+            if taken.isdisjoint((key, full)):
+                yield full
 
 
 def without_quantization(config: Any) -> Any:
@@ -269,20 +283,16 @@ def _check_unexpected(unexpected: Collection[str], info: ModelInfo, config: Any,
 def check_promised(model: torch.nn.Module, info: ModelInfo, config: Any) -> None:
     """Refuse a loaded model whose weights have another shape or dtype than was described, or no values.
 
-    Families keep a few weights in float32 on purpose (`_keep_in_fp32_modules`): transformers does so under every requested
-    dtype, and so does the described model. Raises UnknownModel.
+    Families keep a few weights in float32 on purpose (`kept_in_float32`), which are described so. Raises UnknownModel.
     """
     promised = build_empty(without_quantization(config), info.dtype, info.source.name).state_dict()
-    kept: Any = model
-    plan = [*(getattr(kept, "_keep_in_fp32_modules_strict", None) or ())]
-    if info.dtype == "float16":
-        plan += getattr(kept, "_keep_in_fp32_modules", None) or ()
+    kept = kept_in_float32(model, info.dtype)
     parameters = {key for key, _ in model.named_parameters()}
     for key, tensor in model.state_dict().items():
         if not _needed(key, info, head=True) or not (tensor.is_floating_point() or key in parameters):
             continue
         dtype = str(tensor.dtype).removeprefix("torch.")
-        wide = dtype == "float32" and any(re.search(pattern.replace("*", ".*"), key) for pattern in plan)
+        wide = dtype == "float32" and kept is not None and kept.search(key)
         if key in promised and promised[key].shape != tensor.shape:
             raise UnknownModel(
                 f"{key} of {info.source.name} is {list(tensor.shape)}, needed {list(promised[key].shape)}"

@@ -31,7 +31,7 @@ from outliers.model.source import ModelSource
 from outliers.model.weights import ITEM_BYTES, Weights, weigh
 from outliers.workspace import Workspace
 
-INFO_VERSION = 5
+INFO_VERSION = 6
 """Of ModelInfo on disk: increased whenever what is counted changes."""
 
 DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
@@ -257,9 +257,10 @@ def _most(sizes: Mapping[str, int], source: ModelSource) -> str:
 
 
 def _hub_dtype(source: ModelSource) -> str:
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, OfflineModeIsEnabled
+
+    from outliers.hub.http import httpx
 
     try:
         found = HfApi().get_safetensors_metadata(source.path, revision=source.revision)

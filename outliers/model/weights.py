@@ -98,7 +98,7 @@ def weigh(
     bound. experts: (experts of a layer, those a token is routed to). checkpoint_dtype: where it is another on disk.
     Buffers are left out: those of a decoder layer stay below a kilobyte an expert.
     """
-    sizes = _sizes(model, ITEM_BYTES[dtype], quantization)
+    sizes = _sizes(model, ITEM_BYTES[dtype], quantization, kept_in_float32(model, dtype))
     parts = _parts(model, layers_path)
     total, routed = 0, 0
     for weight in _weights(model, "", set()):
@@ -182,11 +182,30 @@ def _checkpoint_bytes(model: Any, layers_path: str, dtype: str) -> int:
     return total + extra * (layer + 2 * item * int(config.hidden_size) * int(config.vocab_size + config.hidden_size))
 
 
-def _sizes(model: Any, item_bytes: int, quantization: Mapping[str, Any] | None) -> Callable[[_Weight], int]:
-    """The function _Weight -> bytes under a quantization_config."""
+def kept_in_float32(model: Any, dtype: str) -> re.Pattern[str] | None:
+    """Finds the names of the weights that transformers loads in float32 although `dtype` is asked for; None without any.
+
+    Families name them: `_keep_in_fp32_modules_strict` under every dtype, `_keep_in_fp32_modules` under float16 alone
+    (PreTrainedModel._get_dtype_plan). A `*` stands for any characters. From transformers 5.24 on they are the routers of
+    DeepSeek-V3 and GLM-4.5, for instance.
+    """
+    names = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    if dtype == "float16":
+        names += getattr(model, "_keep_in_fp32_modules", None) or ()
+    return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
+
+
+def _sizes(
+    model: Any, item_bytes: int, quantization: Mapping[str, Any] | None, wide: re.Pattern[str] | None = None
+) -> Callable[[_Weight], int]:
+    """The function _Weight -> bytes under a quantization_config. wide: names of weights that are plain in float32."""
     method = str(quantization.get("quant_method", "")) if quantization else ""
+
+    def unquantized(weight: _Weight) -> int:
+        return weight.numel * (ITEM_BYTES["float32"] if wide and wide.search(weight.name) else item_bytes)
+
     if not quantization or method not in _METHODS:
-        return lambda weight: weight.numel * item_bytes
+        return unquantized
     plain = _plain_modules(model, quantization)
 
     def size(weight: _Weight) -> int:
@@ -194,7 +213,7 @@ def _sizes(model: Any, item_bytes: int, quantization: Mapping[str, Any] | None) 
         linear = type(weight.module).__name__ == "Linear" and len(weight.shape) == 2 and method != "mxfp4"
         if (fused or linear) and not any(_matches(pattern, weight.path) for pattern in plain):
             return _METHODS[method](weight.shape, quantization)
-        return weight.numel * item_bytes
+        return unquantized(weight)
 
     return size
 

@@ -44,6 +44,17 @@ def hub():
         yield running
 
 
+def test_requests_and_their_errors_are_of_the_library_that_the_hub_s_client_uses():
+    """httpx2 from huggingface_hub 2.0 on: errors of httpx would pass every `except`."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import get_session
+
+    from outliers.hub.http import httpx
+
+    assert isinstance(get_session(), httpx.Client)
+    assert issubclass(HfHubHTTPError, httpx.HTTPError)
+
+
 def ask(endpoint, tmp_path, kind, name, revision=None, token=None, times=1, **environment):
     """What `resolve` says, in a process whose hub is `endpoint`: ([commit, public, bytes] or [error, message], stderr)."""
     script = (

@@ -196,14 +196,22 @@ def test_values_that_are_packed_are_not_cast(tmp_path, workspace, dtype):
     assert f"1 weights that are not floating-point numbers, first {key}" in refusal(tmp_path, workspace)
 
 
-def test_old_masks_of_gpt2_are_left_alone_and_a_bias_is_not(tmp_path, workspace):
-    tiny.make_model(tmp_path, "GPTJ")
+@pytest.mark.parametrize("family", ["GPT2", "GPTJ"])
+def test_old_masks_of_gpt2_are_left_alone_and_a_bias_is_not(tmp_path, workspace, family):
+    """Also where the class has transformers keep both out of its report: GPT-2's does."""
+    tiny.make_model(tmp_path, family)
     stored = load_file(tmp_path / "model.safetensors")
     mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": torch.tensor(-1e9)}
-    save_file(stored | mask, tmp_path / "model.safetensors", {"format": "pt"})
-    check_checkpoint(described(tmp_path, workspace), workspace, head=True)
-    save_file(stored | {"transformer.h.0.attn.bias": torch.ones(32)}, tmp_path / "model.safetensors", {"format": "pt"})
-    assert "transformer.h.0.attn.bias" in refusal(tmp_path, workspace)
+    for form in (dict, without_prefix):  # as published, GPT-2's names lack their first part
+        save_file(form(stored | mask), tmp_path / "model.safetensors", {"format": "pt"})
+        check_checkpoint(described(tmp_path, workspace), workspace, head=True)
+        bias = {"transformer.h.0.attn.bias": torch.ones(32)}
+        save_file(form(stored | bias), tmp_path / "model.safetensors", {"format": "pt"})
+        assert "h.0.attn.bias, and the model of its config.json has no such weight" in refusal(tmp_path, workspace)
+
+
+def without_prefix(tensors):
+    return {key.removeprefix("transformer."): value for key, value in tensors.items()}
 
 
 @pytest.mark.parametrize("files", [("adapter_config.json",), ("adapter_config.json", "adapter_model.safetensors")])

@@ -89,7 +89,10 @@ def test_the_last_block_may_be_smaller(tmp_path, workspace, dtype):
         assert torch.equal(found, torch.from_numpy(wanted).to(getattr(torch, dtype))), key
         checked += 1
     assert checked == len(plain) > 40
-    assert {t.dtype for k, t in loaded.items() if "e_score_correction_bias" not in k} == {getattr(torch, dtype)}
+    # the router's own, which transformers 5.24 keeps in float32 and 5.17 does not; its bias is in float32 in both
+    router = {k for k in loaded if k.endswith(("e_score_correction_bias", "mlp.gate.weight"))}
+    assert {t.dtype for k, t in loaded.items() if k not in router} == {getattr(torch, dtype)}
+    assert {loaded[k].dtype for k in router} <= {torch.float32, getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize(
