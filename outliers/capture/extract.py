@@ -31,7 +31,7 @@ from outliers.capture.load import PLAIN, fetch_weights, load_model
 from outliers.capture.perplexity import Head, losses
 from outliers.capture.staging import StagingBuffer
 from outliers.corpus.tokens import Corpus, load_corpus
-from outliers.errors import CaptureMismatch, CorruptCapture
+from outliers.errors import BadInput, CaptureMismatch, CorruptCapture
 from outliers.events.stream import Reporter
 from outliers.spec import FORMAT_VERSION
 from outliers.store.chunks import ARRAYS, ChunkFiles, Journal, NamedChunk, create_arrays, hold, mend_arrays
@@ -58,6 +58,8 @@ def extract(
     Raises Busy if another process writes the capture, CaptureMismatch, CorruptCapture, SiteError, UnknownModel, PlanRefused
     and MemoryFull if the model does not fit the GPUs of this machine, HubUnavailable.
     """
+    if prepared.spec.capture.store != "full":
+        raise BadInput(f"--store {prepared.spec.capture.store} can't be captured by this version: leave --store out")
     folder = workspace.capture(prepared.capture_id)
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):

@@ -62,7 +62,7 @@ def request_for(demand: Demand, capture_bytes_left: int) -> MachineRequest:
     least = min(both) if count is None else both[count > 0]
     experts = demand.layout.experts
     # the sums of the experts: on disk, once more while they are replaced, and again in the private summary
-    disk = capture_bytes_left + (3 * experts.sums_bytes if experts is not None else 0)
+    disk = min(capture_bytes_left, demand.held_bytes) + (3 * experts.sums_bytes if experts is not None else 0)
     if capture_bytes_left and not compute.runs_here:
         disk += demand.model.weights.checkpoint_bytes
     elif capture_bytes_left and not cache_is_chosen():  # a download checks the disk of a cache that was moved

@@ -74,6 +74,10 @@ class Plan(BaseModel):
     gpus: tuple[GpuShare, ...]
     capture_bytes: int
     capture_bytes_left: int
+    store: str
+    """What of the activations stays on the disk: full or rolling."""
+    held_bytes: int
+    """The most of the capture that is on the disk at once."""
     experts: str
     """What is read of experts: all, routing or off."""
     experts_reason: str | None
@@ -112,6 +116,8 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
         gpus=shares(demand.place_evenly()),
         capture_bytes=demand.layout.total_bytes,
         capture_bytes_left=left,
+        store=spec.capture.store,
+        held_bytes=demand.held_bytes,
         experts=expert_mode(spec, info, demand.layout.layers),
         experts_reason=_unread(info),
         experts_bytes=demand.experts_bytes * (spec.compute.shards if spec.compute.runs_here else 1),

@@ -137,6 +137,24 @@ class CaptureSpec(Part):
     )
     layers: Literal["all"] | tuple[int, ...] = Field("all", description="all, or 0-based layers such as 0,5,11")
     codec: Literal["none", "zstd"] = Field("none", description="compression of the capture: none, or shuffled zstd")
+    store: Literal["full", "rolling"] = Field(
+        "full",
+        description="what of the activations stays on the disk: full keeps all; rolling counts a window of sequences at a time "
+        "and frees it, so that the disk holds at most two windows whatever the corpus; in no id, for the results are the same",
+    )
+    store_sequences: int = Field(
+        4,
+        ge=1,
+        le=1_000_000,
+        description="sequences at the beginning of the corpus that rolling keeps, in whole batches",
+    )
+    disk_window: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="disk that a window of rolling may take, in GB (10^9 bytes), at least a batch (default: a tenth of what is "
+        "free on the workspace's disk when the capture runs)",
+    )
     batch_sequences: int = Field(
         1, ge=1, le=4096, description="sequences in one forward pass; part of a result, for it moves the last bits"
     )
@@ -153,6 +171,15 @@ class CaptureSpec(Part):
         description="where a site is, for a family that is not known: SITE=PATTERN with * for the layer's number, such as "
         "attn_in=layers.*.input_layernorm, or mlp_in=layers.*.mlp:input for what a module receives",
     )
+
+    @model_validator(mode="after")
+    def _window_of_rolling(self) -> CaptureSpec:
+        if self.disk_window is not None and self.store == "full":
+            raise ValueError(
+                f"--disk-window {self.disk_window:g} is the window of --store rolling, and --store {self.store} has none: "
+                "leave one of them out"
+            )
+        return self
 
     @field_validator("sites")
     @classmethod

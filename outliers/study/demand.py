@@ -19,6 +19,7 @@ from outliers.study.placement import Placement, even, fit
 from outliers.study.prepare import layout_of
 from outliers.study.probe_memory import ProbeMemory, probe_memory
 from outliers.study.ring_size import MAX_WRITERS, ring_bytes, ring_slots, writers_bytes
+from outliers.study.window import held_bytes
 from outliers.untrusted.bounds import RECEIVED_BYTES
 
 PROCESS_BYTES = 1_000_000_000
@@ -72,6 +73,15 @@ class Demand:
     def shard_layout(self) -> Layout:
         """Shapes of the longest shard's part of the capture. BadInput where there are more shards than batches."""
         return layout_of(longest_shard(self.spec), self.model) if self.spec.compute.shards > 1 else self.layout
+
+    @property
+    def held_bytes(self) -> int:
+        """The most that a machine has of the capture on its disk at once: with rolling its first sequences and two windows, as
+        large as asked, or of one batch each where that is left open."""
+        compute = self.spec.compute
+        part = longest_shard(self.spec) if compute.shards > 1 else self.spec
+        processes = compute.shards if compute.runs_here else 1
+        return min(self.layout.total_bytes, processes * held_bytes(part, self.shard_layout))
 
     @property
     def shares_machine(self) -> bool:

@@ -75,6 +75,9 @@ class Prepared(BaseModel):
             del spec["formats"]
         if self.spec.capture.experts == "auto":
             del spec["capture"]["experts"]
+        # what is kept is in no result, and a window is the machine's
+        for name in ("disk_window", *(("store", "store_sequences") if self.spec.capture.store == "full" else ())):
+            del spec["capture"][name]
         spec["model"] |= {"id": self.model.source.id, "revision": self.model.source.revision, "dtype": self.model.dtype}
         spec["corpus"]["source"] = self.corpus.source
         return spec
