@@ -239,7 +239,7 @@ def _disk(plan: Plan) -> str:
     whole = f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)"
     if plan.store == "full":
         return whole
-    return f"at least {size(plan.held_bytes)} at once of {whole}: --store {plan.store}"
+    return f"at most {size(plan.held_bytes)} at once, of {whole}: --store {plan.store}"
 
 
 def _stored(plan: Plan) -> str:

@@ -375,6 +375,8 @@ class StudySpec(Part):
     @model_validator(mode="after")
     def _consistent(self) -> StudySpec:
         self.deciding_site  # noqa: B018 - raises where it is undetermined
+        if self.capture.store != "full":
+            self._check_store()
         if self.probe.asked and self.compute.shards > 1:
             raise ValueError(
                 "a probe reads the whole model on one machine, and --shards gives each machine a part of the corpus: leave one "
@@ -386,6 +388,26 @@ class StudySpec(Part):
                 "leave one of them out"
             )
         return self
+
+    def _check_store(self) -> None:
+        """ValueError for what needs activations that a store does not keep."""
+        store = f"--store {self.capture.store}"
+        if self.formats.formats:
+            raise ValueError(
+                f"--formats samples tokens of the whole corpus, and {store} keeps the first sequences alone: leave one of them "
+                "out"
+            )
+        if self.compute.executor.startswith("dask="):
+            raise ValueError(
+                f"--executor {self.compute.executor} counts a capture that is there whole, and {store} counts windows of it on "
+                "the machine that captures: leave one of them out"
+            )
+        probed, kept = min(self.probe.probe_sequences, self.corpus.num_sequences), self.capture.store_sequences
+        if self.probe.asked and probed > kept:
+            raise ValueError(
+                f"a probe of {probed} sequences is compared with the capture of them, and {store} keeps the first {kept}: give "
+                f"--store-sequences {probed}, or --probe-sequences {kept}"
+            )
 
     @property
     def deciding_site(self) -> str:

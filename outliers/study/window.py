@@ -17,9 +17,12 @@ WINDOWS = 2
 
 def kept_sequences(spec: StudySpec) -> int:
     """Sequences at the beginning of the corpus that stay on the disk: all, or with rolling whole batches of them."""
+    return spec.corpus.num_sequences if spec.capture.store == "full" else rolling_keeps(spec)
+
+
+def rolling_keeps(spec: StudySpec) -> int:
+    """Sequences that rolling keeps of a study, whether it is asked for or not."""
     capture, total = spec.capture, spec.corpus.num_sequences
-    if capture.store == "full":
-        return total
     return min(total, -(-capture.store_sequences // capture.batch_sequences) * capture.batch_sequences)
 
 
