@@ -195,7 +195,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     line(console, "tokens", f"{plan.tokens:,}")
     if plan.spread:
         line(console, "shards", plan.spread)
-    line(console, "disk", f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)")
+    line(console, "disk", _disk(plan))
     if plan.experts == "off" and plan.num_experts:
         line(console, "experts", f"not read{', ' + plan.experts_reason if plan.experts_reason else ' (--experts)'}")
     if plan.experts != "off":
@@ -232,6 +232,14 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 _EXPERTS = {"all": "every expert is read", "routing": "the routing is read, without the experts' values"}
+
+
+def _disk(plan: Plan) -> str:
+    """What the capture takes of the disk."""
+    whole = f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)"
+    if plan.store == "full":
+        return whole
+    return f"at most {size(plan.held_bytes)} at once, of {whole}: --store {plan.store}"
 
 
 def _stored(plan: Plan) -> str:

@@ -151,7 +151,7 @@ class Group:
 class Tally:
     """The totals of a Summary, filled by any number of threads: each may call `count`.
 
-    It goes on from `begun`, which it fills further, or begins with nothing.
+    begun: a Summary to go on with, which then has the bits of one that was never put down.
     """
 
     def __init__(self, frame: Frame, begun: Summary | None = None) -> None:
@@ -163,8 +163,11 @@ class Tally:
         # no magnitude below these can enter a list that is full
         self._top_floors = np.zeros(frame.width(frame.site), np.int64)
         self._massive_floors = np.zeros(frame.num_layers, np.float64)
-        kept = self.summary.massive
-        self._massive_cells: list[list[NDArray[Any]]] = [[kept[kept["layer"] == n]] for n in range(frame.num_layers)]
+        self._massive_cells: list[list[NDArray[Any]]] = [[] for _ in range(frame.num_layers)]
+        if begun is not None:
+            self._raise_top_floors()
+            for layer in np.unique(begun.massive["layer"]).tolist():
+                self._keep_massive(layer, begun.massive[begun.massive["layer"] == layer])
 
     def count(self, span: Span, layers: range, tiles: Tiles, rows: int) -> LayerCounts:
         """Count some layers of a span; the last share of a span also closes it. rows: the most positions of a tile."""
@@ -265,8 +268,13 @@ class Tally:
             mine = self._massive_cells[layer]
             mine.append(cells)
             if sum(map(len, mine)) > 4 * MASSIVE_KEPT:
-                self._massive_cells[layer] = [largest(np.concatenate(mine), "layer", MASSIVE_KEPT)]
-                self._massive_floors[layer] = self._massive_cells[layer][0]["magnitude"][-1]
+                self._keep_massive(layer, largest(np.concatenate(mine), "layer", MASSIVE_KEPT))
+
+    def _keep_massive(self, layer: int, cells: NDArray[Any]) -> None:
+        """Take the largest massive cells of a layer so far, largest first."""
+        self._massive_cells[layer] = [cells]
+        if cells.size == MASSIVE_KEPT:
+            self._massive_floors[layer] = cells["magnitude"][-1]
 
     def finish(self) -> Summary:
         """The Summary, after the last call of `count`."""
@@ -327,9 +335,14 @@ class Tally:
             if not cells.size:
                 return
             total.top = largest(np.concatenate([total.top, cells]), "feature", TOP_TOKENS)
-            last = np.flatnonzero(np.r_[total.top["feature"][1:] != total.top["feature"][:-1], True])
-            full = last[np.diff(np.r_[-1, last]) == TOP_TOKENS]
-            self._top_floors[total.top["feature"][full]] = float_to_bits(total.top["magnitude"][full], self.frame.dtype)
+            self._raise_top_floors()
+
+    def _raise_top_floors(self) -> None:
+        """No smaller magnitude enters the list of a feature that is full."""
+        top = self.summary.top
+        last = np.flatnonzero(np.r_[top["feature"][1:] != top["feature"][:-1], True]) if top.size else np.zeros(0, int)
+        full = last[np.diff(np.r_[-1, last]) == TOP_TOKENS]
+        self._top_floors[top["feature"][full]] = float_to_bits(top["magnitude"][full], self.frame.dtype)
 
 
 def cells_of(frame: Frame, sequence: int, start: int, features: NDArray[np.int64], top: TopTokens) -> NDArray[Any]:

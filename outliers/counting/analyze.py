@@ -169,8 +169,25 @@ def summarize(item: WorkItem, workers: int = 1, progress: Callable[[int], None] 
 
     progress: called with the number of finished layers of sequences. Raises CaptureError, CorruptCapture.
     """
-    layout, tally, writer = layout_of_capture(item.folder), Tally(item.frame), CountsWriter(item.target)
-    reader = _Reader(item, layout, workers)
+    layout, tally = layout_of_capture(item.folder), Tally(item.frame)
+    reader = add_item(tally, item, layout, workers, progress)
+    total = tally.finish()
+    total.sequences = np.array(item.sequences, np.int64)
+    total.tokens = int(item.lengths.sum())
+    look_again(total, reader.files, layout, reader.lines, item.lengths.tolist(), workers)
+    return total
+
+
+def add_item(
+    tally: Tally, item: WorkItem, layout: Layout, workers: int, progress: Callable[[int], None] = lambda done: None
+) -> Reader:
+    """Add a work item to a tally, by threads of this process, and write the counts of its sequences below its target.
+
+    The float moments are added sequence after sequence: items in ascending order give the bits of one item of all of them.
+    progress: called with the number of finished layers of sequences. Raises CaptureError, CorruptCapture.
+    """
+    writer = CountsWriter(item.target)
+    reader = Reader(item, layout, workers)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="analyze")
     try:
         pending: deque[tuple[_Unit, Future[LayerCounts]]] = deque()
@@ -202,11 +219,7 @@ def summarize(item: WorkItem, workers: int = 1, progress: Callable[[int], None] 
     finally:
         pool.shutdown(cancel_futures=True)
     writer.flush()
-    total = tally.finish()
-    total.sequences = np.array(item.sequences, np.int64)
-    total.tokens = int(item.lengths.sum())
-    look_again(total, reader.files, layout, reader.lines, item.lengths.tolist(), workers)
-    return total
+    return reader
 
 
 def summarize_into_folder(item: WorkItem) -> str:
@@ -278,7 +291,7 @@ class _Unit:
     last: bool
 
 
-class _Reader:
+class Reader:
     """The units of a work item, and the tiles of each, read from the capture."""
 
     def __init__(self, item: WorkItem, layout: Layout, workers: int) -> None:

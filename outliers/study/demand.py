@@ -7,18 +7,22 @@ model and loads no torch. Weights count whole, with all experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+
+from pydantic import ValidationError
 
 from outliers.hardware import Gpu, is_named_like
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
+from outliers.study.counting_memory import counting_bytes
 from outliers.study.layout import Layout
 from outliers.study.parts import longest_shard
 from outliers.study.placement import Placement, even, fit
 from outliers.study.prepare import layout_of
 from outliers.study.probe_memory import ProbeMemory, probe_memory
 from outliers.study.ring_size import MAX_WRITERS, ring_bytes, ring_slots, writers_bytes
+from outliers.study.window import held_bytes
 from outliers.untrusted.bounds import RECEIVED_BYTES
 
 PROCESS_BYTES = 1_000_000_000
@@ -74,6 +78,30 @@ class Demand:
         return layout_of(longest_shard(self.spec), self.model) if self.spec.compute.shards > 1 else self.layout
 
     @property
+    def held_bytes(self) -> int:
+        """The most that a machine has of the capture on its disk at once: with rolling its first sequences and two windows, as
+        large as asked, or of one batch each where that is left open."""
+        return self.held_with(0)
+
+    def held_with(self, free_bytes: int) -> int:
+        """The same where so much is free on the disk, which decides a window that is left open."""
+        compute = self.spec.compute
+        part = longest_shard(self.spec) if compute.shards > 1 else self.spec
+        processes = compute.shards if compute.runs_here else 1
+        return min(self.layout.total_bytes, processes * held_bytes(part, self.shard_layout, free_bytes))
+
+    @property
+    def rolling_bytes(self) -> int | None:
+        """What --store rolling would have on the disk at once; None where the study is not one for it, or keeps all."""
+        spec = self.spec.model_dump()
+        spec["capture"]["store"] = "rolling"
+        try:
+            rolling = replace(self, spec=StudySpec.model_validate(spec))
+        except ValidationError:
+            return None
+        return rolling.held_bytes if rolling.held_bytes < self.held_bytes else None
+
+    @property
     def shares_machine(self) -> bool:
         """Whether several processes of the study run on this computer together."""
         return self.spec.compute.runs_here and self.spec.compute.shards > 1
@@ -124,6 +152,8 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
     # weights go to the GPUs tensor by tensor from memory-mapped files, whose pages the system can take back
     host = max(wider * layer, weights.memory_bytes + gguf if gguf else 0)
     experts = _experts_bytes(spec, layout)
+    # the process that captures counts as well
+    beside = writers + experts + (counting_bytes(spec, layout) if spec.capture.store == "rolling" else 0)
     return Demand(
         spec=spec,
         model=info,
@@ -135,10 +165,10 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
         vram_bytes=wider * weights.memory_bytes + work,
         # while experts are merged from their files a layer is there twice; no pass runs then
         ram_bytes=max(
-            weights.memory_bytes + gguf + max(layer, activations) + ring + writers + experts + PROCESS_BYTES,
+            weights.memory_bytes + gguf + max(layer, activations) + ring + beside + PROCESS_BYTES,
             probe.model + gguf + probe.work + PROCESS_BYTES,
         ),
-        host_ram_bytes=host + pinned + writers + experts + GPU_PROCESS_BYTES,
+        host_ram_bytes=host + pinned + beside + GPU_PROCESS_BYTES,
         experts_bytes=experts,
         private_bytes=_private_bytes(spec, layout),
     )

@@ -68,6 +68,11 @@ class Prepared(BaseModel):
         """The study for a person: `SmolLM2-135M 8x512`."""
         return f"{self.model.source.name} {self.corpus.num_sequences}x{self.corpus.sequence_length}"
 
+    @property
+    def extraction(self) -> str:
+        """What one extraction makes: a capture for all of its studies, or with --store rolling what one study counts of it."""
+        return self.capture_id if self.spec.capture.store == "full" else self.study_id
+
     def public_spec(self) -> dict[str, object]:
         """The spec as results may carry it: ids in the place of paths, no machine, no workspace, no target."""
         spec = self.spec.model_dump(mode="json", exclude={"compute", "publish_to", "probe"})
@@ -75,6 +80,9 @@ class Prepared(BaseModel):
             del spec["formats"]
         if self.spec.capture.experts == "auto":
             del spec["capture"]["experts"]
+        # what is kept is in no result, and a window is the machine's
+        for name in ("disk_window", *(("store", "store_sequences") if self.spec.capture.store == "full" else ())):
+            del spec["capture"][name]
         spec["model"] |= {"id": self.model.source.id, "revision": self.model.source.revision, "dtype": self.model.dtype}
         spec["corpus"]["source"] = self.corpus.source
         return spec
