@@ -37,10 +37,12 @@ def run_extract(
     pause: see `counting.rolling.Pause`.
     """
     from outliers.capture.extract import extract
+    from outliers.counting.pass_counts import PassCounts
     from outliers.counting.rolling import open_windows
 
+    kind = PassCounts if prepared.spec.capture.store == "none" else None
     workers = int(prepared.spec.compute.executor.partition("=")[2] or 0) or None
-    windows = partial(open_windows, prepared, workspace, reporter, workers=workers, pause=pause)
+    windows = partial(open_windows, prepared, workspace, reporter, workers=workers, pause=pause, kind=kind)
     return extract(prepared, workspace, reporter, sequences=sequences, open_windows=windows)
 
 

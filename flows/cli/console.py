@@ -239,6 +239,10 @@ def _disk(plan: Plan) -> str:
     whole = f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)"
     if plan.store == "full":
         return whole
+    if plan.store == "none":
+        memory = size(plan.device_pass_bytes if plan.gpus else plan.host_pass_bytes)
+        kept, of = size(plan.held_bytes), "each GPU's memory" if plan.gpus else "main memory"
+        return f"{kept} for the first sequences, of {whole}: --store none counts in the pass, in {memory} of {of}"
     return f"at most {size(plan.held_bytes)} at once, of {whole}: --store {plan.store}"
 
 

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from outliers.capture.devices import Devices, choose_devices, instructions
 from outliers.capture.experts import ExpertSumsFile
+from outliers.capture.forward import Sink
 from outliers.capture.libraries import LOOKED_FOR, libraries
 from outliers.capture.session import Capturing, Session, tokens_of
 from outliers.capture.session import write_parts as write_parts
@@ -72,7 +73,10 @@ def extract(
         experts = ExpertSumsFile(folder, layout.experts, chosen) if layout.experts is not None and has_values else None
         capture = _Capture(prepared, workspace, reporter, corpus, devices, files, journal, chosen, experts)
         windows = open_windows(chosen, corpus, layout, journal) if open_windows is not None else None
-        result = capture.whole() if windows is None else capture.rolling(windows)
+        if windows is None:
+            result = capture.whole()
+        else:
+            result = capture.in_pass(windows) if isinstance(windows, PassWindows) else capture.rolling(windows)
         if result["sequences"]:
             with (folder / "extractions.jsonl").open("a") as record:
                 record.write(json.dumps(result) + "\n")
@@ -91,6 +95,27 @@ class Windows(Protocol):
 
     def take(self, window: range) -> None:
         """Use a window, whose sequences are all journaled; what is freed of it is not done any more."""
+
+
+@runtime_checkable
+class PassWindows(Windows, Protocol):
+    """Windows whose sequences are counted in the forward pass (`counting.pass_counts`)."""
+
+    @property
+    def stored(self) -> range:
+        """The sequences that were counted, and must be on the disk."""
+
+    def sink(self) -> Sink:
+        """Takes the tensors of a batch that was begun."""
+
+    def counting(self, device: str) -> contextlib.AbstractContextManager[None]:
+        """What counts on a device, checked against what is stored, until the block ends."""
+
+    def begin(self, run: range) -> None:
+        """The next forward pass is of this batch."""
+
+    def end(self, losses: list[tuple[float, int]] | None) -> None:
+        """The forward pass of the batch is done. losses: of each sequence, as `Session.pass_to` has them."""
 
 
 OpenWindows = Callable[[range, Corpus, Layout, Journal], Windows | None]
@@ -140,6 +165,37 @@ class _Capture:
                 if window is not None:
                     windows.take(window)
         return self._nothing() if session is None else session.result()
+
+    def in_pass(self, windows: PassWindows) -> dict[str, Any]:
+        """Count window after window in the forward pass, and store the sequences that stay."""
+        lacking = self._missing(windows.stored, Journal.open(self.journal.path))
+        if windows.next() is None and not lacking:
+            return self._nothing()
+        with self._session(self.wanted.stop - min(self.wanted.stop, self._upto(windows))) as session:
+            if lacking:
+                self._withdraw(lacking)
+                session.read(lacking)
+                session.flush()
+            with windows.counting(self.devices.first):
+                while (window := windows.next()) is not None:
+                    self._count(windows, window, session)
+        return session.result()
+
+    def _count(self, windows: PassWindows, window: range, session: Session) -> None:
+        own = range(window.start, max(window.start, min(window.stop, windows.kept.stop)))
+        lacking = {run.start for run, _ in self._missing(own, Journal.open(self.journal.path))}
+        for run in _runs(window, self.prepared.spec.capture.batch_sequences):
+            store = run.start in lacking
+            if store:
+                self._withdraw([(run, True)])
+            windows.begin(run)
+            windows.end(session.pass_to(windows.sink(), run, store=store))
+        session.flush()
+        windows.take(window)
+
+    def _upto(self, windows: Windows) -> int:
+        window = windows.next()
+        return self.wanted.stop if window is None else window.start
 
     def _lacks(self, windows: Windows) -> bool:
         """Whether a sequence that stays was withdrawn after it was counted."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from outliers.capture.devices import Devices
 from outliers.capture.experts import ExpertPass, ExpertSumsFile
-from outliers.capture.forward import Batch, HookedPass, Progress
+from outliers.capture.forward import Batch, HookedPass, Progress, Sink
 from outliers.capture.library_errors import explained
 from outliers.capture.load import PLAIN, fetch_weights, load_model
 from outliers.capture.perplexity import Head, losses
@@ -63,6 +63,18 @@ class Capturing:
     asked: int
     todo: int
     experts: ExpertSumsFile | None
+
+
+@dataclass(frozen=True)
+class _Both:
+    """Hands each tensor to two sinks."""
+
+    one: Sink
+    other: Sink
+
+    def submit(self, key: Any, tensor: torch.Tensor) -> None:
+        self.one.submit(key, tensor)
+        self.other.submit(key, tensor)
 
 
 class Session:
@@ -126,6 +138,18 @@ class Session:
             self._read.open += list(run) if read else []
             self._progress.finished(len(run))
 
+    def pass_to(self, sink: Sink, run: range, *, store: bool) -> list[tuple[float, int]] | None:
+        """Run one batch whose tensors go to a sink, and with `store` to the disk too.
+
+        Returns the loss of each sequence and the number of its tokens that it is over, None where perplexity is not measured.
+        """
+        found = self._forward(run, read=True, sink=_Both(self.staging, sink) if store else sink, store=store)
+        self._read.sequences += len(run)
+        self._read.tokens += int(self.of.corpus.lengths[run.start : run.stop].sum())
+        self._read.open += list(run) if store else []
+        self._progress.finished(len(run))
+        return found
+
     def flush(self) -> None:
         """Return when all that was read is on the disk and in the journal."""
         self.staging.drain()
@@ -138,13 +162,16 @@ class Session:
         self._read.bytes += sum(self.of.journal.done[sequence]["bytes"] for sequence in self._read.open)
         self._read.open = []
 
-    def _forward(self, run: range, *, read: bool) -> None:
+    def _forward(
+        self, run: range, *, read: bool, sink: Sink | None = None, store: bool = True
+    ) -> list[tuple[float, int]] | None:
         corpus, info = self.of.corpus, self.of.prepared.model
-        watched = self._experts if read else None
+        watched = self._experts if read and store else None
         lengths = tuple(int(length) for length in corpus.lengths[run.start : run.stop])
         expected = len(self._modules) * len(run) * read + (self._head is not None) + (watched is not None)
         batch = Batch(run, lengths, expected, self.of.journal, self.of.files)
         rows = corpus.token_ids[run.start : run.stop, : batch.positions].astype(np.int64)  # (sequence, position)
+        self._hooked.staging = self.staging if sink is None else sink
         what = f"the forward pass of {info.source.name} over {len(run)} x {batch.positions} tokens"
         with explained(what, _MEMORY, PLAIN):
             ids = torch.from_numpy(rows).to(self.of.devices.first)
@@ -154,8 +181,9 @@ class Session:
             if watched is not None:
                 watched.finish()
             found = losses(self._head, hidden, ids, lengths) if self._head is not None else None
-        if found is not None:
+        if found is not None and store:
             _measure(batch, found, read=read)
+        return found
 
     def _watched(self, base: torch.nn.Module) -> ExpertPass | None:
         """What watches the model's experts; None where these are not read."""

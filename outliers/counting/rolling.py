@@ -82,8 +82,10 @@ def open_windows(
     *,
     workers: int | None = None,
     pause: Pause = go_on,
+    kind: type[RollingCounts] | None = None,
 ) -> RollingCounts | None:
-    """The windows of a study with --store rolling; None where all is to be kept, or where all is captured and kept already."""
+    """The windows of a study with --store rolling, or of another `kind`; None where all is to be kept, or where all is captured
+    and kept already."""
     line, missing = line_of(prepared, journal, wanted), [s for s in wanted if s not in journal.done]
     if prepared.spec.capture.store == "full":
         if line is not None and line.phase != DONE:
@@ -100,7 +102,9 @@ def open_windows(
             "%d of %d sequences were counted for another study and freed: they are captured again for this one",
             *(again, len(wanted)),
         )
-    return RollingCounts(prepared, workspace, reporter, wanted, corpus, layout, journal, workers=workers, pause=pause)
+    return (kind or RollingCounts)(
+        prepared, workspace, reporter, wanted, corpus, layout, journal, workers=workers, pause=pause
+    )
 
 
 class RollingCounts:
@@ -267,13 +271,16 @@ class RollingCounts:
             return Counted(**(line.__dict__ | {"upto": window.stop}))
         part = len(self.wanted) < self.layout.num_sequences
         if line.phase == COUNT and needs_look(self.summary) and not settle(self.summary, part=part):
-            log.warning(
-                "the median of the values at resid moved too far while %d sequences were counted: they are captured once more, "
-                "for the values near it",
-                len(self.wanted),
-            )
+            self._tell_look()
             return Counted(**(line.__dict__ | {"upto": line.first, "phase": LOOK}))
         return Counted(**(line.__dict__ | {"upto": line.stop, "phase": DONE}))
+
+    def _tell_look(self) -> None:
+        log.warning(
+            "the median of the values at resid moved too far while %d sequences were counted: they are captured once more, for "
+            "the values near it",
+            len(self.wanted),
+        )
 
     def _save(self, line: Counted) -> None:
         """Put the summary so far on the disk, whole: a folder that appears under its name once its files are there."""

@@ -57,6 +57,15 @@ def magnitude_bins(histogram: NDArray[np.int64]) -> NDArray[np.int64]:
     return histogram[:0x8000] + histogram[0x8000:]
 
 
+def window_bits(windows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The least and the greatest magnitude of windows of bins, (L, 2, 2), as float32 bits without sign; (1, 0) where empty."""
+    limits = np.tile(np.array([1, 0], np.int64), (*windows.shape[:-1], 1))
+    for place in np.argwhere(windows[..., 0] <= windows[..., 1]).tolist():
+        first, last = windows[tuple(place)].tolist()
+        limits[tuple(place)] = float_to_bits(np.array(bin_ends(first, last), np.float32), "float32")
+    return limits
+
+
 def middle_bins(bins: NDArray[np.int64]) -> tuple[int, int] | None:
     """The bins of the two middle magnitudes; None if there are no values."""
     upto = np.cumsum(bins)

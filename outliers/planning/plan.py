@@ -75,9 +75,13 @@ class Plan(BaseModel):
     capture_bytes: int
     capture_bytes_left: int
     store: str
-    """What of the activations stays on the disk: full or rolling."""
+    """What of the activations stays on the disk: full, rolling or none."""
     held_bytes: int
     """The most of the capture that is on the disk at once."""
+    host_pass_bytes: int
+    """Of main memory where no GPU computes, what --store none takes to count in the pass; 0 for the other stores."""
+    device_pass_bytes: int
+    """The same of the memory of each GPU."""
     experts: str
     """What is read of experts: all, routing or off."""
     experts_reason: str | None
@@ -118,6 +122,8 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
         capture_bytes_left=left,
         store=spec.capture.store,
         held_bytes=_held(demand, found),
+        host_pass_bytes=demand.host_pass_bytes,
+        device_pass_bytes=demand.device_pass_bytes,
         experts=expert_mode(spec, info, demand.layout.layers),
         experts_reason=_unread(info),
         experts_bytes=demand.experts_bytes * (spec.compute.shards if spec.compute.runs_here else 1),

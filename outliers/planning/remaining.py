@@ -116,9 +116,9 @@ def analysis_bytes(prepared: Prepared, layout: Layout) -> int:
 
 
 def _to_capture(prepared: Prepared, demand: Demand, workspace: Workspace, wanted: range) -> Rest:
-    """What is left of the sequences `wanted`, by the journal in a workspace; those that rolling has counted are not left."""
+    """What is left of the sequences `wanted`, by the journal in a workspace; those that were counted are not left."""
     journal = _journaled(workspace.capture(prepared.capture_id))
-    if prepared.spec.capture.store == "rolling" and (
+    if prepared.spec.capture.store != "full" and (
         line := journal.counted.get((prepared.study_id, wanted.start, wanted.stop))
     ):
         wanted = range(line.stop if line.phase == DONE else line.upto, line.stop)

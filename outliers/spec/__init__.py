@@ -137,16 +137,17 @@ class CaptureSpec(Part):
     )
     layers: Literal["all"] | tuple[int, ...] = Field("all", description="all, or 0-based layers such as 0,5,11")
     codec: Literal["none", "zstd"] = Field("none", description="compression of the capture: none, or shuffled zstd")
-    store: Literal["full", "rolling"] = Field(
+    store: Literal["full", "rolling", "none"] = Field(
         "full",
         description="what of the activations stays on the disk: full keeps all; rolling counts a window of sequences at a time "
-        "and frees it, so that the disk holds at most two windows whatever the corpus; in no id, for the results are the same",
+        "and frees it, so that the disk holds at most two windows whatever the corpus; none counts in the forward pass and "
+        "writes the first sequences alone; in no id, for the results are the same",
     )
     store_sequences: int = Field(
         4,
         ge=1,
         le=1_000_000,
-        description="sequences at the beginning of the corpus that rolling keeps, in whole batches",
+        description="sequences at the beginning of the corpus that rolling and none keep, in whole batches",
     )
     disk_window: float | None = Field(
         None,
@@ -174,7 +175,7 @@ class CaptureSpec(Part):
 
     @model_validator(mode="after")
     def _window_of_rolling(self) -> CaptureSpec:
-        if self.disk_window is not None and self.store == "full":
+        if self.disk_window is not None and self.store != "rolling":
             raise ValueError(
                 f"--disk-window {self.disk_window:g} is the window of --store rolling, and --store {self.store} has none: "
                 "leave one of them out"

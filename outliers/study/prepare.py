@@ -111,7 +111,12 @@ def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -
         )
     layers = resolve_layers(spec, info)
     _check_layers(spec, info, layers)
-    expert_mode(spec, info, layers)
+    mode = expert_mode(spec, info, layers)
+    if spec.capture.store == "none" and mode != "off":
+        raise BadInput(
+            f"--store none counts no experts, and those of {info.source.name} are read (--experts {mode}): give --experts "
+            "off, or --store rolling, which counts them"
+        )
     if weights:
         check_checkpoint(info, workspace, head=spec.capture.perplexity)
     return info

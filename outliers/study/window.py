@@ -46,5 +46,6 @@ def held_bytes(spec: StudySpec, layout: Layout, free_bytes: int = 0) -> int:
     """
     if spec.capture.store == "full":
         return layout.total_bytes
-    there = kept_sequences(spec) + WINDOWS * window_sequences(spec, layout, free_bytes)
+    freed = WINDOWS * window_sequences(spec, layout, free_bytes) if spec.capture.store == "rolling" else 0
+    there = kept_sequences(spec) + freed
     return min(layout.total_bytes, layout.side_bytes + there * freed_bytes(layout))
