@@ -90,14 +90,15 @@ class PassCounts(RollingCounts):
         if self.line.phase == COUNT:
             if self.line.upto > self.line.first:
                 self._check_again()
-            with open_counter(
-                self.tally.frame, self._shape, device, begun=self.summary, workers=self.workers
-            ) as counter:
+            with self._open_counter(self.summary) as counter:
                 self._counter = counter
                 yield
         else:
             self._counter = self._look()
             yield
+
+    def _open_counter(self, begun: Summary | None) -> Counter:
+        return open_counter(self.tally.frame, self._shape, self._device, begun=begun, workers=self.workers)
 
     def _look(self) -> LookCounter:
         return LookCounter(window_bits(self.summary.fine_windows))
@@ -204,7 +205,7 @@ class PassCounts(RollingCounts):
         run = self._first_batch()
         lengths = tuple(int(length) for length in self.corpus.lengths[run.start : run.stop])
         lines = journal_lines(self.folder, run)
-        with open_counter(self.tally.frame, self._shape, self._device, workers=self.workers) as counter:
+        with self._open_counter(None) as counter:
             counter.begin(BatchMarks(run, lengths, self.corpus.marks(run)))
             for layer in range(len(self.layout.layers)):
                 for site in self.layout.stored:

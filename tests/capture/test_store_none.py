@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from outliers.capture.extract import extract
 from outliers.counting import pass_counts
+from outliers.counting.in_pass.device import DeviceCounter
 from outliers.counting.pass_counts import PassCounts
 from outliers.counting.rolling import open_windows
 from outliers.counting.summary_files import TOTALS, read_counts, read_summary
@@ -155,6 +156,24 @@ def test_a_process_that_is_killed_leaves_what_another_finishes(tmp_path, text, l
     done = subprocess.run(command, cwd=ROOT, check=False, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL
     assert_same(full, counted(tmp_path / "none", llama, text, "none", sequences=5))
+
+
+class ByTorch(PassCounts):
+    """The reference in a real pass, whose tensors are torch's inference tensors."""
+
+    def _open_counter(self, begun):
+        return DeviceCounter(self.tally.frame, self._shape, begun=begun)
+
+
+def test_torchs_operators_count_a_real_pass(tmp_path, text, llama):
+    parts = {"sequences": 5, "model": {"dtype": "bfloat16"}, "capture": {"sites": SITES, "batch_sequences": 2}}
+    full = counted(tmp_path / "full", llama, text, "full", **parts)
+    workspace = open_workspace(tmp_path / "none")
+    capture = parts["capture"] | {"store": "none", "store_sequences": 1}
+    study = prepared(workspace, llama, text, **parts | {"capture": capture})
+    extract(study, workspace, Silent(), open_windows=partial(open_windows, study, workspace, Silent(), kind=ByTorch))
+    run_analyze(study, workspace, Silent())
+    assert_same(full, (workspace, study, run_report(study, workspace, Silent(), numbers=True)["results_digest"]))
 
 
 class _OneMore:

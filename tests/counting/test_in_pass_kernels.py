@@ -28,7 +28,7 @@ from tests.counting.test_properties import captures, check_summary, count
 from tests.support.in_pass import feed, frame_and_shape
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(captures(), st.integers(1, 3), st.sampled_from([200, 4096, 1 << 23]))
 def test_the_kernels_count_what_a_stored_capture_counts(capture, batch, chunk_bytes):
     dtype, acts, exact, lengths = capture

@@ -60,7 +60,6 @@ class DeviceCounter:
         self._arrivals = Arrivals(frame, self._groups, shape.aliases)
         self._states: dict[torch.device, DeviceState] = {}
         self._held: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
-        self._spare: list[torch.Tensor] = []
         self._batch: BatchMarks | None = None
         self._finished: list[SequenceCounts] = []
 
@@ -69,8 +68,9 @@ class DeviceCounter:
         self._batch = batch
         self._held.clear()
         self._arrivals.begin()
-        for state in self._states.values():
-            state.begin()
+        with torch.inference_mode():  # the tensors were made in the pass
+            for state in self._states.values():
+                state.begin()
 
     def submit(self, key: Any, tensor: torch.Tensor) -> None:
         """Keep a copy of a tensor on its device until its group is whole, then count the group. Raises SiteError."""
@@ -79,6 +79,10 @@ class DeviceCounter:
             raise RuntimeError("submit was called before begin")
         batch = self._batch
         index, member = self._arrivals.place(site, layer, tensor, batch)
+        with torch.inference_mode():
+            self._take(index, layer, member, tensor, batch)
+
+    def _take(self, index: int, layer: int, member: int, tensor: torch.Tensor, batch: BatchMarks) -> None:
         bits = tensor.detach().view(BITS[self.frame.dtype])
         held = self._held.setdefault((index, layer), {})
         if not self._arrivals.arrived(index, layer, member):
@@ -128,11 +132,12 @@ class DeviceCounter:
         if self._batch is None:
             raise RuntimeError("end was called before begin")
         batch, home = self._batch, next(iter(self._states.values()))
-        for state in self._states.values():
-            if state is not home:
-                _join(home, state)
-        for row in range(len(batch.sequences)):
-            self._finished.append(self._close(home, batch, row))
+        with torch.inference_mode():
+            for state in self._states.values():
+                if state is not home:
+                    _join(home, state)
+            for row in range(len(batch.sequences)):
+                self._finished.append(self._close(home, batch, row))
         total = self._tally.summary
         total.sequences = np.union1d(total.sequences, np.array(batch.sequences, np.int64))
         total.tokens += sum(batch.lengths)
@@ -195,8 +200,9 @@ class DeviceCounter:
     def drain(self) -> Summary:
         """Bring the totals to the host, and empty them on the devices; the Summary so far."""
         total = self._tally.finish()
-        for state in self._states.values():
-            state.flush(total.sites)
+        with torch.inference_mode():
+            for state in self._states.values():
+                state.flush(total.sites)
         return total
 
     def __enter__(self) -> DeviceCounter:

@@ -75,9 +75,9 @@ class HostCounter:
     def __init__(
         self, frame: Frame, shape: PassShape, *, begun: Summary | None = None, workers: int | None = None
     ) -> None:
-        """begun: a Summary to go on from. workers: threads (default: one a core, at most MAX_WORKERS)."""
+        """begun: a Summary to go on from. workers: threads, at most MAX_WORKERS (default: one a core)."""
         self.frame, self.shape = frame, shape
-        self.workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
+        self.workers = min(MAX_WORKERS, workers or os.cpu_count() or 1)
         self._tally = Tally(frame, begun)
         self._groups = site_groups(frame.captured)
         self._arrivals = Arrivals(frame, self._groups, shape.aliases)

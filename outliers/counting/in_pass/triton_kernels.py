@@ -24,7 +24,8 @@ FLOAT16_KIND: tl.constexpr = tl.constexpr(1)
 FLOAT32_KIND: tl.constexpr = tl.constexpr(2)
 
 
-@triton.jit
+# what differs from layer to layer is not compiled in: a variant takes seconds
+@triton.jit(do_not_specialize=["layer", "source_one", "source_other", "positions"])
 def count_tile(
     one,
     other,
@@ -132,7 +133,7 @@ def _count_site(
         pattern = (signed & 0xFFFF).to(tl.int64)
         long = (bits.to(tl.int64) << KEY_SHIFT) | source | (signed < 0).to(tl.int64)
         key = (long - 2147483648).to(tl.int32)
-    bins = histogram + layer.to(tl.int64) * PATTERNS + (pattern & 0xFFFF)
+    bins = histogram + layer * PATTERNS + (pattern & 0xFFFF)
     tl.atomic_add(bins, tl.full(pattern.shape, 1, tl.int64), mask=finite, sem="relaxed")
     # one program has these keys in this launch, and launches follow each other
     before = tl.load(keys + keys_at, mask=finite, other=0)
@@ -158,7 +159,7 @@ def _count_hits(
             tl.atomic_add(firsts + step * num_layers * width + place, begins, mask=found & (begins > 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "positions", "batch", "span_positions"])
 def add_moments(
     values,
     lengths,
