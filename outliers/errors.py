@@ -20,6 +20,7 @@
     │   │   ├── AccessDenied          wrong key, no rights, no such bucket
     │   │   └── DigestConflict        this study is published there with other numbers
     │   ├── ProbeMismatch         a probe's own check failed: its numbers can't be believed
+    │   ├── CountMismatch         counting in the pass and counting what was stored give other numbers
     │   ├── SummaryMismatch       two summaries that are not of disjoint parts of one study
     │   ├── DiskFull              the workspace's disk took no more; what is journaled stays
     │   ├── MemoryFull            the memory of the machine or of a GPU took no more; what is journaled stays
@@ -127,6 +128,10 @@ class DigestConflict(PublishRefused):
 
 class ProbeMismatch(PermanentError):
     """A check of a probe failed: the untouched pass is not the captured one, or a change that changes nothing did."""
+
+
+class CountMismatch(PermanentError):
+    """What was counted in the forward pass is not what the stored values of the same sequences give."""
 
 
 class SummaryMismatch(PermanentError):

@@ -11,6 +11,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,25 @@ log = logging.getLogger(__name__)
 
 
 def run_extract(
-    prepared: Prepared, workspace: Workspace, reporter: Reporter, *, sequences: range | None = None
+    prepared: Prepared,
+    workspace: Workspace,
+    reporter: Reporter,
+    *,
+    sequences: range | None = None,
+    pause: Callable[[str], None] = lambda point: None,
 ) -> dict[str, Any]:
-    """Make or finish the capture, or some sequences of it."""
-    from outliers.capture.extract import extract
+    """Make or finish the capture, or some sequences of it; with --store rolling they are counted too, window by window.
 
-    return extract(prepared, workspace, reporter, sequences=sequences)
+    pause: see `counting.rolling.Pause`.
+    """
+    from outliers.capture.extract import extract
+    from outliers.counting.pass_counts import PassCounts
+    from outliers.counting.rolling import open_windows
+
+    kind = PassCounts if prepared.spec.capture.store == "none" else None
+    workers = int(prepared.spec.compute.executor.partition("=")[2] or 0) or None
+    windows = partial(open_windows, prepared, workspace, reporter, workers=workers, pause=pause, kind=kind)
+    return extract(prepared, workspace, reporter, sequences=sequences, open_windows=windows)
 
 
 def run_analyze(
@@ -52,6 +66,8 @@ def run_analyze(
         raise BadInput(
             "--formats needs the range of the whole corpus, and --sequences counts a part of it: leave one of them out"
         )
+    if is_rolled(prepared, workspace, sequences):
+        return _place_counts(prepared, workspace, reporter, sequences)
     began = time.monotonic()
     chosen = executor or prepared.spec.compute.executor
     folder = workspace.summary(prepared.capture_id, prepared.study_id)
@@ -68,6 +84,41 @@ def run_analyze(
         "executor": chosen.partition("=")[0],
     }
     write_sealed(folder / "analysis.json", result)
+    return result
+
+
+def is_rolled(prepared: Prepared, workspace: Workspace, sequences: range | None = None) -> bool:
+    """Whether the study has counted its capture, or some sequences of it, window by window, and freed it."""
+    from outliers.counting.rolling import is_counted
+    from outliers.store.chunks import Journal
+
+    if prepared.spec.capture.store == "full":
+        return False
+    folder = workspace.capture(prepared.capture_id)
+    journal = Journal.open(folder / "journal.jsonl", keep=lambda line: {})
+    wanted = range(prepared.corpus.num_sequences) if sequences is None else sequences
+    return is_counted(prepared, journal, wanted, folder)
+
+
+def _place_counts(
+    prepared: Prepared, workspace: Workspace, reporter: Reporter, sequences: range | None
+) -> dict[str, Any]:
+    """The private summary of counts that were made window by window."""
+    from outliers.counting.analyze import layout_of_capture
+    from outliers.counting.rolling import place_summary
+
+    began = time.monotonic()
+    layout = layout_of_capture(workspace.capture(prepared.capture_id))
+    wanted = range(layout.num_sequences) if sequences is None else sequences
+    target = place_summary(prepared, workspace, layout, wanted)
+    steps = len(wanted) * len(layout.layers)
+    reporter.progress("analyze", steps, steps, "layers")
+    result = {
+        "seconds": round(time.monotonic() - began, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "executor": prepared.spec.compute.executor.partition("=")[0],
+    }
+    write_sealed(target / "analysis.json", result)
     return result
 
 
@@ -151,14 +202,17 @@ def _results_exist(prepared: Prepared, workspace: Workspace) -> bool:
 
 
 def capture_exists(prepared: Prepared, workspace: Workspace) -> bool:
-    """Whether the study's capture is complete, the sums of its experts included; a damaged one is not."""
+    """Whether the study's capture is complete, the sums of its experts included, or counted and freed; a damaged one is not."""
     from outliers.experts.sums_files import has_sums
     from outliers.store.chunks import is_complete
     from outliers.store.fingerprint import layout_from, read_fingerprint
 
     folder = workspace.capture(prepared.capture_id)
     try:
-        if not is_complete(folder) or (fingerprint := read_fingerprint(folder)) is None:
+        if (
+            not (is_complete(folder) or is_rolled(prepared, workspace))
+            or (fingerprint := read_fingerprint(folder)) is None
+        ):
             return False
         layout = layout_from(fingerprint)
         shapes = layout.experts

@@ -26,8 +26,8 @@ def is_transient(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> 
 
 
 def extract_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """A capture is on one disk: another instance of the machine does not have it."""
-    return f"extract-{parameters['run'].prepared.capture_id}-{parameters['machine'].instance_id}"
+    """A capture, or what a study counts of it, is on one disk: another instance of the machine does not have it."""
+    return f"extract-{parameters['run'].prepared.extraction}-{parameters['machine'].instance_id}"
 
 
 def analyze_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:

@@ -104,6 +104,7 @@ def ids(base, **changes):
         # machine, workspace, codec and target are in no id
         ({"compute": {"provider": "ssh", "gpu_count": 0, "keep_running": True, "machine": "x"}}, False, False),
         ({"capture": {"codec": "zstd"}}, False, False),
+        ({"capture": {"store": "rolling", "store_sequences": 2, "disk_window": 0.5}}, False, False),
         ({"publish_to": "s3://bucket/x"}, False, False),
         ({"criteria": {"ladder": (3.0, 4.5, 8.0, 12.0, 20.0, 50.0, 100.0)}}, False, False),
         # what is looked for changes the study alone
@@ -172,6 +173,25 @@ def test_a_moved_model_and_text_keep_their_ids(base, tmp_path):
     assert moved.capture_id == ids(base)[0]
     assert moved.model.source.id.startswith("local:")
     assert str(tmp_path) not in json.dumps(moved.public_spec())
+
+
+def test_what_is_stored_is_in_a_public_spec_where_it_is_not_everything(base):
+    folder, spec = base
+
+    def public(**capture):
+        made = prepare(StudySpec.model_validate(spec | {"capture": capture}), open_workspace(folder / "ws"))
+        found = made.public_spec()["capture"]
+        return {name: found[name] for name in ("store", "store_sequences", "disk_window") if name in found}
+
+    assert public() == {} == public(store_sequences=7)
+    assert public(store="rolling", disk_window=3.0) == {"store": "rolling", "store_sequences": 4}
+
+
+def test_a_window_belongs_to_rolling():
+    with pytest.raises(
+        ValidationError, match=r"--disk-window 2 is the window of --store rolling, and --store full has none"
+    ):
+        StudySpec.model_validate({"model": "m", "capture": {"disk_window": 2.0}})
 
 
 def test_digest_is_sorted_and_plain():

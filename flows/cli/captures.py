@@ -71,7 +71,8 @@ def list_command(workspace: Workspace, arguments: argparse.Namespace, console: C
         table.add_column(name)
     for item, part in held:
         name = item.capture_id if part is None else f"{item.capture_id} part {part}"
-        table.add_row(name, item.model, f"{item.done} of {item.of_sequences}", size(item.bytes))
+        freed = f", {item.counted} counted and freed" if item.counted else ""
+        table.add_row(name, item.model, f"{item.done} of {item.of_sequences}{freed}", size(item.bytes))
     if held:
         Answers(arguments).table(table)
     else:
@@ -166,6 +167,8 @@ def _show(console: Console, found: Verification) -> None:
     rate = f", {size(int(found.bytes / found.seconds))} a second" if found.seconds > 0.01 else ""
     line(console, "checked", f"{found.chunks:,} chunks, {size(found.bytes)} in {found.seconds:.1f} s{rate}")
     line(console, "sequences", f"{found.done} of {found.of_sequences} are done and sound")
+    if found.counted:
+        line(console, "counted", f"{found.counted} more were counted and freed: their counts are in the summary")
     if found.unfinished:
         line(console, "unfinished", f"{found.unfinished} chunks of sequences that are not done: they are never read")
     for name, items in (("foreign", found.foreign), ("damaged", found.damage)):

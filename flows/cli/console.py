@@ -200,7 +200,7 @@ def show_plan(console: Answers, plan: Plan) -> None:
     line(console, "tokens", f"{plan.tokens:,}")
     if plan.spread:
         line(console, "shards", plan.spread)
-    line(console, "disk", f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)")
+    line(console, "disk", _disk(plan))
     if plan.experts == "off" and plan.num_experts:
         line(console, "experts", f"not read{', ' + plan.experts_reason if plan.experts_reason else ' (--experts)'}")
     if plan.experts != "off":
@@ -241,6 +241,18 @@ def show_refusals(console: Console, plan: Plan) -> None:
 
 
 _EXPERTS = {"all": "every expert is read", "routing": "the routing is read, without the experts' values"}
+
+
+def _disk(plan: Plan) -> str:
+    """What the capture takes of the disk."""
+    whole = f"{size(plan.capture_bytes)} for the capture ({plan.capture_bytes:,} bytes)"
+    if plan.store == "full":
+        return whole
+    if plan.store == "none":
+        memory = size(plan.device_pass_bytes if plan.gpus else plan.host_pass_bytes)
+        kept, of = size(plan.held_bytes), "each GPU's memory" if plan.gpus else "main memory"
+        return f"{kept} for the first sequences, of {whole}: --store none counts in the pass, in {memory} of {of}"
+    return f"at most {size(plan.held_bytes)} at once, of {whole}: --store {plan.store}"
 
 
 def _stored(plan: Plan) -> str:

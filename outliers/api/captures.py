@@ -19,6 +19,7 @@ from outliers.store.fingerprint import layout_from, read_fingerprint
 from outliers.store.journal import way_out
 from outliers.store.verify import check_side
 from outliers.study.layout import Layout
+from outliers.units import format_ranges
 from outliers.workspace import open_workspace
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def open_capture(capture: str | os.PathLike[str], workspace: str | os.PathLike[s
     `layer` (numbers of the model's layers), `length` (sequence; tokens), `token_id` (sequence, position). A chunk is read
     whole: all features of some positions of one layer and one sequence. Raises BadInput where there is no such capture, or
     xarray is not installed, CaptureError for one that is not finished, CorruptCapture where lengths or token ids are not
-    those that it was begun with; reading raises CorruptCapture where a checksum differs.
+    those that it was begun with; reading raises CorruptCapture where a checksum differs. Of a capture with --store rolling the
+    attribute `freed_sequences` names the sequences that were counted and freed, such as `4:64`: reading one raises CaptureError.
     """
     if importlib.util.find_spec("xarray") is None:
         raise BadInput("open_capture needs xarray: pip install 'outlier-features[notebook]'")
@@ -49,8 +51,9 @@ def open_capture(capture: str | os.PathLike[str], workspace: str | os.PathLike[s
     if fingerprint is None:
         raise BadInput(f"{folder} is not a capture: it has no capture.json")
     layout = layout_from(fingerprint)
-    done = Journal.open(folder / "journal.jsonl").done
-    if len(done) != layout.num_sequences:
+    journal = Journal.open(folder / "journal.jsonl")
+    done, freed = journal.done, journal.freed
+    if len(done) + len(freed) != layout.num_sequences:
         raise CaptureError(
             f"{folder} has {len(done)} of {layout.num_sequences} sequences: run its study again, which finishes it"
         )
@@ -70,6 +73,8 @@ def open_capture(capture: str | os.PathLike[str], workspace: str | os.PathLike[s
         "token_id": (("sequence", "position"), np.asarray(group["token_ids"])),
     }
     attributes = {name: fixed[name] for name in ("capture_id", "model", "revision") if name in fixed}
+    if freed:
+        attributes["freed_sequences"] = format_ranges(sorted(freed), half_open=True)
     return xarray.Dataset(variables, coordinates, attributes)
 
 
@@ -109,6 +114,12 @@ class SiteReader:
         return found.reshape(tuple(row.size for axis, row in zip(axes, rows, strict=True) if axis.ndim))
 
     def _pick(self, layer: int, sequence: int, positions: NDArray[np.int64], features: NDArray[np.int64]) -> Any:
+        if sequence not in self._done:
+            there = format_ranges(sorted(self._done), half_open=True)
+            raise CaptureError(
+                f"sequence {sequence} was counted and freed (--store rolling), and {there} are there: --store-sequences keeps "
+                "more, --store full all"
+            )
         crcs = self._done[sequence]["crc32"][self._site]
         each = len(crcs) // len(self._layout.layers)
         rows = self._layout.chunk_positions

@@ -7,29 +7,25 @@ nothing of counting.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
 import shutil
 import stat
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from outliers.capture.devices import Devices, choose_devices, instructions
-from outliers.capture.experts import ExpertPass, ExpertSumsFile
-from outliers.capture.forward import Batch, HookedPass, Progress
+from outliers.capture.experts import ExpertSumsFile
+from outliers.capture.forward import Sink
 from outliers.capture.libraries import LOOKED_FOR, libraries
-from outliers.capture.library_errors import explained
-from outliers.capture.load import PLAIN, fetch_weights, load_model
-from outliers.capture.perplexity import Head, losses
-from outliers.capture.staging import StagingBuffer
+from outliers.capture.session import Capturing, Session, tokens_of
+from outliers.capture.session import write_parts as write_parts
 from outliers.corpus.tokens import Corpus, load_corpus
 from outliers.errors import CaptureMismatch, CorruptCapture
 from outliers.events.stream import Reporter
@@ -38,22 +34,25 @@ from outliers.store.chunks import ARRAYS, ChunkFiles, Journal, NamedChunk, creat
 from outliers.store.durable import drop_leftovers
 from outliers.store.fingerprint import difference, layout_from, read_fingerprint, shapes_of, write_fingerprint
 from outliers.study.expert_shapes import SUMS
-from outliers.study.layout import STORAGE, Layout
+from outliers.study.layout import Layout
 from outliers.study.prepare import Prepared, layout_of
-from outliers.study.ring_size import ring_slots, writers_bytes
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-_MEMORY = "give fewer --batch-sequences, a shorter --sequence-length, or a machine with more memory (--min-vram, --min-cpu-ram)"
-
 
 def extract(
-    prepared: Prepared, workspace: Workspace, reporter: Reporter, *, sequences: range | None = None
+    prepared: Prepared,
+    workspace: Workspace,
+    reporter: Reporter,
+    *,
+    sequences: range | None = None,
+    open_windows: OpenWindows | None = None,
 ) -> dict[str, Any]:
     """Make or finish the capture of a study, or of some sequences (whole batches) of it.
 
-    Returns what this call did (sequences, tokens, seconds, bytes, device).
+    open_windows: for a capture that keeps only some of it. Returns what this call did (sequences, tokens, seconds, bytes,
+    device).
 
     Raises Busy if another process writes the capture, CaptureMismatch, CorruptCapture, SiteError, UnknownModel, PlanRefused
     and MemoryFull if the model does not fit the GPUs of this machine, HubUnavailable.
@@ -67,31 +66,171 @@ def extract(
         journal = Journal.open(folder / "journal.jsonl", repair=True)
         drop_leftovers(folder, ARRAYS)
         files = ChunkFiles(folder, layout)
-        size = prepared.spec.capture.batch_sequences
         chosen = sequences if sequences is not None else range(layout.num_sequences)
-        wanted = _runs(chosen, size)
         if layout.experts is None and prepared.model.anatomy.moe_layers and prepared.model.experts is None:
             log.warning("the experts of %s are not read: `outliers plan` says why", prepared.model.source.name)
         has_values = layout.experts is not None and layout.experts.values
         experts = ExpertSumsFile(folder, layout.experts, chosen) if layout.experts is not None and has_values else None
-        batches = _todo(wanted, journal, files, experts, prepared.spec.capture.perplexity)
-        asked = sum(map(len, wanted))
-        if not batches:
-            log.info("the capture %s is complete: nothing to extract", prepared.capture_id)
-            tokens = _tokens_of(asked, prepared, layout)
-            reporter.progress("extract", tokens, tokens, "tokens")
-            return {"sequences": 0, "of_sequences": layout.num_sequences, "seconds": 0.0}
-        # a batch is computed whole: its finished sequences are written again, and are not done until then
-        again = [s for run, read in batches if read for s in run if s in journal.done]
-        if again:
-            journal.redo(again)
-        if journal.done:
-            log.info("going on after %d of %d sequences", len(journal.done), layout.num_sequences)
-        session = _Session(prepared, workspace, corpus, files, journal, batches, asked, devices, reporter, experts)
-        result = session.run()
-        with (folder / "extractions.jsonl").open("a") as record:
-            record.write(json.dumps(result) + "\n")
+        capture = _Capture(prepared, workspace, reporter, corpus, devices, files, journal, chosen, experts)
+        windows = open_windows(chosen, corpus, layout, journal) if open_windows is not None else None
+        if windows is None:
+            result = capture.whole()
+        else:
+            result = capture.in_pass(windows) if isinstance(windows, PassWindows) else capture.rolling(windows)
+        if result["sequences"]:
+            with (folder / "extractions.jsonl").open("a") as record:
+                record.write(json.dumps(result) + "\n")
         return result
+
+
+class Windows(Protocol):
+    """Asks for the sequences of a capture window by window, and takes each once it is captured (`counting.rolling`)."""
+
+    @property
+    def kept(self) -> range:
+        """The sequences that stay on the disk."""
+
+    def next(self) -> range | None:
+        """The window that must be captured next, whole batches; None at the end."""
+
+    def take(self, window: range) -> None:
+        """Use a window, whose sequences are all journaled; what is freed of it is not done any more."""
+
+
+@runtime_checkable
+class PassWindows(Windows, Protocol):
+    """Windows whose sequences are counted in the forward pass (`counting.pass_counts`)."""
+
+    @property
+    def stored(self) -> range:
+        """The sequences that were counted, and must be on the disk."""
+
+    def sink(self) -> Sink:
+        """Takes the tensors of a batch that was begun."""
+
+    def counting(self, device: str) -> contextlib.AbstractContextManager[None]:
+        """What counts on a device, checked against what is stored, until the block ends."""
+
+    def begin(self, run: range) -> None:
+        """The next forward pass is of this batch."""
+
+    def end(self, losses: list[tuple[float, int]] | None) -> None:
+        """The forward pass of the batch is done. losses: of each sequence, as `Session.pass_to` has them."""
+
+
+OpenWindows = Callable[[range, Corpus, Layout, Journal], Windows | None]
+"""(sequences, corpus, layout, journal) -> the windows of a capture that keeps only some of it; None where all is kept."""
+
+
+@dataclass(frozen=True)
+class _Capture:
+    """One call of `extract`, with the capture's lock held. experts: the sums of the model's experts, None where not read."""
+
+    prepared: Prepared
+    workspace: Workspace
+    reporter: Reporter
+    corpus: Corpus
+    devices: Devices
+    files: ChunkFiles
+    journal: Journal
+    wanted: range
+    experts: ExpertSumsFile | None
+
+    def whole(self) -> dict[str, Any]:
+        """Capture all that is missing."""
+        batches = self._missing(self.wanted, self.journal)
+        if not batches:
+            return self._nothing()
+        self._withdraw(batches)
+        if self.journal.done:
+            log.info("going on after %d of %d sequences", len(self.journal.done), self.files.layout.num_sequences)
+        with self._session(sum(len(run) for run, _ in batches)) as session:
+            session.read(batches)
+        return session.result()
+
+    def rolling(self, windows: Windows) -> dict[str, Any]:
+        """Capture window after window, each after the one before was taken; the model is loaded where something is missing."""
+        session: Session | None = None
+        with contextlib.ExitStack() as stack:
+            while (window := windows.next()) is not None or self._lacks(windows):
+                own = windows.kept if window is None else window
+                # the file names the chunks; what this process has appended is kept in memory without them
+                batches = self._missing(own, Journal.open(self.journal.path))
+                if batches:
+                    if session is None:
+                        session = stack.enter_context(self._session(self.wanted.stop - own.start))
+                    self._withdraw(batches)
+                    session.read(batches)
+                    session.flush()
+                if window is not None:
+                    windows.take(window)
+        return self._nothing() if session is None else session.result()
+
+    def in_pass(self, windows: PassWindows) -> dict[str, Any]:
+        """Count window after window in the forward pass, and store the sequences that stay."""
+        lacking = self._missing(windows.stored, Journal.open(self.journal.path))
+        if windows.next() is None and not lacking:
+            return self._nothing()
+        with self._session(self.wanted.stop - min(self.wanted.stop, self._upto(windows))) as session:
+            if lacking:
+                self._withdraw(lacking)
+                session.read(lacking)
+                session.flush()
+            with windows.counting(self.devices.first):
+                while (window := windows.next()) is not None:
+                    self._count(windows, window, session)
+        return session.result()
+
+    def _count(self, windows: PassWindows, window: range, session: Session) -> None:
+        own = range(window.start, max(window.start, min(window.stop, windows.kept.stop)))
+        lacking = {run.start for run, _ in self._missing(own, Journal.open(self.journal.path))}
+        for run in _runs(window, self.prepared.spec.capture.batch_sequences):
+            store = run.start in lacking
+            if store:
+                self._withdraw([(run, True)])
+            windows.begin(run)
+            windows.end(session.pass_to(windows.sink(), run, store=store))
+        session.flush()
+        windows.take(window)
+
+    def _upto(self, windows: Windows) -> int:
+        window = windows.next()
+        return self.wanted.stop if window is None else window.start
+
+    def _lacks(self, windows: Windows) -> bool:
+        """Whether a sequence that stays was withdrawn after it was counted."""
+        return bool(self._missing(windows.kept, Journal.open(self.journal.path)))
+
+    def _missing(self, sequences: range, journal: Journal) -> list[tuple[range, bool]]:
+        size = self.prepared.spec.capture.batch_sequences
+        return _todo(_runs(sequences, size), journal, self.files, self.experts, self.prepared.spec.capture.perplexity)
+
+    def _withdraw(self, batches: list[tuple[range, bool]]) -> None:
+        # a batch is computed whole: its finished sequences are written again, and are not done until then
+        again = [s for run, read in batches if read for s in run if s in self.journal.done]
+        if again:
+            self.journal.redo(again)
+
+    def _session(self, todo: int) -> Session:
+        of = Capturing(
+            prepared=self.prepared,
+            workspace=self.workspace,
+            corpus=self.corpus,
+            files=self.files,
+            journal=self.journal,
+            devices=self.devices,
+            reporter=self.reporter,
+            asked=len(self.wanted),
+            todo=todo,
+            experts=self.experts,
+        )
+        return Session(of)
+
+    def _nothing(self) -> dict[str, Any]:
+        log.info("the capture %s is complete: nothing to extract", self.prepared.capture_id)
+        tokens = tokens_of(len(self.wanted), self.prepared, self.files.layout.num_sequences)
+        self.reporter.progress("extract", tokens, tokens, "tokens")
+        return {"sequences": 0, "of_sequences": self.files.layout.num_sequences, "seconds": 0.0}
 
 
 def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -> Layout:
@@ -158,11 +297,6 @@ def _runs(sequences: range, batch: int) -> list[range]:
     return [range(start, min(start + batch, sequences.stop)) for start in range(sequences.start, sequences.stop, batch)]
 
 
-def _tokens_of(sequences: int, prepared: Prepared, layout: Layout) -> int:
-    """Tokens of that number of sequences, for a progress report: each sequence counts as an average one."""
-    return prepared.corpus.num_tokens * sequences // layout.num_sequences
-
-
 def _present(entry: dict[str, Any] | None, files: ChunkFiles) -> bool:
     return entry is not None and all(_whole(chunk) for chunk in files.named_by(entry))
 
@@ -193,147 +327,3 @@ def _todo(
         for run, read in runs
         if read or (perplexity and any("nll" not in journal.done[sequence] for sequence in run))
     ]
-
-
-@dataclass(frozen=True)
-class _Session:
-    """One call of `extract` that has something to do.
-
-    batches: as `_todo` gives them. asked: sequences that the call is for, those included that are done. experts: the sums of
-    the model's experts, None where these are not read.
-    """
-
-    prepared: Prepared
-    workspace: Workspace
-    corpus: Corpus
-    files: ChunkFiles
-    journal: Journal
-    batches: list[tuple[range, bool]]
-    asked: int
-    devices: Devices
-    reporter: Reporter
-    experts: ExpertSumsFile | None
-
-    def run(self) -> dict[str, Any]:
-        """Load the model, run the batches, and return what `extract` returns."""
-        began = time.monotonic()
-        info, report = self.prepared.model, self.reporter.progress
-        fetch_weights(info, self.workspace, lambda done, total: report("download", done, total, "bytes"))
-        fetched = time.monotonic()
-        perplexity = self.prepared.spec.capture.perplexity
-        model = load_model(info, self.workspace, self.devices.map(info), head=perplexity)
-        loaded = time.monotonic()
-        placement = self.devices.placement
-        placed = f"; {placement.sentence}" if placement else ""
-        log.info("loaded %s on %s in %.1f s%s", info.source.name, self.devices.kind, loaded - fetched, placed)
-        staging = self._pass(model)
-        ended = time.monotonic()
-        tokens = sum(int(self.corpus.lengths[run.start : run.stop].sum()) for run, _ in self.batches)
-        written = sum(self.journal.done[s]["bytes"] for run, read in self.batches if read for s in run)
-        rate = tokens / (ended - loaded)
-        log.info("read %d tokens in %.1f s (%.0f a second), %.1f MB", tokens, ended - loaded, rate, written / 1e6)
-        return {
-            "sequences": self._todo,
-            "of_sequences": self.files.layout.num_sequences,
-            "tokens": tokens,
-            "bytes": written,
-            "download_seconds": round(fetched - began, 3),
-            "load_seconds": round(loaded - fetched, 3),
-            "seconds": round(ended - began, 3),
-            "tokens_per_second": round(rate, 1),
-            "device": self.devices.kind,
-            "gpus": len(placement.gpus) if placement else 0,
-            "threads": torch.get_num_threads(),
-            "ring_bytes": staging.total_bytes,
-            "ring_waited_seconds": round(staging.waited_seconds, 3),
-            "process": os.getpid(),
-        }
-
-    @property
-    def _todo(self) -> int:
-        return sum(len(run) for run, _ in self.batches)
-
-    def _pass(self, model: torch.nn.Module) -> StagingBuffer:
-        """Every batch through the model and onto the disk; returns the staging buffer, closed."""
-        layout, todo = self.files.layout, self._todo
-        slot = (
-            self.prepared.spec.capture.batch_sequences
-            * layout.positions
-            * max(layout.widths.values())
-            * layout.itemsize
-        )
-        pinned = self.devices.placement is not None
-        with StagingBuffer(slot, ring_slots(slot), write_parts, pinned=pinned) as staging:
-            more = writers_bytes(layout.largest_chunk_bytes, staging.writers, packed=layout.codec != "none")
-            log.info(
-                "one pass over %d sequences; in addition to the model at most %.0f MB of memory: a staging buffer of %.0f MB and "
-                "%d writers",
-                *(todo, (staging.total_bytes + more) / 1e6, staging.total_bytes / 1e6, staging.writers),
-            )
-            self._forward(model, staging)
-        if self.experts is not None:
-            self.experts.save()
-        return staging
-
-    def _forward(self, model: torch.nn.Module, staging: StagingBuffer) -> None:
-        """Raises MemoryFull, SiteError, and the error of a writer."""
-        info, corpus = self.prepared.model, self.corpus
-        layout, anatomy = self.files.layout, info.anatomy
-        progress = Progress(self.reporter, self._todo, self.asked, _tokens_of(self.asked, self.prepared, layout))
-        modules = anatomy.modules(tuple(layout.stored), layout.layers)
-        head = Head(model) if self.prepared.spec.capture.perplexity else None
-        base = model.get_submodule(anatomy.backbone)
-        hooked = HookedPass(base, modules, staging, layout, progress.during)
-        experts = self._watched(base)
-        for run, read in self.batches:
-            lengths = tuple(int(length) for length in corpus.lengths[run.start : run.stop])
-            expected = len(modules) * len(run) * read + (head is not None) + (read and experts is not None)
-            batch = Batch(run, lengths, expected, self.journal, self.files)
-            rows = corpus.token_ids[run.start : run.stop, : batch.positions].astype(np.int64)  # (sequence, position)
-            what = f"the forward pass of {info.source.name} over {len(run)} x {batch.positions} tokens"
-            with explained(what, _MEMORY, PLAIN):
-                ids = torch.from_numpy(rows).to(self.devices.first)
-                if read and experts is not None:
-                    experts.begin(batch)
-                hidden = hooked.forward(batch, ids, read=read)
-                if read and experts is not None:
-                    experts.finish()
-                found = losses(head, hidden, ids, lengths) if head is not None else None
-            if found is not None:
-                _measure(batch, found, read=read)
-            progress.finished(len(run))
-
-    def _watched(self, base: torch.nn.Module) -> ExpertPass | None:
-        """What watches the model's experts; None where these are not read."""
-        info, shapes = self.prepared.model.experts, self.files.layout.experts
-        if info is None or shapes is None:
-            return None
-        if shapes.values:
-            log.info(
-                "every expert of %d layers is read: %.0f MB of memory for their sums",
-                *(len(shapes.layers), shapes.sums_bytes / 1e6),
-            )
-        return ExpertPass(base, info, self.files.layout, self.experts)
-
-
-def _measure(batch: Batch, found: list[tuple[float, int]], *, read: bool) -> None:
-    """Add the losses of a batch to its journal lines; if only the losses were missing, append the lines again with them."""
-    lines = {s: {"nll": nll, "nll_tokens": count} for s, (nll, count) in zip(batch.sequences, found, strict=True)}
-    if not read:
-        batch.journal.append([batch.journal.done[sequence] | line for sequence, line in lines.items()])
-    elif batch.add_losses(lines):
-        batch.finish()
-
-
-def write_parts(key: tuple[Batch, str, int], values: NDArray[Any]) -> None:
-    """Write each sequence of a tensor, without padding; the threads of the staging buffer call it.
-
-    key: the batch, the site, and the index of the layer among the captured layers. values: (sequence, position, feature).
-    """
-    batch, site, layer = key
-    stored = STORAGE[batch.files.layout.dtype]
-    for row, sequence in enumerate(batch.sequences):
-        tokens = values[row, : batch.lengths[row]].view(stored)  # (position, feature)
-        chunks = batch.files.write(site, layer, sequence, tokens, batch.unsynced())
-        if batch.add(site, layer, sequence, chunks):
-            batch.finish()

@@ -9,12 +9,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from outliers.capture.staging import StagingBuffer
 from outliers.errors import SiteError
 from outliers.events.stream import Reporter
 from outliers.model.anatomy import SiteModule
@@ -99,6 +98,13 @@ class Batch:
         self.journal.append(entries)
 
 
+class Sink(Protocol):
+    """Takes the tensors of a pass: the staging buffer, or what counts them where they are (`counting.in_pass`)."""
+
+    def submit(self, key: Any, tensor: torch.Tensor) -> None:
+        """Take one tensor. key: (batch, site, index of the layer among the captured ones). It may change afterwards."""
+
+
 class HookedPass:
     """The hooks of a model and the batch they fill: each (site, layer) exactly once in a forward pass.
 
@@ -109,7 +115,7 @@ class HookedPass:
         self,
         base: torch.nn.Module,
         modules: list[SiteModule],
-        staging: StagingBuffer,
+        staging: Sink,
         layout: Layout,
         on_layer: Callable[[float], None],
     ) -> None:

@@ -103,6 +103,7 @@ class StagingBuffer:
         self.writers = writer_count(os.cpu_count() or 1) if writers is None else writers
         self._error: BaseException | None = None
         self._open = False
+        self._slots = slots
         self._threads = [
             threading.Thread(target=self._drain, name=f"writer-{n}", daemon=True) for n in range(self.writers)
         ]
@@ -136,6 +137,14 @@ class StagingBuffer:
             self._free.put(slot)
             raise
         self._full.put(_Full(key, slot, values, copy))
+
+    def drain(self) -> None:
+        """Return when every submitted tensor is written. Raises the error of a writer."""
+        taken = [self._free.take(wait=True) for _ in range(self._slots)]
+        for slot in taken:
+            self._free.put(slot)
+        if self._error is not None:
+            raise self._error
 
     def _take(self) -> torch.Tensor:
         try:

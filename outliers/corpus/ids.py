@@ -113,22 +113,25 @@ class Corpus:
         text = self._text(sequence, position)
         return bool(text) and all(unicodedata.category(character).startswith("P") for character in text.strip())
 
-    def delimiters(self) -> NDArray[np.bool_]:
-        """(sequence, position) bool, see `is_delimiter`; False for padding."""
-        marks = np.zeros(self.token_ids.shape, np.bool_)
-        for sequence, length in enumerate(self.lengths):
-            marks[sequence, :length] = [self.is_delimiter(sequence, position) for position in range(int(length))]
+    def delimiters(self, rows: range | None = None) -> NDArray[np.bool_]:
+        """(sequence, position) bool, see `is_delimiter`; False for padding. rows: consecutive sequences (default: all)."""
+        rows = range(len(self.lengths)) if rows is None else rows
+        marks = np.zeros((len(rows), self.token_ids.shape[1]), np.bool_)
+        for row, sequence in enumerate(rows):
+            length = int(self.lengths[sequence])
+            marks[row, :length] = [self.is_delimiter(sequence, position) for position in range(length)]
         return marks
 
-    def marks(self) -> NDArray[np.bool_]:
-        """(sequence, kind, position) bool: the delimiters and the special tokens."""
-        return np.stack([self.delimiters(), self.specials()], axis=1)
+    def marks(self, rows: range | None = None) -> NDArray[np.bool_]:
+        """(sequence, kind, position) bool: the delimiters and the special tokens. rows: consecutive sequences (default: all)."""
+        return np.stack([self.delimiters(rows), self.specials(rows)], axis=1)
 
-    def specials(self) -> NDArray[np.bool_]:
-        """(sequence, position) bool, see `is_special`; False for padding."""
-        ids = np.array(sorted(self.names.special), np.int64)
-        padding = np.arange(self.token_ids.shape[1])[None] >= self.lengths[:, None]
-        return np.asarray(np.isin(self.token_ids, ids) & ~padding)
+    def specials(self, rows: range | None = None) -> NDArray[np.bool_]:
+        """(sequence, position) bool, see `is_special`; False for padding. rows: consecutive sequences (default: all)."""
+        rows = range(len(self.lengths)) if rows is None else rows
+        ids, chosen = np.array(sorted(self.names.special), np.int64), slice(rows.start, rows.stop)
+        padding = np.arange(self.token_ids.shape[1])[None] >= self.lengths[chosen, None]
+        return np.asarray(np.isin(self.token_ids[chosen], ids) & ~padding)
 
 
 def token_hash(token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> str:

@@ -54,6 +54,8 @@ from outliers.counting.summary import (
 )
 from outliers.spec import BLOCK, BLOCK_SITES, has_block
 
+TILE_BYTES = 512 * 1024
+"""Bytes of each site that are counted at once: two tiles and their counters stay in a core's own cache (docs/performance.md)."""
 Tiles = Callable[[int], Iterator[dict[str, NDArray[Any]]]]
 """Layer (counted from 0 among the captured) -> runs of positions of a span, {site: (position, feature) bits}, one after the
 other from its first position on. `Tally` may write to them."""
@@ -73,6 +75,16 @@ class LayerCounts:
     moments: dict[str, NDArray[np.float64]]
     reach: dict[str, NDArray[np.float32]]
     hooks: NDArray[np.bool_]
+
+    @classmethod
+    def zero(cls, frame: Frame, layers: range) -> LayerCounts:
+        return cls(
+            layers=layers,
+            hits={site: np.zeros((len(layers), frame.width(site)), np.int64) for site in frame.sites},
+            moments={site: np.zeros((4, len(layers), width), np.float64) for site, width in frame.widths},
+            reach={site: np.zeros(len(layers), np.float32) for site in frame.captured},
+            hooks=np.zeros((len(layers), 2, frame.block_width), np.bool_),
+        )
 
 
 @dataclass
@@ -109,7 +121,7 @@ class Span:
             return self.shares == 0
 
 
-class _Group:
+class Group:
     """The sites that are counted together (the two of the block, or one), and the arrays that a layer of them is counted in."""
 
     def __init__(self, frame: Frame, sites: tuple[str, ...], rows: int) -> None:
@@ -137,11 +149,14 @@ class _Group:
 
 
 class Tally:
-    """The totals of a Summary, filled by any number of threads: each may call `count`."""
+    """The totals of a Summary, filled by any number of threads: each may call `count`.
 
-    def __init__(self, frame: Frame) -> None:
+    begun: a Summary to go on with, which then has the bits of one that was never put down.
+    """
+
+    def __init__(self, frame: Frame, begun: Summary | None = None) -> None:
         self.frame = frame
-        self.summary = Summary.zero(frame)
+        self.summary = Summary.zero(frame) if begun is None else begun
         self.limits = limits_of(frame)
         self._layers = [threading.Lock() for _ in range(frame.num_layers)]
         self._rest = threading.Lock()
@@ -149,42 +164,38 @@ class Tally:
         self._top_floors = np.zeros(frame.width(frame.site), np.int64)
         self._massive_floors = np.zeros(frame.num_layers, np.float64)
         self._massive_cells: list[list[NDArray[Any]]] = [[] for _ in range(frame.num_layers)]
+        if begun is not None:
+            self._raise_top_floors()
+            for layer in np.unique(begun.massive["layer"]).tolist():
+                self._keep_massive(layer, begun.massive[begun.massive["layer"] == layer])
 
     def count(self, span: Span, layers: range, tiles: Tiles, rows: int) -> LayerCounts:
         """Count some layers of a span; the last share of a span also closes it. rows: the most positions of a tile."""
-        frame = self.frame
-        found = LayerCounts(
-            layers=layers,
-            hits={site: np.zeros((len(layers), frame.width(site)), np.int64) for site in frame.sites},
-            moments={site: np.zeros((4, len(layers), width), np.float64) for site, width in frame.widths},
-            reach={site: np.zeros(len(layers), np.float32) for site in frame.captured},
-            hooks=np.zeros((len(layers), 2, frame.width(BLOCK) if has_block(frame.captured) else 0), np.bool_),
-        )
-        kind = np.dtype(f"<u{2 * FORMATS[frame.dtype].bits.itemsize}")
-        keys = {site: np.zeros((width, span.length), kind) for site, width in frame.widths}
-        touched = {site: np.zeros(width, np.bool_) for site, width in frame.widths}
-        groups = [_Group(frame, sites, min(rows, span.length)) for sites in site_groups(frame.captured)]
+        found = LayerCounts.zero(self.frame, layers)
+        keys, touched = zero_keys(self.frame, span.length)
+        groups = [Group(self.frame, sites, min(rows, span.length)) for sites in site_groups(self.frame.captured)]
         for layer in layers:
             at = 0
             for values in tiles(layer):
                 for group in groups:
-                    self._count_tile(group, span, layer, at, values, keys)
+                    self.count_tile(group, span, layer, at, values, keys)
                 at += next(iter(values.values())).shape[0]
             for group in groups:
-                self._flush(group, span, layer, found, touched)
+                self.flush(group, span, layer, found, touched)
         if span.join(keys, touched):
-            self._close(span)
+            self.close(span)
         return found
 
-    def _count_tile(
+    def count_tile(
         self,
-        group: _Group,
+        group: Group,
         span: Span,
         layer: int,
         at: int,
         values: dict[str, NDArray[Any]],
         keys: dict[str, NDArray[Any]],
     ) -> None:
+        """Count one tile of the sites of a group. at: position of its first row in the span. values: may be written to."""
         captured = self.frame.captured
         tiles = tuple(values[site] for site in group.sites)
         tile_keys = TileKeys(
@@ -199,8 +210,8 @@ class Tally:
         if group.sites == ("resid",) and reached > self.limits.massive:
             self._massive(span, layer, at, tiles[0])
 
-    def _flush(
-        self, group: _Group, span: Span, layer: int, found: LayerCounts, touched: dict[str, NDArray[np.bool_]]
+    def flush(
+        self, group: Group, span: Span, layer: int, found: LayerCounts, touched: dict[str, NDArray[np.bool_]]
     ) -> None:
         """Add the counters of a layer of the span to the totals, and empty them."""
         sites, number = self.summary.sites, layer - found.layers.start
@@ -220,29 +231,50 @@ class Tally:
 
     def _massive(self, span: Span, layer: int, at: int, values: NDArray[Any]) -> None:
         """Values at resid whose magnitude exceeds 100, with the median magnitude of their token."""
-        dtype, total = self.frame.dtype, self.summary
         rows, columns, lower, upper = massive.above(values, self.limits.massive)
+        self.add_massive(span.sequence, layer, (rows + at + span.start, columns), values[rows, columns], (lower, upper))
+
+    def add_massive(
+        self,
+        sequence: int,
+        layer: int,
+        where: tuple[NDArray[np.int64], NDArray[np.int64]],
+        bits: NDArray[Any],
+        middle: tuple[NDArray[np.int64], NDArray[np.int64]],
+    ) -> None:
+        """Add values at resid whose magnitude exceeds 100.
+
+        where: (n,) positions in the sequence, and features. bits: (n,), the values. middle: (n,) bits of the two middle
+        magnitudes of the token of each.
+        """
+        dtype, total = self.frame.dtype, self.summary
+        (positions, columns), (lower, upper) = where, middle
         medians = (bits_to_float(lower, dtype).astype(np.float64) + bits_to_float(upper, dtype)) / 2
-        found = bits_to_float(values[rows, columns], dtype)
+        found = bits_to_float(bits, dtype)
         sizes = np.abs(found)
         with self._rest:
-            total.massive_cells[layer] += rows.size
+            total.massive_cells[layer] += bits.size
             total.massive_by_token[layer] += np.count_nonzero(sizes.astype(np.float64) >= MASSIVE_RATIO * medians)
         kept = np.flatnonzero(sizes >= self._massive_floors[layer])
         if kept.size > MASSIVE_KEPT:
             least = np.partition(sizes[kept], -MASSIVE_KEPT)[-MASSIVE_KEPT]
             kept = kept[sizes[kept] >= least]
         cells = np.zeros(kept.size, CELL)
-        cells["feature"], cells["position"] = columns[kept], rows[kept] + at + span.start
-        cells["sequence"], cells["layer"] = span.sequence, layer
+        cells["feature"], cells["position"] = columns[kept], positions[kept]
+        cells["sequence"], cells["layer"] = sequence, layer
         cells["site"] = self.frame.captured.index("resid")
         cells["value"], cells["magnitude"], cells["token_median"] = found[kept], sizes[kept], medians[kept]
         with self._rest:
             mine = self._massive_cells[layer]
             mine.append(cells)
             if sum(map(len, mine)) > 4 * MASSIVE_KEPT:
-                self._massive_cells[layer] = [largest(np.concatenate(mine), "layer", MASSIVE_KEPT)]
-                self._massive_floors[layer] = self._massive_cells[layer][0]["magnitude"][-1]
+                self._keep_massive(layer, largest(np.concatenate(mine), "layer", MASSIVE_KEPT))
+
+    def _keep_massive(self, layer: int, cells: NDArray[Any]) -> None:
+        """Take the largest massive cells of a layer so far, largest first."""
+        self._massive_cells[layer] = [cells]
+        if cells.size == MASSIVE_KEPT:
+            self._massive_floors[layer] = cells["magnitude"][-1]
 
     def finish(self) -> Summary:
         """The Summary, after the last call of `count`."""
@@ -251,7 +283,7 @@ class Tally:
             self.summary.massive = largest(np.concatenate(cells), "layer", MASSIVE_KEPT)
         return self.summary
 
-    def _close(self, span: Span) -> None:
+    def close(self, span: Span) -> None:
         """Add what only all layers of the span together say: union counts, and where the deciding site's hits are."""
         frame = self.frame
         for site in frame.sites:
@@ -268,10 +300,10 @@ class Tally:
                 self.summary.sites[site].union += union.hits
                 self.summary.sites[site].first_union += union.first_hits
             if site == frame.site:
-                self._add_tokens(span, keys, union.first_hits[frame.deciding_step])
+                self._find_tokens(span, keys, union.first_hits[frame.deciding_step])
         span.keys = {}
 
-    def _add_tokens(self, span: Span, keys: SpanKeys, firsts: NDArray[np.int64]) -> None:
+    def _find_tokens(self, span: Span, keys: SpanKeys, firsts: NDArray[np.int64]) -> None:
         """Add the positions, the delimiters and the largest tokens of the deciding site in this span.
 
         firsts: (W,) int64, whether the first token of the sequence has a hit.
@@ -287,33 +319,52 @@ class Tally:
         shape = (keys.columns.size, TOP_TOKENS)
         top = TopTokens(self._top_floors, np.empty(shape, np.int64), np.empty(shape, keys.one.dtype))
         spans.find_top_tokens(keys, self.limits, positions, top)
-        cells = _cells_of(self.frame, span, keys.columns, top)
+        cells = cells_of(self.frame, span.sequence, span.start, keys.columns, top)
+        self.add_tokens(positions.bins, positions.marked, firsts, cells)
+
+    def add_tokens(
+        self, bins: NDArray[np.int64], marked: NDArray[np.int64], firsts: NDArray[np.int64], cells: NDArray[Any]
+    ) -> None:
+        """Add where tokens of the deciding site with a hit are, as `arguments.Positions` has it, and the largest ones as CELL."""
+        total = self.summary
         with self._rest:
-            total.position_tokens += positions.bins
-            total.delimiter_tokens += positions.marked[0]
-            total.special_tokens += positions.marked[1]
+            total.position_tokens += bins
+            total.delimiter_tokens += marked[0]
+            total.special_tokens += marked[1]
             total.first_tokens += firsts
             if not cells.size:
                 return
             total.top = largest(np.concatenate([total.top, cells]), "feature", TOP_TOKENS)
-            last = np.flatnonzero(np.r_[total.top["feature"][1:] != total.top["feature"][:-1], True])
-            full = last[np.diff(np.r_[-1, last]) == TOP_TOKENS]
-            self._top_floors[total.top["feature"][full]] = float_to_bits(total.top["magnitude"][full], self.frame.dtype)
+            self._raise_top_floors()
+
+    def _raise_top_floors(self) -> None:
+        """No smaller magnitude enters the list of a feature that is full."""
+        top = self.summary.top
+        last = np.flatnonzero(np.r_[top["feature"][1:] != top["feature"][:-1], True]) if top.size else np.zeros(0, int)
+        full = last[np.diff(np.r_[-1, last]) == TOP_TOKENS]
+        self._top_floors[top["feature"][full]] = float_to_bits(top["magnitude"][full], self.frame.dtype)
 
 
-def _cells_of(frame: Frame, span: Span, features: NDArray[np.int64], top: TopTokens) -> NDArray[Any]:
-    """The largest tokens of a span as CELL. features: (n,) int64, the features of the rows of `top`."""
+def cells_of(frame: Frame, sequence: int, start: int, features: NDArray[np.int64], top: TopTokens) -> NDArray[Any]:
+    """The largest tokens of a span as CELL. start: position of its column 0. features: (n,) int64, those of the rows of `top`."""
     number, slot = np.nonzero(top.columns >= 0)
     cells = np.zeros(number.size, CELL)
     key = top.keys[number, slot].astype(np.uint64)
     magnitude, sign = key >> np.uint64(KEY_SHIFT), key & np.uint64(1)
     source = LAST_SOURCE - ((key >> np.uint64(1)) & np.uint64(LAST_SOURCE)).astype(np.int64)
-    cells["feature"], cells["sequence"] = features[number], span.sequence
-    cells["position"] = top.columns[number, slot] + span.start
+    cells["feature"], cells["sequence"] = features[number], sequence
+    cells["position"] = top.columns[number, slot] + start
     cells["layer"], cells["site"] = np.divmod(source, len(frame.captured))
     cells["magnitude"] = bits_to_float(magnitude, frame.dtype)
     cells["value"] = np.where(sign == 1, -cells["magnitude"], cells["magnitude"])
     return cells
+
+
+def zero_keys(frame: Frame, length: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[np.bool_]]]:
+    """The keys of a span before anything is counted, and which features have one: see `Span`."""
+    kind = np.dtype(f"<u{2 * FORMATS[frame.dtype].bits.itemsize}")
+    keys = {site: np.zeros((width, length), kind) for site, width in frame.widths}
+    return keys, {site: np.zeros(width, np.bool_) for site, width in frame.widths}
 
 
 def limits_of(frame: Frame) -> Limits:

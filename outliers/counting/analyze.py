@@ -27,11 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.corpus.tokens import load_corpus
-from outliers.counting.accumulate import LayerCounts, Span, Tally, Tiles, is_compiled
+from outliers.counting.accumulate import TILE_BYTES, LayerCounts, Span, Tally, Tiles, is_compiled
 from outliers.counting.massive import undecided
 from outliers.counting.second_look import look_again
+from outliers.counting.sequence_counts import OpenSequence
 from outliers.counting.summary import Frame, Summary, merge
-from outliers.counting.summary_files import STUDY, CountsWriter, SequenceCounts, read_summary, write_summary
+from outliers.counting.summary_files import STUDY, CountsWriter, read_summary, write_summary
 from outliers.errors import CaptureError
 from outliers.events.stream import Reporter
 from outliers.experts.count import count_experts
@@ -45,8 +46,6 @@ from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-TILE_BYTES = 512 * 1024
-"""Bytes of each site that are read at once: two tiles and their counters stay in a core's own cache (docs/performance.md)."""
 UNITS_PER_WORKER = 2
 """Where there are fewer spans than units that keep the workers busy, the layers of a span are split into several units."""
 ITEMS_PER_WORKER = 2
@@ -170,13 +169,30 @@ def summarize(item: WorkItem, workers: int = 1, progress: Callable[[int], None] 
 
     progress: called with the number of finished layers of sequences. Raises CaptureError, CorruptCapture.
     """
-    layout, tally, writer = layout_of_capture(item.folder), Tally(item.frame), CountsWriter(item.target)
-    reader = _Reader(item, layout, workers)
+    layout, tally = layout_of_capture(item.folder), Tally(item.frame)
+    reader = add_item(tally, item, layout, workers, progress)
+    total = tally.finish()
+    total.sequences = np.array(item.sequences, np.int64)
+    total.tokens = int(item.lengths.sum())
+    look_again(total, reader.files, layout, reader.lines, item.lengths.tolist(), workers)
+    return total
+
+
+def add_item(
+    tally: Tally, item: WorkItem, layout: Layout, workers: int, progress: Callable[[int], None] = lambda done: None
+) -> Reader:
+    """Add a work item to a tally, by threads of this process, and write the counts of its sequences below its target.
+
+    The float moments are added sequence after sequence: items in ascending order give the bits of one item of all of them.
+    progress: called with the number of finished layers of sequences. Raises CaptureError, CorruptCapture.
+    """
+    writer = CountsWriter(item.target)
+    reader = Reader(item, layout, workers)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="analyze")
     try:
         pending: deque[tuple[_Unit, Future[LayerCounts]]] = deque()
         units = iter(reader.units())
-        current: _Sequence | None = None
+        current: OpenSequence | None = None
         exhausted = False
         while pending or not exhausted:
             while not exhausted and len(pending) < 2 * workers:
@@ -192,8 +208,10 @@ def summarize(item: WorkItem, workers: int = 1, progress: Callable[[int], None] 
                 progress(reader.layers_done())
             # added in the order of the units, so that the float moments do not depend on which thread was first
             if current is None:
-                current = _Sequence(item.frame, unit, reader.lines[unit.span.sequence])
-            current.add(unit, future.result(), tally.summary)
+                line = reader.lines[unit.span.sequence]
+                loss = float(line.get("nll", 0.0)), int(line.get("nll_tokens", 0))
+                current = OpenSequence(item.frame, unit.tokens, loss)
+            current.add(unit.span, future.result(), tally.summary)
             if unit.last:
                 writer.add(current.counts())
                 current = None
@@ -201,11 +219,7 @@ def summarize(item: WorkItem, workers: int = 1, progress: Callable[[int], None] 
     finally:
         pool.shutdown(cancel_futures=True)
     writer.flush()
-    total = tally.finish()
-    total.sequences = np.array(item.sequences, np.int64)
-    total.tokens = int(item.lengths.sum())
-    look_again(total, reader.files, layout, reader.lines, item.lengths.tolist(), workers)
-    return total
+    return reader
 
 
 def summarize_into_folder(item: WorkItem) -> str:
@@ -277,46 +291,7 @@ class _Unit:
     last: bool
 
 
-class _Sequence:
-    """The counts of one sequence while its units finish, in their order."""
-
-    def __init__(self, frame: Frame, unit: _Unit, line: dict[str, Any]) -> None:
-        self.frame, self.tokens, self.line = frame, unit.tokens, line
-        self.spans: list[Span] = []
-        self.hits = {site: np.zeros((frame.num_layers, frame.width(site)), np.int64) for site in frame.sites}
-        self.reach = {site: np.zeros(frame.num_layers, np.float32) for site in frame.captured}
-        self.hooks = np.zeros((frame.num_layers, 2, frame.block_width), np.bool_)
-
-    def add(self, unit: _Unit, counts: LayerCounts, total: Summary) -> None:
-        """Add one unit's counts, and its moments to the total."""
-        if not self.spans or self.spans[-1] is not unit.span:
-            self.spans.append(unit.span)
-        layers = slice(counts.layers.start, counts.layers.stop)
-        for site, hits in counts.hits.items():
-            self.hits[site][layers] += hits
-        for site, moments in counts.moments.items():
-            total.sites[site].moments[:, layers] += moments
-            self.reach[site][layers] = np.maximum(self.reach[site][layers], counts.reach[site])
-        self.hooks[layers] |= counts.hooks
-
-    def counts(self) -> SequenceCounts:
-        """The counts, once every span is closed."""
-        width = self.frame.block_width
-        legacy = [span.legacy_union for span in self.spans if span.legacy_union is not None]
-        return SequenceCounts(
-            sequence=self.spans[0].sequence,
-            tokens=self.tokens,
-            hits=self.hits,
-            union={site: np.sum([span.union[site] for span in self.spans], axis=0) for site in self.frame.sites},
-            hooks=self.hooks.sum(axis=(0, 1), dtype=np.int64),
-            legacy_union=np.sum(legacy, axis=0) if legacy else np.zeros(width, np.int64),
-            reach=self.reach,
-            nll=float(self.line.get("nll", 0.0)),
-            nll_tokens=int(self.line.get("nll_tokens", 0)),
-        )
-
-
-class _Reader:
+class Reader:
     """The units of a work item, and the tiles of each, read from the capture."""
 
     def __init__(self, item: WorkItem, layout: Layout, workers: int) -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from outliers.counting.sequence_counts import SequenceCounts as SequenceCounts
 from outliers.counting.summary import Frame, SiteTotals, Summary
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.experts.totals_files import EXPERTS
@@ -34,27 +34,6 @@ STUDY = "study.json"
 BATCH_SEQUENCES = 64
 BATCH_BYTES = 8_000_000
 """A file of counts is closed at the first of these limits, which bounds the number of files and the memory."""
-
-
-@dataclass
-class SequenceCounts:
-    """One sequence's counts at the deciding magnitude.
-
-    hits: site -> (L, W) int64. union: site -> (W,) int64. hooks: (W,) int64, hooks of both block sites with a hit by
-    the legacy rule; legacy_union: (W,) int64, tokens with such a hit. tokens: of the sequence. reach: site -> (L,)
-    float32, the largest finite magnitude. nll: its negative log-likelihood in nats over nll_tokens tokens, 0 of 0 if it was
-    not measured.
-    """
-
-    sequence: int
-    tokens: int
-    hits: dict[str, NDArray[np.int64]]
-    union: dict[str, NDArray[np.int64]]
-    hooks: NDArray[np.int64]
-    legacy_union: NDArray[np.int64]
-    reach: dict[str, NDArray[np.float32]]
-    nll: float = 0.0
-    nll_tokens: int = 0
 
 
 class CountsWriter:

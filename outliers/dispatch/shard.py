@@ -88,7 +88,7 @@ def _make(run: StudyRun, part: Shard, reporter: Reporter, slot: Slot) -> dict[st
             job = f"{verb}-{made}-{part.first}-{part.stop}"
             return run_step(run, machine, verb, job, reporter, options=options, shard=name, env=env, prepared=readable)
 
-        read = step("extract", prepared.capture_id)
+        read = step("extract", prepared.extraction)
         counted = step("analyze", prepared.study_id)
         draft = draft_of(part, prepared, workspace)
         shutil.rmtree(draft, ignore_errors=True)

@@ -98,7 +98,7 @@ def extract_study(run: StudyRun, machine: Machine, reporter: Reporter) -> dict[s
 
     Returns what was read: sequences, tokens, bytes, seconds, device.
     """
-    return run_step(run, machine, "extract", f"extract-{run.prepared.capture_id}", reporter)
+    return run_step(run, machine, "extract", f"extract-{run.prepared.extraction}", reporter)
 
 
 def analyze_study(run: StudyRun, machine: Machine, reporter: Reporter, *, finished: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from outliers.errors import CorruptCapture
 from outliers.experts.inputs import add_inputs
+from outliers.experts.sums import ExpertSums
 from outliers.experts.sums_files import load_sums
 from outliers.experts.table import ExpertShapes
 from outliers.experts.totals import OUTPUT, OUTPUTS_KEPT, WEIGHT_UNITS, ExpertTotals, largest_outputs
@@ -45,13 +46,47 @@ def count_experts(
     """
     if layout.experts is None:
         raise ValueError("the capture holds no experts")
-    shapes, files = layout.experts, ChunkFiles(folder, layout)
+    sums = load_sums(folder, layout.experts, wanted) if layout.experts.values else None
+    totals = begin_totals(study_id, layout)
+    add_sequences(totals, folder, layout, lines, wanted, lengths, marks, progress)
+    return finish_totals(totals, sums, folder)
+
+
+def begin_totals(study_id: str, layout: Layout) -> ExpertTotals:
+    """Totals of no sequence, without sums, for `add_sequences`."""
+    if layout.experts is None:
+        raise ValueError("the capture holds no experts")
+    shapes = layout.experts
     totals = ExpertTotals.zero(study_id, shapes)
-    reads_inputs = shapes.values and MLP_IN in layout.widths
-    if shapes.values:
-        totals.sums = load_sums(folder, shapes, wanted)
-    if reads_inputs:
+    if shapes.values and MLP_IN in layout.widths:
         totals.input_squares = np.zeros((len(shapes.layers), shapes.experts, shapes.hidden))
+    return totals
+
+
+def finish_totals(totals: ExpertTotals, sums: ExpertSums | None, folder: Path) -> ExpertTotals:
+    """Totals with the sums of the same sequences. Raises CorruptCapture where these are of other tokens."""
+    totals.sums = sums
+    if sums is not None and not np.array_equal(sums.rows, totals.tokens):
+        raise CorruptCapture(
+            f"{folder / SUMS} holds sums of other tokens than the routing of these sequences: remove that folder, and extract "
+            "again"
+        )
+    return totals
+
+
+def add_sequences(
+    totals: ExpertTotals,
+    folder: Path,
+    layout: Layout,
+    lines: dict[int, dict[str, Any]],
+    wanted: range,
+    lengths: NDArray[np.int32],
+    marks: NDArray[np.bool_],
+    progress: Callable[[int], None],
+) -> None:
+    """Add sequences, which come after those that the totals hold: then the bits are those of one count of all. Arguments as
+    `count_experts`."""
+    shapes, files = totals.shapes, ChunkFiles(folder, layout)
     per_sequence = np.zeros((len(wanted), len(shapes.layers), shapes.all_experts), np.int32)
     for row, sequence in enumerate(wanted):
         crcs, length = lines[sequence]["crc32"], int(lengths[row])
@@ -60,15 +95,9 @@ def count_experts(
         if totals.input_squares is not None:
             add_inputs(totals.input_squares, files, layout, sequence, crcs, table)
         progress(row + 1)
-    totals.sequences = np.array(wanted, np.int64)
-    totals.lengths = lengths.astype(np.int64)
-    totals.per_sequence = per_sequence
-    if totals.sums is not None and not np.array_equal(totals.sums.rows, totals.tokens):
-        raise CorruptCapture(
-            f"{folder / SUMS} holds sums of other tokens than the routing of these sequences: remove that folder, and extract "
-            "again"
-        )
-    return totals
+    totals.sequences = np.concatenate([totals.sequences, np.array(wanted, np.int64)])
+    totals.lengths = np.concatenate([totals.lengths, lengths.astype(np.int64)])
+    totals.per_sequence = np.concatenate([totals.per_sequence, per_sequence])
 
 
 def _add_sequence(

@@ -51,26 +51,29 @@ def has_totals(folder: Path) -> bool:
     return (folder / EXPERTS).exists()
 
 
-def read_totals(folder: Path) -> ExpertTotals:
-    """The totals in a summary's folder. Raises CaptureError if there are none, CorruptCapture if they can't be read."""
+def read_totals(folder: Path, *, whole: bool = True) -> ExpertTotals:
+    """The totals in a summary's folder. Raises CaptureError if there are none, CorruptCapture if they can't be read.
+
+    whole: False for totals that are still added to, which have no sums.
+    """
     path = folder / EXPERTS
     if not path.exists():
         raise CaptureError(f"there are no experts in {folder}: analyze first")
     try:
         with open_npz(path) as stored:
             frame = json.loads(str(stored["frame"]))
-            shapes = _shapes(frame["shapes"], stored)
+            shapes = _shapes(frame["shapes"], stored, whole=whole)
             totals = ExpertTotals.zero(str(frame["study_id"]), shapes)
             for name in _PLAIN:
                 if name not in _SPARSE:
                     setattr(totals, name, stored[name])
             _fill(totals.margins, stored["margins"])
-            if shapes.values:
+            if shapes.values and whole:
                 totals.sums = _read_sums(shapes, stored)
             if "input_squares" in stored:
                 totals.input_squares = stored["input_squares"]
             _check(totals)
-            _check_places(totals)
+            _check_places(totals, whole=whole)
             return totals
     except UNREADABLE as error:
         raise CorruptCapture(f"{path} can't be read: {error}; analyze again") from error
@@ -87,7 +90,7 @@ def _read_sums(shapes: ExpertShapes, stored: Any) -> ExpertSums:
     return found
 
 
-def _shapes(stored: dict[str, Any], arrays: Any) -> ExpertShapes:
+def _shapes(stored: dict[str, Any], arrays: Any, *, whole: bool) -> ExpertShapes:
     """The shapes of a frame. Raises ValueError where they are not those of arrays in the file, whose bytes are there: what is
     allocated after this is a few times as large as the file."""
     shapes = ExpertShapes(**(stored | {name: tuple(stored[name]) for name in ("layers", "shared_widths")}))
@@ -99,7 +102,7 @@ def _shapes(stored: dict[str, Any], arrays: Any) -> ExpertShapes:
     if not 1 <= layers <= MAX_LAYERS or min(numbers) < 0 or shapes.experts < 1:
         raise ValueError(f"its frame has {layers} layers, {shapes.experts} experts")
     wanted: dict[str, tuple[int, ...]] = {"weight_units": (layers, everyone)}
-    if shapes.values:
+    if shapes.values and whole:
         wanted["sums.total"] = (layers, shapes.experts, shapes.width)
         wanted["sums.shared_total"] = (layers, shapes.shared, max(shapes.shared_widths, default=0))
         wanted["sums.energy"] = (layers, everyone, shapes.hidden)
@@ -130,7 +133,7 @@ def _check(totals: ExpertTotals) -> None:
         raise ValueError(f"input_squares is {squares.shape}")
 
 
-def _check_places(totals: ExpertTotals) -> None:
+def _check_places(totals: ExpertTotals, *, whole: bool) -> None:
     """Raise ValueError where a sequence, expert, position or channel lies outside the frame, or sums are of other tokens."""
     shapes, sequences, lengths = totals.shapes, totals.sequences, totals.lengths
     if (
@@ -140,7 +143,7 @@ def _check_places(totals: ExpertTotals) -> None:
         or (totals.per_sequence < 0).any()
     ):
         raise ValueError("its sequences are not in order, or counts are below 0")
-    if (totals.sums is not None) != shapes.values:
+    if (totals.sums is not None) != (shapes.values and whole):
         raise ValueError("its sums are there where routing alone was read, or are not there")
     if totals.sums is not None:
         same = np.array_equal(totals.sums.sequences, sequences) and np.array_equal(totals.sums.rows, totals.tokens)

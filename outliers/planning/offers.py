@@ -19,6 +19,7 @@ from outliers.planning.estimate import Step, estimate, over_budget
 from outliers.spec import DEFAULT_PROVIDER
 from outliers.study.demand import Demand
 from outliers.study.placement import Placement, usable
+from outliers.study.window import rolling_keeps
 from outliers.units import amounts
 
 
@@ -62,7 +63,7 @@ def request_for(demand: Demand, capture_bytes_left: int) -> MachineRequest:
     least = min(both) if count is None else both[count > 0]
     experts = demand.layout.experts
     # the sums of the experts: on disk, once more while they are replaced, and again in the private summary
-    disk = capture_bytes_left + (3 * experts.sums_bytes if experts is not None else 0)
+    disk = min(capture_bytes_left, demand.held_bytes) + (3 * experts.sums_bytes if experts is not None else 0)
     if capture_bytes_left and not compute.runs_here:
         disk += demand.model.weights.checkpoint_bytes
     elif capture_bytes_left and not cache_is_chosen():  # a download checks the disk of a cache that was moved
@@ -109,6 +110,8 @@ def suitable(
     if loads:
         large = made_plain(demand.model)
         excluded = tuple(replace(item, reason=item.reason + large * _is_of_memory(item.reason)) for item in excluded)
+    hint = rolling_hint(demand)
+    excluded = tuple(replace(item, reason=item.reason + hint * _is_of_disk(item.reason)) for item in excluded)
     kept, small = [], []
     for offer in offers:
         candidate = on_offer(demand, offer)
@@ -164,6 +167,22 @@ def made_plain(info: ModelInfo) -> str:
 def _is_of_memory(reason: str) -> bool:
     """Whether an offer was left out for what the study takes of memory (`base.fits`)."""
     return "the study needs" in reason and "of memory," in reason
+
+
+def rolling_hint(demand: Demand) -> str:
+    """What to add to a refusal for want of disk: what --store rolling would take. Empty where it would not help."""
+    if demand.spec.capture.store != "full" or (held := demand.rolling_bytes) is None:
+        return ""
+    whole, part = amounts(demand.layout.total_bytes, held)
+    return (
+        f"; --store rolling has at least {part} of the capture on the disk at once, not {whole}: it counts windows of sequences, "
+        f"frees them, and keeps the first {rolling_keeps(demand.spec)}"
+    )
+
+
+def _is_of_disk(reason: str) -> bool:
+    """Whether an offer was left out for what the study takes of its disk (`base.fits`)."""
+    return "the study needs" in reason and "of disk," in reason
 
 
 def _check_methods(demand: Demand, candidate: Candidate) -> None:

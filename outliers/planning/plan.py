@@ -74,6 +74,14 @@ class Plan(BaseModel):
     gpus: tuple[GpuShare, ...]
     capture_bytes: int
     capture_bytes_left: int
+    store: str
+    """What of the activations stays on the disk: full, rolling or none."""
+    held_bytes: int
+    """The most of the capture that is on the disk at once."""
+    host_pass_bytes: int
+    """Of main memory where no GPU computes, what --store none takes to count in the pass; 0 for the other stores."""
+    device_pass_bytes: int
+    """The same of the memory of each GPU."""
     experts: str
     """What is read of experts: all, routing or off."""
     experts_reason: str | None
@@ -112,6 +120,10 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
         gpus=shares(demand.place_evenly()),
         capture_bytes=demand.layout.total_bytes,
         capture_bytes_left=left,
+        store=spec.capture.store,
+        held_bytes=_held(demand, found),
+        host_pass_bytes=demand.host_pass_bytes,
+        device_pass_bytes=demand.device_pass_bytes,
         experts=expert_mode(spec, info, demand.layout.layers),
         experts_reason=_unread(info),
         experts_bytes=demand.experts_bytes * (spec.compute.shards if spec.compute.runs_here else 1),
@@ -121,6 +133,12 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
         offers=tuple(_offer(demand, candidate, steps) for candidate, steps in timed),
         refusals=refusals(excluded),
     )
+
+
+def _held(demand: Demand, found: tuple[Candidate, ...]) -> int:
+    """The most of the capture on the first offer's disk at once: what is free there decides a window that is left open."""
+    free = found[0].offer.facts.disk_free_bytes if found else 0
+    return demand.held_with(free)
 
 
 def _model(info: ModelInfo) -> dict[str, Any]:

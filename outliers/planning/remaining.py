@@ -6,32 +6,27 @@ written need no disk. Other machines are found by their names (`Provider.list`);
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outliers.counting.bits import PATTERNS
 from outliers.counting.shards import is_here
 from outliers.errors import CaptureError, PlanRefused
 from outliers.jobs import jobs
 from outliers.machines.base import MachineRequest, Provider
-from outliers.planning.offers import check_plan, request_for, too_many
+from outliers.planning.offers import check_plan, request_for, rolling_hint, too_many
 from outliers.publish.outcome import find_finished
 from outliers.store.chunks import Journal
+from outliers.store.journal import DONE
+from outliers.study.counting_memory import counting_bytes
 from outliers.study.demand import PROCESS_BYTES, Demand, demand_of
 from outliers.study.layout import Layout
 from outliers.study.parts import Shard, machine_name, shard_workspace, split
 from outliers.study.prepare import Prepared
 from outliers.units import amounts
 from outliers.workspace import Workspace
-
-KEY_BYTES = 8
-"""Bytes for a token's feature while the layers of its span are read, and for each counter."""
-COUNTERS = 8
-"""Arrays (layer, feature) kept for each site in addition to its hits: extremes, moments, finite values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +47,7 @@ def rest_of(prepared: Prepared, demand: Demand, workspace: Workspace) -> Rest:
     if not prepared.spec.compute.runs_here:
         return Rest(demand.layout.total_bytes, None)
     names = (
-        f"extract-{prepared.capture_id}",
+        f"extract-{prepared.extraction}",
         f"analyze-{prepared.study_id}",
         f"report-{prepared.study_id}",
     )
@@ -65,7 +60,7 @@ def rest_of_shard(shard: Shard, prepared: Prepared, demand: Demand, workspace: W
     """What is left of one shard of a study whose shards are processes of this computer."""
     own = Workspace(shard_workspace(workspace, machine_name(prepared, shard)))
     span = f"{shard.first}-{shard.stop}"
-    names = (f"extract-{prepared.capture_id}-{span}", f"analyze-{prepared.study_id}-{span}")
+    names = (f"extract-{prepared.extraction}-{span}", f"analyze-{prepared.study_id}-{span}")
     if is_here(shard, prepared, workspace) or _runs(own.root, names):
         return JOINED
     return _to_capture(prepared, demand, own, range(shard.first, shard.stop))
@@ -111,23 +106,23 @@ def refused_together(
     needed, free = request_for(demand, left).needed_disk_bytes, shutil.disk_usage(workspace.root).free
     if needed > free:
         wanted, there = amounts(needed, free, unit="GB")
-        return f"the study needs {wanted} of disk, {there} is free: make room, or give another --workspace"
+        return f"the study needs {wanted} of disk, {there} is free: make room, or give another --workspace{rolling_hint(demand)}"
     return None
 
 
 def analysis_bytes(prepared: Prepared, layout: Layout) -> int:
-    """Bytes of memory for counting and reporting, an upper bound: the process, one set of totals, and what is kept of the spans
-    that are read at once. SmolLM2's took 0.24 GB in all, 48 layers of 2,048 features 0.38 (docs/performance.md)."""
-    layers, widths = len(layout.layers), sum(layout.widths.values()) + max(layout.widths.values())  # and the block's
-    cells = layers * widths * (2 * len(prepared.spec.criteria.magnitudes) + COUNTERS)
-    histograms = layers * len(layout.widths) * PATTERNS
-    spans = 2 * (os.cpu_count() or 1) * widths * layout.chunk_positions
-    return PROCESS_BYTES + KEY_BYTES * (cells + histograms + spans)
+    """Bytes of memory for counting and reporting, an upper bound."""
+    return PROCESS_BYTES + counting_bytes(prepared.spec, layout)
 
 
 def _to_capture(prepared: Prepared, demand: Demand, workspace: Workspace, wanted: range) -> Rest:
-    """What is left of the sequences `wanted`, by the journal in a workspace."""
-    done = _journaled(workspace.capture(prepared.capture_id))
+    """What is left of the sequences `wanted`, by the journal in a workspace; those that were counted are not left."""
+    journal = _journaled(workspace.capture(prepared.capture_id))
+    if prepared.spec.capture.store != "full" and (
+        line := journal.counted.get((prepared.study_id, wanted.start, wanted.stop))
+    ):
+        wanted = range(line.stop if line.phase == DONE else line.upto, line.stop)
+    done = {sequence: bool(entry["nll"]) for sequence, entry in journal.done.items()}
     missing = sum(sequence not in done for sequence in wanted)
     # a capture of another study may be whole and have no perplexity, which needs the model too
     loads = missing > 0 or (prepared.spec.capture.perplexity and not all(done[sequence] for sequence in wanted))
@@ -136,13 +131,12 @@ def _to_capture(prepared: Prepared, demand: Demand, workspace: Workspace, wanted
     return Rest(left, None if loads else analysis_bytes(prepared, layout))
 
 
-def _journaled(folder: Path) -> dict[int, bool]:
-    """Sequences that a capture has -> whether with their perplexity; empty where it can't be read: the step then says why."""
+def _journaled(folder: Path) -> Journal:
+    """The journal of a capture, of each sequence whether with its perplexity; empty where it can't be read: the step says why."""
     try:
-        lines = Journal.open(folder / "journal.jsonl", keep=_lean).done
+        return Journal.open(folder / "journal.jsonl", keep=_lean)
     except CaptureError:
-        return {}
-    return {sequence: line["nll"] for sequence, line in lines.items()}
+        return Journal(folder / "journal.jsonl")
 
 
 def _runs(root: Path, names: Iterable[str]) -> bool:

@@ -152,6 +152,25 @@ class CaptureSpec(Part):
         "all", description="all, or 0-based layers and ranges such as 0,5,11 or 0-5,20- (20 to the last)"
     )
     codec: Literal["none", "zstd"] = Field("none", description="compression of the capture: none, or shuffled zstd")
+    store: Literal["full", "rolling", "none"] = Field(
+        "full",
+        description="what of the activations stays on the disk: full keeps all; rolling counts a window of sequences at a time "
+        "and frees it, so that the disk holds at most two windows whatever the corpus; none counts in the forward pass and "
+        "writes the first sequences alone; in no id, for the results are the same",
+    )
+    store_sequences: int = Field(
+        4,
+        ge=1,
+        le=1_000_000,
+        description="sequences at the beginning of the corpus that rolling and none keep, in whole batches",
+    )
+    disk_window: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="disk that a window of rolling may take, in GB (10^9 bytes), at least a batch (default: a tenth of what is "
+        "free on the workspace's disk when the capture runs)",
+    )
     batch_sequences: int = Field(
         1, ge=1, le=4096, description="sequences in one forward pass; part of a result, for it moves the last bits"
     )
@@ -168,6 +187,15 @@ class CaptureSpec(Part):
         description="where a site is, for a family that is not known: SITE=PATTERN with * for the layer's number, such as "
         "attn_in=layers.*.input_layernorm, or mlp_in=layers.*.mlp:input for what a module receives",
     )
+
+    @model_validator(mode="after")
+    def _window_of_rolling(self) -> CaptureSpec:
+        if self.disk_window is not None and self.store != "rolling":
+            raise ValueError(
+                f"--disk-window {self.disk_window:g} is the window of --store rolling, and --store {self.store} has none: "
+                "leave one of them out"
+            )
+        return self
 
     @field_validator("sites")
     @classmethod
@@ -379,6 +407,8 @@ class StudySpec(Part):
     @model_validator(mode="after")
     def _consistent(self) -> StudySpec:
         self.deciding_site  # noqa: B018 - raises where it is undetermined
+        if self.capture.store != "full":
+            self._check_store()
         if self.probe.asked and self.compute.shards > 1:
             raise ValueError(
                 "a probe reads the whole model on one machine, and --shards gives each machine a part of the corpus: leave one "
@@ -390,6 +420,26 @@ class StudySpec(Part):
                 "leave one of them out"
             )
         return self
+
+    def _check_store(self) -> None:
+        """ValueError for what needs activations that a store does not keep."""
+        store = f"--store {self.capture.store}"
+        if self.formats.formats:
+            raise ValueError(
+                f"--formats samples tokens of the whole corpus, and {store} keeps the first sequences alone: leave one of them "
+                "out"
+            )
+        if self.compute.executor.startswith("dask="):
+            raise ValueError(
+                f"--executor {self.compute.executor} counts a capture that is there whole, and {store} counts windows of it on "
+                "the machine that captures: leave one of them out"
+            )
+        probed, kept = min(self.probe.probe_sequences, self.corpus.num_sequences), self.capture.store_sequences
+        if self.probe.asked and probed > kept:
+            raise ValueError(
+                f"a probe of {probed} sequences is compared with the capture of them, and {store} keeps the first {kept}: give "
+                f"--store-sequences {probed}, or --probe-sequences {kept}"
+            )
 
     @property
     def deciding_site(self) -> str:

@@ -24,6 +24,8 @@ class Held(BaseModel):
     capture_id: str
     model: str
     done: int
+    counted: int = 0
+    """Sequences that were counted and freed (--store rolling)."""
     of_sequences: int
     bytes: int
 
@@ -33,17 +35,19 @@ def list_captures(workspace: Workspace) -> tuple[Held, ...]:
     found = []
     for name in _ids(workspace):
         folder = workspace.capture(name)
-        model, done, total = "damaged", 0, 0
+        model, done, counted, total = "damaged", 0, 0, 0
         try:
             fingerprint = read_fingerprint(folder)
             if fingerprint is None and (folder / "summaries").is_dir() and not (folder / ARRAYS).exists():
                 model = "(summaries alone)"
             if fingerprint is not None:
-                done = len(Journal.open(folder / "journal.jsonl").done)
+                journal = Journal.open(folder / "journal.jsonl", keep=lambda line: {})
+                done, counted = len(journal.done), len(journal.freed)
                 model, total = str(fingerprint["fixed"].get("model", "?")), layout_from(fingerprint).num_sequences
         except CaptureError:
             pass  # listed as damaged, so that a person can examine or remove it
-        found.append(Held(capture_id=name, model=model, done=done, of_sequences=total, bytes=held_bytes(folder)))
+        facts = {"done": done, "counted": counted, "of_sequences": total, "bytes": held_bytes(folder)}
+        found.append(Held.model_validate({"capture_id": name, "model": model, **facts}))
     return tuple(found)
 
 

@@ -29,6 +29,7 @@ from outliers.errors import Busy, CaptureError, CorruptCapture
 from outliers.files.atomic import sync_folder
 from outliers.store.durable import Unsynced, write_durably, write_soon
 from outliers.store.fingerprint import layout_from, read_fingerprint
+from outliers.store.journal import Counted as Counted
 from outliers.store.journal import Journal as Journal
 from outliers.store.journal import way_out
 from outliers.study.expert_shapes import FIELDS, ExpertShapes
@@ -265,6 +266,24 @@ class ChunkFiles:
         shape = (len(self.layout.experts.layers), self.layout.positions, self.layout.experts.slots_of(field))
         content = self._checked(self.path(field, 0, sequence, 0), crc32)
         return np.frombuffer(content, dtype).reshape(shape)
+
+    def free(self, sequence: int, tokens: int) -> None:
+        """Remove every chunk of a sequence of that many tokens, and its routing table; what is gone already is passed over."""
+        for name in self._files_of(sequence, tokens):
+            with contextlib.suppress(FileNotFoundError):
+                Path(name).unlink()
+
+    def is_freed(self, sequence: int, tokens: int) -> bool:
+        """Whether `free` came to its end: it removes the last chunk last."""
+        return not Path(self._files_of(sequence, tokens)[-1]).exists()
+
+    def _files_of(self, sequence: int, tokens: int) -> list[str]:
+        """Every file of a sequence of that many tokens."""
+        chunks, layers = range(self.layout.chunks_of(tokens)), range(len(self.layout.layers))
+        tables = [self._file(field, 0, sequence, 0) for field in self.layout.fields]
+        return tables + [
+            self._file(site, layer, sequence, n) for site in self.layout.stored for layer in layers for n in chunks
+        ]
 
     def named_by(self, entry: dict[str, Any]) -> Iterator[NamedChunk]:
         """The chunks of a journal line. Raises CorruptCapture if it does not name all of them."""

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from outliers.corpus.ids import lengths_hash, token_hash
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.events.stream import Reporter
+from outliers.files.sealed import check_folder
 from outliers.store.chunks import ARRAYS, ChunkFiles, Journal, NamedChunk, group_files, hold, same_file
 from outliers.store.durable import is_leftover
 from outliers.store.fingerprint import layout_from, read_fingerprint
@@ -78,6 +79,8 @@ class Verification(BaseModel):
     bytes: int
     seconds: float
     damage: tuple[Damage, ...]
+    counted: int = 0
+    """Sequences that were counted and freed (--store rolling): they are in a study's summary, and nothing of them is read."""
     marked: tuple[int, ...]
     """Sequences that `repair` withdraws."""
     left: int
@@ -148,7 +151,7 @@ def _verify(folder: Path, reporter: Reporter, workers: int, *, repair: bool = Fa
     _check_chunks(files, journal, lengths, found, reporter, workers)
     if lengths is not None:
         _check_zarr(files, journal, found)
-    found.damage += _check_sums(folder)
+    found.damage += [*_check_sums(folder), *_check_counts(folder, journal)]
     marked = _to_mark(journal, found)
     if repair and found.damage:
         # the mark first: from then on existing results are not reused
@@ -157,8 +160,11 @@ def _verify(folder: Path, reporter: Reporter, workers: int, *, repair: bool = Fa
         for damage in found.damage:
             if damage.file.startswith(f"{SUMS}/"):
                 (folder / damage.file).unlink(missing_ok=True)
+            for line in [line for line in journal.counted.values() if line.state == damage.file]:
+                journal.forget_counted(line.key)
     sound = {s for s in journal.done if s < layout.num_sequences} - marked
     unfinished, foreign = _strangers(files, journal, sound)
+    counted = {sequence for sequence in journal.freed if sequence < layout.num_sequences}
     return Verification(
         **facts | {"repaired": repair and bool(found.damage)},
         model=str(fingerprint["fixed"].get("model", "?")),
@@ -169,7 +175,8 @@ def _verify(folder: Path, reporter: Reporter, workers: int, *, repair: bool = Fa
         seconds=round(time.monotonic() - began, 3),
         damage=tuple(found.damage),
         marked=tuple(sorted(marked)),
-        left=_left(sound, layout.num_sequences, fingerprint.get("batch_sequences", 1)),
+        counted=len(counted),
+        left=_left(sound | counted, layout.num_sequences, fingerprint.get("batch_sequences", 1)),
         unfinished=unfinished,
         foreign=foreign,
     )
@@ -337,6 +344,14 @@ def _check_sums(folder: Path) -> list[Damage]:
         if problem:
             damage.append(Damage(file=str(path.relative_to(folder)), problem=problem))
     return damage
+
+
+def _check_counts(folder: Path, journal: Journal) -> list[Damage]:
+    """The summaries of sequences that were counted and freed."""
+    states = [line.state for line in journal.counted.values() if line.state is not None]
+    return [
+        Damage(file=state, problem="is not what was counted") for state in states if not check_folder(folder / state)
+    ]
 
 
 def _to_mark(journal: Journal, found: _Found) -> set[int]:

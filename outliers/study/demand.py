@@ -7,18 +7,23 @@ model and loads no torch. Weights count whole, with all experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+
+from pydantic import ValidationError
 
 from outliers.hardware import Gpu, is_named_like
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
+from outliers.study.counting_memory import counting_bytes
 from outliers.study.layout import Layout
 from outliers.study.parts import longest_shard
+from outliers.study.pass_memory import device_pass_bytes, host_pass_bytes
 from outliers.study.placement import Placement, even, fit
 from outliers.study.prepare import layout_of
 from outliers.study.probe_memory import ProbeMemory, probe_memory
 from outliers.study.ring_size import MAX_WRITERS, ring_bytes, ring_slots, writers_bytes
+from outliers.study.window import held_bytes
 from outliers.untrusted.bounds import RECEIVED_BYTES
 
 PROCESS_BYTES = 1_000_000_000
@@ -62,6 +67,10 @@ class Demand:
     """Of main memory, what reading the experts takes: their sums, and one layer's values of one batch. 0 where none are read."""
     private_bytes: int
     """The statistics of each column and expert, which stay on the machine: what `outliers export --full` brings home."""
+    host_pass_bytes: int = 0
+    """Of main memory where no GPU computes, what counting in the pass takes; a part of `ram_bytes`."""
+    device_pass_bytes: int = 0
+    """The same of each GPU; a part of `work_bytes`."""
 
     @property
     def summary_bytes(self) -> int:
@@ -72,6 +81,30 @@ class Demand:
     def shard_layout(self) -> Layout:
         """Shapes of the longest shard's part of the capture. BadInput where there are more shards than batches."""
         return layout_of(longest_shard(self.spec), self.model) if self.spec.compute.shards > 1 else self.layout
+
+    @property
+    def held_bytes(self) -> int:
+        """The most that a machine has of the capture on its disk at once: with rolling its first sequences and two windows, as
+        large as asked, or of one batch each where that is left open."""
+        return self.held_with(0)
+
+    def held_with(self, free_bytes: int) -> int:
+        """The same where so much is free on the disk, which decides a window that is left open."""
+        compute = self.spec.compute
+        part = longest_shard(self.spec) if compute.shards > 1 else self.spec
+        processes = compute.shards if compute.runs_here else 1
+        return min(self.layout.total_bytes, processes * held_bytes(part, self.shard_layout, free_bytes))
+
+    @property
+    def rolling_bytes(self) -> int | None:
+        """What --store rolling would have on the disk at once; None where the study is not one for it, or keeps all."""
+        spec = self.spec.model_dump()
+        spec["capture"]["store"] = "rolling"
+        try:
+            rolling = replace(self, spec=StudySpec.model_validate(spec))
+        except ValidationError:
+            return None
+        return rolling.held_bytes if rolling.held_bytes < self.held_bytes else None
 
     @property
     def shares_machine(self) -> bool:
@@ -118,12 +151,16 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
     # a GGUF file is dequantized to float32 before it is cast, on this machine
     # a probe loads the model again after the capture: of both, the larger one counts
     probe = probe_memory(spec, info, layout, activations) if spec.probe.asked else ProbeMemory(0, 0)
-    work = max(activations + ring, layer, probe.work)
+    in_pass = spec.capture.store == "none"
+    on_device, on_host = (device_pass_bytes(spec, layout), host_pass_bytes(spec, layout)) if in_pass else (0, 0)
+    work = max(activations + ring + on_device, layer, probe.work)
     wider = max(1, probe.model // max(1, weights.memory_bytes))  # a probe in float32 of a model of 2 bytes a value
     gguf = info.total_parameters * 4 if info.source.kind == "gguf" else 0
     # weights go to the GPUs tensor by tensor from memory-mapped files, whose pages the system can take back
     host = max(wider * layer, weights.memory_bytes + gguf if gguf else 0)
     experts = _experts_bytes(spec, layout)
+    # the process that captures counts as well
+    beside = writers + experts + (counting_bytes(spec, layout) if spec.capture.store != "full" else 0)
     return Demand(
         spec=spec,
         model=info,
@@ -135,12 +172,14 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
         vram_bytes=wider * weights.memory_bytes + work,
         # while experts are merged from their files a layer is there twice; no pass runs then
         ram_bytes=max(
-            weights.memory_bytes + gguf + max(layer, activations) + ring + writers + experts + PROCESS_BYTES,
+            weights.memory_bytes + gguf + max(layer, activations) + ring + beside + on_host + PROCESS_BYTES,
             probe.model + gguf + probe.work + PROCESS_BYTES,
         ),
-        host_ram_bytes=host + pinned + writers + experts + GPU_PROCESS_BYTES,
+        host_ram_bytes=host + pinned + beside + GPU_PROCESS_BYTES,
         experts_bytes=experts,
         private_bytes=_private_bytes(spec, layout),
+        host_pass_bytes=on_host,
+        device_pass_bytes=on_device,
     )
 
 

@@ -69,6 +69,11 @@ class Prepared(BaseModel):
         """The study for a person: `SmolLM2-135M 8x512`."""
         return f"{self.model.source.name} {self.corpus.num_sequences}x{self.corpus.sequence_length}"
 
+    @property
+    def extraction(self) -> str:
+        """What one extraction makes: a capture for all of its studies, or with --store rolling what one study counts of it."""
+        return self.capture_id if self.spec.capture.store == "full" else self.study_id
+
     def public_spec(self) -> dict[str, object]:
         """The spec as results may carry it: ids in the place of paths, no machine, no workspace, no target."""
         spec = self.spec.model_dump(mode="json", exclude={"compute", "publish_to", "probe"})
@@ -76,6 +81,9 @@ class Prepared(BaseModel):
             del spec["formats"]
         if self.spec.capture.experts == "auto":
             del spec["capture"]["experts"]
+        # what is kept is in no result, and a window is the machine's
+        for name in ("disk_window", *(("store", "store_sequences") if self.spec.capture.store == "full" else ())):
+            del spec["capture"][name]
         spec["model"] |= {"id": self.model.source.id, "revision": self.model.source.revision, "dtype": self.model.dtype}
         spec["corpus"]["source"] = self.corpus.source
         return spec
@@ -104,7 +112,12 @@ def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -
         )
     layers = resolve_layers(spec, info)
     _check_layers(spec, info, layers)
-    expert_mode(spec, info, layers)
+    mode = expert_mode(spec, info, layers)
+    if spec.capture.store == "none" and mode != "off":
+        raise BadInput(
+            f"--store none counts no experts, and those of {info.source.name} are read (--experts {mode}): give --experts "
+            "off, or --store rolling, which counts them"
+        )
     if weights:
         check_checkpoint(info, workspace, head=spec.capture.perplexity)
     return info

@@ -75,7 +75,8 @@ class SweepStudy(Part):
     def capture_key(self) -> str:
         """The same for studies that differ in criteria or target alone: they share a capture, and a machine."""
         spec = self.spec.model_dump(mode="json", include={"model", "corpus", "capture"})
-        spec["capture"].pop("perplexity")
+        for name in ("perplexity", "store", "store_sequences", "disk_window"):  # in no capture_id
+            spec["capture"].pop(name)
         if spec["model"]["quantization"] == "auto":  # dequantizes what it can, as `none` asks for
             spec["model"]["quantization"] = "none"
         compute = self.spec.compute

@@ -63,6 +63,11 @@ def test_a_summary_equals_the_oracle(capture, chunk_bytes, tile_bytes, workers):
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setattr(analysis, "TILE_BYTES", tile_bytes)
         summary, counts = count(Path(place), dtype, acts, lengths, chunk_bytes, workers)
+    check_summary(summary, counts, exact, lengths, dtype)
+
+
+def check_summary(summary, counts, exact, lengths, dtype):
+    """A Summary and its sequences' counts equal the oracle's."""
     found = oracle.totals(exact, LADDER, lengths)
     assert summary.tokens == sum(lengths)
     for site, wanted in found.items():

@@ -89,3 +89,19 @@ def test_the_ways_that_are_compared_count_the_same():
     assert sum(entry["count"] for entry in features.values()) == sum(
         int(tally.summary.sites[site].hits[frame.deciding_step].sum()) for site in ("attn_in", "mlp_in")
     )
+
+
+@pytest.mark.servers
+@pytest.mark.studies
+def test_the_benchmark_of_the_pass_runs_and_its_summaries_are_equal(tmp_path, smollm2_workspace):
+    figures, scratch = tmp_path / "figures.json", tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "benchmarks.in_pass", "--sequences", "2", "--length", "16", "--rounds", "1"]
+    where = ["--workspace", str(smollm2_workspace.root), "--scratch", str(scratch), "--json", str(figures)]
+    done = subprocess.run([*command, *where], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert set(found["seconds"]) == set(found["processor_seconds"]) == {"bare", "stored", "pass"}
+    assert found["pass over stored"] == pytest.approx(found["seconds"]["pass"] / found["seconds"]["stored"])
+    assert "| pass |" in done.stdout
+    assert list(scratch.iterdir()) == [], "the benchmark left files"

@@ -123,8 +123,17 @@ def prepared_for(acts, dtype, criteria=None, layers=None, lengths=None, **spec):
 
 def write_capture(prepared, workspace, acts, *, chunk_bytes=8 * 2**20, codec="none", order=None, lengths=None):
     """Write `acts` (storage dtype) as a finished capture; sequences are written in `order`, without their padding."""
+    layout = begin_capture(prepared, workspace, acts, chunk_bytes=chunk_bytes, codec=codec, lengths=lengths)
+    journal = Journal(workspace.capture(prepared.capture_id) / "journal.jsonl")
+    sequences = order if order is not None else range(layout.num_sequences)
+    write_sequences(prepared, workspace, layout, journal, acts, sequences, lengths)
+    return layout
+
+
+def begin_capture(prepared, workspace, acts, *, chunk_bytes=8 * 2**20, codec="none", lengths=None):
+    """Begin a capture of `acts`, and write its corpus: no sequence is there yet."""
     first = next(iter(acts.values()))
-    num_layers, num_sequences, positions, _ = first.shape
+    _, num_sequences, positions, _ = first.shape
     layout = Layout(
         widths={site: array.shape[-1] for site, array in acts.items()},
         layers=prepared.layers,
@@ -140,21 +149,26 @@ def write_capture(prepared, workspace, acts, *, chunk_bytes=8 * 2**20, codec="no
     lengths = np.full(num_sequences, positions, np.int32) if lengths is None else np.asarray(lengths, np.int32)
     create_arrays(folder, layout, ids, lengths)
     write_fingerprint(folder, {"fixed": {"format": 1}, "layout": shapes_of(layout), "threads": 1})
-    files, journal = ChunkFiles(folder, layout), Journal(folder / "journal.jsonl")
-    for sequence in order if order is not None else range(num_sequences):
+    _write_corpus(prepared, workspace, ids, lengths)
+    return layout
+
+
+def write_sequences(prepared, workspace, layout, journal, acts, sequences, lengths=None):
+    """Write and journal some sequences of `acts`, as a capture does."""
+    files = ChunkFiles(workspace.capture(prepared.capture_id), layout)
+    lengths = np.full(layout.num_sequences, layout.positions, np.int32) if lengths is None else np.asarray(lengths)
+    for sequence in sequences:
         unsynced = Unsynced(files.root)
         entry = {"sequence": int(sequence), "crc32": {}, "sizes": {}, "bytes": 0}
         for site, array in acts.items():
             chunks = [
                 c
-                for layer in range(num_layers)
+                for layer in range(len(array))
                 for c in files.write(site, layer, int(sequence), array[layer, sequence, : lengths[sequence]], unsynced)
             ]
             entry["crc32"][site], entry["sizes"][site] = [c for c, _ in chunks], [n for _, n in chunks]
         unsynced.sync()
         journal.append([entry])
-    _write_corpus(prepared, workspace, ids, lengths)
-    return layout
 
 
 def _write_corpus(prepared, workspace, ids, lengths):
