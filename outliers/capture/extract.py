@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import stat
 import time
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from outliers.capture.devices import Devices, choose_devices, instructions
+from outliers.capture.by_layers.finish import finish
+from outliers.capture.by_layers.record import LayerRecord, discard
+from outliers.capture.by_layers.run import LayeredSession, Step, nothing
+from outliers.capture.devices import Devices, instructions
 from outliers.capture.experts import ExpertPass, ExpertSumsFile
-from outliers.capture.forward import Batch, HookedPass, Progress
+from outliers.capture.forward import Batch, HookedPass
 from outliers.capture.libraries import LOOKED_FOR, libraries
 from outliers.capture.library_errors import explained
 from outliers.capture.load import PLAIN, fetch_weights, load_model
 from outliers.capture.perplexity import Head, losses
+from outliers.capture.schedule import decide
+from outliers.capture.session import MEMORY, Clock, Session, measure, tokens_of
 from outliers.capture.staging import StagingBuffer
 from outliers.corpus.tokens import Corpus, load_corpus
 from outliers.errors import CaptureMismatch, CorruptCapture
@@ -38,22 +39,24 @@ from outliers.store.chunks import ARRAYS, ChunkFiles, Journal, NamedChunk, creat
 from outliers.store.durable import drop_leftovers
 from outliers.store.fingerprint import difference, layout_from, read_fingerprint, shapes_of, write_fingerprint
 from outliers.study.expert_shapes import SUMS
-from outliers.study.layout import STORAGE, Layout
+from outliers.study.layout import Layout
 from outliers.study.prepare import Prepared, layout_of
-from outliers.study.ring_size import ring_slots, writers_bytes
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-_MEMORY = "give fewer --batch-sequences, a shorter --sequence-length, or a machine with more memory (--min-vram, --min-cpu-ram)"
-
 
 def extract(
-    prepared: Prepared, workspace: Workspace, reporter: Reporter, *, sequences: range | None = None
+    prepared: Prepared,
+    workspace: Workspace,
+    reporter: Reporter,
+    *,
+    sequences: range | None = None,
+    on_step: Step = nothing,
 ) -> dict[str, Any]:
     """Make or finish the capture of a study, or of some sequences (whole batches) of it.
 
-    Returns what this call did (sequences, tokens, seconds, bytes, device).
+    Returns what this call did (sequences, tokens, seconds, bytes, device). on_step: as `by_layers.run` calls it.
 
     Raises Busy if another process writes the capture, CaptureMismatch, CorruptCapture, SiteError, UnknownModel, PlanRefused
     and MemoryFull if the model does not fit the GPUs of this machine, HubUnavailable.
@@ -62,7 +65,8 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):
         corpus = load_corpus(prepared.corpus, workspace)
-        devices = choose_devices(prepared.spec, prepared.model)
+        spec, devices = decide(prepared.spec, prepared.model, folder)
+        prepared = prepared.model_copy(update={"spec": spec})
         layout = _begin(prepared, corpus, folder, devices)
         journal = Journal.open(folder / "journal.jsonl", repair=True)
         drop_leftovers(folder, ARRAYS)
@@ -74,11 +78,14 @@ def extract(
             log.warning("the experts of %s are not read: `outliers plan` says why", prepared.model.source.name)
         has_values = layout.experts is not None and layout.experts.values
         experts = ExpertSumsFile(folder, layout.experts, chosen) if layout.experts is not None and has_values else None
+        if (record := LayerRecord.complete(folder, chosen)) is not None:
+            finish(record, journal, files, corpus, experts)
         batches = _todo(wanted, journal, files, experts, prepared.spec.capture.perplexity)
         asked = sum(map(len, wanted))
         if not batches:
+            discard(folder)
             log.info("the capture %s is complete: nothing to extract", prepared.capture_id)
-            tokens = _tokens_of(asked, prepared, layout)
+            tokens = tokens_of(asked, prepared, layout)
             reporter.progress("extract", tokens, tokens, "tokens")
             return {"sequences": 0, "of_sequences": layout.num_sequences, "seconds": 0.0}
         # a batch is computed whole: its finished sequences are written again, and are not done until then
@@ -87,8 +94,12 @@ def extract(
             journal.redo(again)
         if journal.done:
             log.info("going on after %d of %d sequences", len(journal.done), layout.num_sequences)
-        session = _Session(prepared, workspace, corpus, files, journal, batches, asked, devices, reporter, experts)
-        result = session.run()
+        work = (prepared, workspace, corpus, files, journal, batches, asked, devices, reporter, experts)
+        if spec.compute.schedule == "layers":
+            result = LayeredSession(*work).run(chosen, on_step)
+        else:
+            result = _Whole(*work).run()
+            discard(folder)
         with (folder / "extractions.jsonl").open("a") as record:
             record.write(json.dumps(result) + "\n")
         return result
@@ -158,11 +169,6 @@ def _runs(sequences: range, batch: int) -> list[range]:
     return [range(start, min(start + batch, sequences.stop)) for start in range(sequences.start, sequences.stop, batch)]
 
 
-def _tokens_of(sequences: int, prepared: Prepared, layout: Layout) -> int:
-    """Tokens of that number of sequences, for a progress report: each sequence counts as an average one."""
-    return prepared.corpus.num_tokens * sequences // layout.num_sequences
-
-
 def _present(entry: dict[str, Any] | None, files: ChunkFiles) -> bool:
     return entry is not None and all(_whole(chunk) for chunk in files.named_by(entry))
 
@@ -195,30 +201,14 @@ def _todo(
     ]
 
 
-@dataclass(frozen=True)
-class _Session:
-    """One call of `extract` that has something to do.
-
-    batches: as `_todo` gives them. asked: sequences that the call is for, those included that are done. experts: the sums of
-    the model's experts, None where these are not read.
-    """
-
-    prepared: Prepared
-    workspace: Workspace
-    corpus: Corpus
-    files: ChunkFiles
-    journal: Journal
-    batches: list[tuple[range, bool]]
-    asked: int
-    devices: Devices
-    reporter: Reporter
-    experts: ExpertSumsFile | None
+class _Whole(Session):
+    """The model is loaded whole, and each batch is one forward pass."""
 
     def run(self) -> dict[str, Any]:
         """Load the model, run the batches, and return what `extract` returns."""
         began = time.monotonic()
-        info, report = self.prepared.model, self.reporter.progress
-        fetch_weights(info, self.workspace, lambda done, total: report("download", done, total, "bytes"))
+        info = self.prepared.model
+        fetch_weights(info, self.workspace, self.on_download())
         fetched = time.monotonic()
         perplexity = self.prepared.spec.capture.perplexity
         model = load_model(info, self.workspace, self.devices.map(info), head=perplexity)
@@ -226,73 +216,28 @@ class _Session:
         placement = self.devices.placement
         placed = f"; {placement.sentence}" if placement else ""
         log.info("loaded %s on %s in %.1f s%s", info.source.name, self.devices.kind, loaded - fetched, placed)
-        staging = self._pass(model)
-        ended = time.monotonic()
-        tokens = sum(int(self.corpus.lengths[run.start : run.stop].sum()) for run, _ in self.batches)
-        written = sum(self.journal.done[s]["bytes"] for run, read in self.batches if read for s in run)
-        rate = tokens / (ended - loaded)
-        log.info("read %d tokens in %.1f s (%.0f a second), %.1f MB", tokens, ended - loaded, rate, written / 1e6)
-        return {
-            "sequences": self._todo,
-            "of_sequences": self.files.layout.num_sequences,
-            "tokens": tokens,
-            "bytes": written,
-            "download_seconds": round(fetched - began, 3),
-            "load_seconds": round(loaded - fetched, 3),
-            "seconds": round(ended - began, 3),
-            "tokens_per_second": round(rate, 1),
-            "device": self.devices.kind,
-            "gpus": len(placement.gpus) if placement else 0,
-            "threads": torch.get_num_threads(),
-            "ring_bytes": staging.total_bytes,
-            "ring_waited_seconds": round(staging.waited_seconds, 3),
-            "process": os.getpid(),
-        }
-
-    @property
-    def _todo(self) -> int:
-        return sum(len(run) for run, _ in self.batches)
-
-    def _pass(self, model: torch.nn.Module) -> StagingBuffer:
-        """Every batch through the model and onto the disk; returns the staging buffer, closed."""
-        layout, todo = self.files.layout, self._todo
-        slot = (
-            self.prepared.spec.capture.batch_sequences
-            * layout.positions
-            * max(layout.widths.values())
-            * layout.itemsize
-        )
-        pinned = self.devices.placement is not None
-        with StagingBuffer(slot, ring_slots(slot), write_parts, pinned=pinned) as staging:
-            more = writers_bytes(layout.largest_chunk_bytes, staging.writers, packed=layout.codec != "none")
-            log.info(
-                "one pass over %d sequences; in addition to the model at most %.0f MB of memory: a staging buffer of %.0f MB and "
-                "%d writers",
-                *(todo, (staging.total_bytes + more) / 1e6, staging.total_bytes / 1e6, staging.writers),
-            )
+        with self.staging() as staging:
             self._forward(model, staging)
         if self.experts is not None:
             self.experts.save()
-        return staging
+        return self.result(Clock(began, fetched, loaded, time.monotonic()), staging)
 
     def _forward(self, model: torch.nn.Module, staging: StagingBuffer) -> None:
-        """Raises MemoryFull, SiteError, and the error of a writer."""
-        info, corpus = self.prepared.model, self.corpus
-        layout, anatomy = self.files.layout, info.anatomy
-        progress = Progress(self.reporter, self._todo, self.asked, _tokens_of(self.asked, self.prepared, layout))
-        modules = anatomy.modules(tuple(layout.stored), layout.layers)
+        """Every batch through the model and onto the disk. Raises MemoryFull, SiteError, and the error of a writer."""
+        info, anatomy = self.prepared.model, self.prepared.model.anatomy
+        progress = self.progress()
+        modules = anatomy.modules(tuple(self.layout.stored), self.layout.layers)
         head = Head(model) if self.prepared.spec.capture.perplexity else None
         base = model.get_submodule(anatomy.backbone)
-        hooked = HookedPass(base, modules, staging, layout, progress.during)
+        hooked = HookedPass(base, modules, staging, self.layout, progress.during)
         experts = self._watched(base)
         for run, read in self.batches:
-            lengths = tuple(int(length) for length in corpus.lengths[run.start : run.stop])
+            lengths = self.lengths(run)
             expected = len(modules) * len(run) * read + (head is not None) + (read and experts is not None)
             batch = Batch(run, lengths, expected, self.journal, self.files)
-            rows = corpus.token_ids[run.start : run.stop, : batch.positions].astype(np.int64)  # (sequence, position)
             what = f"the forward pass of {info.source.name} over {len(run)} x {batch.positions} tokens"
-            with explained(what, _MEMORY, PLAIN):
-                ids = torch.from_numpy(rows).to(self.devices.first)
+            with explained(what, MEMORY, PLAIN):
+                ids = self.ids(run, batch.positions)
                 if read and experts is not None:
                     experts.begin(batch)
                 hidden = hooked.forward(batch, ids, read=read)
@@ -300,40 +245,10 @@ class _Session:
                     experts.finish()
                 found = losses(head, hidden, ids, lengths) if head is not None else None
             if found is not None:
-                _measure(batch, found, read=read)
+                measure(batch, found, read=read)
             progress.finished(len(run))
 
     def _watched(self, base: torch.nn.Module) -> ExpertPass | None:
         """What watches the model's experts; None where these are not read."""
-        info, shapes = self.prepared.model.experts, self.files.layout.experts
-        if info is None or shapes is None:
-            return None
-        if shapes.values:
-            log.info(
-                "every expert of %d layers is read: %.0f MB of memory for their sums",
-                *(len(shapes.layers), shapes.sums_bytes / 1e6),
-            )
-        return ExpertPass(base, info, self.files.layout, self.experts)
-
-
-def _measure(batch: Batch, found: list[tuple[float, int]], *, read: bool) -> None:
-    """Add the losses of a batch to its journal lines; if only the losses were missing, append the lines again with them."""
-    lines = {s: {"nll": nll, "nll_tokens": count} for s, (nll, count) in zip(batch.sequences, found, strict=True)}
-    if not read:
-        batch.journal.append([batch.journal.done[sequence] | line for sequence, line in lines.items()])
-    elif batch.add_losses(lines):
-        batch.finish()
-
-
-def write_parts(key: tuple[Batch, str, int], values: NDArray[Any]) -> None:
-    """Write each sequence of a tensor, without padding; the threads of the staging buffer call it.
-
-    key: the batch, the site, and the index of the layer among the captured layers. values: (sequence, position, feature).
-    """
-    batch, site, layer = key
-    stored = STORAGE[batch.files.layout.dtype]
-    for row, sequence in enumerate(batch.sequences):
-        tokens = values[row, : batch.lengths[row]].view(stored)  # (position, feature)
-        chunks = batch.files.write(site, layer, sequence, tokens, batch.unsynced())
-        if batch.add(site, layer, sequence, chunks):
-            batch.finish()
+        info = self.prepared.model.experts
+        return ExpertPass(base, info, self.layout, self.experts) if info is not None and self.watch() else None
