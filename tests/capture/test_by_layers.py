@@ -114,7 +114,7 @@ def test_an_interrupted_capture_goes_on_in_either_order(tmp_path, moe, text, who
 
 def test_a_capture_begun_whole_is_finished_by_layers(tmp_path, moe, text, whole):
     workspace = open_workspace(tmp_path)
-    extract(study_of(workspace, moe, text, "whole"), workspace, Silent(), sequences=range(0, 2))
+    extract(study_of(workspace, moe, text, "whole"), workspace, Silent(), sequences=range(2))
     study = study_of(workspace, moe, text, "layers")
     assert extract(study, workspace, Silent())["sequences"] == 3
     found = files_of(workspace, study)
@@ -281,7 +281,7 @@ def test_names_that_transformers_moved_are_refused_in_a_sentence():
         find_seams(((module, "gone", ()),))
     with pytest.raises(PlanRefused, match="that takes model, state_dict, load_config"):
         find_seams(((module, name, ("model", "weights")),))
-    with pytest.raises(PlanRefused, match="has no load in transformers.nowhere"):
+    with pytest.raises(PlanRefused, match=r"has no load in transformers\.nowhere"):
         find_seams((("transformers.nowhere", "load", arguments),))
 
 

@@ -24,7 +24,7 @@ def texts(folder):
     return folder
 
 
-def study_of(workspace, folder, text, schedule, packing="joined", **capture):
+def study_of(workspace, folder, text, schedule, packing="joined", no_keep_weights=False, **capture):
     """Five sequences in batches of two: the last one is smaller."""
     return prepared(
         workspace,
@@ -33,7 +33,7 @@ def study_of(workspace, folder, text, schedule, packing="joined", **capture):
         sequences=5,
         capture=CAPTURE | capture,
         corpus={"packing": packing},
-        compute={"schedule": schedule},
+        compute={"schedule": schedule, "no_keep_weights": no_keep_weights},
     )
 
 

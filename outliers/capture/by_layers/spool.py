@@ -27,7 +27,7 @@ class Spool:
     def write(self, layer: int, batch: int, hidden: torch.Tensor, unsynced: Unsynced) -> Described:
         """Write what a layer is given; durable after `unsynced.sync()`. Raises as `write_soon`."""
         values = hidden.detach().to("cpu").contiguous()
-        content = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+        content = values.reshape(-1).view(torch.uint8).numpy().data
         write_soon(str(self._path(layer, batch)), content, unsynced)
         return {
             "shape": list(values.shape),
@@ -40,7 +40,7 @@ class Spool:
         path = self._path(layer, batch)
         # in memory of torch's own, aligned as any result is: some kernels choose by alignment
         values = torch.empty(described["shape"], dtype=getattr(torch, described["dtype"]))
-        content = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+        content = values.reshape(-1).view(torch.uint8).numpy().data
         try:
             with path.open("rb", buffering=0) as file:
                 whole = _fill(file, content) and not file.read(1)

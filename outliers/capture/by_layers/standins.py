@@ -42,12 +42,12 @@ class StandIns:
         self.width: int | None = None
         for number, layer in enumerate(self._layers):
             # on the instance: the module, its hooks and its place in the tree stay what they are
-            layer.forward = self._forward_of(number)  # type: ignore[method-assign]
+            layer.forward = self._forward_of(number)
 
     def detach(self) -> None:
         """Give every layer its own forward back."""
         for layer, own in zip(self._layers, self._own, strict=True):
-            layer.forward = own  # type: ignore[method-assign]
+            layer.forward = own
 
     def begin(self, layer: int, given: torch.Tensor | None, hand_on: Callable[[torch.Tensor], None]) -> None:
         """Before a pass: the layer that runs in it, and what it gets, None for what the base gives it (layer 0).

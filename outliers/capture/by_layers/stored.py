@@ -53,7 +53,7 @@ class StoredTensor:
                 f"{self.name} is stored in {self.tensor.dtype}, which torch {torch.__version__} can't read"
             )
         content = torch.empty(self.tensor.nbytes, dtype=torch.uint8)
-        _fill(self.tensor.file, self.tensor.offset, memoryview(content.numpy()))
+        _fill(self.tensor.file, self.tensor.offset, content.numpy().data)
         return content.view(dtype).reshape(self.tensor.shape)
 
 
