@@ -22,10 +22,11 @@ def download_bytes(info: ModelInfo) -> int:
 def held_bytes(demand: Demand, weights: int) -> int:
     """Of `weights` bytes to fetch, those that are on the disk at once: all, or with --no-keep-weights a few files.
 
-    These are the file or two with the embedding and the head, and those of the layer that runs and of the next one, which
-    may each begin in one file and end in another.
+    These are the two with the embedding and the head, and those of one layer, which may begin in one file and end in
+    another: a layer that is loaded needs none any more.
     """
     if not demand.spec.compute.no_keep_weights:
         return weights
-    layer = max(demand.model.weights.layer_bytes)
-    return min(weights, 2 * SHARD_BYTES + 2 * (layer // SHARD_BYTES + 2) * SHARD_BYTES)
+    sizes = demand.model.weights
+    layer = max(sizes.layer_bytes) * sizes.checkpoint_bytes // sizes.memory_bytes
+    return min(weights, (2 + layer // SHARD_BYTES + 2) * SHARD_BYTES)
