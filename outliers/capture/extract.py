@@ -78,8 +78,8 @@ def extract(
             log.warning("the experts of %s are not read: `outliers plan` says why", prepared.model.source.name)
         has_values = layout.experts is not None and layout.experts.values
         experts = ExpertSumsFile(folder, layout.experts, chosen) if layout.experts is not None and has_values else None
-        if (record := LayerRecord.complete(folder, chosen)) is not None:
-            finish(record, journal, files, corpus, experts)
+        if (layered := LayerRecord.complete(folder, chosen)) is not None:
+            finish(layered, journal, files, corpus, experts)
         batches = _todo(wanted, journal, files, experts, prepared.spec.capture.perplexity)
         asked = sum(map(len, wanted))
         if not batches:

@@ -104,16 +104,16 @@ class HubCheckpoint:
 
 
 def open_checkpoint(
-    info: ModelInfo, workspace: Workspace, progress: Callable[[int, int], None], *, keep: bool
+    info: ModelInfo, workspace: Workspace, progress: Callable[[int, int], None], *, keep: bool, head: bool
 ) -> Checkpoint:
     """The weights of a model; with `keep` all of them on this machine first, else a model of the hub file by file.
 
-    A model that the cache of this machine holds is read there, and nothing of it is deleted. Raises what `fetch_weights`
-    and `check_checkpoint` raise.
+    head: whether the model's head is used. A model that the cache of this machine holds is read there, and nothing of it is
+    deleted. Raises what `fetch_weights` and `check_checkpoint` raise.
     """
     source = info.source
     if not keep and source.kind == "hub" and cached_model(source.path, source.revision) is None:
         return HubCheckpoint(Shards(source.path, source.revision, workspace.models / source.key / "shards", progress))
     folder = Path(fetch_weights(info, workspace, progress))
-    check_checkpoint(info, workspace, head=False)
+    check_checkpoint(info, workspace, head=head)
     return FolderCheckpoint(folder)

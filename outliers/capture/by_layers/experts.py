@@ -77,7 +77,7 @@ class LayerTable:
 
     def take(self, field: str, sequence: int, crc: int) -> NDArray[Any]:
         """(position, slot) of one sequence. Raises CorruptCapture where it is not what was put."""
-        values = self._arrays[field][self._rows[sequence]]
+        values: NDArray[Any] = self._arrays[field][self._rows[sequence]]
         if _crc(values) != crc:
             raise changed(self._path(field))
         return values

@@ -12,7 +12,7 @@ gets, and at the last layer the losses. It is appended once all that is on the d
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class LayerRecord:
             discard(capture)
             folder.mkdir()
             write_sealed(folder / "plan.json", plan.content())
-        return cls(folder, plan, Journal.open(folder / "layers.jsonl", repair=True, keep=_lean))
+        return cls(folder, plan, _lines(folder, _lean))
 
     @classmethod
     def complete(cls, capture: Path, asked: range) -> LayerRecord | None:
@@ -88,7 +88,7 @@ class LayerRecord:
             tuple(content["held"]),
             content["perplexity"],
         )
-        journal = Journal.open(folder / "layers.jsonl", repair=True)
+        journal = _lines(folder)
         return cls(folder, plan, journal) if len(journal.done) == plan.units else None
 
     @property
@@ -119,6 +119,14 @@ class LayerRecord:
 
     def _number(self, layer: int, batch: int) -> int:
         return layer * len(self.plan.batches) + batch
+
+
+def _lines(folder: Path, keep: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Journal:
+    path = folder / "layers.jsonl"
+    try:
+        return Journal.open(path, repair=True, keep=keep)
+    except CorruptCapture as error:
+        raise changed(path) from error
 
 
 def discard(capture: Path) -> None:

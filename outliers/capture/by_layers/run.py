@@ -75,17 +75,17 @@ class LayeredSession(Session):
         if record.done:
             log.info("going on by layers after %d of %d steps", record.done, record.plan.units)
         info, keep = self.prepared.model, not self.prepared.spec.compute.no_keep_weights
-        checkpoint = open_checkpoint(info, self.workspace, self.on_download(), keep=keep)
+        head = record.plan.perplexity
+        checkpoint = open_checkpoint(info, self.workspace, self.on_download(), keep=keep, head=head)
         fetched = time.monotonic()
         left = [layer for layer in range(record.plan.layers) if record.left(layer)]
-        head = record.plan.perplexity
         model = LayeredModel(info, self.workspace, checkpoint, self.devices.first, head=head, layers=left)
         loaded = time.monotonic()
         log.info(
             "loaded what is outside of the layers of %s on %s in %.1f s",
             *(info.source.name, self.devices.kind, loaded - fetched),
         )
-        with self.staging() as staging, torch.inference_mode():
+        with self.staging() as staging:
             _Layers(self, record, model, staging, step).run()
         step("all layers are journaled")
         complete = LayerRecord.complete(self.files.root.parent, asked)
