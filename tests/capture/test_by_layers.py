@@ -24,6 +24,8 @@ from outliers.study.demand import demand_of
 from outliers.study.prepare import model_info
 from outliers.study.schedule import check_schedule, with_schedule
 from outliers.workspace import open_workspace
+from tests.model.test_fp8 import quantized
+from tests.model.test_quantized import gpt_oss
 from tests.support import tiny
 from tests.support.captured import prepared
 from tests.support.layered import Stopped, captured, files_of, stop_at, study_of, texts
@@ -69,6 +71,19 @@ def test_every_file_is_that_of_the_whole_pass(tmp_path, text, documents, family,
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_every_family_gives_the_files_of_the_whole_pass(tmp_path, text, documents, family, dtype):
     equal(tmp_path, family, dtype, text, documents)
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_weights_that_are_made_plain_give_the_files_of_the_whole_pass(tmp_path, text, method):
+    """FP8 with its own product, whose last blocks are smaller, and experts of MXFP4 by transformers' converter."""
+    if method == "fp8":
+        folder = tmp_path / "model"
+        quantized(folder)
+    else:
+        folder, _ = gpt_oss(tmp_path)
+    one, other = (captured(tmp_path / order, folder, text, order)[0] for order in ("whole", "layers"))
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
 
 
 def test_layers_above_the_last_captured_one_are_not_run(tmp_path, llama, text):
