@@ -161,3 +161,10 @@ def total_ram_bytes() -> int:
         with contextlib.suppress(OSError, ValueError):
             total = min(total, int(path.read_text()))
     return total
+
+
+def available_ram_bytes() -> int:
+    """Memory that a new process can have without swapping, of this machine or container, in bytes."""
+    import psutil
+
+    return min(total_ram_bytes(), int(psutil.virtual_memory().available))

@@ -193,6 +193,9 @@ def show_plan(console: Answers, plan: Plan) -> None:
     if plan.download_bytes:
         line(console, "download", f"{size(plan.download_bytes)} from the hub")
     line(console, "memory", f"{size(plan.ram_bytes)} without a GPU, {size(plan.host_ram_bytes)} with")
+    if plan.schedule == "layers":
+        reason = plan.schedule_reason or "a layer at a time (--schedule layers)"
+        line(console, "schedule", f"{reason}; {size(plan.spool_bytes)} of disk between layers")
     for share in plan.gpus:
         which = "on a GPU" if len(plan.gpus) == 1 else f"on GPU {share.gpu}"
         cut = "" if len(plan.gpus) == 1 else f", where the model is cut over {len(plan.gpus)}"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -75,14 +76,39 @@ class ExpertSumsFile:
         self._took = self._saved - began
 
 
-class ExpertPass:
-    """Watches the experts of a model while batches run, and writes their table.
+class Sums(Protocol):
+    """The sums to which a reading adds: of all layers (`ExpertSumsFile`), or of one."""
 
-    `begin` before a forward pass, `finish` after it: that adds the batch to the sums and hands the table of each sequence to
-    the batch.
+    @property
+    def sums(self) -> ExpertSums:
+        """What a batch is added to."""
+
+    def holds(self, sequence: int) -> bool:
+        """Whether the values of a sequence are in them."""
+
+    def finished(self, sequences: range) -> None:
+        """Told when all values of a batch are in them."""
+
+
+Table = dict[str, NDArray[Any]]
+"""The routing table of a batch: field -> (layer, sequence, position, slot), padding included."""
+
+
+class ExpertPass:
+    """Watches the experts of a model while batches run, and hands on their table.
+
+    `begin` before a forward pass, `finish` after it: that adds the batch to the sums and gives its table to `put`, which by
+    default writes it to the capture.
     """
 
-    def __init__(self, base: torch.nn.Module, info: ExpertsInfo, layout: Layout, kept: ExpertSumsFile | None) -> None:
+    def __init__(
+        self,
+        base: torch.nn.Module,
+        info: ExpertsInfo,
+        layout: Layout,
+        kept: Sums | None,
+        put: Callable[[Batch, Table], None] | None = None,
+    ) -> None:
         """kept: None where routing alone is read."""
         if layout.experts is None:
             raise ValueError("the capture reads no experts")
@@ -94,7 +120,8 @@ class ExpertPass:
         self._index = {layer: number for number, layer in enumerate(self.shapes.layers)}
         self._watch = ExpertWatch(base, info, self.shapes.layers, self._take)
         self._batch: Batch | None = None
-        self._table: dict[str, NDArray[Any]] = {}
+        self._put = put or write_table
+        self._table: Table = {}
         self._sums: ExpertSums | None = None
         self._spare: ExpertSums | None = None
 
@@ -112,21 +139,19 @@ class ExpertPass:
         self._watch.start(len(batch.sequences), batch.positions)
 
     def finish(self) -> None:
-        """Check that every layer was seen, write the batch's table and note it in the sums. Raises SiteError, OSError."""
+        """Check that every layer was seen, note the batch in the sums and hand on its table. Raises SiteError, OSError."""
         self._watch.end()
         batch = self._batch
         if batch is None:
             raise ValueError("no batch was begun")
-        written = {
-            (field, 0, sequence): batch.files.write_table(field, sequence, values[:, row], batch.unsynced())
-            for row, sequence in enumerate(batch.sequences)
-            for field, values in self._table.items()
-        }
         if self.kept is not None and self._sums is not None:
             self.kept.finished(batch.sequences)
-        self._batch, self._table = None, {}
-        if batch.add_table(written):
-            batch.finish()
+        table, self._batch, self._table = self._table, None, {}
+        self._put(batch, table)
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        self._watch.detach()
 
     def _take(self, routed: Routed) -> None:
         batch = self._batch
@@ -144,3 +169,14 @@ class ExpertPass:
             sums, index = self._spare or ExpertSums.zero(one), 0
             self._spare = sums
         add_layer(sums, views, index, routed, batch.lengths, batch.positions)
+
+
+def write_table(batch: Batch, table: Table) -> None:
+    """Write the routing table of each sequence of a batch to the capture, and tell the batch. Raises OSError."""
+    written = {
+        (field, 0, sequence): batch.files.write_table(field, sequence, values[:, row], batch.unsynced())
+        for row, sequence in enumerate(batch.sequences)
+        for field, values in table.items()
+    }
+    if batch.add_table(written):
+        batch.finish()

@@ -20,12 +20,17 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from outliers.capture.devices import Devices, choose_devices, instructions
+from outliers.capture.by_layers.finish import finish
+from outliers.capture.by_layers.record import LayerRecord, discard
+from outliers.capture.by_layers.run import LayeredSession, Step, nothing
+from outliers.capture.devices import Devices, instructions
 from outliers.capture.experts import ExpertSumsFile
 from outliers.capture.forward import Sink
 from outliers.capture.libraries import LOOKED_FOR, libraries
-from outliers.capture.session import Capturing, Session, tokens_of
-from outliers.capture.session import write_parts as write_parts
+from outliers.capture.schedule import decide
+from outliers.capture.session import Session
+from outliers.capture.work import Work, tokens_of
+from outliers.capture.work import write_parts as write_parts
 from outliers.corpus.tokens import Corpus, load_corpus
 from outliers.errors import CaptureMismatch, CorruptCapture
 from outliers.events.stream import Reporter
@@ -48,11 +53,12 @@ def extract(
     *,
     sequences: range | None = None,
     open_windows: OpenWindows | None = None,
+    on_step: Step = nothing,
 ) -> dict[str, Any]:
     """Make or finish the capture of a study, or of some sequences (whole batches) of it.
 
-    open_windows: for a capture that keeps only some of it. Returns what this call did (sequences, tokens, seconds, bytes,
-    device).
+    open_windows: for a capture that keeps only some of it. on_step: as `by_layers.run` calls it. Returns what this call did
+    (sequences, tokens, seconds, bytes, device).
 
     Raises Busy if another process writes the capture, CaptureMismatch, CorruptCapture, SiteError, UnknownModel, PlanRefused
     and MemoryFull if the model does not fit the GPUs of this machine, HubUnavailable.
@@ -61,7 +67,8 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):
         corpus = load_corpus(prepared.corpus, workspace)
-        devices = choose_devices(prepared.spec, prepared.model)
+        spec, devices = decide(prepared.spec, prepared.model, folder)
+        prepared = prepared.model_copy(update={"spec": spec})
         layout = _begin(prepared, corpus, folder, devices)
         journal = Journal.open(folder / "journal.jsonl", repair=True)
         drop_leftovers(folder, ARRAYS)
@@ -71,10 +78,11 @@ def extract(
             log.warning("the experts of %s are not read: `outliers plan` says why", prepared.model.source.name)
         has_values = layout.experts is not None and layout.experts.values
         experts = ExpertSumsFile(folder, layout.experts, chosen) if layout.experts is not None and has_values else None
-        capture = _Capture(prepared, workspace, reporter, corpus, devices, files, journal, chosen, experts)
+        work = Work(prepared, workspace, corpus, files, journal, len(chosen), devices, reporter, experts)
+        capture = _Capture(work, chosen)
         windows = open_windows(chosen, corpus, layout, journal) if open_windows is not None else None
         if windows is None:
-            result = capture.whole()
+            result = capture.whole(on_step)
         else:
             result = capture.in_pass(windows) if isinstance(windows, PassWindows) else capture.rolling(windows)
         if result["sequences"]:
@@ -124,28 +132,28 @@ OpenWindows = Callable[[range, Corpus, Layout, Journal], Windows | None]
 
 @dataclass(frozen=True)
 class _Capture:
-    """One call of `extract`, with the capture's lock held. experts: the sums of the model's experts, None where not read."""
+    """One call of `extract`, with the capture's lock held. wanted: the sequences that it is for."""
 
-    prepared: Prepared
-    workspace: Workspace
-    reporter: Reporter
-    corpus: Corpus
-    devices: Devices
-    files: ChunkFiles
-    journal: Journal
+    of: Work
     wanted: range
-    experts: ExpertSumsFile | None
 
-    def whole(self) -> dict[str, Any]:
-        """Capture all that is missing."""
-        batches = self._missing(self.wanted, self.journal)
+    def whole(self, on_step: Step) -> dict[str, Any]:
+        """Capture all that is missing, with the whole model or a layer at a time."""
+        of, folder = self.of, self.of.files.root.parent
+        if (layered := LayerRecord.complete(folder, self.wanted)) is not None:
+            finish(layered, of.journal, of.files, of.corpus, of.experts)
+        batches = self._missing(self.wanted, of.journal)
         if not batches:
+            discard(folder)
             return self._nothing()
         self._withdraw(batches)
-        if self.journal.done:
-            log.info("going on after %d of %d sequences", len(self.journal.done), self.files.layout.num_sequences)
+        if of.journal.done:
+            log.info("going on after %d of %d sequences", len(of.journal.done), of.layout.num_sequences)
+        if of.prepared.spec.compute.schedule == "layers":
+            return LayeredSession(of, batches).run(self.wanted, on_step)
         with self._session(sum(len(run) for run, _ in batches)) as session:
             session.read(batches)
+        discard(folder)
         return session.result()
 
     def rolling(self, windows: Windows) -> dict[str, Any]:
@@ -155,7 +163,7 @@ class _Capture:
             while (window := windows.next()) is not None or self._lacks(windows):
                 own = windows.kept if window is None else window
                 # the file names the chunks; what this process has appended is kept in memory without them
-                batches = self._missing(own, Journal.open(self.journal.path))
+                batches = self._missing(own, Journal.open(self.of.journal.path))
                 if batches:
                     if session is None:
                         session = stack.enter_context(self._session(self.wanted.stop - own.start))
@@ -168,7 +176,7 @@ class _Capture:
 
     def in_pass(self, windows: PassWindows) -> dict[str, Any]:
         """Count window after window in the forward pass, and store the sequences that stay."""
-        lacking = self._missing(windows.stored, Journal.open(self.journal.path))
+        lacking = self._missing(windows.stored, Journal.open(self.of.journal.path))
         if windows.next() is None and not lacking:
             return self._nothing()
         with self._session(self.wanted.stop - min(self.wanted.stop, self._upto(windows))) as session:
@@ -176,15 +184,15 @@ class _Capture:
                 self._withdraw(lacking)
                 session.read(lacking)
                 session.flush()
-            with windows.counting(self.devices.first):
+            with windows.counting(self.of.devices.first):
                 while (window := windows.next()) is not None:
                     self._count(windows, window, session)
         return session.result()
 
     def _count(self, windows: PassWindows, window: range, session: Session) -> None:
         own = range(window.start, max(window.start, min(window.stop, windows.kept.stop)))
-        lacking = {run.start for run, _ in self._missing(own, Journal.open(self.journal.path))}
-        for run in _runs(window, self.prepared.spec.capture.batch_sequences):
+        lacking = {run.start for run, _ in self._missing(own, Journal.open(self.of.journal.path))}
+        for run in _runs(window, self.of.prepared.spec.capture.batch_sequences):
             store = run.start in lacking
             if store:
                 self._withdraw([(run, True)])
@@ -199,38 +207,28 @@ class _Capture:
 
     def _lacks(self, windows: Windows) -> bool:
         """Whether a sequence that stays was withdrawn after it was counted."""
-        return bool(self._missing(windows.kept, Journal.open(self.journal.path)))
+        return bool(self._missing(windows.kept, Journal.open(self.of.journal.path)))
 
     def _missing(self, sequences: range, journal: Journal) -> list[tuple[range, bool]]:
-        size = self.prepared.spec.capture.batch_sequences
-        return _todo(_runs(sequences, size), journal, self.files, self.experts, self.prepared.spec.capture.perplexity)
+        size = self.of.prepared.spec.capture.batch_sequences
+        return _todo(
+            _runs(sequences, size), journal, self.of.files, self.of.experts, self.of.prepared.spec.capture.perplexity
+        )
 
     def _withdraw(self, batches: list[tuple[range, bool]]) -> None:
         # a batch is computed whole: its finished sequences are written again, and are not done until then
-        again = [s for run, read in batches if read for s in run if s in self.journal.done]
+        again = [s for run, read in batches if read for s in run if s in self.of.journal.done]
         if again:
-            self.journal.redo(again)
+            self.of.journal.redo(again)
 
     def _session(self, todo: int) -> Session:
-        of = Capturing(
-            prepared=self.prepared,
-            workspace=self.workspace,
-            corpus=self.corpus,
-            files=self.files,
-            journal=self.journal,
-            devices=self.devices,
-            reporter=self.reporter,
-            asked=len(self.wanted),
-            todo=todo,
-            experts=self.experts,
-        )
-        return Session(of)
+        return Session(self.of, todo)
 
     def _nothing(self) -> dict[str, Any]:
-        log.info("the capture %s is complete: nothing to extract", self.prepared.capture_id)
-        tokens = tokens_of(len(self.wanted), self.prepared, self.files.layout.num_sequences)
-        self.reporter.progress("extract", tokens, tokens, "tokens")
-        return {"sequences": 0, "of_sequences": self.files.layout.num_sequences, "seconds": 0.0}
+        log.info("the capture %s is complete: nothing to extract", self.of.prepared.capture_id)
+        tokens = tokens_of(len(self.wanted), self.of.prepared, self.of.layout)
+        self.of.reporter.progress("extract", tokens, tokens, "tokens")
+        return {"sequences": 0, "of_sequences": self.of.layout.num_sequences, "seconds": 0.0}
 
 
 def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -> Layout:

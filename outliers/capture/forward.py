@@ -228,7 +228,7 @@ class Progress:
         if time.monotonic() - self._reported >= PROGRESS_SECONDS:
             self._report(self.done + sequences)
 
-    def finished(self, sequences: int) -> None:
+    def finished(self, sequences: float) -> None:
         self.done += sequences
         if self.done >= self.todo:
             self._report(self.done)

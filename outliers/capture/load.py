@@ -18,7 +18,13 @@ from outliers.capture.devices import torch_place
 from outliers.capture.library_errors import explained
 from outliers.errors import PlanRefused
 from outliers.hub.headers import Tensor, read_checkpoint
-from outliers.model.complete import check_checkpoint, check_promised, check_report, without_quantization
+from outliers.model.complete import (
+    check_checkpoint,
+    check_promised,
+    check_report,
+    promised_weights,
+    without_quantization,
+)
 from outliers.model.describe import ModelInfo, build_empty, check_place, method_of, quantization_of
 from outliers.model.foreign import foreign
 from outliers.model.fp8 import LazyWeight, pairs, plain_shapes
@@ -49,6 +55,22 @@ def load_model(
     UnknownModel if the weights can't be read, PlanRefused if this machine can't compute with them, MemoryFull, and
     HubUnavailable and DiskFull of a download.
     """
+    options = loading_options(info, workspace, devices)
+    place = Path(fetch_weights(info, workspace))
+    check_checkpoint(info, workspace, head=head)
+    config = load_config(info.source, workspace)
+    what = f"loading {info.source.name} ({amounts(info.weight_bytes)[0]} of weights)"
+    with foreign(f"the weights of {info.source.name} can't be read"), explained(what, MEMORY, PLAIN):
+        model, report = _from_files(place, config, info, options)
+    check_report(read_report(report), info, config, head=head)
+    if info.quantization is None:
+        check_promised(model, info, promised_weights(info, config))
+    check_arithmetic(model, info)
+    return model.eval()
+
+
+def loading_options(info: ModelInfo, workspace: Workspace, devices: str | DeviceMap) -> dict[str, Any]:
+    """Options of `from_pretrained` for the arithmetic that `info` names. Raises PlanRefused."""
     import torch
 
     where = {"": devices} if isinstance(devices, str) else dict(devices)
@@ -61,18 +83,7 @@ def load_model(
     }
     if info.experts_implementation:
         options["experts_implementation"] = info.experts_implementation
-    options |= _quantization(info, workspace, where)
-    place = Path(fetch_weights(info, workspace))
-    check_checkpoint(info, workspace, head=head)
-    config = load_config(info.source, workspace)
-    what = f"loading {info.source.name} ({amounts(info.weight_bytes)[0]} of weights)"
-    with foreign(f"the weights of {info.source.name} can't be read"), explained(what, MEMORY, PLAIN):
-        model, report = _from_files(place, config, info, options)
-    check_report(read_report(report), info, config, head=head)
-    if info.quantization is None:
-        check_promised(model, info, config)
-    _check(model, info)
-    return model.eval()
+    return options | _quantization(info, workspace, where)
 
 
 def _from_files(
@@ -139,8 +150,8 @@ def _quantization(info: ModelInfo, workspace: Workspace, where: DeviceMap) -> di
     return {}
 
 
-def _check(model: Any, info: ModelInfo) -> None:
-    """Check that the loaded model is the described one: transformers may fall back with only a warning."""
+def check_arithmetic(model: Any, info: ModelInfo) -> None:
+    """Check that the loaded model is the described one: transformers may fall back with only a warning. Raises PlanRefused."""
     quantizer = getattr(model, "hf_quantizer", None)
     undone = quantizer is not None and getattr(quantizer.quantization_config, "dequantize", False)
     if info.quantization is not None and undone:

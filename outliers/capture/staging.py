@@ -83,7 +83,7 @@ class StagingBuffer:
         copies: Copies | None = None,
     ) -> None:
         self._copies = copies if copies is not None else CudaCopies() if pinned else HostCopies()
-        self._slot_bytes = slot_bytes
+        self._slot_bytes, self._slots = slot_bytes, slots
         self._write = write
         stride = slot_stride(slot_bytes)
         memory = self._copies.allocate(stride * slots)
@@ -138,10 +138,10 @@ class StagingBuffer:
             raise
         self._full.put(_Full(key, slot, values, copy))
 
-    def drain(self) -> None:
+    def flush(self) -> None:
         """Return when every submitted tensor is written. Raises the error of a writer."""
-        taken = [self._free.take(wait=True) for _ in range(self._slots)]
-        for slot in taken:
+        slots = [self._free.take(wait=True) for _ in range(self._slots)]
+        for slot in reversed(slots):  # in the order in which they were
             self._free.put(slot)
         if self._error is not None:
             raise self._error

@@ -37,7 +37,7 @@ from outliers.locks import locked
 from outliers.machines.base import Machine
 from outliers.machines.local import LocalMachine
 from outliers.machines.providers import provider
-from outliers.planning.offers import check_plan, request_for
+from outliers.planning.offers import check_plan, request_again
 from outliers.planning.remaining import refused_together
 from outliers.publish.outcome import find_finished
 from outliers.publish.reporting import write_study
@@ -154,7 +154,7 @@ def shard_machine(lease: MachineLease, part: Shard, reporter: Reporter) -> tuple
     demand = demand_of(prepared.spec, prepared.model)
     left = demand.layout.total_bytes * (part.stop - part.first) // prepared.corpus.num_sequences
     if any(rental.name == lease.name and rental.state == "up" for rental in source.list()):
-        request = request_for(demand, 0)
+        request = request_again(demand)
     else:
         request = check_plan(demand, source, left)
     request = replace(request, max_total_price=lease.budget_dollars)

@@ -19,7 +19,7 @@ from outliers.dispatch.study_run import StudyRun
 from outliers.errors import PublishRefused
 from outliers.events.stream import Reporter
 from outliers.machines.base import Machine
-from outliers.planning.offers import request_for
+from outliers.planning.offers import request_again
 from outliers.planning.remaining import check_rest
 from outliers.publish.allowlist import check_listing, read_log, read_numbers
 from outliers.publish.manifest import read_manifest
@@ -85,7 +85,7 @@ def provision_machine(lease: MachineLease, reporter: Reporter) -> Machine:
     run, source = lease.run, lease.source
     if any(rental.name == lease.name and rental.state == "up" for rental in source.list()):
         # it was chosen before, and what its disk has already needs no room; one whose launch failed is chosen anew
-        request = request_for(demand_of(run.prepared.spec, run.prepared.model), 0)
+        request = request_again(demand_of(run.prepared.spec, run.prepared.model))
     else:
         request = check_rest(run.prepared, run.workspace, source)
     machine = source.ensure(lease.name, request, lease.holder, run.prepared.title)

@@ -6,7 +6,7 @@ selections are the same in any order of batches; float64 sums are added in the o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,24 @@ class ExpertSums:
             energy=np.zeros((layers, everyone, shapes.hidden)),
             block=np.zeros((layers, shapes.hidden)),
         )
+
+    def of_layer(self, index: int) -> ExpertSums:
+        """A copy of the sums of one layer, by its place among the layers, with the same sequences."""
+        shapes = replace(self.shapes, layers=self.shapes.layers[index : index + 1])
+        one: dict[str, Any] = {name: values.copy() for name, values in self._rows(index).items()}
+        return ExpertSums(shapes=shapes, sequences=self.sequences.copy(), **one)
+
+    def put_layer(self, index: int, other: ExpertSums) -> None:
+        """Put the sums of one layer, as `of_layer` gives them, in the place of its own; the sequences stay."""
+        rows = other._rows(0)
+        for name, values in self._rows(index).items():
+            values[:] = rows[name]
+
+    def _rows(self, index: int) -> dict[str, NDArray[Any]]:
+        """Views of every array but the sequences, cut to one layer."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("shapes", "sequences")}
+        cut = slice(index, index + 1)
+        return {name: values[:, cut] if name == "hits" else values[cut] for name, values in own.items()}
 
     def merged(self, other: ExpertSums) -> ExpertSums:
         """The sums of both sets of sequences, which are disjoint."""

@@ -65,11 +65,16 @@ def download_model(repo_id: str, commit: str, *, progress: Callable[[int, int], 
     if not any(file.name.endswith(WEIGHTS_SUFFIX) for file in files):
         raise UnknownModel(f"{repo_id} has no safetensors weights at {commit[:12]}")
     check_disk(place, files)
-    _Download(place, files, progress).run()
+    fetch_files(place, files, progress)
     missing = place.missing_file()
     if missing is not None:
         raise UnknownModel(f"{repo_id} has no {missing} at {commit[:12]}: transformers can't load it")
     return place.snapshot
+
+
+def fetch_files(place: CachedModel, files: tuple[HubFile, ...], progress: Callable[[int, int], None] | None) -> None:
+    """Fetch files of a model into a cache, a few at a time; what is there is not requested again. Raises as `download_model`."""
+    _Download(place, files, progress).run()
 
 
 def _report_all(place: CachedModel, progress: Callable[[int, int], None] | None) -> None:

@@ -32,12 +32,14 @@ _AGAIN = "fetch or copy it again"
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint: its dtype as safetensors names it, its shape, its bytes, and the file it is in."""
+    """One tensor of a checkpoint: its dtype as safetensors names it, its shape, its bytes, the file it is in, and where they
+    begin there."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+    offset: int = 0
 
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
@@ -57,7 +59,7 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
-    places = _weight_map(folder / INDEX)
+    places = read_weight_map(folder / INDEX)
     files = sorted(set(places.values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
@@ -84,7 +86,8 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Name of each weight -> the file it is in, of an index. Raises UnknownModel."""
     content = read_json(index)
     if not isinstance(content.get("metadata"), dict):
         raise UnknownModel(
@@ -145,7 +148,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             header = _parse(path, file.read(length))
     except OSError as error:
         raise UnknownModel(f"{path} can't be read: {error.strerror}") from error
-    return _tensors(path, header, size - 8 - length)
+    return _tensors(path, header, 8 + length, size - 8 - length)
 
 
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
@@ -164,14 +167,14 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     return header
 
 
-def _tensors(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, Tensor]:
-    """The tensors of a parsed header; their bytes must be all of the data, without gap or overlap."""
+def _tensors(path: Path, header: dict[str, Any], begins: int, data_bytes: int) -> dict[str, Tensor]:
+    """The tensors of a parsed header; their bytes must be all of the data, which begins at `begins`, without gap or overlap."""
     found: dict[str, Tensor] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in header.items():
         dtype, shape, span = _entry(path, name, entry)
         spans.append(span)
-        found[name] = Tensor(dtype, shape, span[1] - span[0], path)
+        found[name] = Tensor(dtype, shape, span[1] - span[0], path, begins + span[0])
     end = 0
     for begin, after in sorted(spans):
         if begin != end:

@@ -167,7 +167,7 @@ def _dry_run(config: Any, shapes: Mapping[str, Shape], info: ModelInfo) -> Repor
     config = without_quantization(config)
     model_class = type(build_empty(config, info.dtype, info.source.name))
     empty = {key: torch.empty(shape, dtype=torch.float32, device="meta") for key, shape in shapes.items()}
-    with foreign(f"the weights of {info.source.name} don't fit the model of its config.json"), _silent():
+    with foreign(f"the weights of {info.source.name} don't fit the model of its config.json"), silent():
         model, report = model_class.from_pretrained(
             None,
             trust_remote_code=False,
@@ -204,7 +204,7 @@ def without_quantization(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Silence transformers' report and bars inside the block; errors of this project say what is wrong."""
     from transformers.utils import logging as theirs
 
@@ -280,15 +280,30 @@ def _check_unexpected(unexpected: Collection[str], info: ModelInfo, config: Any,
         log.warning("%s holds %d weights that the model has no place for, first %s", name, len(left), named(left))
 
 
-def check_promised(model: torch.nn.Module, info: ModelInfo, config: Any) -> None:
-    """Refuse a loaded model whose weights have another shape or dtype than was described, or no values.
+def promised_weights(info: ModelInfo, config: Any) -> Mapping[str, torch.Tensor]:
+    """The weights that a description promises, without values: name -> a tensor on the meta device. Raises UnknownModel."""
+    weights: Mapping[str, torch.Tensor] = build_empty(
+        without_quantization(config), info.dtype, info.source.name
+    ).state_dict()
+    return weights
 
-    Families keep a few weights in float32 on purpose (`kept_in_float32`), which are described so. Raises UnknownModel.
+
+def check_promised(
+    model: torch.nn.Module,
+    info: ModelInfo,
+    promised: Mapping[str, torch.Tensor],
+    keys: Collection[str] | None = None,
+) -> None:
+    """Refuse a loaded model whose weights have another shape or dtype than was promised, or no values.
+
+    keys: the weights that are loaded (default: all). Families keep a few weights in float32 on purpose (`kept_in_float32`), which
+    are described so. Raises UnknownModel.
     """
-    promised = build_empty(without_quantization(config), info.dtype, info.source.name).state_dict()
     kept = kept_in_float32(model, info.dtype)
     parameters = {key for key, _ in model.named_parameters()}
     for key, tensor in model.state_dict().items():
+        if keys is not None and key not in keys:
+            continue
         if not _needed(key, info, head=True) or not (tensor.is_floating_point() or key in parameters):
             continue
         dtype = str(tensor.dtype).removeprefix("torch.")

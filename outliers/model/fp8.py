@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,6 +66,17 @@ def pairs(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] | None,
 _REMEDY = "take a checkpoint of the same model in bfloat16, or one that transformers wrote"
 
 
+def weight_of(key: str, names: Collection[str]) -> str | None:
+    """The name of the weight that a scale belongs to, as the names alone tell; None where `key` is not such a scale."""
+    owners = (key.removesuffix(_SUFFIX), f"{key.removesuffix('.scale')}.weight")
+    return next((name for name in owners if name != key and name in names), None) if _is_scale(key) else None
+
+
+def is_activation_scale(key: str) -> bool:
+    """Whether a name is of a scale of what a layer receives: it belongs to no weight."""
+    return _ACTIVATIONS.search(key) is not None
+
+
 def _is_scale(key: str) -> bool:
     return key.endswith((_SUFFIX, ".scale"))
 
@@ -104,7 +115,7 @@ def plain_shapes(
     return {
         key: tensor.shape
         for key, tensor in tensors.items()
-        if key not in used and not (quantization is not None and _ACTIVATIONS.search(key))
+        if key not in used and not (quantization is not None and is_activation_scale(key))
     }
 
 

@@ -20,6 +20,7 @@ from outliers.spec import DEFAULT_PROVIDER
 from outliers.study.demand import Demand
 from outliers.study.layout import Layout
 from outliers.study.probes import count_passes
+from outliers.study.schedule import READ_BYTES_PER_SECOND
 from outliers.units import format_gb, format_mb_per_second, format_price, format_seconds
 
 OWN = (DEFAULT_PROVIDER, "ssh")
@@ -35,7 +36,7 @@ THERE_BYTES_PER_SECOND = 200e6
 """From the hub to another machine: a data centre's line. Assumed."""
 UPLOAD_BYTES_PER_SECOND = 10e6
 """From here to another machine. Assumed."""
-DISK_BYTES_PER_SECOND = 500e6
+DISK_BYTES_PER_SECOND = READ_BYTES_PER_SECOND
 """Reading weights and writing the capture. Assumed: an SSD on its own writes three times that (docs/performance.md), a
 cloud's network disk a half."""
 DISK_RATE = format_mb_per_second(DISK_BYTES_PER_SECOND)
@@ -128,7 +129,8 @@ def estimate(demand: Demand, offer: Offer, gpus: tuple[str, ...], left: int, dow
     steps = _arrive(offer)
     if left:
         steps += _fetch(info, offer.provider, download, shards)
-        steps += [_load(info, shards if here else 1, offer.facts.cpus), _pass(demand, layout, offer, gpus, left)]
+        size = sum(demand.parts[::2]) if demand.layered else info.weights.checkpoint_bytes
+        steps += [_load(size, shards if here else 1, offer.facts.cpus), _pass(demand, layout, offer, gpus, left)]
     steps.append(_analysis(compute.executor, layout.total_bytes, offer.facts))
     steps += _formats(demand, offer.facts)
     return (*steps, *_probe(demand, offer, gpus))
@@ -201,8 +203,8 @@ def _moved(name: str, size: int, what: str, rate: float) -> Step:
     return Step(name=name, seconds=round(size / rate, 1), assumption=f"{what} at {format_mb_per_second(rate)}, assumed")
 
 
-def _load(info: ModelInfo, processes: int, cpus: int) -> Step:
-    size, imports = info.weights.checkpoint_bytes, IMPORT_SECONDS * max(1.0, processes / max(1, cpus))
+def _load(size: int, processes: int, cpus: int) -> Step:
+    imports = IMPORT_SECONDS * max(1.0, processes / max(1, cpus))
     each = f", for {processes} processes on {cpus} cores" if processes > 1 else ""
     return Step(
         name="load",
@@ -225,9 +227,14 @@ def _pass(demand: Demand, layout: Layout, offer: Offer, gpus: tuple[str, ...], l
         left / DISK_BYTES_PER_SECOND,
         f"writing {format_gb(left)} at {DISK_RATE}, assumed",
     )
+    bounds = [writing]
+    if demand.layered:
+        # once for all batches, while a layer computes the next one is read
+        once = info.weights.checkpoint_bytes
+        bounds.append((once / DISK_BYTES_PER_SECOND, f"reading {format_gb(once)} of weights at {DISK_RATE}, assumed"))
     if not gpus:
         rate, reason = _processor(info.dtype, offer)
-        return _slowest([(flops / rate, f"{work} at {rate / 1e9:.0f} GFLOP/s, {reason}"), writing])
+        return _slowest([(flops / rate, f"{work} at {rate / 1e9:.0f} GFLOP/s, {reason}"), *bounds])
     cards = {name: find_card(name) for name in gpus}
     known = {name: card for name, card in cards.items() if card is not None}
     if len(known) < len(cards):
@@ -241,7 +248,7 @@ def _pass(demand: Demand, layout: Layout, offer: Offer, gpus: tuple[str, ...], l
     reason = f"{GPU_EFFICIENCY:g}, assumed, of the {peak / 1e12:g} of {name} in {info.dtype}"
     reading = f"reading {format_gb(size)} of weights for each of {batches:,} batches at {memory / 1e9:,.0f} GB/s"
     computing = f"{work} at {rate / 1e12:.3g} TFLOP/s, {reason}"
-    return _slowest([(flops / rate, computing), (batches * size / memory, reading), writing])
+    return _slowest([(flops / rate, computing), (batches * size / memory, reading), *bounds])
 
 
 def flops_per_token(info: ModelInfo, positions: int) -> float:

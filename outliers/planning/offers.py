@@ -14,11 +14,12 @@ from outliers.machines.base import Excluded, MachineRequest, Offer, Provider
 from outliers.model.describe import ModelInfo, check_place
 from outliers.model.quantization import DEQUANTIZABLE, Place, installed_packages
 from outliers.model.weights import ITEM_BYTES
-from outliers.planning.download import download_bytes
+from outliers.planning.download import download_bytes, held_bytes
 from outliers.planning.estimate import Step, estimate, over_budget
 from outliers.spec import DEFAULT_PROVIDER
 from outliers.study.demand import Demand
 from outliers.study.placement import Placement, usable
+from outliers.study.schedule import by_layers
 from outliers.study.window import rolling_keeps
 from outliers.units import amounts
 
@@ -64,15 +65,45 @@ def request_for(demand: Demand, capture_bytes_left: int) -> MachineRequest:
     experts = demand.layout.experts
     # the sums of the experts: on disk, once more while they are replaced, and again in the private summary
     disk = min(capture_bytes_left, demand.held_bytes) + (3 * experts.sums_bytes if experts is not None else 0)
+    if capture_bytes_left:
+        disk += demand.spool_bytes
     if capture_bytes_left and not compute.runs_here:
-        disk += demand.model.weights.checkpoint_bytes
-    elif capture_bytes_left and not cache_is_chosen():  # a download checks the disk of a cache that was moved
-        disk += download_bytes(demand.model)
+        disk += held_bytes(demand, demand.model.weights.checkpoint_bytes)
+    elif capture_bytes_left and (compute.no_keep_weights or not cache_is_chosen()):
+        # a download checks the disk of a cache that was moved; files that are not kept lie in the workspace
+        disk += held_bytes(demand, download_bytes(demand.model))
     return MachineRequest.from_spec(compute, needed_ram_bytes=least, needed_disk_bytes=disk)
+
+
+def request_again(demand: Demand) -> MachineRequest:
+    """The request for a machine that the study has already: it may read the model a layer at a time there."""
+    request, layered = request_for(demand, 0), by_layers(demand)
+    if layered is None:
+        return request
+    least = request_for(layered, 0).needed_ram_bytes
+    return replace(request, needed_ram_bytes=min(request.needed_ram_bytes, least))
 
 
 def check_plan(demand: Demand, provider: Provider, left: int, ram_bytes: int | None = None) -> MachineRequest:
     """The request of a study, limited to the offers that hold it; PlanRefused with every reason where none does.
+
+    Where no offer holds the model whole and --schedule is auto, those that hold it a layer at a time. For the rest as
+    `_check_one_order`.
+    """
+    try:
+        return _check_one_order(demand, provider, left, ram_bytes)
+    except PlanRefused as error:
+        layered = by_layers(demand) if ram_bytes is None else None
+        if layered is None:
+            raise
+        try:
+            return _check_one_order(layered, provider, left, None)
+        except PlanRefused:
+            raise error from None
+
+
+def _check_one_order(demand: Demand, provider: Provider, left: int, ram_bytes: int | None) -> MachineRequest:
+    """`check_plan` of a study that is read whole, or by layers.
 
     left: bytes of the capture that one machine still has to write. ram_bytes: memory that the rest of the study takes where
     it loads no model any more; None where it does. Processes that share this machine are asked for neither: `remaining`

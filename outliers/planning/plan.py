@@ -21,6 +21,7 @@ from outliers.spec import StudySpec, chosen
 from outliers.study.demand import Demand, demand_of
 from outliers.study.experts import expert_mode
 from outliers.study.placement import Placement, total_needed
+from outliers.study.schedule import by_layers, check_schedule, why_by_layers
 
 
 class GpuShare(BaseModel):
@@ -61,6 +62,12 @@ class Plan(BaseModel):
     tokens: int
     shards: int
     spread: str | None
+    schedule: str
+    """whole, or layers: a layer at a time."""
+    schedule_reason: str | None
+    """Why auto takes layers here, with both amounts of memory and the time of reading; None where it does not."""
+    spool_bytes: int
+    """Disk of hidden states between layers, while the capture is made; 0 for a whole pass."""
     quantization: str | None
     stored_quantization: str | None
     weight_bytes: int
@@ -101,7 +108,21 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
 
     BadInput where there are more --shards than batches.
     """
+    check_schedule(spec, info)
     demand = demand_of(spec, info)
+    plan = _plan(demand, provider, left)
+    layered = by_layers(demand) if not plan.offers else None
+    if layered is None:
+        return plan
+    other = _plan(layered, provider, left)
+    gpus = bool(other.offers and other.offers[0]["gpus"]) and spec.compute.gpu_count != 0
+    why = f"{'; '.join(plan.refusals)}: {why_by_layers(demand, layered, gpus=gpus)}"
+    return other.model_copy(update={"schedule_reason": why, "refusals": ()}) if other.offers else plan
+
+
+def _plan(demand: Demand, provider: Provider, left: int | None) -> Plan:
+    """The plan of a study in one order of reading."""
+    spec, info = demand.spec, demand.model
     left = demand.layout.total_bytes if left is None else left
     each = left if spec.compute.runs_here else min(left, demand.shard_layout.total_bytes)
     request, spread = request_for(demand, each), describe_shards(demand)
@@ -115,6 +136,9 @@ def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | 
         tokens=demand.layout.num_sequences * demand.layout.positions,
         shards=spec.compute.shards,
         spread=spread,
+        schedule="layers" if demand.layered else "whole",
+        schedule_reason=None,
+        spool_bytes=demand.spool_bytes,
         download_bytes=download_bytes(info),
         **_memory(demand),
         gpus=shares(demand.place_evenly()),

@@ -25,6 +25,7 @@ from outliers.study.demand import PROCESS_BYTES, Demand, demand_of
 from outliers.study.layout import Layout
 from outliers.study.parts import Shard, machine_name, shard_workspace, split
 from outliers.study.prepare import Prepared
+from outliers.study.schedule import by_layers, check_schedule
 from outliers.units import amounts
 from outliers.workspace import Workspace
 
@@ -69,6 +70,7 @@ def rest_of_shard(shard: Shard, prepared: Prepared, demand: Demand, workspace: W
 def check_rest(prepared: Prepared, workspace: Workspace, source: Provider) -> MachineRequest:
     """The request for what is left of a study, limited to the offers that hold it; with --shards, the request of each shard.
     PlanRefused, with every reason, where nothing fits."""
+    check_schedule(prepared.spec, prepared.model)
     demand, compute = demand_of(prepared.spec, prepared.model), prepared.spec.compute
     if compute.shards == 1:
         rest = rest_of(prepared, demand, workspace)
@@ -98,16 +100,22 @@ def refused_together(
     """
     shards = split(prepared, prepared.spec.compute.shards if of is None else of)
     rests = [rest_of_shard(shard, prepared, demand, workspace) for shard in shards]
-    whole = demand.memory_bytes(gpus=gpus)
-    taken = [ram for ram in (whole if rest.ram_bytes is None else rest.ram_bytes for rest in rests) if ram]
+    taken = _taken(rests, demand.memory_bytes(gpus=gpus))
     if sum(taken) > free_ram_bytes:
-        return too_many(len(taken), sum(taken), free_ram_bytes)
+        layered = by_layers(demand)
+        if layered is None or sum(_taken(rests, layered.memory_bytes(gpus=gpus))) > free_ram_bytes:
+            return too_many(len(taken), sum(taken), free_ram_bytes)
     left = sum(rest.capture_bytes for rest in rests)
     needed, free = request_for(demand, left).needed_disk_bytes, shutil.disk_usage(workspace.root).free
     if needed > free:
         wanted, there = amounts(needed, free, unit="GB")
         return f"the study needs {wanted} of disk, {there} is free: make room, or give another --workspace{rolling_hint(demand)}"
     return None
+
+
+def _taken(rests: list[Rest], each: int) -> list[int]:
+    """Memory of each process that has something left to do; `each`: of one that loads the model."""
+    return [ram for ram in (each if rest.ram_bytes is None else rest.ram_bytes for rest in rests) if ram]
 
 
 def analysis_bytes(prepared: Prepared, layout: Layout) -> int:

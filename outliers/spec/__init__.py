@@ -333,6 +333,16 @@ class ComputeSpec(Part):
     upload_model: bool = Field(
         False, description="send a model that is on this machine to another; without it that is refused"
     )
+    schedule: Literal["auto", "whole", "layers"] = Field(
+        "auto",
+        description="whole loads the whole model; layers a layer at a time, for a model larger than the memory, with the same "
+        "result; auto is whole, and layers where that does not fit this computer or an ssh host",
+    )
+    no_keep_weights: bool = Field(
+        False,
+        description="for schedule layers and a model of the hub: fetch its files one by one into the workspace, and delete each "
+        "after its last layer",
+    )
     executor: str = Field(
         "threads",
         description="who counts: threads, threads=N, or dask=ADDRESS for a Dask cluster whose workers mount the workspace",

@@ -49,7 +49,8 @@ class Demand:
     layout: Layout
     """Of the whole capture."""
     parts: tuple[int, ...]
-    """Weights of the embedding, each decoder layer, and the rest, in the order of the forward pass."""
+    """Weights of the embedding, each decoder layer, and the rest, in the order of the forward pass; by layers the
+    largest layer stands for all."""
     ring_bytes: int
     """The staging buffers between the forward pass and the writers."""
     activation_bytes: int
@@ -71,6 +72,21 @@ class Demand:
     """Of main memory where no GPU computes, what counting in the pass takes; a part of `ram_bytes`."""
     device_pass_bytes: int = 0
     """The same of each GPU; a part of `work_bytes`."""
+
+    @property
+    def layered(self) -> bool:
+        """Whether the model is read a layer at a time."""
+        return self.spec.compute.schedule == "layers"
+
+    @property
+    def spool_bytes(self) -> int:
+        """Disk of hidden states between two layers, and of the experts' table until the end; 0 for a whole pass."""
+        if not self.layered:
+            return 0
+        layout = self.layout
+        return (
+            2 * layout.num_sequences * layout.positions * self.model.hidden_size * layout.itemsize + layout.table_bytes
+        )
 
     @property
     def summary_bytes(self) -> int:
@@ -133,11 +149,11 @@ class Demand:
         """
         wanted = self.spec.compute.gpu_filter
         totals = tuple(gpu.total_bytes if is_named_like(gpu.name, wanted) else None for gpu in gpus)
-        return fit(self.parts, totals, self.work_bytes, most)
+        return fit(self.parts, totals, self.work_bytes, 1 if self.layered else most)
 
     def place_evenly(self) -> Placement:
         """The model on --gpu-count equal GPUs (one where that is left open), however large they have to be."""
-        return even(self.parts, self.gpus_each or 1, self.work_bytes)
+        return even(self.parts, 1 if self.layered else self.gpus_each or 1, self.work_bytes)
 
 
 def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
@@ -153,6 +169,8 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
     probe = probe_memory(spec, info, layout, activations) if spec.probe.asked else ProbeMemory(0, 0)
     in_pass = spec.capture.store == "none"
     on_device, on_host = (device_pass_bytes(spec, layout), host_pass_bytes(spec, layout)) if in_pass else (0, 0)
+    layered = spec.compute.schedule == "layers"
+    parts = (weights.embedding_bytes, layer, weights.rest_bytes) if layered else weights.parts
     work = max(activations + ring + on_device, layer, probe.work)
     wider = max(1, probe.model // max(1, weights.memory_bytes))  # a probe in float32 of a model of 2 bytes a value
     gguf = info.total_parameters * 4 if info.source.kind == "gguf" else 0
@@ -165,14 +183,14 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
         spec=spec,
         model=info,
         layout=layout,
-        parts=tuple(part * wider for part in weights.parts),
+        parts=tuple(part * wider for part in parts),
         ring_bytes=ring,
         activation_bytes=activations,
         work_bytes=work,
-        vram_bytes=wider * weights.memory_bytes + work,
+        vram_bytes=wider * sum(parts) + work,
         # while experts are merged from their files a layer is there twice; no pass runs then
         ram_bytes=max(
-            weights.memory_bytes + gguf + max(layer, activations) + ring + beside + on_host + PROCESS_BYTES,
+            sum(parts) + gguf + max(layer, activations) + ring + beside + on_host + PROCESS_BYTES,
             probe.model + gguf + probe.work + PROCESS_BYTES,
         ),
         host_ram_bytes=host + pinned + beside + GPU_PROCESS_BYTES,
