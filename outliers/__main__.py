@@ -2,12 +2,14 @@
 
     python -m outliers extract SPEC.json --workspace DIR
     python -m outliers analyze SPEC.json --workspace DIR
+    python -m outliers formats SPEC.json --workspace DIR --sequences FIRST:STOP --summary DIR
     python -m outliers report  SPEC.json --workspace DIR
     python -m outliers probe   SPEC.json --workspace DIR
     python -m outliers verify  SPEC.json --workspace DIR
 
-SPEC.json is a StudySpec (`outliers study ... --print-spec`), or what the flow has made of one. A study is the first
-three in this order; each can be run again and does what is missing. Exit codes: 0 done, 1 failed, 2 refused.
+SPEC.json is a StudySpec (`outliers study ... --print-spec`), or what the flow has made of one. A study is extract, analyze
+and report in this order; each can be run again and does what is missing. `formats` is for a part of a study alone: analyze
+measures the formats of a whole one. Exit codes: 0 done, 1 failed, 2 refused.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _HELP = {
     "extract": "read the activations of every layer in one pass into the workspace; goes on where it was stopped",
     "analyze": "count, from the finished capture; the model is not loaded",
+    "formats": "of some sequences that are counted: ranges of number formats, and with the ranges of all parts their errors",
     "report": "write the results folder: JSON, Parquet, plots, report.html, manifest",
     "probe": "read the corpus again with changes in the model, and say what they do; goes on where it was stopped",
     "verify": "check every checksum of the capture",
@@ -51,9 +54,16 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=text, description=text)
         sub.add_argument("spec", type=Path, metavar="SPEC.json", help="the study")
         sub.add_argument("--workspace", metavar="DIR", help="default: $OUTLIERS_WORKSPACE, else ~/.outliers")
-        if verb in ("extract", "analyze"):
+        if verb in ("extract", "analyze", "formats"):
             sub.add_argument(
-                "--sequences", metavar="FIRST:STOP", help="these sequences alone, such as 0:8 (default: all)"
+                "--sequences",
+                metavar="FIRST:STOP",
+                required=verb == "formats",
+                help="these sequences alone, such as 0:8" + ("" if verb == "formats" else " (default: all)"),
+            )
+        if verb == "formats":
+            sub.add_argument(
+                "--summary", type=Path, metavar="DIR", required=True, help="the merged summary of all sequences"
             )
         if verb == "analyze":
             sub.add_argument(
@@ -128,6 +138,8 @@ def _options(arguments: argparse.Namespace, prepared: Prepared) -> dict[str, Any
     if getattr(arguments, "sequences", None) is not None:
         batch = prepared.spec.capture.batch_sequences
         options["sequences"] = parse_sequences(arguments.sequences, prepared.corpus.num_sequences, batch)
+    if getattr(arguments, "summary", None) is not None:
+        options["summary"] = arguments.summary
     if getattr(arguments, "executor", None) is not None:
         options["executor"] = arguments.executor
     return options

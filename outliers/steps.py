@@ -1,4 +1,4 @@
-"""The steps of a study as they run on the machine with the data: extract, analyze, report, probe, verify.
+"""The steps of a study as they run on the machine with the data: extract, analyze, formats, report, probe, verify.
 
 Each takes a Prepared, a workspace and a Reporter, and returns a small dict. Each can be run again at any time and does only
 what is missing. `python -m outliers` and the jobs call these.
@@ -56,25 +56,22 @@ def run_analyze(
 ) -> dict[str, Any]:
     """Summarize the capture, or some sequences of it, and measure the errors of the study's number formats.
 
-    The private summary stays next to the capture. Raises BadInput for formats of some sequences alone.
+    The private summary stays next to the capture. Formats of some sequences alone are left to `run_formats`: they need the
+    ranges of the whole corpus.
     """
     from outliers.counting.analyze import analyze
     from outliers.counting.executors import open_executor
 
     formats = prepared.spec.formats.formats
-    if formats and sequences is not None:
-        raise BadInput(
-            "--formats needs the range of the whole corpus, and --sequences counts a part of it: leave one of them out"
-        )
     if is_rolled(prepared, workspace, sequences):
         return _place_counts(prepared, workspace, reporter, sequences)
     began = time.monotonic()
     chosen = executor or prepared.spec.compute.executor
     folder = workspace.summary(prepared.capture_id, prepared.study_id)
     with open_executor(chosen) as (who, workers):
-        if not (formats and _is_counted(prepared, workspace)):
+        if not (formats and _is_counted(prepared, workspace, sequences)):
             folder = analyze(prepared, workspace, reporter, sequences=sequences, executor=who, workers=workers)
-    if formats:
+    if formats and sequences is None:
         from outliers.quantization.measure import measure_formats
 
         measure_formats(prepared, workspace, reporter, workers=workers if who is None else None)
@@ -122,16 +119,41 @@ def _place_counts(
     return result
 
 
-def _is_counted(prepared: Prepared, workspace: Workspace) -> bool:
-    """Whether a run was ended between counting and the errors of formats: the counts are whole, the errors are missing."""
+def _is_counted(prepared: Prepared, workspace: Workspace, sequences: range | None) -> bool:
+    """Whether a run was ended between counting and the errors of formats: the counts are whole, the errors are missing.
+
+    Of some `sequences`: whether they are counted, and nothing else; their ranges and errors may be there.
+    """
     from outliers.counting.summary_files import has_summary, read_summary
     from outliers.results.format_errors import has_errors
     from outliers.store.repair import is_repaired
 
     folder = workspace.summary(prepared.capture_id, prepared.study_id)
-    if not has_summary(folder) or has_errors(folder) or is_repaired(workspace, prepared.capture_id):
+    if not has_summary(folder) or is_repaired(workspace, prepared.capture_id):
         return False
-    return bool(read_summary(folder).sequences.size == prepared.corpus.num_sequences)
+    if sequences is None and has_errors(folder):
+        return False
+    wanted = range(prepared.corpus.num_sequences) if sequences is None else sequences
+    return tuple(read_summary(folder).sequences.tolist()) == tuple(wanted)
+
+
+def run_formats(
+    prepared: Prepared, workspace: Workspace, reporter: Reporter, *, sequences: range, summary: Path
+) -> dict[str, Any]:
+    """Measure what number formats do to some sequences, which are counted here: first ranges, then errors.
+
+    `summary`: the folder with the summary of the whole corpus, and in it the ranges of all parts once they are joined. Returns
+    what was measured; raises as `quantization.measure.measure_part`.
+    """
+    from outliers.counting.executors import threads_of
+    from outliers.quantization.measure import measure_part
+
+    if not prepared.spec.formats.formats:
+        raise BadInput("the study names no formats: add --formats, such as --formats int8_token,nvfp4")
+    began = time.monotonic()
+    workers = threads_of(prepared.spec.compute.executor)
+    made = measure_part(prepared, workspace, reporter, sequences, summary, workers=workers)
+    return {"measured": made, "seconds": round(time.monotonic() - began, 3), "peak_rss_bytes": peak_rss_bytes()}
 
 
 def peak_rss_bytes() -> int:
@@ -221,9 +243,10 @@ def capture_exists(prepared: Prepared, workspace: Workspace) -> bool:
         return False
 
 
-STEPS: dict[str, Callable[[Prepared, Workspace, Reporter], dict[str, Any]]] = {
+STEPS: dict[str, Callable[..., dict[str, Any]]] = {
     "extract": run_extract,
     "analyze": run_analyze,
+    "formats": run_formats,
     "report": run_report,
     "probe": run_probe,
     "verify": run_verify,

@@ -17,6 +17,7 @@ from flows.cli.console import Steps, line
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from outliers.counting.merge import Merged
     from outliers.publish.outcome import Outcome
     from outliers.study.prepare import Prepared
     from outliers.workspace import Workspace
@@ -26,6 +27,9 @@ _TEXT = """Join summaries of disjoint sequences of one study, from several machi
 SUMMARY is a folder that `python -m outliers analyze study.json --sequences FIRST:STOP` wrote
 (<workspace>/captures/<capture_id>/summaries/<study_id>). Where every sequence is there, the results are written too.
 Summaries that share a sequence, or are of another model, corpus or criteria, are refused.
+
+A study with --formats is merged three times: each part then measures ranges, and after the next merge errors, by
+`python -m outliers formats study.json --sequences FIRST:STOP --summary MERGED`.
 """
 
 
@@ -74,7 +78,33 @@ def merge_command(
                 )
             )
         return None
+    if merged.prepared.spec.formats.formats and not _have_formats(workspace, arguments, merged, console):
+        return None
     steps = Steps(console)
     with steps.shown():
         run_report(merged.prepared, workspace, Bars(steps))
     return make_outcome(merged.prepared, workspace, published=None, cached=False), merged.prepared
+
+
+def _have_formats(workspace: Workspace, arguments: argparse.Namespace, merged: Merged, console: Console) -> bool:
+    """Join what the parts measured of formats; where some of it is missing, say how each part measures it."""
+    from outliers.counting.summary_files import read_summary
+    from outliers.quantization.joining import plan_of, write_joined
+
+    plan = plan_of(merged.prepared, workspace, read_summary(merged.folder))
+    missing = write_joined(plan, arguments.summary, merged.folder)
+    if missing is None:
+        return True
+    line(
+        console,
+        "missing",
+        f"the {missing} of formats of some parts. Send {merged.folder} to each, run there `python -m outliers formats study.json "
+        "--sequences FIRST:STOP --summary FOLDER`, and merge again",
+    )
+    if arguments.json:
+        print(
+            json.dumps(
+                {"study_id": merged.prepared.study_id, "summary": str(merged.folder), "missing_formats": missing}
+            )
+        )
+    return False

@@ -20,6 +20,12 @@ from outliers.spec import EXECUTOR
 WAIT_SECONDS = 30
 
 
+def threads_of(name: str) -> int | None:
+    """How many threads of this process an executor of that name means; None for as many as the machine has cores."""
+    kind, _, value = name.partition("=")
+    return int(value) if kind == "threads" and value else None
+
+
 @contextlib.contextmanager
 def open_executor(name: str, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[tuple[Executor | None, int | None]]:
     """The executor of that name, None for threads of this process, and its number of workers, None for all cores.
@@ -33,7 +39,7 @@ def open_executor(name: str, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[
             f"--executor {name} is not a valid executor: give threads, threads=N, or dask=ADDRESS, such as dask=tcp://10.0.0.5:8786"
         )
     if kind == "threads":
-        yield None, int(value) if value else None
+        yield None, threads_of(name)
         return
     try:
         from distributed import Client, KilledWorker

@@ -11,9 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from outliers.counting.summary_files import has_summary
+from outliers.counting.summary_files import FORMATS, has_summary
 from outliers.errors import CorruptCapture
-from outliers.files.sealed import read_sealed, write_sealed
+from outliers.files.sealed import check_folder, drop_folder, read_sealed, write_sealed
 from outliers.study.parts import LOCKS, Shard
 from outliers.study.prepare import Prepared
 from outliers.workspace import Workspace
@@ -73,7 +73,20 @@ def shard_lock(part: Shard, prepared: Prepared, workspace: Workspace) -> Path:
     return workspace.root / LOCKS / f"{prepared.study_id}-{part.first}-{part.stop}"
 
 
-def is_here(part: Shard, prepared: Prepared, workspace: Workspace) -> bool:
-    """Whether the summary of a shard is on this computer, complete and unchanged."""
+def is_counted_here(part: Shard, prepared: Prepared, workspace: Workspace) -> bool:
+    """Whether the summary of a shard is on this computer, complete and unchanged; errors of number formats may be missing."""
     folder = folder_of(part, prepared, workspace)
     return read_sealed(folder / RECORD) is not None and has_summary(folder)
+
+
+def is_here(part: Shard, prepared: Prepared, workspace: Workspace) -> bool:
+    """Whether all that a shard gives is on this computer, complete and unchanged: with --formats their errors too."""
+    formats = folder_of(part, prepared, workspace) / FORMATS
+    return is_counted_here(part, prepared, workspace) and (not prepared.spec.formats.formats or check_folder(formats))
+
+
+def place_beside(part: Shard, prepared: Prepared, workspace: Workspace, made: Path, name: str) -> None:
+    """Move a folder beside a shard's summary, under `name`, in one step. Call it under the study's lock."""
+    target = folder_of(part, prepared, workspace) / name
+    drop_folder(target)
+    made.rename(target)

@@ -6,10 +6,11 @@ shard is a process with a workspace of its own, and with a GPU of its own where 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ from outliers.counting.shards import (
 )
 from outliers.dispatch.leases import MachineLease
 from outliers.dispatch.run import run_step
+from outliers.dispatch.shard_formats import ShardAtWork, Step, join_shard_formats, measure_shard
 from outliers.dispatch.study_run import StudyRun
 from outliers.dispatch.transfer import HERE
 from outliers.errors import PlanRefused
@@ -76,29 +78,57 @@ def make_shard(run: StudyRun, part: Shard, reporter: Reporter, slot: Slot) -> di
 
 
 def _make(run: StudyRun, part: Shard, reporter: Reporter, slot: Slot) -> dict[str, Any]:
-    """Read and count a shard on its machine, and bring its summary home. The caller holds the shard's lock."""
+    """Read and count a shard on its machine, and bring its summary home; with --formats then measure them, in rounds with the
+    other shards. The caller holds the shard's lock."""
     prepared, workspace = run.prepared, run.workspace
     source = provider(prepared.spec.compute.provider, workspace.root)
-    with slot(), MachineLease(run, source, part) as lease:
-        machine, env, readable = shard_machine(lease, part, reporter)
-        lease.opened(machine)
-        options, name = ("--sequences", part.span), f" {part.number}/{part.of}"
+    # the slot first: it is given back after the machine
+    with contextlib.ExitStack() as held:
+        held.enter_context(slot())
+        with MachineLease(run, source, part) as lease:
+            machine, env, readable = shard_machine(lease, part, reporter)
+            lease.opened(machine)
 
-        def step(verb: str, made: str) -> dict[str, Any]:
-            job = f"{verb}-{made}-{part.first}-{part.stop}"
-            return run_step(run, machine, verb, job, reporter, options=options, shard=name, env=env, prepared=readable)
+            def step(verb: str, made: str, more: tuple[str, ...] = ()) -> dict[str, Any]:
+                job, name = f"{verb}-{made}-{part.first}-{part.stop}", f" {part.number}/{part.of}"
+                options = ("--sequences", part.span, *more)
+                return run_step(
+                    run, machine, verb, job, reporter, options=options, shard=name, env=env, prepared=readable
+                )
 
-        read = step("extract", prepared.extraction)
-        counted = step("analyze", prepared.study_id)
-        draft = draft_of(part, prepared, workspace)
-        shutil.rmtree(draft, ignore_errors=True)
-        most = demand_of(prepared.spec, prepared.model).summary_bytes
-        machine.download(f"captures/{prepared.capture_id}/summaries/{prepared.study_id}", draft, max_bytes=most)
-        record = {"sequences": part.span, "extraction": read, "analysis": counted, "machine": dict(machine.provenance)}
-        write_record(draft, record)
-        with locked(study_lock(prepared, workspace), _waiting(run, reporter, _JOINING)):
-            place_shard(part, prepared, workspace)
+            record = _count(run, part, machine, step, _waiting(run, reporter, _JOINING))
+            if prepared.spec.formats.formats:
+                # another shard may fail while this one waits for it: its capture is worth keeping
+                lease.kept_work = True
+                waiting = _waiting(run, reporter, _JOINING)
+                work = ShardAtWork(run, part, machine, reporter, step, waiting, lambda: _paused(held, slot))
+                record |= {"formats": {"seconds": round(measure_shard(work), 3)}}
+                write_record(folder_of(part, prepared, workspace), record)
     return record
+
+
+def _count(run: StudyRun, part: Shard, machine: Machine, step: Step, waiting: Callable[[], None]) -> dict[str, Any]:
+    """Read and count a shard on its machine, and place its summary here; the record of it."""
+    prepared, workspace = run.prepared, run.workspace
+    read = step("extract", prepared.extraction, ())
+    counted = step("analyze", prepared.study_id, ())
+    draft = draft_of(part, prepared, workspace)
+    shutil.rmtree(draft, ignore_errors=True)
+    most = demand_of(prepared.spec, prepared.model).summary_bytes
+    machine.download(f"captures/{prepared.capture_id}/summaries/{prepared.study_id}", draft, max_bytes=most)
+    record = {"sequences": part.span, "extraction": read, "analysis": counted, "machine": dict(machine.provenance)}
+    write_record(draft, record)
+    with locked(study_lock(prepared, workspace), waiting):
+        place_shard(part, prepared, workspace)
+    return record
+
+
+@contextlib.contextmanager
+def _paused(held: contextlib.ExitStack, slot: Slot) -> Iterator[None]:
+    """Give a slot back in the block, and take one after it: shards that are waited for may need it."""
+    held.close()
+    yield
+    held.enter_context(slot())
 
 
 def merge_shards(run: StudyRun, parts: tuple[Shard, ...], reporter: Reporter) -> dict[str, Any]:
@@ -110,7 +140,10 @@ def merge_shards(run: StudyRun, parts: tuple[Shard, ...], reporter: Reporter) ->
     with locked(study_lock(prepared, workspace), _waiting(run, reporter, _JOINING)):
         if (found := find_finished(prepared, workspace)) is not None:
             return {"results_digest": found["results_digest"], "files": len(found["files"])}
-        merge_summaries([folder_of(part, prepared, workspace) for part in parts], workspace)
+        folders = [folder_of(part, prepared, workspace) for part in parts]
+        merged = merge_summaries(folders, workspace)
+        if prepared.spec.formats.formats:
+            join_shard_formats(run, folders, merged.folder)
         return write_study(prepared, workspace, reporter)
 
 

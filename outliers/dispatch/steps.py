@@ -160,6 +160,7 @@ def _write(run: StudyRun, made_on: dict[str, Any], analyzed: dict[str, Any]) -> 
         spec=prepared.public_spec(),
         provenance=known | made_on,
         log=read_log(folder) if prepared.spec.publish_log else None,
+        beside=folder,
     )
     if study.manifest["results_digest"] != analyzed["results_digest"]:
         raise PublishRefused(

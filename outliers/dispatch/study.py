@@ -105,6 +105,8 @@ def run_shards(run: StudyRun, steps: Steps) -> tuple[dict[str, Any], dict[str, A
             pending.append(steps.start_shard(run, part, again=again))
         while not all(shard.done() for shard in pending):
             run.check()
+            if any(shard.done() and shard.failure() is not None for shard in pending):
+                run.failed_parts.set()
             time.sleep(POLL_SECONDS)
     except BaseException:
         run.reporter.log("warning", f"cancelled: ending {len(parts)} parts")
@@ -113,11 +115,13 @@ def run_shards(run: StudyRun, steps: Steps) -> tuple[dict[str, Any], dict[str, A
         for shard in pending:
             shard.wait(max(0.0, until - time.monotonic()))
         raise
-    failed = [shard for shard in pending if shard.failure() is not None]
+    ended = zip(parts, pending, strict=True)
+    failed = [(part.number in run.gave_up, shard) for part, shard in ended if shard.failure() is not None]
     for part, shard in zip(parts, pending, strict=True):
         if (why := shard.failure()) is not None:
             run.reporter.log("error", f"part {part.title} (sequences {part.span}) failed: {why}")
     if failed:
-        # the first error is the run's; what the other shards made is kept, and Retry makes the failed ones alone
-        failed[0].result()
+        # the first error is the run's, not that of a shard which waited for it; what the other shards made is kept, and Retry
+        # makes the failed ones alone
+        min(failed, key=lambda one: one[0])[1].result()
     return shard_provenance(run), steps.merge(run, parts)

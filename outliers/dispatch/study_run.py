@@ -56,6 +56,10 @@ class StudyRun:
         self._at_work: dict[JobHandle, Machine] = {}
         self._lock = threading.Lock()
         self._refusals: list[str | None] = []
+        self.failed_parts = threading.Event()
+        """Set once a shard of the run has failed: those that wait for it end."""
+        self.gave_up: set[int] = set()
+        """Numbers of the shards that ended because another failed."""
 
     # Events
 

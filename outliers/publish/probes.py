@@ -190,6 +190,11 @@ def newest_probe(study: Path) -> Probed | None:
     return read_probe(max(found, key=lambda path: (path.stat().st_mtime, path)).parent) if found else None
 
 
+def count_probes(probe: Path) -> int:
+    """How many finished probes there are in the folder that holds one, that one among them."""
+    return sum(path.is_file() for path in probe.parent.glob(f"*/{MANIFEST}"))
+
+
 def find_probe(prepared: Prepared, workspace: Workspace, target: str | None, slug: str) -> bool:
     """Whether the probe that is asked for is finished, and published where a target is given; or none is asked for.
 

@@ -129,7 +129,8 @@ def fetch(target: str, model_slug: str, study_id: str, into: Path) -> dict[str, 
             )
         files = {name: _object(store, f"{place}/{manifest['folder']}", named[name]) for name in number_names(named)}
         try:
-            study = make_publishable(check_numbers(files), spec=manifest["spec"], provenance=manifest["provenance"])
+            told = {"spec": manifest["spec"], "provenance": manifest["provenance"]}
+            study = make_publishable(check_numbers(files), **told, beside=into)
         except ForbiddenFile as error:
             raise PublishRefused(
                 f"{store.url}/{place} is not a study that this program reads: {error}. A newer one may have published it: update "

@@ -1,19 +1,22 @@
 """A study as it may leave: numbers that were checked, the page and pictures that are rendered of them here, a manifest.
 
 Whatever page or picture lies in a folder, a store or on a machine is never read: equal numbers and provenance give equal
-bytes under the same versions of matplotlib and Pillow, so that what is published is what this side renders.
+bytes under the same versions of matplotlib and Pillow, so that what is published is what this side renders. The page has a
+section about the newest probe that lies in the results folder when it is rendered, from that probe's own checked numbers; a
+study's numbers, its ids and its results_digest don't depend on it.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliers.errors import BadInput, ForbiddenFile, PublishRefused
+from outliers.errors import BadInput, DamagedResults, ForbiddenFile, PublishRefused
 from outliers.files.atomic import write_atomic
 from outliers.publish.allowlist import (
     LOG,
@@ -30,9 +33,12 @@ from outliers.publish.allowlist import (
     read_regular,
 )
 from outliers.publish.manifest import build_manifest, dump_manifest, read_manifest
+from outliers.publish.probes import Probed, count_probes, newest_probe
 
 if TYPE_CHECKING:
     from outliers.report.plots import Plot
+
+_log = logging.getLogger(__name__)
 
 KEPT_PLOTS = 2
 """Studies whose pictures this process keeps: a study is rendered where its numbers arrive, and again where it is published."""
@@ -49,14 +55,21 @@ class Publishable:
 
 
 def make_publishable(
-    numbers: Numbers, *, spec: Mapping[str, Any], provenance: Mapping[str, Any], log: bytes | None = None
+    numbers: Numbers,
+    *,
+    spec: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    log: bytes | None = None,
+    beside: Path | None = None,
 ) -> Publishable:
     """A study from its checked numbers; `spec` and `provenance` stand in the manifest, `provenance` on the page too.
+
+    beside: the results folder, whose newest probe has a section on the page; a probe that is damaged has none.
 
     Raises ForbiddenFile where it is too large or its numbers can't be drawn, PublishRefused where `spec` or `provenance` are
     more than metadata.
     """
-    files = dict(numbers.files) | render_files(numbers, provenance)
+    files = dict(numbers.files) | render_files(numbers, provenance, beside)
     if log is not None:
         files[LOG] = log
     for path, data in files.items():
@@ -71,18 +84,31 @@ def make_publishable(
     return Publishable(build_manifest(files, spec=dict(spec), provenance=dict(provenance)), files)
 
 
-def render_files(numbers: Numbers, provenance: Mapping[str, Any]) -> dict[str, bytes]:
+def render_files(numbers: Numbers, provenance: Mapping[str, Any], beside: Path | None = None) -> dict[str, bytes]:
     """`report.html` and `plots/*.png` by path. ForbiddenFile where no page can be made of the numbers."""
+    from outliers.report.probe_page import probe_section
     from outliers.report.report import make_page
 
+    probe = None if beside is None else _probe_of(numbers, beside)
     try:
         plots = _plots(*(numbers.files.get(name) for name in (*NUMBERS, *OPTIONAL)))
-        page = make_page(numbers.files, plots, provenance)
+        section = probe_section(probe.probes, probe.advice, count_probes(probe.folder) - 1) if probe else None
+        page = make_page(numbers.files, plots, provenance, section)
     except _BAD_NUMBERS as error:
         raise ForbiddenFile(
             f"no report can be made of these numbers ({type(error).__name__}: {str(error)[:200]})"
         ) from error
     return {f"plots/{plot.name}": plot.png for plot in plots} | {REPORT: page}
+
+
+def _probe_of(numbers: Numbers, folder: Path) -> Probed | None:
+    """The newest probe in a results folder, where it is of the study with these numbers."""
+    try:
+        found = newest_probe(folder)
+    except DamagedResults as error:
+        _log.warning("the report says nothing of a probe: %s", error)
+        return None
+    return found if found is not None and found.probes.study_id == numbers.summary["study_id"] else None
 
 
 @functools.lru_cache(maxsize=KEPT_PLOTS)
@@ -113,7 +139,8 @@ def read_publishable(folder: Path) -> Publishable:
                 f"{named.get(path, 'absent')}; write the study's results and manifest again"
             )
     log = read_log(folder) if LOG in named else None
-    made = make_publishable(numbers, spec=manifest["spec"], provenance=manifest["provenance"], log=log)
+    told = {"spec": manifest["spec"], "provenance": manifest["provenance"]}
+    made = make_publishable(numbers, **told, log=log, beside=folder)
     for name in ("study_id", "capture_id", "results_digest", "headline"):
         if made.manifest[name] != manifest[name]:
             raise PublishRefused(

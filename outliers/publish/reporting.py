@@ -54,11 +54,10 @@ def write_study(prepared: Prepared, workspace: Workspace, reporter: Reporter) ->
         _write_numbers(prepared, workspace, reporter)
         reporter.progress("report", 1, 3, "parts")
         made = numbers_folder(prepared, workspace)
-        found = make_publishable(
-            read_numbers(made), spec=prepared.public_spec(), provenance=json.loads((made / PROVENANCE).read_bytes())
-        )
+        known, folder = json.loads((made / PROVENANCE).read_bytes()), workspace.study(prepared.study_id)
+        found = make_publishable(read_numbers(made), spec=prepared.public_spec(), provenance=known, beside=folder)
         reporter.progress("report", 2, 3, "parts")
-        write_publishable(workspace.study(prepared.study_id), found)
+        write_publishable(folder, found)
         shutil.rmtree(made)
         reporter.progress("report", 3, 3, "parts")
         return _outline(found)
@@ -83,8 +82,9 @@ def place_study(
     """
     with alone(prepared, workspace), _explained(workspace):
         _compare(prepared, workspace, digest_of(numbers.files), reporter)
-        found = make_publishable(numbers, spec=prepared.public_spec(), provenance=known)
-        write_publishable(workspace.study(prepared.study_id), found)
+        folder = workspace.study(prepared.study_id)
+        found = make_publishable(numbers, spec=prepared.public_spec(), provenance=known, beside=folder)
+        write_publishable(folder, found)
         return _outline(found)
 
 

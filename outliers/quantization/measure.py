@@ -15,7 +15,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,15 +26,17 @@ from outliers.corpus.tokens import load_corpus
 from outliers.counting.analyze import journal_lines, layout_of_capture
 from outliers.counting.summary import Summary
 from outliers.counting.summary_files import read_summary
-from outliers.errors import CaptureError
+from outliers.errors import CaptureError, SummaryMismatch
 from outliers.events.stream import Reporter
 from outliers.quantization.kernels import tile as kernels
+from outliers.quantization.ranges import FormatPlan, Key, Ranges, kept_of, read_ranges, write_ranges
 from outliers.quantization.rules import Rule, padded
-from outliers.quantization.variants import ALL, Variant, corpus_range, spread_evenly, variants_at
-from outliers.results.format_errors import FormatErrors, Measured, write_errors
+from outliers.quantization.variants import ALL, corpus_range
+from outliers.results.format_errors import FormatErrors, has_errors, read_part_errors, write_errors
 from outliers.store.chunks import ChunkFiles
 from outliers.study.layout import Layout
 from outliers.study.prepare import Prepared
+from outliers.units import format_ranges
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -56,38 +59,118 @@ def measure_formats(
 
     Raises CaptureError where the summary is not there or not of the whole corpus, CorruptCapture where bytes changed.
     """
-    folder = workspace.capture(prepared.capture_id)
     private = workspace.summary(prepared.capture_id, prepared.study_id)
-    summary, lengths = read_summary(private), load_corpus(prepared.corpus, workspace).lengths.astype(np.int64)
+    summary, lengths = read_summary(private), _lengths(prepared, workspace)
     if summary.sequences.size != lengths.size:
         raise CaptureError(
             f"the summary in {private} is of {summary.sequences.size} of {lengths.size} sequences, and the scales of formats "
-            "need the range of all: analyze the whole capture"
+            "need the range of all: analyze the whole capture, or join the summaries of its parts first"
         )
-    sites = {site: variants_at(prepared, summary, site) for site in summary.frame.captured}
-    chosen = spread_evenly(lengths, prepared.spec.formats.format_tokens)
-    reader = _Tiles.open(folder, range(lengths.size), lengths)
+    plan, every = FormatPlan.of(prepared, summary, lengths), range(lengths.size)
+    reader = _Tiles.open(workspace.capture(prepared.capture_id), every, lengths)
     count, layers = workers or os.cpu_count() or 1, summary.frame.num_layers
-    scanned = [(site, one) for site, own in sites.items() for one in own if one.scans]
-    whole = [(sequence, layer) for sequence in range(lengths.size if scanned else 0) for layer in range(layers)]
-    sample = [(int(sequence), layer) for sequence in chosen for layer in range(layers)]
-    progress = _Progress(reporter, len(whole) + len(sample))
-    ranges = _Ranges.of(summary, scanned)
-    for (_, layer), largest in _each(whole, lambda unit: _scan(reader, ranges.scanned, *unit), count, progress):
+    progress = _Progress(reporter, layers * (plan.chosen.size + (lengths.size if plan.scanned else 0)))
+    ranges = _scan_all(plan, reader, every, count, progress)
+    found = _measure(plan, reader, ranges, plan.chosen, count, progress)
+    write_errors(private, found)
+    _tell_left(found)
+    return found
+
+
+def measure_part(
+    prepared: Prepared,
+    workspace: Workspace,
+    reporter: Reporter,
+    sequences: range,
+    whole: Path,
+    *,
+    workers: int | None = None,
+) -> str:
+    """Measure what is missing of some sequences of a study, and write it beside their summary; `ranges` or `errors`.
+
+    whole: folder with the summary of the whole corpus, and with the ranges that it lacks, once all parts have measured them.
+    Those ranges come first, where formats need any; the same call with them measures the errors. What is there already for
+    the same `whole` is left as it is. Raises CaptureError where these sequences are not counted here or the summary is not
+    of the whole corpus, SummaryMismatch where it is not of these sequences, CorruptCapture.
+    """
+    private, lengths = workspace.summary(prepared.capture_id, prepared.study_id), _lengths(prepared, workspace)
+    plan = FormatPlan.of(prepared, read_summary(whole), lengths)
+    _check_part(plan, read_summary(private), sequences, private, whole)
+    chosen = plan.chosen[(plan.chosen >= sequences.start) & (plan.chosen < sequences.stop)]
+    ranges = read_ranges(whole, plan) if plan.scanned else Ranges(plan, range(lengths.size))
+    count, layers = workers or os.cpu_count() or 1, plan.summary.frame.num_layers
+    reader = _Tiles.open(workspace.capture(prepared.capture_id), sequences, lengths)
+    if ranges is None:
+        here = read_ranges(private, plan)
+        if here is None or here.sequences != tuple(sequences):
+            progress = _Progress(reporter, layers * len(sequences))
+            write_ranges(private, _scan_all(plan, reader, sequences, count, progress))
+        return "ranges"
+    if ranges.sequences != tuple(range(lengths.size)):
+        raise CaptureError(f"the ranges in {whole} are of {len(ranges.sequences)} of {lengths.size} sequences")
+    if not (has_errors(private) and read_part_errors(private, prepared).ranges == ranges.digest):
+        found = _measure(plan, reader, ranges, chosen, count, _Progress(reporter, layers * chosen.size))
+        write_errors(private, replace(found, ranges=ranges.digest))
+        _tell_left(found)
+    return "errors"
+
+
+def _check_part(plan: FormatPlan, own: Summary, sequences: range, private: Path, whole: Path) -> None:
+    """Raise CaptureError, SummaryMismatch as `measure_part`."""
+    if plan.summary.sequences.size != plan.lengths.size:
+        raise CaptureError(
+            f"the summary in {whole} is of {plan.summary.sequences.size} of {plan.lengths.size} sequences, and the scales of "
+            "formats need the range of all: merge the summaries of all parts first"
+        )
+    if tuple(own.sequences.tolist()) != tuple(sequences):
+        raise CaptureError(
+            f"the summary in {private} is of the sequences {format_ranges(own.sequences.tolist(), half_open=True)}, and not of "
+            f"{sequences.start}:{sequences.stop}: analyze those first"
+        )
+    same = plan.summary.frame == own.frame and all(
+        (corpus_range(own, site, layer) <= corpus_range(plan.summary, site, layer)).all()
+        for site in own.frame.captured
+        for layer in range(own.frame.num_layers)
+    )
+    if not same:
+        raise SummaryMismatch(
+            f"the summary in {whole} was not joined from the one in {private}, whose values are larger: merge the parts again"
+        )
+
+
+def _lengths(prepared: Prepared, workspace: Workspace) -> NDArray[np.int64]:
+    return load_corpus(prepared.corpus, workspace).lengths.astype(np.int64)
+
+
+def _scan_all(plan: FormatPlan, reader: _Tiles, sequences: range, workers: int, progress: _Progress) -> Ranges:
+    """The ranges that the summary lacks, of some sequences; where it lacks none nothing is read."""
+    ranges = Ranges(plan, sequences)
+    layers = range(plan.summary.frame.num_layers)
+    units = [(sequence, layer) for sequence in (sequences if plan.scanned else ()) for layer in layers]
+    for (_, layer), largest in _each(units, lambda unit: _scan(reader, plan.scanned, *unit), workers, progress):
         ranges.raise_to(layer, largest)
-    jobs = _Jobs.of(summary, sites, ranges)
-    found = _empty(prepared, jobs, chosen, lengths)
+    return ranges
+
+
+def _measure(
+    plan: FormatPlan, reader: _Tiles, ranges: Ranges, chosen: NDArray[np.int64], workers: int, progress: _Progress
+) -> FormatErrors:
+    """The errors of some sequences under the ranges of the whole corpus. chosen: their numbers, ascending."""
+    jobs, found = _Jobs.of(plan, ranges), _empty(plan, chosen)
+    units = [(int(sequence), layer) for sequence in chosen for layer in range(plan.summary.frame.num_layers)]
     at = {int(sequence): column for column, sequence in enumerate(chosen)}
-    for (sequence, _), sums in _each(sample, lambda unit: _errors(reader, jobs, *unit), count, progress):
+    for (sequence, _), sums in _each(units, lambda unit: _errors(reader, jobs, *unit), workers, progress):
         for row, (tokens, squares, errors) in sums.items():
             found.tokens[row, at[sequence]] = tokens
             found.squares[row, at[sequence]] = squares
             found.errors[row, at[sequence]] = errors
-    write_errors(private, found)
+    return found
+
+
+def _tell_left(found: FormatErrors) -> None:
     left = int(found.lengths.sum()) - found.tokens.sum(axis=1)
     if left.any():
         log.warning("up to %d tokens have a value that is not finite: they are in no error of a format", left.max())
-    return found
 
 
 class _Progress:
@@ -176,50 +259,9 @@ class _Tiles:
         return np.empty((3, padded(self.layout.widths[site])), np.float32)
 
 
-def _kept(held: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """(padded feature,) float32: 0 where a feature is held out, else 1."""
-    found = np.ones(padded(held.size), np.float32)
-    found[: held.size][held] = 0
-    return found
-
-
-class _Ranges:
-    """The largest magnitudes of static formats: (site, layer, variant) -> (feature,) float32.
-
-    scanned: what the summary lacks, (site, rotation, held_out, range) -> the mask of held features as `_kept`.
-    """
-
-    def __init__(self, summary: Summary, scanned: dict[tuple[str, int, int, str], NDArray[np.float32]]) -> None:
-        self.summary, self.scanned = summary, scanned
-        layers = summary.frame.num_layers
-        self.largest = {key: np.zeros((layers, kept.size), np.float32) for key, kept in scanned.items()}
-
-    @classmethod
-    def of(cls, summary: Summary, scanned: list[tuple[str, Variant]]) -> _Ranges:
-        return cls(summary, {_key(site, one): _kept(one.held) for site, one in scanned})
-
-    def raise_to(self, layer: int, largest: dict[tuple[str, int, int, str], NDArray[np.float32]]) -> None:
-        for key, found in largest.items():
-            np.maximum(self.largest[key][layer], found, out=self.largest[key][layer])
-
-    def at(self, site: str, layer: int, one: Variant) -> NDArray[np.float32] | None:
-        """(feature,) float32; None for a format that needs none."""
-        if one.range is None:
-            return None
-        if one.scans:
-            return self.largest[_key(site, one)][layer, : one.held.size]
-        found = corpus_range(self.summary, site, layer)
-        found[one.held] = 0
-        return found
-
-
-def _key(site: str, one: Variant) -> tuple[str, int, int, str]:
-    return site, one.format.rotation, one.held_out, one.range or ALL
-
-
 def _scan(
-    reader: _Tiles, wanted: dict[tuple[str, int, int, str], NDArray[np.float32]], sequence: int, layer: int
-) -> dict[tuple[str, int, int, str], NDArray[np.float32]]:
+    reader: _Tiles, wanted: dict[Key, NDArray[np.float32]], sequence: int, layer: int
+) -> dict[Key, NDArray[np.float32]]:
     """The largest magnitudes of one unit, by key."""
     found = {key: np.zeros(kept.size, np.float32) for key, kept in wanted.items()}
     for site in dict.fromkeys(key[0] for key in wanted):
@@ -237,39 +279,32 @@ def _scan(
 
 @dataclass(frozen=True)
 class _Job:
-    """One row: what it is of, its rule, and which features are quantized, as `_kept`."""
+    """One row: its number, its rule, and which features are quantized, as `kept_of`."""
 
     row: int
-    of: Measured
     rule: Rule
     kept: NDArray[np.float32]
 
 
 class _Jobs:
-    """The rows of the table, in its order, and by layer and site."""
+    """The rows of the table, by layer and site; numbered as `FormatPlan.rows` orders them."""
 
     def __init__(self, rows: dict[tuple[int, str], list[_Job]]) -> None:
         self.by_place = rows
 
     @classmethod
-    def of(cls, summary: Summary, sites: dict[str, tuple[Variant, ...]], ranges: _Ranges) -> _Jobs:
+    def of(cls, plan: FormatPlan, ranges: Ranges) -> _Jobs:
         found: dict[tuple[int, str], list[_Job]] = {}
         number = 0
-        for site, variants in sites.items():
-            kept = {one.held_out: _kept(one.held) for one in variants}
-            for layer in range(summary.frame.num_layers):
+        for site, variants in plan.sites.items():
+            kept = {one.held_out: kept_of(one.held) for one in variants}
+            for layer in range(plan.summary.frame.num_layers):
                 jobs = found.setdefault((layer, site), [])
                 for one in variants:
                     rule = Rule.of(one.format, one.held.size, ranges.at(site, layer, one))
-                    of = Measured(site, layer, one.format.name, one.held_out, one.range)
-                    jobs.append(_Job(number, of, rule, kept[one.held_out]))
+                    jobs.append(_Job(number, rule, kept[one.held_out]))
                     number += 1
         return cls(found)
-
-    def rows(self) -> list[Measured]:
-        return [
-            job.of for job in sorted((job for own in self.by_place.values() for job in own), key=lambda job: job.row)
-        ]
 
 
 def _errors(reader: _Tiles, jobs: _Jobs, sequence: int, layer: int) -> dict[int, tuple[int, float, float]]:
@@ -292,14 +327,14 @@ def _errors(reader: _Tiles, jobs: _Jobs, sequence: int, layer: int) -> dict[int,
     return found
 
 
-def _empty(prepared: Prepared, jobs: _Jobs, chosen: NDArray[np.int64], lengths: NDArray[np.int64]) -> FormatErrors:
-    """The sums before anything is measured; layers have their own numbers."""
-    rows = tuple(Measured(of.site, prepared.layers[of.layer], of.format, of.held_out, of.range) for of in jobs.rows())
+def _empty(plan: FormatPlan, chosen: NDArray[np.int64]) -> FormatErrors:
+    """The sums before anything is measured."""
+    rows = plan.rows()
     shape = (len(rows), chosen.size)
     return FormatErrors(
-        study_id=prepared.study_id,
+        study_id=plan.prepared.study_id,
         sequences=chosen,
-        lengths=lengths[chosen],
+        lengths=plan.lengths[chosen],
         rows=rows,
         tokens=np.zeros(shape, np.int64),
         squares=np.zeros(shape),

@@ -1,14 +1,16 @@
-"""The page of a probe: the verdict, the table of formats, what the model depends on, the gates. It loads nothing."""
+"""The page of a probe, and the section about it in the study's report: the verdict, the table of formats, what the model
+depends on. Both load nothing."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from outliers.report.page import render_template
-from outliers.report.probe_plots import draw_probe
-from outliers.results.schema import Advice, Probes
+from outliers.report.probe_plots import causes, draw_experts, draw_probe, formats
+from outliers.results.schema import Advice, Change, Probes
 
 CAPTIONS = {
     "formats.png": "KL of the model's predictions where a format is used at all sites, dark, and with what repairs it, light; "
@@ -28,6 +30,61 @@ VERDICTS = {
     "indistinguishable": "not distinguishable",
 }
 MAX_ROWS = 200
+MAX_PREFIX_ROWS = 40
+
+
+@dataclass(frozen=True)
+class PrefixRow:
+    """A change beside the same change with tokens before each sequence, which is the second of each pair."""
+
+    name: str
+    tokens: str
+    kl: tuple[float | None, float]
+    perplexity: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ProbeSection:
+    """What the study's report says of a probe. plots: caption, text for those who don't see it, and PNG as base64."""
+
+    probes: Probes
+    advice: Advice
+    plots: tuple[tuple[str, str, str], ...]
+    prefixes: tuple[PrefixRow, ...]
+    others: int
+
+
+def probe_section(probes: Probes, advice: Advice, others: int = 0) -> ProbeSection:
+    """The section of the report about a probe. others: how many more probes the study has."""
+    found = (causes(probes), draw_experts(probes), formats(probes, advice))
+    plots = tuple((CAPTIONS[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in found if plot)
+    return ProbeSection(probes, advice, plots, tuple(prefix_rows(probes)), others)
+
+
+def prefix_rows(probes: Probes) -> list[PrefixRow]:
+    """What tokens before each sequence do: alone, and with each format that was tried with and without them."""
+    plain = {_without_prefix(change): change for change in probes.changes if not change.prefix}
+    found = []
+    for change in probes.changes:
+        if not change.prefix:
+            continue
+        if change.kind == "prefix":
+            before: tuple[float | None, float] = (None, probes.reference.perplexity)
+            name = "nothing else"
+        else:
+            same = plain.get(_without_prefix(change))
+            if same is None:
+                continue
+            before, name = (same.kl, same.perplexity), same.name
+        tokens = ", ".join(map(str, change.prefix))
+        found.append(PrefixRow(name, tokens, (before[0], change.kl), (before[1], change.perplexity)))
+    return found[:MAX_PREFIX_ROWS]
+
+
+def _without_prefix(change: Change) -> str:
+    """What a change is, apart from the tokens before each sequence and from what was measured."""
+    named = ("kind", "sites", "layers", "features", "format", "weights", "held", "range", "smooth", "weight", "value")
+    return repr([getattr(change, name) for name in named])
 
 
 def make_probe_page(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: Advice) -> bytes:
@@ -44,7 +101,7 @@ def make_probe_page(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: A
         "changes": probes.changes[:MAX_ROWS],
         "left_out": max(0, len(probes.changes) - MAX_ROWS),
     }
-    return render_template("probe.html", values, {"kl": _kl, "span": _span}).encode("utf-8", "replace")
+    return render_template("probe.html", values, FILTERS).encode("utf-8", "replace")
 
 
 def _kl(value: float | None) -> str:
@@ -57,3 +114,7 @@ def _kl(value: float | None) -> str:
 def _span(ends: Sequence[float] | None) -> str:
     """`0.031 to 0.042`; nothing where there is no interval."""
     return "" if ends is None else " to ".join(f"{end:,.0f}" if end >= 1000 else f"{end:.3g}" for end in ends)
+
+
+FILTERS: dict[str, Callable[..., str]] = {"kl": _kl, "span": _span}
+"""The formatters of a verdict, besides those of every page."""

@@ -22,6 +22,7 @@ from outliers.report.experts import expert_values
 from outliers.report.formats import FORMATS_PLOT, format_maps, format_rows, measured_sites
 from outliers.report.page import render_template
 from outliers.report.plots import MASSIVE_RULE, MAX_POSITION_ROWS, Cells, Plot, captured_layers, draw
+from outliers.report.probe_page import FILTERS, VERDICTS, ProbeSection
 from outliers.report.rows import (
     MAX_CONTEXTS,
     MAX_FEATURE_ROWS,
@@ -152,11 +153,20 @@ def make_plots(files: Mapping[str, bytes]) -> tuple[Plot, ...]:
     return (*plots, *draw_experts(name, summary.experts, _table(files, EXPERTS), _table(files, ROUTER)))
 
 
-def make_page(files: Mapping[str, bytes], plots: Sequence[Plot], provenance: Mapping[str, object]) -> bytes:
-    """report.html of a study, from the bytes of its three files by name and its pictures. Raises as `write_report`."""
+def make_page(
+    files: Mapping[str, bytes],
+    plots: Sequence[Plot],
+    provenance: Mapping[str, object],
+    probe: ProbeSection | None = None,
+) -> bytes:
+    """report.html of a study, from the bytes of its files by name, its pictures, and what a probe of it says.
+
+    Raises as `write_report`.
+    """
     summary, tokens = _parsed(files, SUMMARY, StudySummary), _parsed(files, TOKENS, Tokens)
     cells = _cells(files[FEATURES], summary.criteria.site)
-    return render(summary, tokens, cells, plots, provenance, _table(files, QUANTIZATION)).encode("utf-8", "replace")
+    page = render(summary, tokens, cells, plots, provenance, _table(files, QUANTIZATION), probe)
+    return page.encode("utf-8", "replace")
 
 
 def render(
@@ -166,6 +176,7 @@ def render(
     plots: Sequence[Plot],
     provenance: Mapping[str, object],
     errors: Sequence[dict[str, Any]] = (),
+    probe: ProbeSection | None = None,
 ) -> str:
     """The page as text; the plots are in it as base64. errors: the rows of quantization.parquet."""
     texts = PLOT_TEXTS | FORMAT_TEXTS | EXPERT_TEXTS
@@ -197,6 +208,8 @@ def render(
         "formats": format_rows(errors),
         "format_sites": measured_sites(errors),
         "format_sample": summary.quantization,
+        "probe": probe,
+        "verdicts": VERDICTS,
         "massive_plots": [plot[1:] for plot in shown if plot[0] in MASSIVE_PLOTS],
         "contexts": contexts(tokens),
         "max_tokens": MAX_CONTEXTS,
@@ -206,7 +219,7 @@ def render(
         "notes": [clip(note, MAX_TEXT_CHARACTERS) for note in summary.notes],
         "provenance": provenance_rows(provenance),
     }
-    return render_template("report.html", values)
+    return render_template("report.html", values, FILTERS)
 
 
 def _read(path: Path) -> bytes:

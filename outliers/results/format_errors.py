@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from outliers.counting.summary_files import FORMATS
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.files.sealed import check_folder, seal_folder
 from outliers.results.intervals import ratio_ends, share_span
@@ -26,7 +27,7 @@ from outliers.results.schema.quantization import QUANTIZATION_SCHEMA, Quantizati
 from outliers.study.prepare import Prepared
 from outliers.untrusted.npz import UNREADABLE, open_npz
 
-FOLDER, ERRORS = "formats", "errors.npz"
+FOLDER, ERRORS = FORMATS, "errors.npz"
 DIGITS = 6
 """Decimals of a number in dB: more would depend on a processor's logarithm."""
 
@@ -47,7 +48,8 @@ class FormatErrors:
     """Sums of a sample of whole sequences. R rows, S sequences.
 
     sequences: ascending. lengths: (S,) int64, tokens of each. rows: what each row is of. tokens: (R, S) int64, measured
-    tokens. squares, errors: (R, S) float64, sums of x^2 and of squared errors over them.
+    tokens. squares, errors: (R, S) float64, sums of x^2 and of squared errors over them. ranges: of a part of the corpus,
+    which has some sequences of the sample, the digest of the ranges it was measured with; "" for the whole sample.
     """
 
     study_id: str
@@ -57,6 +59,7 @@ class FormatErrors:
     tokens: NDArray[np.int64]
     squares: NDArray[np.float64]
     errors: NDArray[np.float64]
+    ranges: str = ""
 
 
 _ARRAYS = ("sequences", "lengths", "tokens", "squares", "errors")
@@ -69,6 +72,8 @@ def write_errors(summary: Path, found: FormatErrors) -> None:
     folder.mkdir(parents=True)
     rows = np.array(json.dumps([asdict(row) for row in found.rows]))
     arrays = {name: getattr(found, name) for name in _ARRAYS}
+    if found.ranges:
+        arrays["ranges"] = np.array(found.ranges)
     np.savez(folder / ERRORS, study_id=np.array(found.study_id), rows=rows, **arrays)
     seal_folder(folder, (ERRORS,))
 
@@ -79,18 +84,34 @@ def has_errors(summary: Path) -> bool:
 
 
 def read_errors(summary: Path, prepared: Prepared) -> FormatErrors:
-    """The sums beside the summary in a folder. Raises CaptureError where there are none, CorruptCapture for others."""
+    """The sums of the whole sample beside the summary in a folder.
+
+    Raises CaptureError where there are none, or those of a part of the corpus; CorruptCapture for others.
+    """
+    found = read_part_errors(summary, prepared)
+    if found.ranges:
+        raise CaptureError(
+            f"the errors of number formats in {summary} are of a part of the corpus: merge those of all parts"
+        )
+    return found
+
+
+def read_part_errors(summary: Path, prepared: Prepared) -> FormatErrors:
+    """As `read_errors`, also of a part of the corpus."""
     path = summary / FOLDER / ERRORS
     if not path.exists():
         raise CaptureError(
-            f"there are no errors of number formats in {summary}: analyze the whole capture in one run, which measures them"
+            f"there are no errors of number formats in {summary}: analyze the whole capture in one run, which measures them, or "
+            "measure those of each part (`python -m outliers formats`) and merge the parts again"
         )
     if not check_folder(summary / FOLDER):
         raise CorruptCapture(f"{path} is not what was written there: analyze again")
     try:
         with open_npz(path) as stored:
             rows = tuple(Measured(**row) for row in json.loads(str(stored["rows"])))
-            found = FormatErrors(str(stored["study_id"]), rows=rows, **{name: stored[name] for name in _ARRAYS})
+            ranges = str(stored["ranges"]) if "ranges" in stored else ""
+            arrays = {name: stored[name] for name in _ARRAYS}
+            found = FormatErrors(str(stored["study_id"]), rows=rows, **arrays, ranges=ranges)
     except UNREADABLE as error:
         raise CorruptCapture(f"{path} can't be read: {error}; analyze again") from error
     if found.study_id != prepared.study_id or found.errors.shape != (len(found.rows), found.sequences.size):

@@ -424,11 +424,6 @@ class StudySpec(Part):
                 "a probe reads the whole model on one machine, and --shards gives each machine a part of the corpus: leave one "
                 "of them out; `outliers probe STUDY` probes the study once it is done"
             )
-        if self.formats.formats and self.compute.shards > 1:
-            raise ValueError(
-                f"--formats needs the range of the whole corpus, and each of {self.compute.shards} --shards sees a part of it: "
-                "leave one of them out"
-            )
         return self
 
     def _check_store(self) -> None:

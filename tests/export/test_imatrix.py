@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -121,6 +122,30 @@ def test_scales_are_the_largest_abs_of_each_column(study, inputs):
     assert {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} == {
         name: array.tobytes() for name, array in found.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("OPT", ("self_attn.q_proj", "fc1")),
+        ("Bloom", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),
+    ],
+)
+def test_scales_have_the_names_that_smoothquants_library_looks_up(tmp_path, workspace, text, family, module):
+    """smooth_lm of mit-han-lab/smoothquant (commit 0c727bc1) reads scales[name of a decoder layer + these], a tensor with as
+    many values as the projection has inputs, from what torch.load gives of a file."""
+    folder = tiny.make_model(tmp_path / "model", family)
+    study = exports.opened(workspace, exports.counted(workspace, folder, text, sites=("attn_in", "mlp_in")))
+    made = make_export(study, ExportRequest("act-scales", ".pt"))
+    scales = torch.load(io.BytesIO(made.content), weights_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    layers = [name for name, one in model.named_modules() if type(one).__name__ in ("OPTDecoderLayer", "BloomBlock")]
+    assert len(layers) == len(study.prepared.layers)
+    for layer in layers:
+        for own in module:
+            projection = model.get_submodule(f"{layer}.{own}")
+            assert scales[f"{layer}.{own}"].shape == (projection.in_features,)
+            assert (scales[f"{layer}.{own}"] > 0).all()
 
 
 def test_scales_of_a_study_without_the_other_sites_say_so(tmp_path, workspace, llama, text):
