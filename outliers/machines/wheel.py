@@ -22,6 +22,8 @@ from outliers.errors import DeployFailed
 DISTRIBUTION = "outlier-features"
 EXTRAS = ("demo",)
 """Of the extras, what a machine is given too: a GGUF file is read there."""
+LISTS = {"constraints.txt": "hashes.txt", "constraints-latest.txt": "hashes-latest.txt"}
+"""Versions of a checkout and their hashes: with SkyPilot, and the newest without it (constraints.in)."""
 _STEM = "outlier_features"
 _DATE = (1980, 1, 1, 0, 0, 0)
 CONTROL = ("api", "atlas", "dispatch", "export", "planning", "sweep")
@@ -96,14 +98,11 @@ def names() -> tuple[str, ...]:
 
 
 def constraints() -> tuple[str, ...]:
-    """Versions that everything is held to: constraints.txt of a checkout, with the hashes of hashes.txt, else what is
-    installed here, without."""
-    lock = version.FOLDER.parent / "constraints.txt"
-    if lock.is_file():
-        hashed = _hashes(lock.with_name("hashes.txt"))
-        lines = lock.read_text("utf-8").splitlines()
-        pinned = (line.strip() for line in lines if line.strip() and not line.startswith("#"))
-        return tuple(sorted(" ".join((line, *hashed.get(line, ()))) for line in pinned))
+    """Versions that everything is held to: the list of a checkout with its hashes (`LISTS`), else what is installed here,
+    without."""
+    if lock := _list_here():
+        hashed = _hashes(lock.with_name(LISTS[lock.name]))
+        return tuple(sorted(" ".join((line, *hashed.get(line, ()))) for line in _pinned(lock)))
     seen: dict[str, str] = {}
     waiting = list(names())
     while waiting:
@@ -120,6 +119,20 @@ def constraints() -> tuple[str, ...]:
             re.split(r"[\s<>=!~;\[(]", line, maxsplit=1)[0] for line in found.requires or () if "extra ==" not in line
         ]
     return tuple(sorted(seen.values()))
+
+
+def _list_here() -> Path | None:
+    """The list of a checkout that has this environment's transformers, so that a host computes with the same; else the
+    first. None without a checkout."""
+    folder = version.FOLDER.parent
+    there = [folder / name for name in LISTS if (folder / name).is_file()]
+    ours = f"transformers=={importlib.metadata.version('transformers')}"
+    return next((path for path in there if ours in _pinned(path)), there[0] if there else None)
+
+
+def _pinned(path: Path) -> list[str]:
+    lines = (line.strip() for line in path.read_text("utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _hashes(path: Path) -> dict[str, tuple[str, ...]]:

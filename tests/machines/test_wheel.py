@@ -93,6 +93,23 @@ def test_what_it_needs_is_what_the_project_declares(tmp_path, monkeypatch):
     assert "pytest" not in found
 
 
+@pytest.mark.parametrize(
+    ("ours", "name"), [("5.0", "constraints"), ("9.0", "constraints-latest"), ("7.1", "constraints")]
+)
+def test_a_host_gets_the_list_of_the_transformers_here(tmp_path, monkeypatch, ours, name):
+    """Of neither list: the first."""
+    for file, held in (("constraints", "5.0"), ("constraints-latest", "9.0")):
+        (tmp_path / f"{file}.txt").write_text(f"# made\nnumpy=={held}\ntransformers=={held}\n")
+        (tmp_path / f"{file.replace('constraints', 'hashes')}.txt").write_text(
+            f"numpy=={held} \\\n    --hash=sha256:{held}\n"
+        )
+    monkeypatch.setattr(version, "FOLDER", tmp_path / "outliers")
+    installed = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda of: ours if of == "transformers" else installed(of))
+    held = "9.0" if name == "constraints-latest" else "5.0"
+    assert wheels.constraints() == (f"numpy=={held} --hash=sha256:{held}", f"transformers=={held}")
+
+
 def test_a_host_with_its_own_torch_is_sent_none_of_it():
     lines = ("numpy>=2", "torch>=2.6", "torchvision==1", "triton==3.0", "nvidia-cublas-cu12==12", "cuda-bindings==1")
     assert wheels.without_torch(lines) == ("numpy>=2", "torchvision==1")

@@ -1,4 +1,5 @@
-"""constraints.txt against the public advisory databases, by pip-audit: `make audit`. Exits with 0, 1 (advisories) or 2 (unknown).
+"""Both lists of versions against the public advisory databases, by pip-audit: `make audit`. Exits with 0, 1 (advisories) or 2
+(unknown).
 
 pip-audit reports a package that no database knows as skipped, and ends with 0: where none can be reached, it would look as if all
 were well. So its answer is read: what was not looked up is counted and said. Standard library alone. Before it: the Makefile.
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+LISTS = ("constraints.txt", "constraints-latest.txt")
 SERVICES = ("pypi", "osv")
 """Asked in this order, until one knows most of the packages."""
 LEAST = 0.9
@@ -19,8 +21,14 @@ LEAST = 0.9
 
 
 def main(command: list[str]) -> int:
-    """`command`: pip-audit's argv, which the audited list is added to."""
-    lines = Path("constraints.txt").read_text("utf-8").splitlines()
+    """The worst exit code of the lists. `command`: pip-audit's argv, which the audited list is added to."""
+    return max([audit(name, command) for name in LISTS])
+
+
+def audit(name: str, command: list[str]) -> int:
+    """The exit code of one list; what was found is printed."""
+    print(f"{name}:")
+    lines = Path(name).read_text("utf-8").splitlines()
     wanted = [line for line in lines if line.strip() and not line.startswith("#")]
     with tempfile.TemporaryDirectory() as place:
         listing = Path(place) / "requirements.txt"
@@ -31,9 +39,7 @@ def main(command: list[str]) -> int:
             if len(known) >= LEAST * len(wanted):
                 return report(known, len(wanted), service)
             print(f"{service}: {len(known)} of {len(wanted)} packages could be looked up{trouble}")
-    print(
-        "constraints.txt is NOT audited: no advisory database could be reached from here. Run `make audit` where one can be"
-    )
+    print(f"{name} is NOT audited: no advisory database could be reached from here. Run `make audit` where one can be")
     return 2
 
 
