@@ -80,6 +80,7 @@ def extract(
         experts = ExpertSumsFile(folder, layout.experts, chosen) if layout.experts is not None and has_values else None
         if (layered := LayerRecord.complete(folder, chosen)) is not None:
             finish(layered, journal, files, corpus, experts)
+            journal = Journal.open(folder / "journal.jsonl")  # with the checksums, which appended lines don't keep
         batches = _todo(wanted, journal, files, experts, prepared.spec.capture.perplexity)
         asked = sum(map(len, wanted))
         if not batches:
