@@ -44,8 +44,8 @@ import zarr
 
 from benchmarks.gpu_models import placed, placements, random_model, refusal
 from benchmarks.gpu_rings import NeverWaiting, NoBuffer, Witness
-from outliers.capture.extract import write_parts
 from outliers.capture.forward import Batch, HookedPass
+from outliers.capture.session import write_parts
 from outliers.capture.staging import StagingBuffer
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec

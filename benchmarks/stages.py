@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from outliers.capture.extract import write_parts
 from outliers.capture.forward import Batch, HookedPass
+from outliers.capture.session import write_parts
 from outliers.capture.staging import StagingBuffer
 from outliers.corpus.tokens import Corpus
 from outliers.store.chunks import ChunkFiles, create_arrays

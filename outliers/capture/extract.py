@@ -78,6 +78,9 @@ def extract(
             log.warning("the experts of %s are not read: `outliers plan` says why", prepared.model.source.name)
         has_values = layout.experts is not None and layout.experts.values
         experts = ExpertSumsFile(folder, layout.experts, chosen) if layout.experts is not None and has_values else None
+        if (layered := LayerRecord.complete(folder, chosen)) is not None:
+            finish(layered, journal, files, corpus, experts)
+            journal = Journal.open(folder / "journal.jsonl")  # with the checksums, which appended lines don't keep
         work = Work(prepared, workspace, corpus, files, journal, len(chosen), devices, reporter, experts)
         capture = _Capture(work, chosen)
         windows = open_windows(chosen, corpus, layout, journal) if open_windows is not None else None
@@ -140,8 +143,6 @@ class _Capture:
     def whole(self, on_step: Step) -> dict[str, Any]:
         """Capture all that is missing, with the whole model or a layer at a time."""
         of, folder = self.of, self.of.files.root.parent
-        if (layered := LayerRecord.complete(folder, self.wanted)) is not None:
-            finish(layered, of.journal, of.files, of.corpus, of.experts)
         batches = self._missing(self.wanted, of.journal)
         if not batches:
             discard(folder)
