@@ -22,7 +22,7 @@ def acts_of(seed, dtype, sequences):
     """Feature 3 is large everywhere, 9 in the first sequence alone, 5 at first tokens; one value is not finite."""
     rng = np.random.default_rng(seed)
     acts = {}
-    for site, width in (("attn_in", 40), ("resid", 48)):
+    for site, width in (("attn_in", 40), ("mlp_in", 40), ("resid", 48)):
         values = rng.standard_normal((2, sequences, 12, width)).astype(np.float32)
         values[..., 3] = 20 + rng.random((2, sequences, 12))
         values[:, 0, :, 9] = 8 + rng.random((2, 12))

@@ -200,6 +200,23 @@ def test_three_processes_give_what_one_gives(world, whole, tmp_path):
     assert not list((tmp_path / "three" / "captures").glob("*/activations.zarr"))
 
 
+@pytest.mark.servers
+@pytest.mark.studies
+def test_three_processes_measure_formats_as_one_does(world, tmp_path):
+    """In rounds: counts, ranges, errors; each job once."""
+    options = (*OPTIONS, "--formats", "int8_tensor,nvfp4", "--format-tokens", "300")
+    whole = run(world, tmp_path / "one", *options)
+    spread = run(world, tmp_path / "three", *options, "--shards", "3")
+    made = manifest(spread)
+    assert made["results_digest"] == manifest(whole)["results_digest"]
+    tables = [Path(json.loads(one.stdout)["results"]) / "quantization.parquet" for one in (whole, spread)]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+    rounds = {f"formats {part}": 2 for part in ("1of3", "2of3", "3of3")}
+    assert attempts(open_workspace(tmp_path / "three")) == EACH_ONCE | rounds
+    assert all(part["formats"]["seconds"] >= 0 for part in made["provenance"]["parts"])
+    assert not any((tmp_path / "three" / "parts").iterdir())
+
+
 def captures(world, workspace, *more):
     _, environment = world
     return run_command(workspace, "captures", *more, "--workspace", workspace, environment=environment)
