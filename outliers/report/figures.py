@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outliers.results.schema import CriteriaBlock
 from outliers.spec import BLOCK
@@ -118,12 +118,18 @@ def legend(axes: Axes) -> None:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG of 256 colours, a third of the bytes of full colour; no date and no program's name in it."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=DPI, facecolor="white")
+    # not by savefig: it draws a figure with a layout twice, and packs it into a PNG that would be unpacked again here
+    figure.set_dpi(DPI)
+    figure.set_facecolor("white")
+    canvas: Any = FigureCanvasAgg(figure)  # matplotlib gives its methods no types
+    canvas.draw()
+    full = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     # of Pillow's ways MAXCOVERAGE alone leaves no step in the colour bar: 5 of 255 at most, MEDIANCUT 32
-    way = Image.Quantize.MAXCOVERAGE
-    image = Image.open(full).convert("RGB").quantize(256, way, dither=Image.Dither.NONE)
+    small = io.BytesIO()
+    image = full.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(small, "PNG", optimize=True, dpi=(DPI, DPI))
     return small.getvalue()

@@ -21,6 +21,7 @@ from tests.counting.test_counting import BLOCK, DTYPES, random_acts
 from tests.support import results_folder, synthetic
 from tests.support.cases import first_here
 from tests.support.html_page import Page
+from tests.support.planted import page_of
 
 STEPS = (3.0, 6.0, 10.0, 20.0, 50.0)
 
@@ -89,8 +90,7 @@ def test_the_page_and_the_notes_say_it(scaled):
     wild = sum(int((~np.isfinite(values)).sum()) for values in exact.values())
     assert f"{wild:,} values are not finite" in notes and "their tokens stay in N" in notes
     assert "3 sequences: beside a share of tokens stand the least and the largest" in notes
-    write_report(folder, {})
-    text = re.sub(r"\s+", " ", Page((folder / "report.html").read_text()).text)
+    text = re.sub(r"\s+", " ", Page(page_of(folder).decode()).text)
     assert "≥ 50 sd" in text and "standard deviations of a layer" in text
     assert "so that every share of tokens is lower for them" in text
     assert "by per_layer they do" in text and "bitsandbytes takes only what is above" in text
@@ -141,8 +141,7 @@ def test_results_of_before_are_still_allowed(tmp_path):
     table = pq.read_table(folder / "features.parquet").drop_columns(["max_sd"])
     pq.write_table(table, folder / "features.parquet", compression="zstd")
     read_numbers(folder)
-    write_report(folder, {})
-    text = Page((folder / "report.html").read_text()).text
+    text = Page(page_of(folder).decode()).text
     assert "range over resamples of the share of tokens" in text and "95% interval" not in text
     assert "sd" not in re.findall(r"[a-z]+", text)
 
@@ -218,10 +217,9 @@ def test_every_headline_names_the_readings_where_they_disagree(tmp_path, counts,
             summary["readings"]["block"][reading] = rows[: counts.get(reading, 1)]
     summary["systematic"] = summary["systematic"][:1]
     (folder / "summary.json").write_text(json.dumps(summary))
-    write_report(folder, {})
+    results_folder.finish(folder)
     assert (SAID[1:] in Page((folder / "report.html").read_text()).text) == said
     printed = io.StringIO()
-    results_folder.finish(folder)
     arguments = argparse.Namespace(run=results_folder.STUDY_ID, feature=None, site=None, layer=None, json=False)
     with contextlib.redirect_stdout(printed):
         show_command(open_workspace(tmp_path), arguments, Console(stderr=True))

@@ -1,17 +1,21 @@
 """A results folder that is built here, by brute force, from planted activations: what a report is made from.
 
-Nothing of it comes from the counting that it stands in for. After it: `test_report`, `test_browser`.
+Nothing of its numbers comes from the counting that it stands in for. Used by `test_report` and `test_browser`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from outliers.report.plots import Plot
+from outliers.report.report import make_page
 
 LADDER = [3.0, 4.5, 6.0, 8.0, 12.0, 20.0, 50.0, 100.0]
 QUANTILES = [0.9, 0.99, 0.999, 0.9999]
@@ -265,3 +269,9 @@ def example(layers: int = 6, width: int = 16, length: int = 64) -> Acts:
     acts["attn_in"][0, :, :, 5] = 7
     acts["mlp_in"][:, 0, 0, 9] = 120
     return acts
+
+
+def page_of(folder: Path, provenance: Mapping[str, object] | None = None, plots: Sequence[Plot] = ()) -> bytes:
+    """report.html of the numbers in a folder, with these pictures: what `write_report` writes but for drawing them."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".parquet")}
+    return make_page(files, plots, provenance or {})
