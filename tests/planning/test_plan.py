@@ -12,7 +12,8 @@ from rich.console import Console
 from flows.cli.console import show_plan
 from outliers.errors import BadInput, PlanRefused
 from outliers.hardware import GB, Facts, Gpu
-from outliers.machines.base import Excluded, Offer, fits
+from outliers.machines import base
+from outliers.machines.base import Offer
 from outliers.planning.offers import check_plan, request_for, suitable
 from outliers.planning.plan import make_plan
 from outliers.spec import StudySpec
@@ -241,8 +242,8 @@ class Small(Catalog):
 
     def offers(self, request):
         (offer,) = self._offers
-        reasons = fits(offer.facts, request)
-        return ((), (Excluded("local", "; ".join(reasons)),)) if reasons else ((offer,), ())
+        reasons = base.fits(offer.facts, request)
+        return ((), (base.Excluded("local", "; ".join(reasons)),)) if reasons else ((offer,), ())
 
 
 @pytest.fixture
