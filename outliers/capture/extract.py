@@ -36,6 +36,7 @@ from outliers.store.fingerprint import difference, layout_from, read_fingerprint
 from outliers.study.expert_shapes import SUMS
 from outliers.study.layout import Layout
 from outliers.study.prepare import Prepared, layout_of
+from outliers.study.window import kept_sequences
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -244,7 +245,7 @@ def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -
         free = {
             "threads": torch.get_num_threads(),
             "batch_sequences": prepared.spec.capture.batch_sequences,
-            "sequence_texts": list(corpus.sequence_texts),
+            "sequence_texts": list(corpus.sequence_texts[: kept_sequences(prepared.spec)]),
             "looked_for": list(LOOKED_FOR),
         }
         write_fingerprint(folder, {"fixed": fixed, "layout": shapes_of(layout), **free})

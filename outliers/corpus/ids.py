@@ -13,21 +13,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from outliers.corpus.texts import Texts
 from outliers.errors import CorpusError
-from outliers.files.atomic import write_atomic
-from outliers.files.sealed import changed_files, checksums, read_sealed, write_sealed
+from outliers.files.sealed import changed_files, read_sealed
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 INFO = "corpus.json"
 ARRAYS = ("token_ids", "lengths", "starts")
 TEXTS, NAMES = "sequence_texts.json", "token_names.json"
+KNOWN_PIECES = 1 << 18
+"""Distinct texts of tokens that are remembered while delimiters are looked for."""
 FILES = (*(f"{name}.npy" for name in ARRAYS), TEXTS, NAMES)
 
 
@@ -72,7 +74,7 @@ class TokenNames:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus in memory.
+    """A corpus; ids, starts and texts are read from the disk where they are used.
 
     `token_ids`: (sequence, position) int32. `lengths`: (sequence,) int32, tokens that are not padding.
     `starts`: (sequence, position) int32, where each token begins in its sequence's text, in characters.
@@ -83,8 +85,15 @@ class Corpus:
     token_ids: NDArray[np.int32]
     lengths: NDArray[np.int32]
     starts: NDArray[np.int32]
-    sequence_texts: tuple[str, ...]
+    sequence_texts: Sequence[str]
     names: TokenNames = field(default_factory=TokenNames)
+
+    def release(self) -> None:
+        """Give the memory of what was read back to the system: pages of a file count as this process's until they are needed."""
+        for values in (self.token_ids, self.starts):
+            pages: object = values.base
+            if isinstance(pages, mmap.mmap) and hasattr(pages, "madvise"):
+                pages.madvise(mmap.MADV_DONTNEED)
 
     def piece(self, sequence: int, position: int) -> str:
         """The characters of the sequence's text that one token covers; empty if it shares them with the next token."""
@@ -110,16 +119,26 @@ class Corpus:
         number = int(self.token_ids[sequence, position])
         if number in self.names.special or number in self.names.fragments:
             return False
-        text = self._text(sequence, position)
-        return bool(text) and all(unicodedata.category(character).startswith("P") for character in text.strip())
+        return _is_delimiter(self._text(sequence, position))
 
     def delimiters(self, rows: range | None = None) -> NDArray[np.bool_]:
         """(sequence, position) bool, see `is_delimiter`; False for padding. rows: consecutive sequences (default: all)."""
         rows = range(len(self.lengths)) if rows is None else rows
         marks = np.zeros((len(rows), self.token_ids.shape[1]), np.bool_)
+        named = {*self.names.special, *self.names.fragments}
+        known: dict[str, bool] = {}
         for row, sequence in enumerate(rows):
-            length = int(self.lengths[sequence])
-            marks[row, :length] = [self.is_delimiter(sequence, position) for position in range(length)]
+            length, text = int(self.lengths[sequence]), self.sequence_texts[sequence]
+            ids, starts = self.token_ids[sequence, :length].tolist(), self.starts[sequence, :length].tolist()
+            for position, (number, start, stop) in enumerate(zip(ids, starts, [*starts[1:], len(text)], strict=True)):
+                if number in named:
+                    continue
+                piece = text[start:stop] or self.names.unseen.get(number, "")
+                if piece not in known:
+                    known[piece] = _is_delimiter(piece)
+                marks[row, position] = known[piece]
+            if len(known) > KNOWN_PIECES:
+                known.clear()
         return marks
 
     def marks(self, rows: range | None = None) -> NDArray[np.bool_]:
@@ -132,6 +151,10 @@ class Corpus:
         ids, chosen = np.array(sorted(self.names.special), np.int64), slice(rows.start, rows.stop)
         padding = np.arange(self.token_ids.shape[1])[None] >= self.lengths[chosen, None]
         return np.asarray(np.isin(self.token_ids[chosen], ids) & ~padding)
+
+
+def _is_delimiter(text: str) -> bool:
+    return bool(text) and all(unicodedata.category(character).startswith("P") for character in text.strip())
 
 
 def token_hash(token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> str:
@@ -184,8 +207,11 @@ def load_corpus(info: CorpusInfo, workspace: Workspace) -> Corpus:
     if changed := changed_files(folder, expected):
         raise CorpusError(f"{', '.join(changed)} in {folder} doesn't hash to what was written: run the study again")
     try:
-        token_ids, lengths, starts = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ARRAYS)
-        texts = tuple(json.loads((folder / TEXTS).read_bytes()))
+        token_ids, starts = (
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("token_ids", "starts")
+        )
+        lengths = np.load(folder / "lengths.npy", allow_pickle=False)
+        texts = Texts(folder / TEXTS)
         named = json.loads((folder / NAMES).read_bytes())
     except (OSError, ValueError, EOFError) as error:
         raise CorpusError(
@@ -199,31 +225,12 @@ def load_corpus(info: CorpusInfo, workspace: Workspace) -> Corpus:
             f"the ids in {folder} hash to {hashed[:12]}, not to {info.token_sha256[:12]}: run the study again"
         )
     names = TokenNames(**{kind: {int(number): name for number, name in named[kind].items()} for kind in named})
-    return Corpus(info=info, token_ids=token_ids, lengths=lengths, starts=starts, sequence_texts=texts, names=names)
+    corpus = Corpus(info=info, token_ids=token_ids, lengths=lengths, starts=starts, sequence_texts=texts, names=names)
+    corpus.release()
+    return corpus
 
 
-def write_corpus(corpus: Corpus, workspace: Workspace) -> None:
-    """Put the finished folder of a corpus in place, also of a damaged one; another process may have put the same ids there."""
-    folder = workspace.corpora / corpus.info.key
-    workspace.corpora.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=workspace.corpora, prefix=".corpus-"))
-    try:
-        for name in ARRAYS:
-            np.save(made / f"{name}.npy", getattr(corpus, name))
-        write_atomic(made / TEXTS, json.dumps(corpus.sequence_texts).encode())
-        write_atomic(made / NAMES, json.dumps(corpus.names.__dict__).encode())
-        content: dict[str, Any] = {
-            "info": corpus.info.model_dump(mode="json"),
-            "largest_id": int(corpus.token_ids.max()),
-            "files": checksums(made, FILES),
-        }
-        write_sealed(made / INFO, content)
-        _put(made, folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _put(made: Path, folder: Path) -> None:
+def put_corpus(made: Path, folder: Path) -> None:
     """Rename `made` to `folder`; an existing folder is kept if it is whole, else removed."""
     for _ in range(2):
         try:

@@ -8,8 +8,7 @@ it. What the tokenizer puts before a text (mostly BOS) begins each sequence. The
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,13 +18,11 @@ from outliers.corpus.ids import (
     CorpusInfo,
     TokenNames,
     find_corpus,
-    lengths_hash,
     load_corpus,
     token_hash,
-    write_corpus,
 )
-from outliers.corpus.text_files import LongText
 from outliers.corpus.tokenizing import Encoder
+from outliers.corpus.writer import CorpusWriter
 from outliers.errors import CorpusError, UnknownModel
 from outliers.model.source import ModelSource
 from outliers.spec import CorpusSpec, digest
@@ -38,15 +35,6 @@ CORPUS_VERSION = 2
 
 
 @dataclass
-class _Stream:
-    """Tokens of the joined documents: ids and the text of each."""
-
-    ids: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    documents: int = 0
-
-
-@dataclass
 class _Row:
     """One sequence without its prefix: ids and the text of each."""
 
@@ -55,11 +43,10 @@ class _Row:
 
 
 @dataclass
-class _Rows:
-    """All sequences, and how many documents they were made of."""
+class _Made:
+    """How many documents the sequences were made of so far."""
 
-    rows: list[_Row]
-    documents: int
+    documents: int = 0
 
 
 def prepare_corpus(
@@ -92,10 +79,7 @@ def prepare_corpus(
     if found is not None:
         _check_ids(found[1], vocab_size, source)
         return found[0]
-    corpus = _build(spec, documents, Encoder(source, workspace), key)
-    _check_ids(int(corpus.token_ids.max()), vocab_size, source)
-    write_corpus(corpus, workspace)
-    return corpus.info
+    return _build(spec, documents, Encoder(source, workspace), key, workspace, vocab_size, source)
 
 
 def _check_ids(largest: int, vocab_size: int | None, source: ModelSource) -> None:
@@ -106,90 +90,103 @@ def _check_ids(largest: int, vocab_size: int | None, source: ModelSource) -> Non
         )
 
 
-def _build(spec: CorpusSpec, documents: DocumentSource, encoder: Encoder, key: str) -> Corpus:
+def _build(
+    spec: CorpusSpec,
+    documents: DocumentSource,
+    encoder: Encoder,
+    key: str,
+    workspace: Workspace,
+    vocab_size: int | None,
+    source: ModelSource,
+) -> CorpusInfo:
+    """Write the corpus into the workspace, sequence by sequence: no more than a document and a sequence is in memory."""
     prefix = encoder.prefix(spec.bos)
     if len(prefix) >= spec.sequence_length:
         raise CorpusError(
             f"this model's tokenizer begins a text with {len(prefix)} tokens, and a sequence has {spec.sequence_length}: ask "
             "for longer sequences, or --bos never"
         )
-    make = _joined if spec.packing == "joined" else _single
-    rows = make(spec, documents, encoder, spec.sequence_length - len(prefix))
-    shape = (spec.num_sequences, spec.sequence_length)
+    made, make = _Made(), _joined if spec.packing == "joined" else _single
+    # (id, whether its text is empty) in the order in which they come: all that the names depend on
+    seen: dict[tuple[int, bool], None] = dict.fromkeys((number, True) for number in prefix)
     # padding has the EOS id here; the mask, and not an id, marks padding
-    ids, starts = np.full(shape, encoder.eos or 0, np.int32), np.zeros(shape, np.int32)
-    lengths = np.zeros(spec.num_sequences, np.int32)
-    texts = []
-    for number, row in enumerate(rows.rows):
-        row_ids, pieces = [*prefix, *row.ids], [*([""] * len(prefix)), *row.pieces]
-        lengths[number] = len(row_ids)
-        ids[number, : len(row_ids)] = row_ids
-        starts[number, 1 : len(row_ids)] = np.cumsum([len(piece) for piece in pieces])[:-1]
-        texts.append("".join(pieces))
-    info = CorpusInfo(
-        source=documents.name,
-        public=documents.public,
-        key=key,
-        num_sequences=spec.num_sequences,
-        sequence_length=spec.sequence_length,
-        num_tokens=int(lengths.sum()),
-        num_documents=rows.documents,
-        token_sha256=token_hash(ids, lengths),
-        lengths_sha256=lengths_hash(lengths, spec.sequence_length),
-    )
-    names = encoder.names(
-        list(chain(prefix, *(row.ids for row in rows.rows))),
-        list(chain([""] * len(prefix), *(row.pieces for row in rows.rows))),
-        prefix,
-    )
-    return Corpus(info=info, token_ids=ids, lengths=lengths, starts=starts, sequence_texts=tuple(texts), names=names)
-
-
-def _joined(spec: CorpusSpec, documents: DocumentSource, encoder: Encoder, content: int) -> _Rows:
-    """Documents joined by EOS, cut into rows of `content` tokens."""
-    needed = content * spec.num_sequences
-    stream = _tokenize(documents.texts(spec), encoder, needed)
-    if len(stream.ids) < needed:
-        fit = len(stream.ids) // content
-        raise CorpusError(
-            f"{documents.name} gives {len(stream.ids):,} tokens; {spec.num_sequences} sequences of "
-            f"{spec.sequence_length} need {needed:,}: ask for {f'at most {fit} sequences' if fit else 'shorter sequences'}, "
-            "or give more text"
+    with CorpusWriter(workspace, spec.num_sequences, spec.sequence_length, encoder.eos or 0) as writer:
+        for row in make(spec, documents, encoder, spec.sequence_length - len(prefix), made):
+            pieces = [*([""] * len(prefix)), *row.pieces]
+            starts = np.cumsum([0, *(len(piece) for piece in pieces[:-1])]).astype(np.int32)
+            writer.add(np.array([*prefix, *row.ids], np.int32), starts, "".join(pieces))
+            seen.update(dict.fromkeys(zip(row.ids, (not piece for piece in row.pieces), strict=True)))
+        _check_ids(writer.largest_id, vocab_size, source)
+        info = CorpusInfo.model_validate(
+            {
+                "source": documents.name,
+                "public": documents.public,
+                "key": key,
+                "num_sequences": spec.num_sequences,
+                "sequence_length": spec.sequence_length,
+                "num_tokens": writer.num_tokens,
+                "num_documents": made.documents,
+                **writer.hashes,
+            }
         )
-    cuts = [slice(row * content, (row + 1) * content) for row in range(spec.num_sequences)]
-    return _Rows([_Row(stream.ids[cut], stream.pieces[cut]) for cut in cuts], stream.documents)
+        names = encoder.names([number for number, _ in seen], ["" if blank else " " for _, blank in seen], prefix)
+        writer.finish(info, names)
+    return info
 
 
-def _single(spec: CorpusSpec, documents: DocumentSource, encoder: Encoder, content: int) -> _Rows:
+def _joined(spec: CorpusSpec, documents: DocumentSource, encoder: Encoder, content: int, made: _Made) -> Iterator[_Row]:
+    """Documents joined by EOS, cut into rows of `content` tokens."""
+    needed, total = content * spec.num_sequences, 0
+    ids: list[int] = []
+    pieces: list[str] = []
+    for text in documents.texts(spec):
+        if not (text if isinstance(text, str) else text.first(1)):
+            continue
+        if total and encoder.eos is not None:
+            ids.append(encoder.eos)
+            pieces.append(encoder.eos_text)
+            total += 1
+        encoded = encoder.encode(text, needed - total)
+        if not encoded.ids:
+            continue
+        ids.extend(encoded.ids)
+        pieces.extend(encoded.pieces)
+        total += len(encoded.ids)
+        made.documents += 1
+        # of the last document more tokens may be known than are needed
+        whole = (len(ids) - max(0, total - needed)) // content * content
+        for at in range(0, whole, content):
+            yield _Row(ids[at : at + content], pieces[at : at + content])
+        del ids[:whole], pieces[:whole]
+        if total >= needed:
+            return
+    fit = total // content
+    raise CorpusError(
+        f"{documents.name} gives {total:,} tokens; {spec.num_sequences} sequences of "
+        f"{spec.sequence_length} need {needed:,}: ask for {f'at most {fit} sequences' if fit else 'shorter sequences'}, "
+        "or give more text"
+    )
+
+
+def _single(spec: CorpusSpec, documents: DocumentSource, encoder: Encoder, content: int, made: _Made) -> Iterator[_Row]:
     """One document a row, cut at `content` tokens."""
-    rows: list[_Row] = []
     for text in documents.texts(spec):
         encoded = encoder.encode(text, content)
         if encoded.ids:
-            rows.append(_Row(encoded.ids[:content], encoded.pieces[:content]))
-        if len(rows) == spec.num_sequences:
-            return _Rows(rows, len(rows))
+            made.documents += 1
+            yield _Row(encoded.ids[:content], encoded.pieces[:content])
+        if made.documents == spec.num_sequences:
+            return
     raise CorpusError(
-        f"{documents.name} gives {len(rows):,} documents; {spec.num_sequences} sequences of one each were asked: ask for at "
-        f"most {len(rows)}, give more text, or join them (--packing joined)"
+        f"{documents.name} gives {made.documents:,} documents; {spec.num_sequences} sequences of one each were asked: ask for at "
+        f"most {made.documents}, give more text, or join them (--packing joined)"
     )
 
 
-def _tokenize(texts: Iterator[str] | Iterator[str | LongText], encoder: Encoder, needed: int) -> _Stream:
-    """Tokens of the documents joined by EOS, until there are `needed`."""
-    stream = _Stream()
-    for text in texts:
-        if not (text if isinstance(text, str) else text.first(1)):
-            continue
-        if stream.ids and encoder.eos is not None:
-            stream.ids.append(encoder.eos)
-            stream.pieces.append(encoder.eos_text)
-        encoded = encoder.encode(text, needed - len(stream.ids))
-        if not encoded.ids:
-            continue
-        stream.ids.extend(encoded.ids)
-        stream.pieces.extend(encoded.pieces)
-        stream.documents += 1
-        if len(stream.ids) >= needed:
-            break
-    return stream
+def write_corpus(corpus: Corpus, workspace: Workspace) -> None:
+    """Put a corpus that is in memory in its folder of the workspace."""
+    info = corpus.info
+    with CorpusWriter(workspace, info.num_sequences, info.sequence_length) as writer:
+        for row, length in enumerate(corpus.lengths.tolist()):
+            writer.add(corpus.token_ids[row, :length], corpus.starts[row, :length], corpus.sequence_texts[row])
+        writer.finish(info, corpus.names)

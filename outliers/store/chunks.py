@@ -53,7 +53,7 @@ def mend_arrays(
     Raises CaptureError if a file is in the place of a folder.
     """
     root, mended = folder / ARRAYS, []
-    for name, content in group_files(layout, token_ids, lengths).items():
+    for name, content in group_files(layout, token_ids, lengths):
         path = root / name
         if not (path.is_file() and same_file(name, path.read_bytes(), content)):
             try:
@@ -80,25 +80,52 @@ def same_file(name: str, found: bytes, wanted: bytes) -> bool:
         return False
 
 
-def group_files(layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> dict[str, bytes]:
-    """Every file of the group except the chunks of activations: name below activations.zarr -> content."""
+def group_files(
+    layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]
+) -> Iterator[tuple[str, bytes]]:
+    """Every file of the group except the chunks of activations: names below activations.zarr, each with its content.
+
+    The arrays of ids and mask are made some sequences at a time, so that the memory does not grow with the corpus.
+    """
     import zarr
     from zarr.storage import MemoryStore
 
     files: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(files))
-    mask = np.arange(layout.positions)[None, :] < lengths[:, None]  # (sequence, position)
-    names = {"token_ids": ("sequence", "position"), "lengths": ("sequence",), "mask": ("sequence", "position")}
-    for name, values in (("token_ids", token_ids), ("lengths", lengths), ("mask", mask)):
-        array = group.create_array(name, data=values, compressors=None, dimension_names=names[name])
-        array.attrs["unit"] = {"token_ids": "token id", "lengths": "tokens", "mask": "is a token"}[name]
+    yield from _side_files(group, files, layout, token_ids, lengths)
     for site, width in layout.stored.items():
         _create_site(group, site, width, layout)
     if layout.experts is not None:
         _create_table(group, layout.experts, layout)
     if layout.aliases:
         group.attrs["alias_of"] = layout.aliases
-    return {name: buffer.to_bytes() for name, buffer in files.items()}
+    yield from ((name, buffer.to_bytes()) for name, buffer in files.items())
+
+
+def _side_files(
+    group: Any, files: dict[str, Any], layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]
+) -> Iterator[tuple[str, bytes]]:
+    """The chunks of the side arrays, taken out of the store as they are made; their metadata stays in it."""
+
+    def mask(rows: slice) -> NDArray[np.bool_]:
+        return np.asarray(np.arange(layout.positions)[None, :] < lengths[rows, None])
+
+    sequences, both = (layout.num_sequences,), (layout.num_sequences, layout.positions)
+    for name, shape, dtype, unit, made in (
+        ("token_ids", both, np.int32, "token id", lambda rows: token_ids[rows]),
+        ("lengths", sequences, np.int32, "tokens", lambda rows: lengths[rows]),
+        ("mask", both, np.bool_, "is a token", mask),
+    ):
+        array = group.create_array(
+            name, shape=shape, dtype=dtype, compressors=None, dimension_names=("sequence", "position")[: len(shape)]
+        )
+        array.attrs["unit"] = unit
+        described = set(files)
+        for first in range(0, layout.num_sequences, array.chunks[0]):
+            rows = slice(first, min(first + array.chunks[0], layout.num_sequences))
+            array[rows] = made(rows)
+            for chunk in [key for key in files if key not in described]:
+                yield chunk, files.pop(chunk).to_bytes()
 
 
 def _create_site(group: Any, site: str, width: int, layout: Layout) -> None:

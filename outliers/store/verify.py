@@ -197,7 +197,7 @@ def _check_arrays(files: ChunkFiles, fixed: dict[str, Any], found: _Found) -> ND
     """Metadata and side arrays; returns the lengths, (sequence,) int32, or None if they are damaged."""
     layout, before = files.layout, len(found.damage)
     none = np.broadcast_to(np.int32(0), (layout.num_sequences, layout.positions))
-    for name, wanted in group_files(layout, none, none[:, 0]).items():
+    for name, wanted in group_files(layout, none, none[:, 0]):
         path = files.root / name
         if name.endswith("zarr.json"):
             try:

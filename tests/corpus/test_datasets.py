@@ -278,7 +278,7 @@ spec = CorpusSpec(source="org/texts", num_sequences=8, sequence_length=64, corpu
 model = ModelSource(kind="folder", id="local:tiny", name="tiny", revision="1", path=folder)
 info = prepare_corpus(spec, model, workspace)
 corpus = load_corpus(info, workspace)
-print(json.dumps({"info": info.model_dump(), "texts": corpus.sequence_texts}))
+print(json.dumps({"info": info.model_dump(), "texts": list(corpus.sequence_texts)}))
 """
 
 

@@ -90,11 +90,11 @@ class Roll:
         return True
 
 
-def counted_at_once(place, dtype, acts, lengths, criteria):
+def counted_at_once(place, dtype, acts, lengths, criteria, **written):
     """The folder of the summary of one count of all sequences."""
     workspace = open_workspace(place)
     prepared = synthetic.prepared_for(acts, dtype, criteria, lengths=lengths)
-    synthetic.write_capture(prepared, workspace, acts, lengths=lengths)
+    synthetic.write_capture(prepared, workspace, acts, lengths=lengths, **written)
     return analyze(prepared, workspace, synthetic.Silent(), workers=1)
 
 
@@ -133,7 +133,9 @@ def test_any_windows_and_kills_give_the_bits_of_one_count(capture, data):
         "codec": data.draw(st.sampled_from(["none", "zstd"])),
     }
     with tempfile.TemporaryDirectory() as place:
-        whole = counted_at_once(Path(place) / "whole", dtype, acts, lengths, criteria)
+        whole = counted_at_once(
+            Path(place) / "whole", dtype, acts, lengths, criteria, chunk_bytes=written["chunk_bytes"]
+        )
         roll = begin(Path(place) / "rolling", dtype, acts, lengths, kept, criteria, **written)
         sizes, widest = st.integers(1, len(lengths)), 1
         for _ in range(data.draw(st.integers(0, 4))):
