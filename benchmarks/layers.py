@@ -28,7 +28,7 @@ SCHEDULES = ("whole", "layers")
 
 
 def make_model(folder: Path, kind: str, layers: int) -> None:
-    """A checkpoint with layers of about 40 MB in bfloat16, in files of 200 MB, with a tokenizer of bytes."""
+    """A checkpoint with layers of about 40 MB in bfloat16, all alike, a file each, with a tokenizer of bytes."""
     import torch
     import transformers
 
@@ -53,9 +53,31 @@ def make_model(folder: Path, kind: str, layers: int) -> None:
             **common, intermediate_size=1024, moe_intermediate_size=384, num_experts=32, num_experts_per_tok=4
         )
     torch.manual_seed(0)
+    config.num_hidden_layers = 1
     model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="200MB")
+    model.save_pretrained(folder)
+    config.num_hidden_layers = layers
+    config.save_pretrained(folder)
     save_tokenizer(folder)
+    _repeat_layer(folder, layers)
+
+
+def _repeat_layer(folder: Path, layers: int) -> None:
+    """A file for each layer with the weights of the first, one for all else, and their index: to make them takes no time."""
+    from safetensors.torch import load_file, save_file
+
+    single = folder / "model.safetensors"
+    tensors = load_file(single)
+    single.unlink()
+    own = {name: tensor for name, tensor in tensors.items() if ".layers.0." in name}
+    files = {"model-00000.safetensors": {name: tensor for name, tensor in tensors.items() if name not in own}}
+    for layer in range(layers):
+        renamed = {name.replace(".layers.0.", f".layers.{layer}."): tensor for name, tensor in own.items()}
+        files[f"model-{layer + 1:05}.safetensors"] = renamed
+    for file, held in files.items():
+        save_file(held, folder / file, {"format": "pt"})
+    places = {name: file for file, held in files.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def capture(folder: Path, workspace: Path, schedule: str, sequences: int, length: int) -> dict[str, Any]:

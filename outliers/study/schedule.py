@@ -12,7 +12,7 @@ from outliers.errors import PlanRefused
 from outliers.model.describe import ModelInfo
 from outliers.model.families import INPUT
 from outliers.spec import StudySpec, chosen
-from outliers.study.demand import Demand, demand_of
+from outliers.study.demand import PROCESS_BYTES, Demand, demand_of
 from outliers.units import amounts, format_seconds
 
 READ_BYTES_PER_SECOND = 500e6
@@ -68,12 +68,13 @@ def check_schedule(spec: StudySpec, info: ModelInfo) -> None:
 
 
 def by_layers(demand: Demand) -> Demand | None:
-    """What a study takes a layer at a time, where `auto` may choose that; None where it may not."""
+    """What a study takes a layer at a time, where `auto` may choose that; None where it may not, or it would save little."""
     spec = demand.spec
     if spec.compute.schedule != "auto" or chosen(spec.compute.provider) not in GIVEN:
         return None
-    if why_not_layers(spec, demand.model) is not None:
-        return None
+    layers = demand.model.weights.layer_bytes
+    if sum(layers) - max(layers) < PROCESS_BYTES or why_not_layers(spec, demand.model) is not None:
+        return None  # less would be saved than what is counted for the process, which is a margin
     return demand_of(with_schedule(spec, "layers"), demand.model)
 
 

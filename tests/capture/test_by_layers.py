@@ -22,7 +22,7 @@ from outliers.store.chunks import is_complete
 from outliers.store.verify import verify
 from outliers.study.demand import demand_of
 from outliers.study.prepare import model_info
-from outliers.study.schedule import check_schedule, with_schedule
+from outliers.study.schedule import by_layers, check_schedule, with_schedule
 from outliers.workspace import open_workspace
 from tests.model.test_fp8 import quantized
 from tests.model.test_quantized import gpt_oss
@@ -254,7 +254,7 @@ class Base(torch.nn.Module):
         return hidden
 
 
-def by_layers(base, given, masks=(0.5, 0.5, 0.5), leave_out=()):
+def pass_by_layers(base, given, masks=(0.5, 0.5, 0.5), leave_out=()):
     standins, passed = StandIns(base.layers, "toy"), None
     for number in range(3):
         if number in leave_out:
@@ -275,13 +275,13 @@ def test_a_base_that_changes_the_hidden_state_between_layers(kind):
     expected = given
     for weight in (2.0, 3.0, 4.0):
         expected = expected * weight + 0.5 + 1
-    assert by_layers(base, given).tolist() == base(given).tolist() == expected.tolist()
+    assert pass_by_layers(base, given).tolist() == base(given).tolist() == expected.tolist()
 
 
 def test_a_wrong_mask_and_a_skipped_layer_are_seen():
     base, given = Base(), torch.tensor([1.0, -2.0])
-    assert by_layers(base, given, masks=(0.5, 0.0, 0.5)).tolist() != base(given).tolist()
-    assert by_layers(base, given, leave_out=(1,)).tolist() != base(given).tolist()
+    assert pass_by_layers(base, given, masks=(0.5, 0.0, 0.5)).tolist() != base(given).tolist()
+    assert pass_by_layers(base, given, leave_out=(1,)).tolist() != base(given).tolist()
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_a_wrong_mask_and_a_skipped_layer_are_seen():
 )
 def test_layers_that_hand_on_more_are_refused(kind, way, error, message):
     with pytest.raises(error, match=message):
-        by_layers(Base(kind, way), torch.tensor([1.0]))
+        pass_by_layers(Base(kind, way), torch.tensor([1.0]))
 
 
 def test_names_that_transformers_moved_are_refused_in_a_sentence():
@@ -372,8 +372,12 @@ def test_weights_are_thrown_away_only_by_layers_and_from_the_hub(llama, text, wo
 
 def test_auto_takes_layers_where_the_whole_does_not_fit(tmp_path, llama, text, workspace, caplog):
     spec = spec_of(llama, text)
-    info = model_info(spec, workspace)
+    small = model_info(spec, workspace)
+    assert by_layers(demand_of(spec, small)) is None  # a tiny model would save kilobytes
+    weights = small.weights.model_copy(update={"layer_bytes": (10**9,) * 3})
+    info = small.model_copy(update={"weights": weights})
     needed = demand_of(spec, info).ram_bytes
+    assert decide(spec, small, tmp_path, free_bytes=0)[0].compute.schedule == "whole"
     caplog.set_level(logging.INFO)
     chosen, _ = decide(spec, info, tmp_path, free_bytes=needed)
     assert (chosen.compute.schedule, caplog.text) == ("whole", "")
