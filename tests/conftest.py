@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ for name in ("OUTLIERS_WORKSPACE", "OUTLIERS_PROVIDER", "OUTLIERS_EVENTS", "OUTL
     os.environ.pop(name, None)
 # tests start Python hundreds of times: what is compiled is kept, as it is for everybody who does not say otherwise
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import pytest
 
