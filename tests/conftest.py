@@ -107,8 +107,18 @@ LONGEST = (
     "probes",
     "executors",
     "survival",
+    "own_server",
+    "datasets",
+    "sky_given_back",
+    "sky_provider",
+    "publish",
+    "publish_outages",
+    "report",
+    "checkpoints",
+    "architectures",
+    "properties",
 )
-"""Files of tests that take minutes."""
+"""Files of tests that take a minute or more, in `make test` or in a heavy target."""
 
 
 ONE_SERVER = (
