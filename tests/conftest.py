@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ for name in ("OUTLIERS_WORKSPACE", "OUTLIERS_PROVIDER", "OUTLIERS_EVENTS", "OUTL
     os.environ.pop(name, None)
 # tests start Python hundreds of times: what is compiled is kept, as it is for everybody who does not say otherwise
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import pytest
 
@@ -105,8 +107,18 @@ LONGEST = (
     "probes",
     "executors",
     "survival",
+    "own_server",
+    "datasets",
+    "sky_given_back",
+    "sky_provider",
+    "publish",
+    "publish_outages",
+    "report",
+    "checkpoints",
+    "architectures",
+    "properties",
 )
-"""Files of tests that take minutes."""
+"""Files of tests that take a minute or more, in `make test` or in a heavy target."""
 
 
 ONE_SERVER = (

@@ -7,8 +7,6 @@ import io
 import itertools
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pyarrow as pa
@@ -18,6 +16,7 @@ import pytest
 from outliers.corpus.documents import shuffled
 from tests.support import tiny
 from tests.support.cases import first_here
+from tests.support.commands import run_program
 from tests.support.hub_server import Fault, Repo, client_environment, commit_id, hub_server
 
 pytestmark = pytest.mark.servers
@@ -112,13 +111,8 @@ for spec in (CorpusSpec(**given) for given in specs):
 def read(hub, home, *specs, tries=8, **environment):
     """What a process of its own reads: the documents or the error of each spec, and its log."""
     specs = [{"source": "org/texts", **spec} for spec in specs or ({},)]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([tries, specs])],
-        env=client_environment(hub.url, home, **environment),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    known = client_environment(hub.url, home, **environment)
+    done = run_program(SCRIPT, json.dumps([tries, specs]), environment=known)
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
@@ -283,13 +277,8 @@ print(json.dumps({"info": info.model_dump(), "texts": list(corpus.sequence_texts
 
 
 def prepare(hub, tmp_path, root, revision="", **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", PREPARE, str(tmp_path / "model"), str(root), revision],
-        env=client_environment(hub.url, tmp_path / "home", **environment),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    known = client_environment(hub.url, tmp_path / "home", **environment)
+    done = run_program(PREPARE, tmp_path / "model", root, revision, environment=known)
     return json.loads(done.stdout)
 
 

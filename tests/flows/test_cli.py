@@ -14,7 +14,7 @@ import transformers
 from flows.server.served import SEED
 from outliers.publish.publish import model_slug
 from tests.support import tiny
-from tests.support.commands import run_command
+from tests.support.commands import run_command, run_step
 
 OUTLIERS = str(Path(sys.executable).with_name("outliers"))
 
@@ -372,8 +372,7 @@ def test_steps_say_what_is_missing(place, tmp_path, verb, content, code, message
         content = json.dumps(tiny.spec_for(place / "model", place / "notes.txt"))
     if content is not None:
         spec.write_text(content)
-    command = [sys.executable, "-m", "outliers", verb, str(spec), "--workspace", str(tmp_path / "ws")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_step(verb, spec, "--workspace", tmp_path / "ws")
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

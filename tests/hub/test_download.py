@@ -22,6 +22,7 @@ from outliers.hub.cache import CachedModel
 from outliers.hub.client import HubFile
 from tests.support import tiny
 from tests.support.cases import first_here
+from tests.support.commands import run_program
 from tests.support.hub_server import Fault, Repo, client_environment, commit_id, hub_server, sha256, wait_until
 
 pytestmark = pytest.mark.servers
@@ -115,13 +116,8 @@ def command(name="org/model", commit=OLD, tries=8):
 
 def fetch(hub, home, name="org/model", commit=OLD, tries=8, **environment):
     """What a process of its own fetches: its answer and its log."""
-    done = subprocess.run(
-        command(name, commit, tries),
-        env=client_environment(hub.url, home, **environment),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    known = client_environment(hub.url, home, **environment)
+    done = run_program(SCRIPT, json.dumps([name, commit, tries]), environment=known)
     assert SECRET not in done.stdout + done.stderr
     assert "Signature=secret" not in done.stdout
     return json.loads(done.stdout), done.stderr
@@ -189,7 +185,7 @@ def test_weights_go_to_our_folder_where_the_cache_is_on_another_disk(hub, tmp_pa
                 (Path(own["folder"]) / "model.safetensors").unlink()
         hub.forget()
         known = {k: v for k, v in client_environment(hub.url, tmp_path).items() if k != "HF_HOME"} | environment
-        done = subprocess.run(command("org/tiny"), env=known, capture_output=True, text=True, check=True)
+        done = run_program(SCRIPT, json.dumps(["org/tiny", OLD, 8]), environment=known)
         found = json.loads(done.stdout)
         assert found.get("folder") == str(there / "models--org--tiny" / "snapshots" / OLD), found
         assert "model.safetensors" in contents(Path(found["folder"]))

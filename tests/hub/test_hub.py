@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 import time
 
 import pytest
 
 from outliers.errors import HubUnavailable
 from outliers.hub.client import HubFile, Patience, needed_files, retry_after_seconds, tries_in_a_row
+from tests.support.commands import run_program
 from tests.support.hub_server import Fault, Repo, client_environment, commit_id, hub_server
 
 COMMIT = commit_id("first")
@@ -71,13 +70,8 @@ def ask(endpoint, tmp_path, kind, name, revision=None, token=None, times=1, **en
     )
     if token is not None:
         environment["HF_TOKEN"] = token
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps([kind, name, revision, times])],
-        env=client_environment(endpoint, tmp_path, **environment),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    known = client_environment(endpoint, tmp_path, **environment)
+    done = run_program(script, json.dumps([kind, name, revision, times]), environment=known)
     # not even a log of everything shows it
     assert token is None or token not in done.stdout + done.stderr
     return json.loads(done.stdout), done.stderr

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -33,6 +32,7 @@ from tests.support.atlas_store import (
     store,
     study,
 )
+from tests.support.commands import run_program
 from tests.support.html_page import Page
 from tests.support.s3 import BUCKET, environment, free_ports
 
@@ -75,13 +75,7 @@ for event, path in list(seen):
 
 def touched(store, what):
     """What a process opens and lists of a folder: (event, path) pairs."""
-    done = subprocess.run(
-        [sys.executable, "-c", WATCHED, urlsplit(store).path, what],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    done = run_program(WATCHED, urlsplit(store).path, what, environment=os.environ)
     return [tuple(said.partition(" ")[::2]) for said in done.stdout.splitlines()]
 
 

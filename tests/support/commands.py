@@ -1,8 +1,9 @@
-"""The command `outliers` in a process of its own, a tenth of a second after it is asked for.
+"""The command `outliers` and short programs in processes of their own, a tenth of a second after they are asked for.
 
 Imports are nine tenths of what a short command takes. So one process for each process of the tests has them behind it, and forks
 a child for each command: with its own folder, environment and outputs, and an exit code. Prefect is not among the imports: it
-reads its settings when it is imported. `run_command` is what tests call.
+reads its settings when it is imported. A second such process has no library of the hub behind it, for commands and programs
+with another hub or another home of models. `run_command`, `run_program` and `run_step` are what tests call.
 """
 
 from __future__ import annotations
@@ -24,69 +25,87 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "HUGGINGFACE_", "XDG_")
-"""Variables that libraries read when they are imported: a command that is given others is started as a process of its own."""
+"""Variables that libraries of the hub read when they are imported."""
+READ_AT_START = ("PYTHONHASHSEED", "PYTHONPATH", "LC_ALL", "TZ", "MPLBACKEND")
+"""Variables that the interpreter or a library reads once: a program that is given others is started for itself."""
 
-_zygote: subprocess.Popen[str] | None = None
+_zygotes: dict[str, subprocess.Popen[str]] = {}
 
 
 def run_command(folder, *arguments, environment: Mapping[str, str], timeout=600) -> subprocess.CompletedProcess[str]:
     """`outliers ARGUMENTS` in a folder, with this environment and no other, to its end. TimeoutError after `timeout` seconds."""
-    words = ["outliers", *map(str, arguments)]
-    if _imported(environment) != _imported(os.environ):
-        command = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
-        return subprocess.run(
-            command, cwd=folder, env=dict(environment), capture_output=True, text=True, check=False, timeout=timeout
-        )
+    return _run(["outliers", *map(str, arguments)], None, folder, environment, timeout)
+
+
+def run_program(code: str, *arguments, environment: Mapping[str, str], timeout=600) -> subprocess.CompletedProcess[str]:
+    """`python -c CODE ARGUMENTS` in this folder, as `run_command`. CalledProcessError where its exit code isn't 0."""
+    words = ["-c", *map(str, arguments)]
+    if any(environment.get(name) != os.environ.get(name) for name in READ_AT_START):
+        started = [sys.executable, "-c", code, *words[1:]]
+        done = subprocess.run(started, env=dict(environment), capture_output=True, text=True, timeout=timeout)
+    else:
+        done = _run(words, code, Path.cwd(), environment, timeout)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        done.check_returncode()
+    return done
+
+
+def run_step(*arguments, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -m outliers ARGUMENTS` in this folder, as `run_command`; where no environment is given, with this one."""
+    code = "import runpy; runpy.run_module('outliers', run_name='__main__', alter_sys=True)"
+    return _run(["outliers", *map(str, arguments)], code, Path.cwd(), environment or os.environ, 600)
+
+
+def _run(words: list[str], code: str | None, folder, environment: Mapping[str, str], timeout: float):
+    kind = "all" if _imported(environment) == _imported(os.environ) else "bare"
     with tempfile.TemporaryDirectory() as outputs:
         out, err = Path(outputs) / "out", Path(outputs) / "err"
         asked = {"argv": words, "cwd": str(folder), "env": dict(environment), "out": str(out), "err": str(err)}
-        code = int(_ask(asked, timeout))
-        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+        ended = int(_ask(kind, asked | {"code": code}, timeout))
+        return subprocess.CompletedProcess(words, ended, out.read_text(), err.read_text())
 
 
 def _imported(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
 
 
-def _ask(asked: dict[str, object], timeout: float) -> str:
-    global _zygote
-    if _zygote is None or _zygote.poll() is not None:
-        _zygote = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.commands"],
+def _ask(kind: str, asked: dict[str, object], timeout: float) -> str:
+    zygote = _zygotes.get(kind)
+    if zygote is None or zygote.poll() is not None:
+        zygote = _zygotes[kind] = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.commands", kind],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
         )
-        atexit.register(_end)
-    assert _zygote.stdin is not None and _zygote.stdout is not None
-    _zygote.stdin.write(json.dumps(asked) + "\n")
-    if not select.select([_zygote.stdout], [], [], timeout)[0]:
-        for process in psutil.Process(_zygote.pid).children(recursive=True):
+        atexit.register(_end, zygote)
+    assert zygote.stdin is not None and zygote.stdout is not None
+    zygote.stdin.write(json.dumps(asked) + "\n")
+    if not select.select([zygote.stdout], [], [], timeout)[0]:
+        for process in psutil.Process(zygote.pid).children(recursive=True):
             process.kill()
         raise TimeoutError(f"{asked['argv']} did not end within {timeout} s")
-    answer = _zygote.stdout.readline()
+    answer = zygote.stdout.readline()
     assert answer, "the process that forks commands is gone"
     return answer
 
 
-def _end() -> None:
-    if _zygote is not None and _zygote.stdin is not None:
-        _zygote.stdin.close()
-        _zygote.wait()
+def _end(zygote: subprocess.Popen[str]) -> None:
+    if zygote.stdin is not None and not zygote.stdin.closed:
+        zygote.stdin.close()
+        zygote.wait()
 
 
-def serve() -> None:
+def serve(kind: str) -> None:
     """Fork a child for each line of standard input, and answer with its exit code."""
-    import pandas  # noqa: F401 - pyarrow imports it at its first array
-    from transformers import AutoConfig, AutoTokenizer  # noqa: F401 - what most commands ask for
-
-    import outliers.atlas.page
-    import outliers.planning.remaining
-    import outliers.publish.outcome
-    import outliers.study.prepare  # noqa: F401
-
+    _import_bare()
+    if kind == "all":
+        _import_all()
+    else:
+        assert not {"huggingface_hub", "transformers", "datasets"} & sys.modules.keys(), "they read the environment"
     assert "prefect" not in sys.modules, "Prefect reads its settings when it is imported"
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is not an answer
@@ -96,6 +115,30 @@ def serve() -> None:
             _become(json.loads(line))
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), file=answers)
+
+
+def _import_bare() -> None:
+    """What commands import of libraries that read none of READ_AT_IMPORT."""
+    import aiohttp  # noqa: F401 - data sets
+    import pandas  # noqa: F401 - pyarrow imports it at its first array
+    import pyarrow.dataset
+    import pyarrow.parquet  # noqa: F401
+    import requests  # noqa: F401
+    import torch  # noqa: F401
+
+    import outliers.corpus.documents
+    import outliers.hub.download  # noqa: F401
+
+
+def _import_all() -> None:
+    import matplotlib.backends.backend_agg
+    import matplotlib.font_manager  # noqa: F401 - the report's pictures
+    from transformers import AutoConfig, AutoTokenizer  # noqa: F401 - what most commands ask for
+
+    import outliers.atlas.page
+    import outliers.planning.remaining
+    import outliers.publish.outcome
+    import outliers.study.prepare  # noqa: F401
 
 
 def _become(asked: dict) -> None:
@@ -114,9 +157,13 @@ def _become(asked: dict) -> None:
     sys.argv = asked["argv"]
     code = 1
     try:
-        from flows.cli import main
+        if asked["code"] is not None:
+            exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+            code = 0
+        else:
+            from flows.cli import main
 
-        code = main()
+            code = main()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         if isinstance(ended.code, str):
@@ -132,4 +179,4 @@ def _become(asked: dict) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from outliers.errors import JobFailed
 from outliers.jobs import jobs
 from outliers.workspace import open_workspace
 from tests.support.captured import prepared
+from tests.support.commands import run_step
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_a_file_in_the_way_is_told_in_one_line(begun):
     obstacle = workspace.capture(study.capture_id)
     obstacle.parent.mkdir(parents=True, exist_ok=True)
     obstacle.write_text("in the way")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_step(*command[3:])
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert line.startswith("error: extract: [Errno ")
