@@ -166,9 +166,9 @@ def test_a_full_capture_goes_on_as_rolling_and_the_other_way_round(dense, tmp_pa
 
 
 def test_other_criteria_capture_again_what_was_freed(dense, tmp_path):
-    first, workspace = made_in(tmp_path, spec_of(*dense, **ONE_BATCH))
+    first, workspace = made_in(tmp_path / "ws", spec_of(*dense, **ONE_BATCH))
     finish(first, workspace)
-    other, _ = made_in(tmp_path, spec_of(*dense, **ONE_BATCH) | {"criteria": {"magnitude": 2.0}})
+    other, _ = made_in(tmp_path / "ws", spec_of(*dense, **ONE_BATCH) | {"criteria": {"magnitude": 2.0}})
     assert other.capture_id == first.capture_id
     assert not capture_exists(other, workspace)
     digest = finish(other, workspace)
