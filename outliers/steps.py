@@ -37,6 +37,9 @@ def run_extract(
     pause: see `counting.rolling.Pause`.
     """
     from outliers.capture.extract import extract
+
+    if prepared.spec.capture.store == "full":
+        return extract(prepared, workspace, reporter, sequences=sequences)
     from outliers.counting.rolling import open_windows
 
     workers = int(prepared.spec.compute.executor.partition("=")[2] or 0) or None
