@@ -17,11 +17,12 @@ import torch
 import transformers
 import zarr
 
+from outliers.api import open_capture
 from outliers.capture import experts as capture_experts
 from outliers.capture.extract import extract
 from outliers.counting.analyze import analyze
 from outliers.counting.merge import merge_summaries
-from outliers.errors import BadInput
+from outliers.errors import BadInput, CorruptCapture
 from outliers.experts.sums import LADDER
 from outliers.experts.sums_files import load_sums, sums_path, write_sums
 from outliers.experts.table import FIELDS
@@ -177,6 +178,43 @@ def test_activations_have_the_same_bits_with_and_without_and_ids_tell_them_apart
         assert totals.per_sequence.shape[:2] == (4, layers)
         assert (totals.sums is None) == (mode == "routing") == (totals.input_squares is None)
     assert not (analyze(found["off"][0], workspace, Silent()) / "experts.npz").exists()
+
+
+def test_the_routing_table_is_lazy_arrays_of_the_very_values(study, deepseek, documents):
+    """Any index along any axis; shared experts as -1; NaN for padding and for the layer that is dense; damage is named."""
+    workspace, whole = study
+    extract(whole, workspace, Silent())
+    routing = open_capture(whole.capture_id, workspace.root, part="routing")
+    table, lengths, ids = arrays_of(workspace, whole)
+    shapes = layout_in(workspace, whole).experts
+    assert set(routing.data_vars) == set(FIELDS) and routing.layer.values.tolist() == [0, 1, 2]
+    assert np.array_equal(routing.length, lengths) and np.array_equal(routing.token_id, ids)
+    there = np.arange(ids.shape[1]) < lengths[:, None]
+    for name, values in table.items():
+        own = routing[name]
+        assert own.dims == ("layer", "sequence", "position", "slot")[: 3 if name == "router_margin" else 4]
+        assert not own.variable._in_memory and own.dtype == np.float32
+        wanted = np.full((3, *values.shape[1:]), np.nan)
+        wanted[1:] = np.where(there[..., None], values, np.nan)
+        if name == "expert":
+            wanted[wanted == shapes.experts] = -1
+        wanted = wanted[..., 0] if name == "router_margin" else wanted
+        assert np.array_equal(own.values, wanted, equal_nan=True), name
+        some = {"layer": [2, 0], "sequence": slice(1, 5, 2), "position": 3}
+        assert np.array_equal(own.isel(some).values, wanted[[2, 0], 1:5:2, 3], equal_nan=True), name
+    assert (routing["expert"].sel(layer=1).isel(slot=-1).values[there] == -1).all()
+    place = workspace.capture(whole.capture_id) / "activations.zarr" / "expert"
+    damaged = next(path for path in sorted(place.rglob("*")) if path.is_file() and path.name != "zarr.json")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x07")
+    assert routing["expert_weight"].values.size, "another field is whole"
+    with pytest.raises(CorruptCapture):
+        routing["expert"].load()
+    off = prepared(workspace, deepseek, documents, sequences=2, length=12, capture=BATCH | {"experts": "off"})
+    extract(off, workspace, Silent())
+    with pytest.raises(BadInput, match="holds no routing"):
+        open_capture(off.capture_id, workspace.root, part="routing")
+    with pytest.raises(BadInput, match="the part 'sums' is not known: give activations or routing"):
+        open_capture(off.capture_id, workspace.root, part="sums")
 
 
 class Stop(Exception):
