@@ -253,6 +253,47 @@ def test_an_interrupted_reading_ends_as_one_that_was_not(monkeypatch, tmp_path, 
     assert capture_exists(whole, other)
 
 
+def test_eager_experts_are_counted_as_they_are_computed_and_stopped_readings_go_on(monkeypatch, tmp_path, study):
+    """The bits of a capture that waits for each layer's end, also where it is stopped in the middle of a layer, or mended."""
+    _, whole = study
+    eager = whole.model_copy(update={"model": whole.model.model_copy(update={"experts_implementation": "eager"})})
+    real, given, left = capture_experts.ExpertStream.add, [], [1 << 30]
+
+    def add(self, *arguments):
+        given.append(None)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+        real(self, *arguments)
+
+    def captured(name):
+        workspace = open_workspace(tmp_path / name)
+        prepare(eager.spec, workspace)
+        extract(eager, workspace, Silent())
+        return workspace
+
+    monkeypatch.setattr(capture_experts.ExpertStream, "add", add)
+    waits = capture_experts.ExpertWatch
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_experts, "ExpertWatch", lambda *arguments: waits(*arguments[:4]))
+        one = captured("waits")
+    assert not given
+    spaces = [captured("streams")]
+    assert len(given) > 6
+    for number in (3, len(given) - 2):
+        left[0] = number
+        with pytest.raises(Stop):
+            captured(f"stopped {number}")
+        spaces.append(captured(f"stopped {number}"))
+    chunk = next((spaces[0].capture(eager.capture_id) / "activations.zarr" / "mlp_in").rglob("c.*"))
+    chunk.unlink()  # of a batch that is in the sums already: its table alone is written again
+    extract(eager, spaces[0], Silent())
+    for other in spaces:
+        same_arrays(sums_in(one, eager), sums_in(other, eager))
+        for mine, theirs in zip(arrays_of(one, eager)[0].values(), arrays_of(other, eager)[0].values(), strict=True):
+            assert mine.tobytes() == theirs.tobytes()
+
+
 def test_parts_on_their_own_machines_join_to_the_whole(tmp_path, study, deepseek):
     workspace, whole = study
     extract(whole, workspace, Silent())

@@ -10,18 +10,23 @@ import torch
 from pydantic import ValidationError
 
 import outliers.probe.run as run
+from outliers.advice.advise import advise
 from outliers.errors import BadInput, SiteError
 from outliers.probe import expert_choice
 from outliers.probe.changes import Change
 from outliers.probe.expert_choice import mapped_experts
 from outliers.probe.run import probe
+from outliers.publish.contents import check_probes
 from outliers.quantization.emulate import emulate
+from outliers.report.probe_page import make_probe_page
 from outliers.report.probe_plots import draw_expert_map
+from outliers.results.write import json_bytes
 from outliers.spec.formats import parse_format
 from outliers.study.probes import count_passes, probe_folder, probe_id
 from tests.probe.test_expert_probes import CAPTURE, Experts, study_of, world  # noqa: F401  # a fixture
 from tests.probe.test_experts import FAMILIES, IMPLEMENTATIONS, modules_of
 from tests.probe.test_families import engine_of
+from tests.support import probed
 from tests.support.captured import prepared
 from tests.support.probe_oracle import assert_same, measures, numbers_of
 from tests.support.synthetic import Silent
@@ -191,3 +196,29 @@ def test_names_ids_and_passes(world):  # noqa: F811
     for name in ("super", "1.x", "-1", "1.2.3"):
         with pytest.raises(ValidationError, match=r"is not LAYER\.EXPERT such as 1\.68, LAYER such as 1, or all"):
             study_of(world, {"map": "int8_token", "map_experts": (name,)})
+
+
+def test_the_verdict_and_the_page_name_the_costliest_experts_and_hide_no_format():
+    """A map of experts counts as a trial of no format, and what can't be told from rounding is not named."""
+    some = [
+        probed.change(
+            f"map int8_token expert 1.{n}", "map", kl, format="int8_token", sites=["mlp_in"], layers=[1]
+        ).model_copy(update={"experts": [f"1.{n}"], "expert_tokens": [n + 1], "distinguishable": kl > 0.0002})
+        for n, kl in enumerate((0.004, 0.02, 0.0001, 0.0, 0.003))
+    ]
+    made = probed.probes(*some)
+    advice = advise(made, [], 0.05)
+    assert advice.formats == []
+    wanted = (
+        "int8_token at the input of one expert alone costs most at 1.1 (KL 0.02, 2 tokens), 1.0 (KL 0.004, 1 tokens)"
+    )
+    assert wanted in advice.paragraph and "2 of 5 can't be told from rounding" in advice.paragraph
+    assert "expert 1.1" in draw_expert_map(made).alt and "Bars of 4 experts" in draw_expert_map(made).alt
+    page = make_probe_page(made, [], advice).decode()
+    assert "KL where what one expert gets is quantized" in page and "map int8_token expert 1.4" in page
+    assert draw_expert_map(probed.probes()) is None
+    flat = probed.probes(some[3])
+    assert (
+        draw_expert_map(flat) is None and "can't be told from rounding at any of 1" in advise(flat, [], 0.05).paragraph
+    )
+    assert check_probes(json_bytes(made.model_dump(mode="json"))) == made
