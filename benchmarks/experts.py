@@ -30,7 +30,9 @@ import torch
 import transformers
 
 from outliers.experts.add import add_layer
-from outliers.experts.routed import Routed
+from outliers.experts.record import Give
+from outliers.experts.routed import Routed, Routing
+from outliers.experts.stream import ExpertStream
 from outliers.experts.sums import ExpertSums
 from outliers.experts.table import FIELDS, ExpertShapes
 from outliers.experts.watch import ExpertWatch
@@ -66,6 +68,10 @@ def make_model(arguments: argparse.Namespace, implementation: str) -> Any:
     ).eval()
 
 
+def _nothing(*_: torch.Tensor) -> None:
+    """Takes an expert and does nothing."""
+
+
 class Bench:
     """One model, its tokens, and the sums that are added to."""
 
@@ -78,6 +84,8 @@ class Bench:
         self.info: ExpertsInfo = info
         self.positions = arguments.tokens // SEQUENCES
         self.ids = torch.randint(0, 1024, (SEQUENCES, self.positions))
+        self.lengths = (self.positions,) * SEQUENCES
+        self.stream: ExpertStream | None = None
         shapes = ExpertShapes(info.layers, info.count, info.slots, info.width, info.shared_widths, arguments.hidden)
         self.sums = ExpertSums.zero(shapes)
         self.table = {
@@ -87,15 +95,22 @@ class Bench:
 
     def add(self, routed: Routed) -> None:
         """As a capture does it, in the forward pass."""
-        lengths = (self.positions,) * SEQUENCES
-        add_layer(self.sums, self.table, self.info.layers.index(routed.layer), routed, lengths, self.positions)
+        index, stream, self.stream = self.info.layers.index(routed.layer), self.stream, None
+        add_layer(self.sums, self.table, index, routed, self.lengths, self.positions, None, stream)
+
+    def begin(self, routing: Routing) -> Give:
+        """As a capture does it, before the first expert of a layer that computes one after the other."""
+        index = self.info.layers.index(routing.layer)
+        self.stream = ExpertStream(self.sums, index, routing, self.lengths, self.positions)
+        return self.stream.add
 
     def run(self, variant: str) -> tuple[float, float]:
         """Seconds of one pass: of the clock, and of the processors in this process."""
         taken: dict[str, Callable[[Routed], None]] = {"watched": lambda _: None, "added": self.add}
         watch = None
         if variant in taken:
-            watch = ExpertWatch(self.model.model, self.info, self.info.layers, taken[variant])
+            begin = {"watched": lambda _: _nothing, "added": self.begin}[variant]
+            watch = ExpertWatch(self.model.model, self.info, self.info.layers, taken[variant], begin)
         began, busy = time.perf_counter(), time.process_time()
         if watch is not None:
             watch.start(*self.ids.shape)

@@ -152,7 +152,7 @@ def _check(prepared: Prepared, workspace: Workspace, console: Console, argv: lis
     from outliers.publish.publish import check_target
 
     if prepared.spec.probe.asked:
-        from outliers.probe.changes import check_before
+        from outliers.probe.checks import check_before
 
         check_before(prepared)
     if find_finished(prepared, workspace) is None or not is_probed(prepared, workspace):

@@ -208,7 +208,7 @@ def show_plan(console: Answers, plan: Plan) -> None:
         line(console, "experts", f"not read{', ' + plan.experts_reason if plan.experts_reason else ' (--experts)'}")
     if plan.experts != "off":
         why = f", {plan.experts_reason}" if plan.experts == "routing" and plan.experts_reason else ""
-        took = f"{size(plan.experts_bytes)} of the memory is for this"
+        took = f"{size(plan.experts_bytes)} of the memory is for this, {size(plan.counting_bytes)} to count them after the pass"
         line(console, "experts", f"{_EXPERTS[plan.experts]}{why}; {took}")
     line(console, "kept there", f"{size(plan.private_bytes)} of statistics, which `outliers export --full` brings home")
     for text in plan.assumptions:

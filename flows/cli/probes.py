@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   outliers probe STUDY --quantize int8_token,nvfp4,had64+nvfp4 --hold systematic --map int8_token
   outliers probe STUDY --zero systematic,matched,random=5 --probe-dtype float32
   outliers probe STUDY --probe-experts 1.68,2.92
+  outliers probe STUDY --map int8_token --map-experts 1,2.92
   outliers advise STUDY --budget 0.1
 """
 SHORT = {"within": "within", "beyond": "beyond", "unclear": "unclear", "indistinguishable": "no effect"}

@@ -51,7 +51,8 @@ def advise(probes: Probes, rows: Sequence[Mapping[str, Any]], budget: float = DE
         not_tried=_not_tried(probes, rows, formats),
         paragraph="",
     )
-    return found.model_copy(update={"paragraph": paragraph(found)})
+    said = [paragraph(found), *expert_sentences(probes)]
+    return found.model_copy(update={"paragraph": " ".join(said)})
 
 
 def verdict_of(kl: float, interval: Sequence[float] | None, budget: float, floor: float) -> Verdict:
@@ -247,6 +248,24 @@ def paragraph(advice: Advice) -> str:
     if advice.not_tried:
         sentences.append(f"Not tried: {', '.join(item.partition(':')[0] for item in advice.not_tried)}.")
     return " ".join(sentences)
+
+
+def expert_sentences(probes: Probes) -> list[str]:
+    """Where a format costs most at the input of one expert alone; nothing where no expert was tried."""
+    mapped = sorted((c for c in probes.changes if c.kind == "map" and c.experts), key=lambda c: (-c.kl, c.name))
+    if not mapped:
+        return []
+    rounding = sum(not change.distinguishable for change in mapped)
+    named = [change for change in mapped if change.distinguishable][:NAMED_PLACES]
+    some = f", and {rounding:,} of {len(mapped):,} can't be told from rounding" if rounding else ""
+    if not named:
+        return [
+            f"{mapped[0].format} at the input of one expert alone can't be told from rounding at any of {len(mapped):,}."
+        ]
+    costs = ", ".join(
+        f"{change.experts[0]} (KL {_number(change.kl)}, {change.expert_tokens[0]:,} tokens)" for change in named
+    )
+    return [f"{mapped[0].format} at the input of one expert alone costs most at {costs}{some}."]
 
 
 def _format_sentences(advice: Advice) -> list[str]:

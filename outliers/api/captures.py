@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from outliers.api.routing import TableReader, dimensions_of
 from outliers.errors import BadInput, CaptureError, CorruptCapture
 from outliers.store.captures import find_capture
 from outliers.store.chunks import ARRAYS, ChunkFiles, Journal
 from outliers.store.fingerprint import layout_from, read_fingerprint
 from outliers.store.journal import way_out
 from outliers.store.verify import check_side
+from outliers.study.expert_shapes import FIELDS
 from outliers.study.layout import Layout
 from outliers.units import format_ranges
 from outliers.workspace import open_workspace
@@ -28,22 +30,34 @@ if TYPE_CHECKING:
 DIMENSIONS = ("layer", "sequence", "position", "feature")
 
 
-def open_capture(capture: str | os.PathLike[str], workspace: str | os.PathLike[str] | None = None) -> xarray.Dataset:
+def open_capture(
+    capture: str | os.PathLike[str],
+    workspace: str | os.PathLike[str] | None = None,
+    *,
+    part: Literal["activations", "routing"] = "activations",
+) -> xarray.Dataset:
     """The activations of a capture, by its id or its folder, as an xarray.Dataset that reads what is asked for.
 
     A variable for each site, of the dimensions (layer, sequence, position, feature); `to_dataarray("site")` makes the site a
     dimension too. A site whose width differs from the first one's has a dimension of its own, `feature_<site>`. Coordinates:
     `layer` (numbers of the model's layers), `length` (sequence; tokens), `token_id` (sequence, position). A chunk is read
-    whole: all features of some positions of one layer and one sequence. Raises BadInput where there is no such capture, or
-    xarray is not installed, CaptureError for one that is not finished, CorruptCapture where lengths or token ids are not
-    those that it was begun with; reading raises CorruptCapture where a checksum differs. Of a capture with --store rolling the
-    attribute `freed_sequences` names the sequences that were counted and freed, such as `4:64`: reading one raises CaptureError.
+    whole: all features of some positions of one layer and one sequence. Of a capture with --store rolling the attribute
+    `freed_sequences` names the sequences that were counted and freed, such as `4:64`: reading one raises CaptureError.
+
+    part: `routing` for the routing table of a mixture whose experts were read: a float32 variable for each field
+    (`study.expert_shapes.FIELDS`) of the dimensions (layer, sequence, position, slot), router_margin without slots, and the same
+    coordinates; NaN is unknown. A chunk is one field of one sequence, all layers.
+
+    Raises BadInput where there is no such capture or part, or xarray is not installed, CaptureError for one that is not
+    finished, CorruptCapture where lengths or token ids are not those that it was begun with; reading raises CorruptCapture where
+    a checksum differs.
     """
+    if part not in ("activations", "routing"):
+        raise BadInput(f"open_capture: the part '{part}' is not known: give activations or routing")
     if importlib.util.find_spec("xarray") is None:
         raise BadInput("open_capture needs xarray: pip install 'outlier-features[notebook]'")
     import xarray
     import zarr
-    from xarray.core import indexing
 
     home = open_workspace(None if workspace is None else os.fspath(workspace))
     folder = find_capture(home, os.fspath(capture))
@@ -61,12 +75,7 @@ def open_capture(capture: str | os.PathLike[str], workspace: str | os.PathLike[s
     if damage := check_side(files, fixed):
         raise CorruptCapture(f"{folder / damage[0].file} {damage[0].problem}: {way_out(folder)}")
     group = zarr.open_group(folder / ARRAYS, mode="r")
-    width = next(iter(layout.widths.values()))
-    variables = {}
-    for site, own in layout.widths.items():
-        last = "feature" if own == width else f"feature_{site}"
-        lazy = indexing.LazilyIndexedArray(_adapter(SiteReader(files, layout, done, site)))
-        variables[site] = ((*DIMENSIONS[:3], last), lazy, {"dtype": layout.dtype})
+    variables = _sites(files, layout, done) if part == "activations" else _routing(files, layout, done)
     coordinates = {
         "layer": ("layer", list(layout.layers)),
         "length": ("sequence", np.asarray(group["lengths"])),
@@ -78,13 +87,35 @@ def open_capture(capture: str | os.PathLike[str], workspace: str | os.PathLike[s
     return xarray.Dataset(variables, coordinates, attributes)
 
 
-def _adapter(reader: SiteReader) -> Any:
+def _sites(files: ChunkFiles, layout: Layout, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Site -> its lazy variable."""
+    width = next(iter(layout.widths.values()))
+    found = {}
+    for site, own in layout.widths.items():
+        last = "feature" if own == width else f"feature_{site}"
+        found[site] = ((*DIMENSIONS[:3], last), _lazy(SiteReader(files, layout, done, site)), {"dtype": layout.dtype})
+    return found
+
+
+def _routing(files: ChunkFiles, layout: Layout, done: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Field of the routing table -> its lazy variable. Raises BadInput where the capture read no experts."""
+    fields = layout.experts.fields if layout.experts is not None else tuple(FIELDS)
+    return {field: (dimensions_of(field), _lazy(TableReader(files, layout, done, field))) for field in fields}
+
+
+def _lazy(reader: SiteReader | TableReader) -> Any:
+    from xarray.core import indexing
+
+    return indexing.LazilyIndexedArray(_adapter(reader))
+
+
+def _adapter(reader: SiteReader | TableReader) -> Any:
     """A reader as xarray's lazy arrays ask for one: they give slices, integers and arrays, an axis each."""
     from xarray.backends import BackendArray
     from xarray.core.indexing import IndexingSupport, explicit_indexing_adapter
 
     class Lazy(BackendArray):
-        """One site."""
+        """One site, or one field."""
 
         shape, dtype = reader.shape, reader.dtype
 

@@ -75,7 +75,7 @@ def _finish(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> Non
     from outliers.machines.local import LocalMachine
     from outliers.machines.providers import provider
     from outliers.planning.remaining import check_rest
-    from outliers.probe.changes import check_before
+    from outliers.probe.checks import check_before
     from outliers.publish.outcome import find_finished
     from outliers.publish.probes import is_probed, receive_probe
     from outliers.steps import capture_exists, run_analyze, run_extract, run_probe, run_report

@@ -21,8 +21,10 @@ from outliers.capture.forward import Batch
 from outliers.compiling import is_cached
 from outliers.experts.add import add_layer
 from outliers.experts.kernels import add_outputs
-from outliers.experts.routed import Routed
+from outliers.experts.record import Give
+from outliers.experts.routed import Routed, Routing
 from outliers.experts.routing import add_routing
+from outliers.experts.stream import ExpertStream
 from outliers.experts.sums import ExpertSums
 from outliers.experts.sums_files import choose, sums_path, write_sums
 from outliers.experts.table import FIELDS, ExpertShapes
@@ -118,12 +120,14 @@ class ExpertPass:
         elif not is_cached(add_outputs):
             log.info("compiling the loops that add up experts: once on this machine, about half a minute")
         self._index = {layer: number for number, layer in enumerate(self.shapes.layers)}
-        self._watch = ExpertWatch(base, info, self.shapes.layers, self._take)
+        begin = self._begin_layer if kept is not None else None
+        self._watch = ExpertWatch(base, info, self.shapes.layers, self._take, begin)
         self._batch: Batch | None = None
         self._put = put or write_table
         self._table: Table = {}
         self._sums: ExpertSums | None = None
         self._spare: ExpertSums | None = None
+        self._stream: ExpertStream | None = None
 
     def begin(self, batch: Batch) -> None:
         """Watch the next forward pass, which is of this batch."""
@@ -136,6 +140,7 @@ class ExpertPass:
         # a batch is in the sums whole or not at all
         known = self.kept is None or all(self.kept.holds(sequence) for sequence in batch.sequences)
         self._sums = None if self.kept is None or known else self.kept.sums
+        self._stream = None
         self._watch.start(len(batch.sequences), batch.positions)
 
     def finish(self) -> None:
@@ -153,22 +158,39 @@ class ExpertPass:
         """Take the hooks off the model."""
         self._watch.detach()
 
+    def _begin_layer(self, routing: Routing) -> Give:
+        """What takes the experts of a layer one by one."""
+        batch = self._running()
+        sums, index = self._into(routing.layer)
+        self._stream = ExpertStream(sums, index, routing, batch.lengths, batch.positions)
+        return self._stream.add
+
     def _take(self, routed: Routed) -> None:
-        batch = self._batch
-        if batch is None:
-            raise ValueError("experts ran outside of a batch")
+        batch, stream = self._running(), self._stream
+        self._stream = None
         views = {field: values[:, :, : batch.positions] for field, values in self._table.items()}
         if self.kept is None:
             add_routing(views, self._index[routed.layer], routed, batch.lengths, batch.positions)
             return
-        sums, index = self._sums, self._index[routed.layer]
-        if sums is None:
-            # of a batch whose values are in the sums already: only its table is written again, and the sums go nowhere
-            views = {field: values[index : index + 1] for field, values in views.items()}
-            one = replace(self.shapes, layers=self.shapes.layers[:1])
-            sums, index = self._spare or ExpertSums.zero(one), 0
-            self._spare = sums
-        add_layer(sums, views, index, routed, batch.lengths, batch.positions)
+        sums, index = self._into(routed.layer)
+        if self._sums is None:
+            own = self._index[routed.layer]
+            views = {field: values[own : own + 1] for field, values in views.items()}
+        add_layer(sums, views, index, routed, batch.lengths, batch.positions, None, stream)
+
+    def _running(self) -> Batch:
+        if self._batch is None:
+            raise ValueError("experts ran outside of a batch")
+        return self._batch
+
+    def _into(self, layer: int) -> tuple[ExpertSums, int]:
+        """The sums that a layer is added to, and its index in them."""
+        if self._sums is not None:
+            return self._sums, self._index[layer]
+        # of a batch whose values are in the sums already: only its table is written again, and the sums go nowhere
+        one = replace(self.shapes, layers=self.shapes.layers[:1])
+        self._spare = self._spare or ExpertSums.zero(one)
+        return self._spare, 0
 
 
 def write_table(batch: Batch, table: Table) -> None:

@@ -138,6 +138,10 @@ def _count_experts(prepared: Prepared, item: WorkItem, layout: Layout, wanted: r
     def progress(done: int) -> None:
         reporter.progress("experts", done, len(wanted), "sequences")
 
+    shapes = layout.experts
+    if shapes is not None:
+        size = shapes.counting_bytes(len(wanted), layout.positions, inputs="mlp_in" in layout.widths)
+        log.info("counting the experts of %d layers: at most %.0f MB of memory", len(shapes.layers), size / 1e6)
     totals = count_experts(prepared.study_id, item.folder, layout, lines, wanted, item.lengths, item.marks, progress)
     write_totals(item.target, totals)
 

@@ -18,7 +18,7 @@ from outliers.dispatch.study_run import StudyRun
 from outliers.dispatch.transfer import check_transfer
 from outliers.files.sealed import write_sealed
 from outliers.machines.providers import provider
-from outliers.probe.changes import check_before
+from outliers.probe.checks import check_before
 from outliers.publish.outcome import Outcome, find_finished, make_outcome
 from outliers.publish.probes import is_probed
 from outliers.publish.publish import check_target

@@ -56,6 +56,28 @@ def order_slots(experts, rows, lengths, positions, starts, slots, places):
 
 
 @compiled
+def order_rows(experts, expert, tokens, picks, lengths, positions, places, slots, filled):
+    """Note the rows of one expert, and sort its slots but those of padding by token behind the first `filled` of `slots`.
+
+    experts: (T, k) int64. tokens, picks: (R,) int64, which slot of which token each row is. lengths: (sequence,) int64. places:
+    (T x k,) int64, -1 where a slot has no row yet. Returns where the slots end; -1 if a row is another expert's, or comes twice.
+    """
+    count, k = experts.shape
+    found = np.empty(tokens.size, np.int64)
+    end = 0
+    for r in range(tokens.size):
+        t, n = tokens[r], picks[r]
+        if t < 0 or t >= count or n < 0 or n >= k or experts[t, n] != expert or places[t * k + n] != -1:
+            return -1
+        places[t * k + n] = r
+        if t % positions < lengths[t // positions]:
+            found[end] = t * k + n
+            end += 1
+    slots[filled : filled + end] = np.sort(found[:end])
+    return filled + end
+
+
+@compiled
 def add_inputs(
     bits, kind, limits, slots, places, starts, first, last, tile, sums, extremes, counts, histogram, tops, columns
 ):

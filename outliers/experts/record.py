@@ -7,7 +7,7 @@ files of each family). Knows tensors, nothing of layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,20 +15,27 @@ from torch.overrides import TorchFunctionMode
 
 from outliers.errors import SiteError
 
-_NONE, _PRODUCT, _TIMES, _WHERE, _SORT, _TOPK = range(6)
+NONE, PRODUCT, TIMES, WHERE, SORT, TOPK = range(6)
+"""What a torch function does in a module of experts, or in a router."""
 _ROLES = {
-    **dict.fromkeys(("linear", "matmul", "bmm", "mm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _PRODUCT),
-    **dict.fromkeys(("mul", "__mul__"), _TIMES),
-    "where": _WHERE,
-    "sort": _SORT,
-    "topk": _TOPK,
+    **dict.fromkeys(("linear", "matmul", "bmm", "mm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"), PRODUCT),
+    **dict.fromkeys(("mul", "__mul__"), TIMES),
+    "where": WHERE,
+    "sort": SORT,
+    "topk": TOPK,
 }
+Give = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Takes one expert as it was computed: the slot and the token of each row, (R,) int64, its inputs (R, I), its outputs (R, H)."""
+
 _known: dict[Any, int] = {}
 """The role of a function, by the function itself, which is faster than by its name."""
 
 
-def _role(function: Any) -> int:
-    role = _known[function] = _ROLES.get(getattr(function, "__name__", ""), _NONE)
+def role_of(function: Any) -> int:
+    """The role of a torch function."""
+    role = _known.get(function)
+    if role is None:
+        role = _known[function] = _ROLES.get(getattr(function, "__name__", ""), NONE)
     return role
 
 
@@ -74,8 +81,7 @@ class Ranking(_Mode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function and note a topk."""
         result = func(*args, **kwargs) if kwargs else func(*args)
-        role = _known.get(func)
-        if (_role(func) if role is None else role) == _TOPK:
+        if role_of(func) == TOPK:
             self.score, self.index = args[0], result[1]
         return result
 
@@ -85,8 +91,13 @@ class Products(_Mode):
 
     Every second product of matrices is an expert's second projection. Its input is read there, and its output, bias
     included, from the next multiplication, which is by the routing weights. Which row is which slot is the result of
-    `where` (eager), the order of `sort` (grouped_mm), or the plain order.
+    `where` (eager), the order of `sort` (grouped_mm), or the plain order. give: takes each expert of an eager module at once, and
+    nothing of it is kept; without it, and of the other modules, all is kept until the end.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.give: Give | None = None
 
     def clear(self) -> None:
         """Let go of what was read."""
@@ -94,7 +105,7 @@ class Products(_Mode):
         self._orders: list[torch.Tensor] = []
         self._inputs: list[torch.Tensor] = []
         self._outputs: list[torch.Tensor] = []
-        self._products = 0
+        self._products = self._given = 0
         self._waits = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,21 +113,44 @@ class Products(_Mode):
         result = func(*args, **kwargs) if kwargs else func(*args)
         role = _known.get(func)
         if role is None:
-            role = _role(func)
-        if role == _PRODUCT:
+            role = role_of(func)
+        if role == PRODUCT:
             self._products += 1
             if self._products % 2 == 0:
                 # bmm(weight, input) where weights are not transposed: the input is a single column
                 self._inputs.append(args[1] if func is torch.bmm and args[1].shape[-1] == 1 else args[0])
                 self._waits = True
-        elif role == _TIMES and self._waits:
+        elif role == TIMES and self._waits:
             self._outputs.append(args[0])
             self._waits = False
-        elif role == _WHERE:
+            if self.give is not None and self._places:
+                self._hand_over(self.give)
+        elif role == WHERE:
             self._places.append(result)
-        elif role == _SORT:
+        elif role == SORT:
             self._orders.append(result[1])
         return result
+
+    def _hand_over(self, give: Give) -> None:
+        counts = (len(self._places), len(self._inputs), len(self._outputs))
+        if counts != (1, 1, 1):
+            raise SiteError(
+                f"an expert should choose, multiply twice and then by its weights, once each, not {counts} times"
+            )
+        (slots, tokens), down_in, output = self._places.pop(), self._inputs.pop(), self._outputs.pop()
+        self._given += 1
+        give(slots, tokens, down_in, output)
+
+    def all_given(self) -> bool:
+        """Whether every expert was handed over; False where all is kept. Raises SiteError where some were."""
+        if not self._given:
+            return False
+        kept = len(self._places) + len(self._inputs) + len(self._outputs) + len(self._orders)
+        if kept or self._products != 2 * self._given:
+            raise SiteError(
+                f"{self._given} experts should multiply twice and then by their weights; {self._products} products were seen"
+            )
+        return True
 
     def sparse(self, tokens: int, slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(rows, down_in, output) of experts that are given the rows of their tokens; as in `Routed`. Raises SiteError."""

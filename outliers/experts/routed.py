@@ -25,6 +25,15 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """Where the tokens of one layer go, as far as the router decides it. experts, weights: as in `Routed`."""
+
+    layer: int
+    experts: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Routed:
     """The experts of one layer. T tokens, k slots, R = T x k rows, I the width of an expert, H hidden dimensions.
 
@@ -34,7 +43,8 @@ class Routed:
     chooses; NaN where every expert is chosen. rows: (R,) int64, row r of the next two is the slot rows[r] % k of the token
     rows[r] // k. down_in: (R, I), output: (R, H), in the model's dtype: the input of the expert's second projection, and what it
     gives with its bias. block: (T, H), the sum that the layer adds to its residual stream. These four are None where kernels hide
-    them and routing alone is read. The tensors are the model's own and valid until the hook returns.
+    them and routing alone is read; all but `block` are where each expert was handed over as it was computed. The tensors are the
+    model's own and valid until the hook returns.
     """
 
     layer: int

@@ -14,8 +14,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from outliers.errors import SiteError
-from outliers.experts.record import Products, Ranking, tensors_of
-from outliers.experts.routed import Routed, Shared
+from outliers.experts.record import Give, Products, Ranking, tensors_of
+from outliers.experts.routed import Routed, Routing, Shared
 from outliers.model.experts import ROUTERS, SECOND, ExpertsInfo
 
 GATE = "shared_expert_gate"
@@ -26,17 +26,24 @@ class ExpertWatch:
     """Hooks on the experts of some layers of a backbone; `take` gets each layer's Routed while its block still runs.
 
     Between `start` and `end` every watched layer must be seen exactly once; outside of them the hooks do nothing. `take` runs
-    in the thread of the forward pass, and the tensors that it gets are valid until it returns.
+    in the thread of the forward pass, and the tensors that it gets are valid until it returns. begin: asked for before the
+    first expert of a layer that computes one expert after the other (eager, in host memory); what it returns takes each of
+    them at once, and `take` gets that layer without rows, down_in and output.
     """
 
     def __init__(
-        self, base: torch.nn.Module, info: ExpertsInfo, layers: tuple[int, ...], take: Callable[[Routed], None]
+        self,
+        base: torch.nn.Module,
+        info: ExpertsInfo,
+        layers: tuple[int, ...],
+        take: Callable[[Routed], None],
+        begin: Callable[[Routing], Give] | None = None,
     ) -> None:
         """Raises SiteError for a layer without experts, or whose router is not known."""
         self._started = False
         self._tokens = 0
         self._handles: list[RemovableHandle] = []
-        self._layers = [_Layer(base, info, layer, take, self) for layer in layers]
+        self._layers = [_Layer(base, info, layer, take, begin, self) for layer in layers]
         for layer in self._layers:
             self._handles += layer.attach()
 
@@ -74,13 +81,20 @@ class _Layer:
     """What has been seen of one layer in this pass, and its hooks."""
 
     def __init__(
-        self, base: torch.nn.Module, info: ExpertsInfo, layer: int, take: Callable[[Routed], None], watch: ExpertWatch
+        self,
+        base: torch.nn.Module,
+        info: ExpertsInfo,
+        layer: int,
+        take: Callable[[Routed], None],
+        begin: Callable[[Routing], Give] | None,
+        watch: ExpertWatch,
     ) -> None:
         if layer not in info.layers:
             raise SiteError(f"layer {layer} has no experts: layers {', '.join(map(str, info.layers))} have some")
         self.layer = layer
         self._info = info
         self._take = take
+        self._begin = begin
         self._watch = watch
         self._block, self._router, self._experts = (
             base.get_submodule(path.replace("*", str(layer))) for path in (info.block, info.router, info.experts)
@@ -104,6 +118,8 @@ class _Layer:
         """Let go of the tensors of the pass."""
         self._routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._values: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._give: Give | None = None
+        self._given = False
         self._shared: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._gate: torch.Tensor | None = None
 
@@ -115,6 +131,7 @@ class _Layer:
         ]
         if self._all:
             handles += [
+                self._experts.register_forward_pre_hook(self._stream),
                 self._experts.register_forward_pre_hook(self._open(self._products)),
                 self._experts.register_forward_hook(self._run, with_kwargs=True, always_call=True),
                 *(second.register_forward_hook(self._share) for second in self._second),
@@ -129,6 +146,17 @@ class _Layer:
                 mode.open()
 
         return opened
+
+    def _stream(self, *_: Any) -> None:
+        """Have each expert handed over as it is computed, where there is somebody who takes it so."""
+        here = self._begin is not None and self._form != "scores" and self._watch.tokens
+        self._products.give = self._one if here and self._routing and self._routing[0].device.type == "cpu" else None
+
+    def _one(self, slots: torch.Tensor, tokens: torch.Tensor, down_in: torch.Tensor, output: torch.Tensor) -> None:
+        if self._give is None and self._begin is not None and self._routing is not None:
+            self._give = self._begin(Routing(self.layer, *self._routing[:2]))
+        if self._give is not None:
+            self._give(slots, tokens, down_in, output)
 
     def _route(self, _module: torch.nn.Module, _arguments: Any, output: Any) -> None:
         """Take what the router gives: which experts, their weights, and by which score."""
@@ -165,7 +193,7 @@ class _Layer:
             return
         if self._routing is None:
             raise self._wrong("the experts run before their router")
-        if self._values is not None:
+        if self._values is not None or self._given:
             raise self._wrong("the experts have run twice")
         index = self._routing[0]
         if self._form == "scores":
@@ -174,8 +202,12 @@ class _Layer:
             given = [value for value in tensors_of((*arguments, *keywords.values())) if not value.is_floating_point()]
             if len(given) != 1 or not _same(given[0], index):
                 raise self._wrong("the experts get other indices than the router gave")
-            self._values = self._products.sparse(len(index), index.shape[1], index.device)
+            self._given = self._products.all_given()
+            if not self._given:
+                self._values = self._products.sparse(len(index), index.shape[1], index.device)
         self._products.clear()
+        if self._values is None:
+            return
         slots, info = index.numel(), self._info
         for value, shape, name in zip(
             self._values,
@@ -208,7 +240,7 @@ class _Layer:
         found = tensors_of(output if isinstance(output, tuple | list) else (output,))
         if self._routing is None and type(self._experts).__name__ == "Mxfp4GptOssExperts":
             self._routed(*_by_kernel(found[1], self._info.slots))
-        if self._routing is None or (self._all and self._values is None):
+        if self._routing is None or (self._all and self._values is None and not self._given):
             raise self._wrong(f"its block has run without its {'router' if self._routing is None else 'experts'}")
         index, weights, margin = self._routing
         rows, down_in, given = self._values if self._values is not None else (None, None, None)

@@ -42,6 +42,9 @@ LAST_SIGNAL = 64
 BUSY = 4
 """Of `agent append`: another upload of the same file is at work, or has changed what is there."""
 DOWNLOAD_SECONDS = 600.0
+DOWNLOAD_RATE = 1_000_000.0
+"""Bytes a second, at least, of what is brought home beyond what comes in DOWNLOAD_SECONDS: a summary with the sums of a large
+mixture's experts is gigabytes. Chosen: 8 Mbit/s, which a home's connection has."""
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -50,6 +53,11 @@ _T = TypeVar("_T")
 def patience_seconds() -> float:
     """$OUTLIERS_PATIENCE_SECONDS, else two minutes."""
     return float(os.environ.get(PATIENCE_VARIABLE) or PATIENCE_SECONDS)
+
+
+def download_seconds(most_bytes: int) -> float:
+    """For how long a download may run that brings at most so many bytes."""
+    return max(DOWNLOAD_SECONDS, most_bytes / DOWNLOAD_RATE)
 
 
 class RemoteMachine:
@@ -174,7 +182,9 @@ class RemoteMachine:
 
         def once() -> None:
             with tempfile.TemporaryFile() as archive:
-                done = self.connection.receive(command, archive, limits.archive_bytes, DOWNLOAD_SECONDS)
+                done = self.connection.receive(
+                    command, archive, limits.archive_bytes, download_seconds(limits.archive_bytes)
+                )
                 if done.returncode == 3:
                     raise BadInput(f"there is nothing at {remote} on {self.name}")
                 if done.returncode:

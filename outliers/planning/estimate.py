@@ -312,7 +312,9 @@ def _probe(demand: Demand, offer: Offer, gpus: tuple[str, ...]) -> list[Step]:
     spec, info = demand.spec, demand.model
     if not spec.probe.asked:
         return []
-    passes = count_passes(spec, len(demand.layout.layers), has_experts=info.num_experts is not None)
+    passes = count_passes(
+        spec, len(demand.layout.layers), has_experts=info.num_experts is not None, experts=info.num_experts or 0
+    )
     sequences = min(spec.probe.probe_sequences, demand.layout.num_sequences)
     tokens = sequences * demand.layout.positions
     dtype = "float32" if spec.probe.probe_dtype == "float32" else info.dtype

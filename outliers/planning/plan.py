@@ -95,6 +95,8 @@ class Plan(BaseModel):
     """Why it can't be all, as the end of a sentence; None where it can, and for a dense model."""
     experts_bytes: int
     """Of `ram_bytes`, what reading the experts takes."""
+    counting_bytes: int
+    """Memory for counting the experts after the pass, when no model is there."""
     private_bytes: int
     """What `outliers export --full` brings home from another machine, without the sparse counts of single sequences."""
     seconds: dict[str, float]
@@ -151,6 +153,7 @@ def _plan(demand: Demand, provider: Provider, left: int | None) -> Plan:
         experts=expert_mode(spec, info, demand.layout.layers),
         experts_reason=_unread(info),
         experts_bytes=demand.experts_bytes * (spec.compute.shards if spec.compute.runs_here else 1),
+        counting_bytes=demand.counting_bytes * (spec.compute.shards if spec.compute.runs_here else 1),
         private_bytes=demand.private_bytes,
         seconds={step.name: step.seconds for step in first if step.seconds is not None},
         assumptions=tuple(f"{step.name}: {step.assumption}" for step in first),

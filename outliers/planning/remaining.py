@@ -136,7 +136,7 @@ def _to_capture(prepared: Prepared, demand: Demand, workspace: Workspace, wanted
     loads = missing > 0 or (prepared.spec.capture.perplexity and not all(done[sequence] for sequence in wanted))
     layout = demand.layout
     left = layout.total_bytes // layout.num_sequences * missing
-    return Rest(left, None if loads else analysis_bytes(prepared, layout))
+    return Rest(left, None if loads else analysis_bytes(prepared, layout) + demand.counting_bytes)
 
 
 def _journaled(folder: Path) -> Journal:

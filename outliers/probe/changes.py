@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.errors import BadInput
-from outliers.probe.asked import AUTO, asked_of
-from outliers.probe.expert_choice import NO_EXPERTS, Expert, ExpertChoice, check_experts, name_of, routed_layers
+from outliers.probe.asked import asked_of
+from outliers.probe.expert_choice import NO_EXPERTS, Expert, ExpertChoice, name_of, routed_layers
 from outliers.spec import BLOCK_SITES, OWN_WIDTH_SITES
 from outliers.spec.formats import parse_format
 from outliers.study.prepare import Prepared
@@ -62,7 +62,8 @@ class Change:
     sites, layers: where. features: those that are zeroed or replaced. held: those that stay as they are while the others are
     quantized. weights: the format of the readers' weights. smooth: SmoothQuant's strength. first_tokens: whether a static
     range is of all tokens. prefix: whether a prefix comes before each sequence. of: the weight or the expert that this is a
-    control of. alone: whether it is one feature of a set. experts: those that are silent.
+    control of. alone: whether it is one feature of a set. experts: those that are silent, or, of a map, the one whose input alone
+    is quantized.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Known:
 
     systematic: the study's list. magnitudes: (feature,), see `matched_features`. weights: single weights with their controls.
     floor_feature: the feature that is moved by its last bit. silenced: experts with their controls.
+    mapped: experts that are quantized alone, those that a token of the probe reaches.
     """
 
     systematic: tuple[int, ...]
@@ -130,6 +132,7 @@ class Known:
     weights: tuple[tuple[WeightAt, Group, str | None], ...] = ()
     floor_feature: int = 0
     silenced: ExpertChoice = NO_EXPERTS
+    mapped: tuple[Expert, ...] = ()
 
 
 def matched_features(systematic: Sequence[int], magnitudes: NDArray[np.float64]) -> tuple[int, ...]:
@@ -168,6 +171,7 @@ def all_changes(prepared: Prepared, known: Known, seed: str, *, shared: bool) ->
         Change(_weight_name(at, group), "weight", layers=(at.layer,), group=group, weight=at, of=of)
         for at, group, of in known.weights
     ]
+    found += _of_expert_map(prepared, known.mapped)
     return tuple({change.name: change for change in found}.values())
 
 
@@ -311,6 +315,16 @@ def _of_map(prepared: Prepared) -> list[Change]:
     ]
 
 
+def _of_expert_map(prepared: Prepared, experts: Sequence[Expert]) -> list[Change]:
+    """The map's format at the input of each expert alone."""
+    form = asked_of(prepared.spec).map
+    return [
+        Change(f"map {form} expert {name_of(at)}", "map", ("mlp_in",), (at[0],), format=form, experts=(at,))
+        for at in experts
+        if form is not None
+    ]
+
+
 def error_formats(prepared: Prepared) -> tuple[str, ...]:
     """The formats whose squared error is measured at each place, for a sensitivity map; the map's own is first."""
     asked = asked_of(prepared.spec)
@@ -325,66 +339,3 @@ def parse_weight(name: str) -> WeightAt:
     layer, _, module = path.partition(".")
     row, _, column = place.partition(",")
     return WeightAt(int(layer), module, int(row), int(column))
-
-
-def check_before(prepared: Prepared) -> None:
-    """Raise BadInput for a probe that is not to be made, before a machine is asked for: as `check_probe`, and without losses.
-
-    A study without losses could be probed, and nothing would show that the probed model is the one that was captured.
-    """
-    if not prepared.spec.capture.perplexity:
-        raise BadInput(
-            "a probe compares its untouched pass with the losses of the capture, which this study does not measure: add "
-            "--perplexity; activations that are captured already are kept, and one pass measures the losses"
-        )
-    check_probe(prepared)
-
-
-def check_probe(prepared: Prepared) -> None:
-    """Raise BadInput for a probe that can't be made, before a model is loaded. What the study found is not known here."""
-    asked = asked_of(prepared.spec)
-    if not asked.asked and prepared.spec.probe.probe == "none":
-        raise BadInput(
-            "nothing is asked of the probe: give --check, or --zero, --mean, --quantize, --weight, --map, --prefix or "
-            "--probe-experts"
-        )
-    width, name = feature_width(prepared), prepared.model.source.name
-    for option, given in (("--zero", asked.zero), ("--mean", asked.mean), ("--hold", asked.hold)):
-        for feature in (int(one) for one in given if one.isdigit()):
-            if feature >= width:
-                raise BadInput(
-                    f"{option} {feature}: {name} has the features 0 to {width - 1} at {', '.join(feature_sites(prepared))}"
-                )
-        if option == "--hold" and (wrong := [one for one in given if not (one.isdigit() or one == "systematic")]):
-            raise BadInput(f"--hold {wrong[0]}: give systematic, or numbers of features")
-    check_experts(prepared)
-    _check_sites(prepared)
-    for layer in (parse_weight(one).layer for one in asked.weight if one != AUTO):
-        if layer >= prepared.model.num_layers:
-            raise BadInput(f"--weight of layer {layer}: {name} has layers 0 to {prepared.model.num_layers - 1}")
-    if prepared.model.quantization is not None and (asked.weights or asked.weight):
-        raise BadInput(
-            f"the weights of {name} stay quantized in {prepared.model.quantization}, and no single one can be changed: give "
-            "--quantization none, which is another study"
-        )
-
-
-def _check_sites(prepared: Prepared) -> None:
-    """Raise BadInput for a format without a site, or whose rotation does not fit one."""
-    asked, sites = asked_of(prepared.spec), quantized_sites(prepared)
-    formats = (*asked.quantize, *(one for one in (asked.map, asked.weights) if one))
-    if formats and not sites:
-        raise BadInput(
-            f"--quantize {formats[0]}: the study captured {', '.join(prepared.spec.capture.sites)}, and formats are tried at "
-            f"{', '.join(QUANTIZED_SITES)}: capture one of these (--sites)"
-        )
-    for form in dict.fromkeys((*formats, *error_formats(prepared))):
-        block = parse_format(form).rotation
-        for site in sites:
-            features = prepared.model.anatomy.widths[site]
-            if block and features % block:
-                raise BadInput(
-                    f"{form} rotates blocks of {block} features, and {site} has {features}: give another block"
-                )
-    if (asked.smooth or asked.hold) and not asked.quantize:
-        raise BadInput("--smooth and --hold go with formats: give --quantize int8_token, or others")

@@ -96,13 +96,14 @@ class Pass:
     kept: int = 0
 
 
-class _Scores:
+class Scores:
     """The scale of one layer's experts, read from their router as it runs."""
 
     def __init__(self) -> None:
         self.scale: torch.Tensor | None = None
 
     def after(self, _module: Any, _args: Any, output: Any) -> None:
+        """A hook on the router."""
         self.scale = scale_of(output)
 
 
@@ -112,7 +113,7 @@ def edited(readers: Mapping[Place, Sequence[Reader]], edits: Mapping[Place, Edit
     handles: list[RemovableHandle] = []
     try:
         for place, edit in edits.items():
-            shared, scores = _Shared(edit, now), _Scores()
+            shared, scores = SharedEdit(edit, now), Scores()
             for reader in readers[place]:
                 if reader.scores is not None:
                     handles.append(reader.scores.register_forward_hook(scores.after))
@@ -124,7 +125,7 @@ def edited(readers: Mapping[Place, Sequence[Reader]], edits: Mapping[Place, Edit
             handle.remove()
 
 
-def _attach(reader: Reader, shared: _Shared, scores: _Scores) -> RemovableHandle:
+def _attach(reader: Reader, shared: SharedEdit, scores: Scores) -> RemovableHandle:
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         at = reader.argument
         value = args[at] if isinstance(at, int) else kwargs[at]
@@ -136,7 +137,7 @@ def _attach(reader: Reader, shared: _Shared, scores: _Scores) -> RemovableHandle
     return reader.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-class _Shared:
+class SharedEdit:
     """The changed tensor of one place, for all its readers in one pass.
 
     The original is held with it: as long as it is, no other tensor has its address.
@@ -148,6 +149,7 @@ class _Shared:
         self._made: torch.Tensor | None = None
 
     def changed(self, x: torch.Tensor, scale: torch.Tensor | None, reader: Reader) -> torch.Tensor:
+        """What the edit gives of a tensor, computed once a pass; scale: what it was multiplied with."""
         if scale is None and self._of is not None and self._made is not None and _same(self._of, x):
             return self._made.reshape(x.shape)
         made = self._make(x, scale, reader)

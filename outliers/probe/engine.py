@@ -21,6 +21,7 @@ from outliers.probe.changes import Change, WeightAt
 from outliers.probe.edits import Edit, Identity, LastPlace, Mean, Pass, Place, Zero, edited
 from outliers.probe.formats import Ranges, quantize_edits, smooth_scales
 from outliers.probe.observe import Look, observed
+from outliers.probe.one_expert import edited_experts
 from outliers.probe.readers import Reader
 from outliers.probe.sharing import Kept
 from outliers.probe.silence import silenced
@@ -54,7 +55,8 @@ class Batch:
 @dataclass
 class Engine:
     """The model and its readers. prefix: ids that come before each sequence where a change asks for them. silent_layers: those
-    in which a change silences experts; there a change that changes nothing goes through the same hooks."""
+    in which a change silences experts; mapped: one expert of each layer in which experts are quantized alone; there a change that
+    changes nothing goes through the same hooks."""
 
     model: Any
     anatomy: Anatomy
@@ -62,6 +64,7 @@ class Engine:
     prefix: tuple[int, ...] = ()
     held_sites: tuple[str, ...] = ()
     silent_layers: tuple[int, ...] = ()
+    mapped: Mapping[int, int] = field(default_factory=dict)
     now: Pass = field(default_factory=Pass)
     _columns: dict[Place, torch.Tensor] = field(default_factory=dict)
 
@@ -113,15 +116,38 @@ class Engine:
                     zeroed_weight(self.module_of(change.weight), change.weight.row, change.weight.column)
                 )
             stack.enter_context(self._silenced(change))
-            readers = self._readers(change, places)
-            stack.enter_context(edited(readers, self._edits(change, places, ranges, scales), self.now))
+            edits = self._edits(change, places, ranges, scales)
+            alone = self._alone(change, edits)
+            stack.enter_context(edited_experts(self._expert_readers(tuple(alone)), alone, self.now))
+            if change.kind != "map" or not change.experts:
+                stack.enter_context(edited(self._readers(change, places), edits, self.now))
             yield
+
+    def _alone(self, change: Change, edits: Mapping[Place, Edit]) -> dict[int, tuple[int, Edit]]:
+        """Layer -> the expert whose input alone is changed, with its edit."""
+        if change.kind == "map":
+            return {layer: (expert, edits["mlp_in", layer]) for layer, expert in change.experts}
+        if change.kind == "identity":
+            return {layer: (expert, Identity()) for layer, expert in self.mapped.items() if layer in change.layers}
+        return {}
+
+    def _expert_readers(self, layers: tuple[int, ...]) -> dict[int, Reader]:
+        """Layer -> its module of experts, as a reader of mlp_in. Raises SiteError where there is none."""
+        found = {}
+        for layer in layers:
+            own = [reader for reader in self.readers.get(("mlp_in", layer), ()) if reader.is_experts]
+            if len(own) != 1:
+                raise SiteError(
+                    f"layer {layer} has {len(own)} modules of experts that read mlp_in: leave --map-experts out"
+                )
+            found[layer] = own[0]
+        return found
 
     def _silenced(self, change: Change) -> contextlib.AbstractContextManager[None]:
         own: dict[int, set[int]] = {}
         if change.kind == "identity":
             own = {layer: set() for layer in self.silent_layers if layer in change.layers}
-        for layer, expert in change.experts:
+        for layer, expert in change.experts if change.kind != "map" else ():
             own.setdefault(layer, set()).add(expert)
         return silenced(self.expert_modules(tuple(own)), own, self.now)
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from outliers.errors import BadInput
 from outliers.probe.asked import asked_of
-from outliers.spec.probe import SUPER
+from outliers.spec.probe import ALL, SUPER
 from outliers.study.prepare import Prepared
-from outliers.study.probes import CHECKED_EXPERTS
+from outliers.study.probes import CHECKED_EXPERTS, MOST_MAPPED
 from outliers.units import format_ranges
 
 Expert = tuple[int, int]
@@ -76,34 +76,71 @@ def routed_layers(prepared: Prepared) -> tuple[int, ...]:
     return tuple(layer for layer in prepared.layers if layer in anatomy.moe_layers) if anatomy.experts else ()
 
 
-def check_experts(prepared: Prepared) -> None:
-    """Raise BadInput for experts that are named and can't be silenced, before a model is loaded."""
-    asked, model = prepared.spec.probe.experts, prepared.model
+def mapped_experts(prepared: Prepared) -> tuple[Expert, ...]:
+    """The experts whose input alone is quantized, one at a time, each once, in the order of layers and experts."""
+    asked, layers, count = asked_of(prepared.spec).map_experts, routed_layers(prepared), prepared.model.num_experts or 0
+    found: set[Expert] = set()
+    for name in asked:
+        if "." in name:
+            found.add(parse_expert(name))
+        else:
+            found |= {(layer, n) for layer in (layers if name == ALL else (int(name),)) for n in range(count)}
+    return tuple(sorted(found))
+
+
+def check_mapped(prepared: Prepared, sites: Sequence[str]) -> None:
+    """Raise BadInput for a map of experts that can't be made, before a model is loaded. sites: at which formats are tried."""
+    asked = prepared.spec.probe.map_experts
     if not asked:
         return
+    if prepared.spec.probe.map is None:
+        raise BadInput(f"--map-experts {asked[0]}: the format is that of the map: give --map, such as --map int8_token")
+    _check_named(prepared, "--map-experts", asked, [name for name in asked if name != ALL])
+    if "mlp_in" not in sites:
+        raise BadInput(
+            f"--map-experts {asked[0]}: the study did not capture mlp_in, which is what experts get: study it with --sites"
+        )
+    found = mapped_experts(prepared)
+    if len(found) > MOST_MAPPED:
+        layers = len({layer for layer, _ in found})
+        raise BadInput(
+            f"--map-experts {','.join(asked)[:80]}: {len(found):,} experts of {layers} layers are as many passes over the "
+            f"probe's sequences; at most {MOST_MAPPED:,} are made: name layers, such as --map-experts {found[0][0]}, or experts"
+        )
+
+
+def check_experts(prepared: Prepared) -> None:
+    """Raise BadInput for experts that are named and can't be silenced, before a model is loaded."""
+    asked = prepared.spec.probe.experts
+    if asked:
+        _check_named(prepared, "--probe-experts", asked, [name for name in asked if name != SUPER])
+
+
+def _check_named(prepared: Prepared, option: str, asked: Sequence[str], numbers: Sequence[str]) -> None:
+    """Raise BadInput where the model's experts can't be changed, or one is not there. numbers: LAYER.EXPERT, or LAYER."""
+    model = prepared.model
     name, layers = model.source.name, routed_layers(prepared)
     if not model.anatomy.moe_layers:
-        raise BadInput(f"--probe-experts {asked[0]}: {name} is a dense model and has no experts: leave the option out")
+        raise BadInput(f"{option} {asked[0]}: {name} is a dense model and has no experts: leave the option out")
     if model.anatomy.experts is None:
         raise BadInput(
-            f"--probe-experts {asked[0]}: where the experts of {model.architecture} are is not known, for this family is not in "
+            f"{option} {asked[0]}: where the experts of {model.architecture} are is not known, for this family is not in "
             "the table: leave the option out"
         )
     if model.experts is not None and model.experts.watch == "routing":
         raise BadInput(
-            f"--probe-experts {asked[0]}: the experts of {name} can't be changed, because {model.experts.reason}: give "
+            f"{option} {asked[0]}: the experts of {name} can't be changed, because {model.experts.reason}: give "
             "--quantization none, which is another study"
         )
-    for layer, expert in (parse_expert(one) for one in asked if one != SUPER):
+    for one in numbers:
+        layer, expert = parse_expert(one) if "." in one else (int(one), 0)
         if layer not in layers:
             raise BadInput(
-                f"--probe-experts {layer}.{expert}: layer {layer} is not one of the study's layers with experts, which are "
+                f"{option} {one}: layer {layer} is not one of the study's layers with experts, which are "
                 f"{format_ranges(layers) or 'none'}"
             )
         if expert >= (model.num_experts or 0):
-            raise BadInput(
-                f"--probe-experts {layer}.{expert}: each layer of {name} has the experts 0 to {(model.num_experts or 0) - 1}"
-            )
+            raise BadInput(f"{option} {one}: each layer of {name} has the experts 0 to {(model.num_experts or 0) - 1}")
 
 
 def wanted_experts(prepared: Prepared, super_experts: Sequence[Expert] | None) -> list[tuple[Expert, Role]]:

@@ -167,6 +167,11 @@ def _expert_notes(made: Made) -> list[str]:
         found.append(
             "a silent expert has the routing weight 0; the other experts of its tokens keep theirs, and nothing is renormalised"
         )
+    if any(change.kind == "map" and change.experts for change in made.changes):
+        found.append(
+            "of an expert of the map the input of its first projection is quantized; the other experts of its tokens, routers, "
+            "and shared experts get what they got"
+        )
     if chosen.unreached:
         names = ", ".join(map(name_of, chosen.unreached[:8]))
         more = f" and {len(chosen.unreached) - 8} more" if len(chosen.unreached) > 8 else ""
@@ -293,7 +298,7 @@ def sensitivity_rows(made: Made, measured: Measured) -> list[dict[str, Any]]:
     tokens = float(measured.tokens.sum()) + len(measured.sequences)
     found = []
     for change in made.changes:
-        if change.kind != "map":
+        if change.kind != "map" or change.experts:
             continue
         site, layer = change.sites[0], change.layers[0]
         kl = measured.mean(map_name(formats[0], site, layer), "kl")

@@ -16,6 +16,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,22 @@ from outliers.probe.changes import (
     Change,
     Known,
     all_changes,
-    check_probe,
     error_formats,
     feature_sites,
     held_features,
     held_sites,
     quantized_sites,
 )
+from outliers.probe.checks import check_probe
 from outliers.probe.engine import Batch, Engine
-from outliers.probe.expert_choice import Expert, Role, choose_experts, routed_layers, wanted_experts
+from outliers.probe.expert_choice import (
+    Expert,
+    Role,
+    choose_experts,
+    mapped_experts,
+    routed_layers,
+    wanted_experts,
+)
 from outliers.probe.findings import Findings, find_findings, require_findings
 from outliers.probe.formats import Ranges
 from outliers.probe.journal import ProbeJournal
@@ -189,14 +197,17 @@ class _Run:
         prefer = self.asked.probe_dtype == "study" or prepared.model.dtype == self.asked.probe_dtype
         ranges = Ranges(findings, statistics, prefer)
         weights = choose_weights(engine, named, statistics, self.asked.weight, self.own)
-        chosen = choose_experts(wanted, expert_load(statistics, prepared), self.own)
-        engine.silent_layers = chosen.layers
+        load = expert_load(statistics, prepared)
+        chosen = choose_experts(wanted, load, self.own)
+        mapped = tuple((layer, expert) for layer, expert in mapped_experts(prepared) if load[layer][expert])
+        engine.silent_layers, engine.mapped = chosen.layers, dict(reversed(mapped))
         known = Known(
             systematic=systematic,
             magnitudes=ranges.magnitudes(feature_sites(prepared)),
             weights=tuple((one.at, one.group, one.of) for one in weights),
             floor_feature=_middle(statistics.mean_square(feature_sites(prepared)[0], prepared.layers[0])),
             silenced=chosen,
+            mapped=mapped,
         )
         kept = self._kept(engine, batches[0], ranges, all_changes(prepared, known, self.own, shared=False))
         changes = all_changes(prepared, known, self.own, shared=kept is not None)
@@ -205,6 +216,8 @@ class _Run:
         log.info("%d changes on %d sequences", len(changes), sum(batch.counted for batch in batches))
         Session(engine, journal, changes, ranges, kept, captured, error_formats(prepared), advance).run(batches)
         gates = Checked(captured=captured, why_not=why_not, shared=kept.wanted if kept is not None else ())
+        unmapped = tuple(at for at in mapped_experts(prepared) if at not in set(mapped))
+        chosen = replace(chosen, unreached=(*chosen.unreached, *unmapped))
         made = Made(prepared, self.own, changes, gates, ranges, weights, prefix, chosen, findings.super_experts)
         self._write(made, journal, [sequence for batch in batches for sequence in batch.measured])
         return {
@@ -231,9 +244,10 @@ class _Run:
     ) -> Statistics:
         """One untouched pass over everything, and one with the prefix where there is one; goes on after a snapshot."""
         found = load(self.folder, self.prepared.layers)
-        if wanted and LOAD not in found.arrays:
+        counts = bool(wanted or self.asked.map_experts)
+        if counts and LOAD not in found.arrays:
             found = Statistics.zero(self.prepared.layers)  # a snapshot without them is not gone on with
-        counted = self._load(found) if wanted else {}
+        counted = self._load(found) if counts else {}
         held = dict.fromkeys(held_sites(self.prepared), held_features(self.prepared, systematic))
         rotated = rotated_ranges(self.asked.quantize, error_formats(self.prepared), bool(self.asked.hold))
         collect = Collector(found, rotated, held)

@@ -42,7 +42,7 @@ def silenced(
 
 def _before(layer: int, chosen: tuple[int, ...], now: Pass) -> Any:
     def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        index, at = _routing(module, args, kwargs, layer, now)
+        index, at = routing_of(module, args, kwargs, layer, now)
         value = args[at] if isinstance(at, int) else kwargs[at]
         changed = value.clone()
         if index is None:
@@ -59,7 +59,7 @@ def _before(layer: int, chosen: tuple[int, ...], now: Pass) -> Any:
 
 def _behind(layer: int, chosen: tuple[int, ...], now: Pass) -> Any:
     def behind(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        index, _ = _routing(module, args, kwargs, layer, now)
+        index, _ = routing_of(module, args, kwargs, layer, now)
         if index is None and bool(_copies(output, module, now)[list(chosen)].any()):
             raise SiteError(
                 f"an expert of layer {layer} ({type(module).__name__}) gives more than 0 for an input of 0: it can't be silenced "
@@ -69,7 +69,7 @@ def _behind(layer: int, chosen: tuple[int, ...], now: Pass) -> Any:
     return behind
 
 
-def _routing(
+def routing_of(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: int, now: Pass
 ) -> tuple[torch.Tensor | None, int | str]:
     """(chosen experts (token, slot), the place of their weights); (None, place of the input) where it is a copy an expert.
@@ -123,7 +123,7 @@ def count_load(
 
     def hook(layer: int) -> Any:
         def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            index, at = _routing(module, args, kwargs, layer, now)
+            index, at = routing_of(module, args, kwargs, layer, now)
             real = torch.zeros(now.sequences, now.positions, dtype=torch.bool)
             for row, length in enumerate(lengths):
                 real[row, :length] = True

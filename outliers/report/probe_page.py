@@ -22,6 +22,8 @@ CAPTIONS = {
     "were named; orange: one of the same layer with the nearest number of tokens; grey: a random one of the same layer.",
     "sensitivity.png": "KL where one site of one layer alone is quantized. What is below twice the floor has the "
     "lightest colour.",
+    "expert_map.png": "KL where what one expert gets is quantized, LAYER.EXPERT with the tokens of the probe that reach it; all "
+    "else of these tokens is as it was.",
 }
 VERDICTS = {
     "within": "within budget",

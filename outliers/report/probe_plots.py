@@ -32,7 +32,13 @@ OTHER_COLOUR = "#0072b2"
 
 def draw_probe(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: Advice) -> tuple[Plot, ...]:
     """The pictures of a probe, in the order of its page; those without data are left out."""
-    found = (causes(probes), draw_experts(probes), formats(probes, advice), sensitivity(probes, rows))
+    found = (
+        causes(probes),
+        draw_experts(probes),
+        formats(probes, advice),
+        sensitivity(probes, rows),
+        draw_expert_map(probes),
+    )
     return tuple(plot for plot in found if plot)
 
 
@@ -128,6 +134,29 @@ def sensitivity(probes: Probes, rows: Sequence[Mapping[str, Any]]) -> Plot | Non
         f"of layer {worst['layer']}."
     )
     return Plot("sensitivity.png", alt, png(figure))
+
+
+def draw_expert_map(probes: Probes) -> Plot | None:
+    """Bars of the KL where the input of one expert alone is quantized, the costliest first; None where no expert was."""
+    mapped = [change for change in probes.changes if change.kind == "map" and change.experts]
+    shown = sorted(mapped, key=lambda change: -change.kl)[:MAX_BARS]
+    if not shown or not shown[0].kl > 0:
+        return None
+    shown = [change for change in shown if change.kl > 0]
+    figure = new_figure(1.3 + 0.24 * len(shown))
+    axes = figure.subplots()
+    labels = [f"{change.experts[0]}, {change.expert_tokens[0]:,} tokens" for change in shown]
+    _bars(axes, [change.kl for change in shown], [change.kl_interval for change in shown], [OTHER_COLOUR] * len(shown))
+    axes.set_yticks(range(len(shown)), labels)
+    if probes.gates.floor.value:
+        axes.axvline(2 * probes.gates.floor.value, color=DECIDING, linewidth=1.2, linestyle="--")
+    some = f"the {len(shown)} costliest of {len(mapped):,} experts; " if len(mapped) > len(shown) else ""
+    note = f"{some}dashed: twice the floor. {_measured(probes)}"
+    entitle(figure, axes, probes.model, f"{shown[0].format} at the input of one expert alone", note)
+    dress(axes, "KL, nats a token (log scale)", "")
+    axes.set_xscale("log")
+    alt = f"Bars of {len(shown)} experts; the largest KL is {number(shown[0].kl)}, expert {shown[0].experts[0]}."
+    return Plot("expert_map.png", alt, png(figure))
 
 
 def _bars(axes: Axes, values: Sequence[float], spans: Sequence[Sequence[float] | None], colours: Sequence[str]) -> None:

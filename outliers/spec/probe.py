@@ -19,11 +19,14 @@ WORDS: Final = ("systematic", "matched", "random")
 _FEATURES = re.compile(r"systematic|matched|random(=[1-9][0-9]{0,2})?|[0-9]{1,7}")
 _WEIGHT = re.compile(r"auto|[0-9]{1,4}\.[A-Za-z_][A-Za-z0-9_.]*\[[0-9]{1,7},[0-9]{1,7}\]")
 _EXPERT = re.compile(r"super|[0-9]{1,4}\.[0-9]{1,5}")
+_MAPPED = re.compile(r"all|[0-9]{1,4}(\.[0-9]{1,5})?")
 FEATURES_HELP = "systematic (those of the study), matched (as large, and not systematic), random=5, or numbers"
 
 
 SUPER: Final = "super"
 """The experts that a study found to be super experts."""
+ALL: Final = "all"
+"""All experts of all layers of a study."""
 
 
 def _plain(name: str) -> str:
@@ -79,6 +82,12 @@ class ProbeSpec(Part):
         None,
         description="format of a sensitivity map: each site of each layer alone is quantized to it (int8_token is usual)",
     )
+    map_experts: tuple[str, ...] = Field(
+        (),
+        max_length=256,
+        description="experts of a mixture whose input alone is quantized to the map's format, one at a time: LAYER.EXPERT "
+        "such as 1.68, LAYER for all of a layer, or all",
+    )
     probe_sequences: int = Field(
         16,
         ge=2,
@@ -123,6 +132,14 @@ class ProbeSpec(Part):
                 raise ValueError(f"'{name}' is not LAYER.EXPERT such as 1.68, or super")
         return tuple(dict.fromkeys(name if name == SUPER else _plain(name) for name in names))
 
+    @field_validator("map_experts")
+    @classmethod
+    def _mapped(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not _MAPPED.fullmatch(name):
+                raise ValueError(f"'{name}' is not LAYER.EXPERT such as 1.68, LAYER such as 1, or all")
+        return tuple(dict.fromkeys(name if name == ALL else _plain(name) for name in names))
+
     @field_validator("smooth")
     @classmethod
     def _strengths(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
@@ -134,4 +151,4 @@ class ProbeSpec(Part):
     def asked(self) -> bool:
         """Whether there is anything to do."""
         changes = (self.zero, self.mean, self.quantize, self.weights, self.weight, self.map, self.prefix, self.experts)
-        return self.probe != "none" or any(changes)
+        return self.probe != "none" or any(changes) or bool(self.map_experts)

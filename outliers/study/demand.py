@@ -66,6 +66,8 @@ class Demand:
     """Main memory where GPUs compute."""
     experts_bytes: int
     """Of main memory, what reading the experts takes: their sums, and one layer's values of one batch. 0 where none are read."""
+    counting_bytes: int
+    """Of main memory, what counting the experts takes after the pass, when no model is there. 0 where none are read."""
     private_bytes: int
     """The statistics of each column and expert, which stay on the machine: what `outliers export --full` brings home."""
     host_pass_bytes: int = 0
@@ -176,9 +178,10 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
     gguf = info.total_parameters * 4 if info.source.kind == "gguf" else 0
     # weights go to the GPUs tensor by tensor from memory-mapped files, whose pages the system can take back
     host = max(wider * layer, weights.memory_bytes + gguf if gguf else 0)
-    experts = _experts_bytes(spec, layout)
-    # the process that captures counts as well
-    beside = writers + experts + (counting_bytes(spec, layout) if spec.capture.store != "full" else 0)
+    experts, counting, private = _experts_bytes(spec, layout), _counting_bytes(layout), _private_bytes(spec, layout)
+    # with --store rolling or none the process that captures counts as well
+    beside = writers + experts + (counting_bytes(spec, layout) + counting if spec.capture.store != "full" else 0)
+    counted = PROCESS_BYTES + private + counting if counting else 0  # with the totals of the columns beside them
     return Demand(
         spec=spec,
         model=info,
@@ -192,10 +195,12 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
         ram_bytes=max(
             sum(parts) + gguf + max(layer, activations) + ring + beside + on_host + PROCESS_BYTES,
             probe.model + gguf + probe.work + PROCESS_BYTES,
+            counted,
         ),
-        host_ram_bytes=host + pinned + beside + GPU_PROCESS_BYTES,
+        host_ram_bytes=max(host + pinned + beside + GPU_PROCESS_BYTES, counted),
         experts_bytes=experts,
-        private_bytes=_private_bytes(spec, layout),
+        counting_bytes=counting,
+        private_bytes=private,
         host_pass_bytes=on_host,
         device_pass_bytes=on_device,
     )
@@ -213,6 +218,13 @@ def _experts_bytes(spec: StudySpec, layout: Layout) -> int:
         return table
     rows = tokens * (experts.slots * (experts.width + experts.hidden) + sum(experts.shared_widths) + experts.hidden)
     return experts.sums_bytes + table + 2 * rows * layout.itemsize
+
+
+def _counting_bytes(layout: Layout) -> int:
+    """Memory for counting the experts after the pass; one process may count all sequences of a capture."""
+    if layout.experts is None:
+        return 0
+    return layout.experts.counting_bytes(layout.num_sequences, layout.positions, inputs="mlp_in" in layout.widths)
 
 
 def _private_bytes(spec: StudySpec, layout: Layout) -> int:

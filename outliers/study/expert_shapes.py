@@ -36,6 +36,13 @@ largest the first is named; NaN where nothing is finite.
 MARGIN = "router_margin"
 
 
+SLOT_BYTES = 96
+"""Of a slot while a sequence is counted: its expert, key, position and hits as 64-bit integers, each once or twice."""
+EXPERT_BYTES = 112
+"""Of an expert in `experts.totals`: weights, tokens by kind, the largest input and output with their places, the first row."""
+OUTPUTS_BYTES = 256 * 28
+"""Of a layer: the largest outputs that are kept (`experts.totals.OUTPUTS_KEPT`)."""
+
 ROUTING = ("expert", "expert_weight", MARGIN)
 """The fields of a capture that reads the routing alone; it has no slot for shared experts."""
 
@@ -95,6 +102,18 @@ class ExpertShapes:
         columns = self.experts * self.width + self.shared * max(self.shared_widths, default=0)
         channels = (self.all_experts + 1) * self.hidden
         return len(self.layers) * (24 * columns + 8 * channels + 8 * 65_536)
+
+    def counting_bytes(self, sequences: int, positions: int, *, inputs: bool) -> int:
+        """Memory for counting the experts of so many sequences, an upper bound: their totals, the sums twice (a capture that was
+        read in parts has several, which are added one after the other), and the table of one sequence.
+
+        positions: of a sequence. inputs: whether mlp_in is stored, whose squares are summed for each expert.
+        """
+        layers = len(self.layers)
+        totals = layers * (self.all_experts * (EXPERT_BYTES + 4 * sequences) + 8 * 65_536 + OUTPUTS_BYTES)
+        squares = 8 * layers * self.experts * self.hidden if inputs and self.values else 0
+        table = positions * (self.token_bytes + layers * self.all_slots * SLOT_BYTES)
+        return totals + squares + table + 2 * self.sums_bytes
 
 
 def number_of(index: int, experts: int) -> int:

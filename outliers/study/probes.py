@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from outliers.spec import PROBE_VERSION, StudySpec, digest
+from outliers.spec.probe import ALL
 from outliers.study.prepare import ID_LENGTH, Prepared
 from outliers.workspace import Workspace
 
@@ -22,6 +24,8 @@ def probe_id(prepared: Prepared) -> str:
     if not asked["experts"]:
         # a probe that names no experts has the id that it has without this field
         del asked["experts"]
+    if not asked["map_experts"]:
+        del asked["map_experts"]
     payload = {
         "probe": asked,
         "capture": prepared.capture_id,
@@ -45,16 +49,26 @@ CHECKED_FEATURES = 8
 """Systematic features that `--probe check` takes one at a time, at most."""
 RANDOM_FEATURES = 5
 """Random features that it takes, one at a time, as a control."""
+MOST_MAPPED = 2_048
+"""Experts of a map, at most: each is a pass, of which layers before it are left out, and a row of probes.json, whose size is
+limited. A layer of Qwen3-30B-A3B has 128, one of DeepSeek-V3 256."""
 CHECKED_EXPERTS = 8
 """Super experts that `--probe check` silences one at a time, at most: Qwen3-30B-A3B has three (arXiv 2507.23279)."""
 DEFAULT_FORMATS = ("int8_token", "fp8_token", "mxfp4_even", "nvfp4")
 """Formats that it tries where the study names none."""
 
 
-def count_passes(spec: StudySpec, layers: int, *, has_experts: bool = False) -> float:
+def mapped_count(names: Sequence[str], layers: int, experts: int) -> int:
+    """How many experts `--map-experts` names, an upper bound. layers: that have experts. experts: of a layer."""
+    if ALL in names:
+        return layers * experts
+    return sum(1 if "." in name else experts for name in names)
+
+
+def count_passes(spec: StudySpec, layers: int, *, has_experts: bool = False, experts: int = 0) -> float:
     """Forward passes over the probe's sequences, an upper bound: the reference, the gates, and one a change.
 
-    has_experts: whether the model is a mixture of experts.
+    has_experts: whether the model is a mixture of experts. experts: of one layer.
 
     A change that begins at layer l skips the layers before it: a map takes half of its passes. How many features are
     systematic is not known before; CHECKED_FEATURES of them are counted.
@@ -83,4 +97,10 @@ def count_passes(spec: StudySpec, layers: int, *, has_experts: bool = False) -> 
         found += 3 * (len([name for name in probe.experts if name != "super"]) + (1 + CHECKED_EXPERTS) * wants_super)
     if probe.map is not None:
         found += layers * len(spec.capture.sites) / 2
+    if ALL in probe.map_experts:
+        found += layers * experts / 2
+    else:
+        found += mapped_count(
+            probe.map_experts, layers, experts
+        )  # where the layers are is not known here: whole passes
     return found

@@ -17,11 +17,12 @@ import torch
 import transformers
 import zarr
 
+from outliers.api import open_capture
 from outliers.capture import experts as capture_experts
 from outliers.capture.extract import extract
 from outliers.counting.analyze import analyze
 from outliers.counting.merge import merge_summaries
-from outliers.errors import BadInput
+from outliers.errors import BadInput, CorruptCapture
 from outliers.experts.sums import LADDER
 from outliers.experts.sums_files import load_sums, sums_path, write_sums
 from outliers.experts.table import FIELDS
@@ -179,6 +180,43 @@ def test_activations_have_the_same_bits_with_and_without_and_ids_tell_them_apart
     assert not (analyze(found["off"][0], workspace, Silent()) / "experts.npz").exists()
 
 
+def test_the_routing_table_is_lazy_arrays_of_the_very_values(study, deepseek, documents):
+    """Any index along any axis; shared experts as -1; NaN for padding and for the layer that is dense; damage is named."""
+    workspace, whole = study
+    extract(whole, workspace, Silent())
+    routing = open_capture(whole.capture_id, workspace.root, part="routing")
+    table, lengths, ids = arrays_of(workspace, whole)
+    shapes = layout_in(workspace, whole).experts
+    assert set(routing.data_vars) == set(FIELDS) and routing.layer.values.tolist() == [0, 1, 2]
+    assert np.array_equal(routing.length, lengths) and np.array_equal(routing.token_id, ids)
+    there = np.arange(ids.shape[1]) < lengths[:, None]
+    for name, values in table.items():
+        own = routing[name]
+        assert own.dims == ("layer", "sequence", "position", "slot")[: 3 if name == "router_margin" else 4]
+        assert not own.variable._in_memory and own.dtype == np.float32
+        wanted = np.full((3, *values.shape[1:]), np.nan)
+        wanted[1:] = np.where(there[..., None], values, np.nan)
+        if name == "expert":
+            wanted[wanted == shapes.experts] = -1
+        wanted = wanted[..., 0] if name == "router_margin" else wanted
+        assert np.array_equal(own.values, wanted, equal_nan=True), name
+        some = {"layer": [2, 0], "sequence": slice(1, 5, 2), "position": 3}
+        assert np.array_equal(own.isel(some).values, wanted[[2, 0], 1:5:2, 3], equal_nan=True), name
+    assert (routing["expert"].sel(layer=1).isel(slot=-1).values[there] == -1).all()
+    place = workspace.capture(whole.capture_id) / "activations.zarr" / "expert"
+    damaged = next(path for path in sorted(place.rglob("*")) if path.is_file() and path.name != "zarr.json")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x07")
+    assert routing["expert_weight"].values.size, "another field is whole"
+    with pytest.raises(CorruptCapture):
+        routing["expert"].load()
+    off = prepared(workspace, deepseek, documents, sequences=2, length=12, capture=BATCH | {"experts": "off"})
+    extract(off, workspace, Silent())
+    with pytest.raises(BadInput, match="holds no routing"):
+        open_capture(off.capture_id, workspace.root, part="routing")
+    with pytest.raises(BadInput, match="the part 'sums' is not known: give activations or routing"):
+        open_capture(off.capture_id, workspace.root, part="sums")
+
+
 class Stop(Exception):
     """Ends a pass where a test says."""
 
@@ -213,6 +251,47 @@ def test_an_interrupted_reading_ends_as_one_that_was_not(monkeypatch, tmp_path, 
     for one, two in zip(arrays_of(workspace, whole)[0].values(), arrays_of(other, whole)[0].values(), strict=True):
         assert one.tobytes() == two.tobytes()
     assert capture_exists(whole, other)
+
+
+def test_eager_experts_are_counted_as_they_are_computed_and_stopped_readings_go_on(monkeypatch, tmp_path, study):
+    """The bits of a capture that waits for each layer's end, also where it is stopped in the middle of a layer, or mended."""
+    _, whole = study
+    eager = whole.model_copy(update={"model": whole.model.model_copy(update={"experts_implementation": "eager"})})
+    real, given, left = capture_experts.ExpertStream.add, [], [1 << 30]
+
+    def add(self, *arguments):
+        given.append(None)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+        real(self, *arguments)
+
+    def captured(name):
+        workspace = open_workspace(tmp_path / name)
+        prepare(eager.spec, workspace)
+        extract(eager, workspace, Silent())
+        return workspace
+
+    monkeypatch.setattr(capture_experts.ExpertStream, "add", add)
+    waits = capture_experts.ExpertWatch
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_experts, "ExpertWatch", lambda *arguments: waits(*arguments[:4]))
+        one = captured("waits")
+    assert not given
+    spaces = [captured("streams")]
+    assert len(given) > 6
+    for number in (3, len(given) - 2):
+        left[0] = number
+        with pytest.raises(Stop):
+            captured(f"stopped {number}")
+        spaces.append(captured(f"stopped {number}"))
+    chunk = next((spaces[0].capture(eager.capture_id) / "activations.zarr" / "mlp_in").rglob("c.*"))
+    chunk.unlink()  # of a batch that is in the sums already: its table alone is written again
+    extract(eager, spaces[0], Silent())
+    for other in spaces:
+        same_arrays(sums_in(one, eager), sums_in(other, eager))
+        for mine, theirs in zip(arrays_of(one, eager)[0].values(), arrays_of(other, eager)[0].values(), strict=True):
+            assert mine.tobytes() == theirs.tobytes()
 
 
 def test_parts_on_their_own_machines_join_to_the_whole(tmp_path, study, deepseek):

@@ -17,9 +17,11 @@ from outliers.jobs.jobs import JobSpec
 from outliers.machines.base import MachineRequest, fits
 from outliers.machines.local import LocalMachine, LocalProvider, instance_id
 from outliers.machines.providers import PROVIDERS, provider
+from outliers.machines.remote import download_seconds
 from outliers.machines.sky import SkyProvider
 from outliers.machines.ssh import SshProvider
 from outliers.spec import ComputeSpec
+from outliers.untrusted.bounds import RECEIVED_BYTES
 
 MIB = 1 << 20
 A100_80 = Gpu("NVIDIA A100-SXM4-80GB", 81_920 * MIB)
@@ -281,3 +283,9 @@ def test_a_job_on_a_machine(tmp_path):
     assert handle == jobs.newest(tmp_path, "step")
     with pytest.raises(errors.JobFailed, match="exit code 4"):
         machine.result(machine.start(JobSpec("step", ("sh", "-c", "exit 4"))))
+
+
+def test_a_large_download_has_the_time_that_it_takes_on_a_slow_line():
+    """The numbers of a study have ten minutes; a summary of DeepSeek-V3, 3 GB with its experts, has an hour at 8 Mbit/s."""
+    assert download_seconds(0) == download_seconds(RECEIVED_BYTES) == 600
+    assert download_seconds(3_600_000_000) == 3600

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import outliers.study.demand as demands
 from outliers.errors import BadInput
+from outliers.experts.sums import ExpertSums
+from outliers.experts.totals import OUTPUT, OUTPUTS_KEPT, ExpertTotals
 from outliers.hardware import GB, Facts, Gpu
 from outliers.machines.base import Offer
 from outliers.planning.plan import make_plan
 from outliers.spec import StudySpec
 from outliers.study.demand import demand_of
+from outliers.study.expert_shapes import SLOT_BYTES
 from outliers.study.prepare import layout_of, model_info
 from tests.support import tiny
 
@@ -113,3 +117,28 @@ def test_a_probe_takes_what_it_takes_beside_the_capture(tmp_path, workspace):
     assert plain.ram_bytes < probed.ram_bytes < wide.ram_bytes
     assert wide.parts == tuple(2 * part for part in plain.parts) and probed.parts == plain.parts
     assert wide.vram_bytes - wide.work_bytes == 2 * (plain.vram_bytes - plain.work_bytes)
+
+
+def test_counting_the_experts_is_in_the_memory_of_the_plan_and_bounds_what_counting_holds(workspace, tmp_path):
+    """Against the bytes of every array that counting has at once: the totals, the sums twice, and the inputs."""
+    folder = tiny.make_model(tmp_path / "moe", "DeepseekV3")
+    spec = StudySpec.model_validate(tiny.spec_for(folder, "builtin:python-docs", 4, 32))
+    info = model_info(spec, workspace, weights=False)
+    demand, shapes = demand_of(spec, info), layout_of(spec, info).experts
+    totals = ExpertTotals.zero("s", shapes)
+    totals.per_sequence = np.zeros((4, len(shapes.layers), shapes.all_experts), np.int32)
+    totals.outputs = np.zeros(OUTPUTS_KEPT * len(shapes.layers), OUTPUT)
+    sums, inputs = ExpertSums.zero(shapes), np.zeros((len(shapes.layers), shapes.experts, shapes.hidden))
+
+    def held(*owners):
+        return sum(x.nbytes for owner in owners for x in vars(owner).values() if isinstance(x, np.ndarray))
+
+    least = held(totals, sums, sums) + inputs.nbytes + 32 * shapes.token_bytes
+    small = 32 * len(shapes.layers) * shapes.all_slots * SLOT_BYTES
+    counters = 2 * sum(x.nbytes for x in (sums.rows, sums.nonfinite, sums.nonfinite_outputs, sums.hits))
+    assert least - counters <= demand.counting_bytes <= least + small
+    assert demand.counting_bytes <= demand.host_ram_bytes and demand.counting_bytes < demand.ram_bytes
+    plan = make_plan(spec, info, Catalog())
+    assert plan.counting_bytes == demand.counting_bytes
+    off = StudySpec.model_validate(spec.model_dump(mode="json") | {"capture": {"experts": "off"}})
+    assert demand_of(off, info).counting_bytes == 0

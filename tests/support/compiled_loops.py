@@ -52,7 +52,8 @@ def compile_experts() -> None:
     import torch
 
     from outliers.experts.add import add_layer
-    from outliers.experts.routed import Routed
+    from outliers.experts.routed import Routed, Routing
+    from outliers.experts.stream import ExpertStream
     from outliers.experts.sums import ExpertSums
     from outliers.experts.table import FIELDS, ExpertShapes
     from outliers.experts.token_kernels import add_token_squares
@@ -63,7 +64,10 @@ def compile_experts() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         values = torch.ones(2, 4, dtype=dtype)
         routed = Routed(0, index, torch.ones(2, 1), False, torch.ones(2), torch.arange(2), values, values, values, ())
-        add_layer(ExpertSums.zero(shapes), table, 0, routed, (2,), 2)
+        sums = ExpertSums.zero(shapes)
+        add_layer(sums, table, 0, routed, (2,), 2)
+        stream = ExpertStream(sums, 0, Routing(0, index, routed.weights), (2,), 2)
+        stream.add(torch.tensor([0]), torch.tensor([0]), values[:1], values[:1])
     add_token_squares(np.zeros((2, 4)), np.ones((2, 1, 4), np.float32), np.zeros((2, 1), np.uint16))
 
 

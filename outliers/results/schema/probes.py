@@ -72,8 +72,8 @@ class Change(Strict):
     name: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="unique in the probe")
     kind: ChangeKind = Field(
         description="zero, mean: features are set to 0, or to their mean; quantize: a format at all sites; map: a format at one "
-        "site of one layer; prefix: tokens before each sequence; weight: one weight is 0; silence: the routing "
-        "weight of experts is 0; experts: a format at the experts' inputs alone"
+        "site of one layer, or at the input of one expert; prefix: tokens before each sequence; weight: one weight is 0; "
+        "silence: the routing weight of experts is 0; experts: a format at the experts' inputs alone"
     )
     group: Name = Field(
         description="`systematic`, `matched`, `random`, `given`, `each` (one systematic feature alone), `control` (a weight), "
@@ -103,7 +103,9 @@ class Change(Strict):
         "null: not a control",
     )
     experts: Annotated[list[Name], Field(max_length=MAX_EXPERTS)] = Field(
-        [], description="experts that are silent, `LAYER.EXPERT`; absent where there are none"
+        [],
+        description="experts that are silent, `LAYER.EXPERT`; of a map the one whose input alone is quantized; "
+        "absent where there are none",
     )
     expert_tokens: Annotated[list[Count], Field(max_length=MAX_EXPERTS)] = Field(
         [], description="tokens of the probe that reach each of them; absent where there are none"
