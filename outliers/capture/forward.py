@@ -238,5 +238,5 @@ class Progress:
     def _report(self, sequences: float) -> None:
         self._reported = time.monotonic()
         # each sequence counts as an average one: that is exact enough for a progress bar
-        done = int((self.asked - self.todo + sequences) * self.tokens / self.asked)
+        done = min(self.tokens, int((self.asked - self.todo + sequences) * self.tokens / self.asked))
         self.reporter.progress("extract", done, self.tokens, "tokens")

@@ -6,12 +6,10 @@ It knows nothing of files, models or machines beyond their names; `prepare` reso
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from fractions import Fraction
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -21,6 +19,10 @@ from outliers.spec.formats import FormatsSpec as FormatsSpec
 from outliers.spec.part import Part as Part
 from outliers.spec.part import bare
 from outliers.spec.probe import ProbeSpec as ProbeSpec
+from outliers.spec.store import check_store
+from outliers.spec.words import digest as digest
+from outliers.spec.words import has_login as has_login
+from outliers.spec.words import short_model_name as short_model_name
 
 SiteName = Literal["attn_in", "mlp_in", "o_in", "down_in", "resid"]
 AnySiteName = Literal["block", SiteName]
@@ -60,23 +62,6 @@ EXPERTS_VERSION = 1
 def chosen(name: str) -> str:
     """The provider that `name` means ("": $OUTLIERS_PROVIDER, else local)."""
     return name or os.environ.get(PROVIDER_VARIABLE) or DEFAULT_PROVIDER
-
-
-def short_model_name(model_id: str) -> str:
-    """`SmolLM2-135M`, from a model's id as it is given: nothing is looked up for a name."""
-    return model_id.rstrip("/").rsplit("/", 1)[-1].removeprefix("builtin:").removesuffix(".gguf")
-
-
-def has_login(url: str) -> bool:
-    """Whether a URL carries a user or password before its host."""
-    parts = urlsplit(url)
-    return bool(parts.username or parts.password or re.search(r"://[^/]*@", url))
-
-
-def digest(payload: Any) -> str:
-    """sha256 (hex) of `payload` as JSON with sorted keys: the same on every machine, day and hash seed."""
-    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class ModelSpec(Part):
@@ -377,7 +362,7 @@ class StudySpec(Part):
     def _consistent(self) -> StudySpec:
         self.deciding_site  # noqa: B018 - raises where it is undetermined
         if self.capture.store != "full":
-            self._check_store()
+            check_store(self)
         if self.probe.asked and self.compute.shards > 1:
             raise ValueError(
                 "a probe reads the whole model on one machine, and --shards gives each machine a part of the corpus: leave one "
@@ -389,26 +374,6 @@ class StudySpec(Part):
                 "leave one of them out"
             )
         return self
-
-    def _check_store(self) -> None:
-        """ValueError for what needs activations that a store does not keep."""
-        store = f"--store {self.capture.store}"
-        if self.formats.formats:
-            raise ValueError(
-                f"--formats samples tokens of the whole corpus, and {store} keeps the first sequences alone: leave one of them "
-                "out"
-            )
-        if self.compute.executor.startswith("dask="):
-            raise ValueError(
-                f"--executor {self.compute.executor} counts a capture that is there whole, and {store} counts windows of it on "
-                "the machine that captures: leave one of them out"
-            )
-        probed, kept = min(self.probe.probe_sequences, self.corpus.num_sequences), self.capture.store_sequences
-        if self.probe.asked and probed > kept:
-            raise ValueError(
-                f"a probe of {probed} sequences is compared with the capture of them, and {store} keeps the first {kept}: give "
-                f"--store-sequences {probed}, or --probe-sequences {kept}"
-            )
 
     @property
     def deciding_site(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import time
-import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,8 +23,9 @@ from pydantic import BaseModel, ConfigDict
 from outliers.corpus.ids import lengths_hash, token_hash
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.events.stream import Reporter
-from outliers.files.sealed import check_folder
 from outliers.store.chunks import ARRAYS, ChunkFiles, Journal, NamedChunk, group_files, hold, same_file
+from outliers.store.damage import UNREADABLE, check_counts, check_sums
+from outliers.store.damage import Damage as Damage
 from outliers.store.durable import is_leftover
 from outliers.store.fingerprint import layout_from, read_fingerprint
 from outliers.store.journal import way_out
@@ -39,28 +39,6 @@ WORKERS = 4
 """Threads that read. On two cores one thread read a cached capture at 1.1 GB/s, four at 2.0; more were not faster."""
 _SIDE = ("token_ids", "lengths", "mask")
 _CHUNK = re.compile(r"c\.\d+\.(\d+)\.\d+\.0")
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
-"""What zarr raises for bytes that it can't decode."""
-
-
-class Damage(BaseModel):
-    """One difference from what was written. `layer` is the model's; checksums are CRC-32 in hex, only of chunks."""
-
-    model_config = ConfigDict(frozen=True)
-
-    file: str
-    """Below the capture's folder."""
-    problem: str
-    sequence: int | None = None
-    layer: int | None = None
-    site: str | None = None
-    journaled: str | None = None
-    found: str | None = None
-
-    def __str__(self) -> str:
-        where = "" if self.layer is None else f"layer {self.layer}, "
-        place = "" if self.site is None else f" (sequence {self.sequence}, {where}{self.site})"
-        return f"{self.file} {self.problem}{place}"
 
 
 class Verification(BaseModel):
@@ -149,9 +127,10 @@ def _verify(folder: Path, reporter: Reporter, workers: int, *, repair: bool = Fa
     found = _Found(_check_lines(journal, layout))
     lengths = _check_arrays(files, fingerprint["fixed"], found)
     _check_chunks(files, journal, lengths, found, reporter, workers)
+    _forgive(found, Journal.open(journal.path, tolerant=True, keep=lambda line: {}), journal)
     if lengths is not None:
         _check_zarr(files, journal, found)
-    found.damage += [*_check_sums(folder), *_check_counts(folder, journal)]
+    found.damage += [*check_sums(folder), *check_counts(folder, journal)]
     marked = _to_mark(journal, found)
     if repair and found.damage:
         # the mark first: from then on existing results are not reused
@@ -218,7 +197,7 @@ def check_side(files: ChunkFiles, fixed: dict[str, Any]) -> list[Damage]:
     for name in _SIDE:
         try:
             read[name] = _read(files, name)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             return [Damage(file=f"{ARRAYS}/{name}", problem=f"can't be read through zarr: {error}")]
     ids, lengths, mask = (read[name] for name in _SIDE)
     damage = []
@@ -264,6 +243,15 @@ def _check_chunks(
                 found.damage += damage
                 found.sequences.add(entry["sequence"])
             reporter.progress("verify", found.chunks, max(total, found.chunks), "chunks")
+
+
+def _forgive(found: _Found, later: Journal, journal: Journal) -> None:
+    """Leave out sequences that a study freed while they were checked (--store rolling): no line names them any more."""
+    gone = (journal.done.keys() - later.done.keys()) & later.freed
+    found.damage = [damage for damage in found.damage if damage.sequence not in gone]
+    found.sequences -= gone
+    for sequence in gone:
+        del journal.done[sequence]
 
 
 def _check_sequence(
@@ -325,33 +313,10 @@ def _check_zarr(files: ChunkFiles, journal: Journal, found: _Found) -> None:
                 ours = files.read(site, chunk.layer, sound[0], chunk.chunk, chunk.crc32)
                 theirs = _read(files, site, (chunk.layer, sound[0], files.layout.span(chunk.chunk)))
             problem = None if ours.tobytes() == theirs.tobytes() else "reads as other values through zarr"
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             problem = f"can't be read through zarr: {error}"
         if problem:
             found.damage.append(Damage(file=f"{ARRAYS}/{site}", problem=problem))
-
-
-def _check_sums(folder: Path) -> list[Damage]:
-    """The sums of experts: each array of a file has a checksum there."""
-    damage = []
-    for path in sorted((folder / SUMS).glob("*.npz")):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                wrong = archive.testzip()
-            problem = None if wrong is None else f"has another checksum of {wrong} than was written"
-        except (*_UNREADABLE, EOFError, zipfile.BadZipFile) as error:
-            problem = f"can't be read ({error})"
-        if problem:
-            damage.append(Damage(file=str(path.relative_to(folder)), problem=problem))
-    return damage
-
-
-def _check_counts(folder: Path, journal: Journal) -> list[Damage]:
-    """The summaries of sequences that were counted and freed."""
-    states = [line.state for line in journal.counted.values() if line.state is not None]
-    return [
-        Damage(file=state, problem="is not what was counted") for state in states if not check_folder(folder / state)
-    ]
 
 
 def _to_mark(journal: Journal, found: _Found) -> set[int]:

@@ -33,8 +33,10 @@ def freed_bytes(layout: Layout) -> int:
 
 def window_sequences(spec: StudySpec, layout: Layout, free_bytes: int) -> int:
     """Sequences in a window of rolling: whole batches, at least one. free_bytes: on the workspace's disk."""
-    asked = spec.capture.disk_window
-    size = int(asked * GB) if asked is not None else free_bytes // FREE_SHARE
+    asked, compute = spec.capture.disk_window, spec.compute
+    # shards that are processes of this computer share its disk
+    share = FREE_SHARE * (compute.shards if compute.runs_here else 1)
+    size = int(asked * GB) if asked is not None else free_bytes // share
     batch = spec.capture.batch_sequences
     return max(1, size // (freed_bytes(layout) * batch)) * batch
 

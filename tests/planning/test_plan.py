@@ -12,6 +12,7 @@ from rich.console import Console
 from flows.cli.console import show_plan
 from outliers.errors import BadInput, PlanRefused
 from outliers.hardware import GB, Facts, Gpu
+from outliers.machines import base
 from outliers.machines.base import Offer
 from outliers.planning.offers import check_plan, request_for, suitable
 from outliers.planning.plan import make_plan
@@ -207,6 +208,55 @@ def test_processes_on_this_machine_share_its_memory_and_cores(spread):
     assert small.offers == ()
     assert small.refusals[0].startswith("local: 3 processes need ")
     assert small.refusals[0].endswith("GB is free: ask for fewer --shards")
+
+
+def test_where_the_disk_is_too_small_the_refusal_says_what_rolling_would_take(planned_here):
+    """Nothing is chosen: the numbers stand beside those of the full store, and the option fits where it is given."""
+    spec, info = planned_here()
+    layout = layout_of(spec, info)
+    each = (layout.total_bytes - layout.side_bytes) // 40
+    room = layout.side_bytes + 6 * each
+    (said,) = make_plan(spec, info, Small(room)).refusals
+    assert "the study needs" in said
+    assert said.endswith("it counts windows of sequences, frees them, and keeps the first 4")
+    assert "; --store rolling has at least" in said
+    rolling, _ = planned_here(store="rolling")
+    plan = make_plan(rolling, info, Small(room))
+    assert (plan.refusals, plan.store, plan.held_bytes) == ((), "rolling", room)
+    assert "at once, of" in shown(plan)
+    assert shown(plan).count("--store rolling") == 1
+    assert len(make_plan(rolling, info, Small(room - 1)).refusals) == 1
+    # formats need the whole corpus: rolling is no way out
+    formats, _ = planned_here(formats=["int8"])
+    (said,) = make_plan(formats, info, Small(room)).refusals
+    assert "rolling" not in said
+    # the process that captures counts too
+    assert demand_of(rolling, info).ram_bytes > demand_of(spec, info).ram_bytes
+
+
+class Small(Catalog):
+    """This computer, with so many bytes of disk free; it refuses as machines do."""
+
+    def __init__(self, disk):
+        super().__init__(Offer("local", "local", Facts(2, 64 * GB, 60 * GB, disk, (), "3.11"), 0.0))
+
+    def offers(self, request):
+        (offer,) = self._offers
+        reasons = base.fits(offer.facts, request)
+        return ((), (base.Excluded("local", "; ".join(reasons)),)) if reasons else ((offer,), ())
+
+
+@pytest.fixture
+def planned_here(tmp_path, workspace):
+    """(spec, ModelInfo) of a tiny model and forty sequences, with what is given of the capture and the formats."""
+    folder = tiny.make_model(tmp_path)
+
+    def of(formats=(), **capture):
+        made = tiny.spec_for(folder, "builtin:python-docs", 40, 32, capture=capture, formats={"formats": formats})
+        spec = StudySpec.model_validate(made)
+        return spec, model_info(spec, workspace, weights=False)
+
+    return of
 
 
 def test_more_parts_than_batches_are_refused_by_the_plan_in_the_words_of_the_study(spread):
