@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ class Counting:
         self.bench, self.marks = bench, bench.corpus.marks()
         self.frame = frame_of(bench.study, bench.layout)
 
+    def _marks_of(self, number: int) -> Any:
+        return self.marks[number : number + 1]
+
     def bare(self) -> Summary | None:
         self.bench.bare(self.bench.scratch)
         return None
@@ -70,7 +74,7 @@ class Counting:
             hooked = HookedPass(bench.base, bench.modules, counter, layout, lambda done: None)  # type: ignore[arg-type]
             for number, row in enumerate(bench.ids):
                 rows, lengths = range(number, number + 1), (layout.positions,)
-                counter.begin(BatchMarks(rows, lengths, self.marks[rows.start : rows.stop]))
+                counter.begin(BatchMarks(rows, lengths, partial(self._marks_of, number)))
                 hooked.forward(Batch(rows, lengths, 0, None, None), row[None])  # type: ignore[arg-type]
                 counter.end()
             found = counter.drain()

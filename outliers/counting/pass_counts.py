@@ -15,7 +15,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class PassCounts(RollingCounts):
     def begin(self, run: range) -> None:
         """The next forward pass is of this batch."""
         lengths = tuple(int(length) for length in self.corpus.lengths[run.start : run.stop])
-        self.sink().begin(BatchMarks(run, lengths, self.corpus.marks(run)))
+        self.sink().begin(BatchMarks(run, lengths, partial(self.corpus.marks, run)))
         self._run = run
 
     def end(self, losses: list[tuple[float, int]] | None) -> None:
@@ -206,7 +206,7 @@ class PassCounts(RollingCounts):
         lengths = tuple(int(length) for length in self.corpus.lengths[run.start : run.stop])
         lines = journal_lines(self.folder, run)
         with self._open_counter(None) as counter:
-            counter.begin(BatchMarks(run, lengths, self.corpus.marks(run)))
+            counter.begin(BatchMarks(run, lengths, partial(self.corpus.marks, run)))
             for layer in range(len(self.layout.layers)):
                 for site in self.layout.stored:
                     counter.submit((None, site, layer), self._stored_tensor(site, layer, run, lengths, lines))

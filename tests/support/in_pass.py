@@ -50,7 +50,7 @@ def feed(way, frame, shape, acts, lengths, *, stop=0, **options):
 def _batch(counter, frame, rows, acts, lengths):
     own = tuple(lengths[row] for row in rows)
     marks = np.stack([marks_of(row, frame.positions) for row in rows])
-    counter.begin(BatchMarks(rows, own, marks))
+    counter.begin(BatchMarks(rows, own, lambda: marks))
     for layer in range(frame.num_layers):
         for site, values in acts.items():
             bits = values[layer, rows.start : rows.stop, : max(own)].copy()

@@ -8,7 +8,7 @@ Knows no file and no model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
@@ -49,13 +49,13 @@ class PassShape:
 class BatchMarks:
     """The sequences of one forward pass.
 
-    sequences: their numbers. lengths: tokens of each that are not padding. marks: (sequence, kind, position) bool, the
-    delimiters and the special tokens.
+    sequences: their numbers. lengths: tokens of each that are not padding. marks: gives (sequence, kind, position) bool, the
+    delimiters and the special tokens; called once the pass is queued, for finding them takes time.
     """
 
     sequences: range
     lengths: tuple[int, ...]
-    marks: NDArray[np.bool_]
+    marks: Callable[[], NDArray[np.bool_]]
 
 
 class Counter(Protocol):

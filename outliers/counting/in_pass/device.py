@@ -132,17 +132,18 @@ class DeviceCounter:
         if self._batch is None:
             raise RuntimeError("end was called before begin")
         batch, home = self._batch, next(iter(self._states.values()))
+        marks = torch.from_numpy(batch.marks())  # (sequence, kind, position)
         with torch.inference_mode():
             for state in self._states.values():
                 if state is not home:
                     _join(home, state)
             for row in range(len(batch.sequences)):
-                self._finished.append(self._close(home, batch, row))
+                self._finished.append(self._close(home, batch, row, marks[row].to(home.device)))
         total = self._tally.summary
         total.sequences = np.union1d(total.sequences, np.array(batch.sequences, np.int64))
         total.tokens += sum(batch.lengths)
 
-    def _close(self, state: DeviceState, batch: BatchMarks, row: int) -> SequenceCounts:
+    def _close(self, state: DeviceState, batch: BatchMarks, row: int, marks: torch.Tensor) -> SequenceCounts:
         frame, length, found = self.frame, batch.lengths[row], self._tally.summary
         union, legacy = {}, np.zeros(frame.block_width, np.int64)
         for site in frame.sites:
@@ -158,8 +159,7 @@ class DeviceCounter:
             if site == BLOCK:
                 legacy = _home((magnitudes >= state.rules.legacy).sum(0))
             if site == frame.site:
-                marks = torch.from_numpy(batch.marks[row, :, :length]).to(state.device)
-                self._add_tokens(batch.sequences[row], keys, hits[frame.deciding_step], marks)
+                self._add_tokens(batch.sequences[row], keys, hits[frame.deciding_step], marks[:, :length])
         tops = {site: _home(state.sites[site].tops[row]) for site in frame.captured}
         hooks = np.zeros(frame.block_width, np.int64)
         if frame.block_width:

@@ -113,12 +113,9 @@ class HostCounter:
         """Make ready for the next forward pass. Raises the error of a thread."""
         self._check()
         layers = range(self.frame.num_layers)
-        rows = []
-        for row, (sequence, length) in enumerate(zip(batch.sequences, batch.lengths, strict=True)):
-            spans = [
-                Span(sequence, start, count, batch.marks[row, :, start : start + count], shares=0)
-                for start, count in self.shape.spans(length)
-            ]
+        rows, unknown = [], np.zeros((0, 0), np.bool_)
+        for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
+            spans = [Span(sequence, start, count, unknown, shares=0) for start, count in self.shape.spans(length)]
             rows.append(_Row(spans, [LayerCounts.zero(self.frame, layers) for _ in spans]))
         self._arrivals.begin()
         self._batch = _Open(batch, rows, len(self._groups) * len(layers), self._batch)
@@ -252,14 +249,16 @@ class HostCounter:
 
     def _close(self, batch: _Open) -> None:
         """Join the keys of the workers, and add what only all layers say. Batches are closed in order, and so are sums added."""
-        for number, (_, span, _) in enumerate(batch.spans()):
+        marks = batch.marks.marks()
+        for number, (row, span, _) in enumerate(batch.spans()):
+            span.marks = marks[row, :, span.start : span.start + span.length]
             shares = [keys[number] for keys in batch.keys.values()]
             span.shares = len(shares)
             for keys, touched in shares:
                 span.join(keys, touched)
             self._tally.close(span)
-        for row, length in zip(batch.rows, batch.marks.lengths, strict=True):
+        for own, length in zip(batch.rows, batch.marks.lengths, strict=True):
             sequence = OpenSequence(self.frame, length)
-            for span, found in zip(row.spans, row.found, strict=True):
+            for span, found in zip(own.spans, own.found, strict=True):
                 sequence.add(span, found, self._tally.summary)
             self._finished.put(sequence.counts())
