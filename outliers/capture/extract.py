@@ -29,7 +29,9 @@ from outliers.capture.libraries import LOOKED_FOR, libraries
 from outliers.capture.library_errors import explained
 from outliers.capture.load import PLAIN, fetch_weights, load_model
 from outliers.capture.perplexity import Head, losses
+from outliers.capture.processes import await_earlier
 from outliers.capture.staging import StagingBuffer
+from outliers.capture.together import Together, processes_of
 from outliers.corpus.tokens import Corpus, load_corpus
 from outliers.errors import CaptureMismatch, CorruptCapture
 from outliers.events.stream import Reporter
@@ -61,8 +63,9 @@ def extract(
     folder = workspace.capture(prepared.capture_id)
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):
+        await_earlier(folder)
         corpus = load_corpus(prepared.corpus, workspace)
-        devices = choose_devices(prepared.spec, prepared.model)
+        devices = choose_devices(prepared.spec, prepared.model, several=True)
         layout = _begin(prepared, corpus, folder, devices)
         journal = Journal.open(folder / "journal.jsonl", repair=True)
         drop_leftovers(folder, ARRAYS)
@@ -87,8 +90,9 @@ def extract(
             journal.redo(again)
         if journal.done:
             log.info("going on after %d of %d sequences", len(journal.done), layout.num_sequences)
-        session = _Session(prepared, workspace, corpus, files, journal, batches, asked, devices, reporter, experts)
-        result = session.run()
+        session = Session(prepared, workspace, corpus, files, journal, batches, asked, devices, reporter, experts)
+        processes = processes_of(prepared, devices)
+        result = session.run() if processes == 1 else session.run_together(chosen, min(processes, len(batches)))
         with (folder / "extractions.jsonl").open("a") as record:
             record.write(json.dumps(result) + "\n")
         return result
@@ -196,7 +200,7 @@ def _todo(
 
 
 @dataclass(frozen=True)
-class _Session:
+class Session:
     """One call of `extract` that has something to do.
 
     batches: as `_todo` gives them. asked: sequences that the call is for, those included that are done. experts: the sums of
@@ -248,6 +252,20 @@ class _Session:
             "ring_waited_seconds": round(staging.waited_seconds, 3),
             "process": os.getpid(),
         }
+
+    def run_together(self, chosen: range, processes: int) -> dict[str, Any]:
+        """The same by several processes, each with a span of the sequences `chosen`."""
+        info, report = self.prepared.model, self.reporter.progress
+        began = time.monotonic()
+        fetch_weights(info, self.workspace, lambda done, total: report("download", done, total, "bytes"))
+        tokens = _tokens_of(self.asked, self.prepared, self.files.layout)
+        already = tokens - _tokens_of(self._todo, self.prepared, self.files.layout)
+        fetched = time.monotonic() - began
+        work = Together(
+            self.prepared, self.workspace, self.devices, self.reporter, self.journal, self.experts, self.batches
+        )
+        done = work.run(chosen, processes, tokens, already)
+        return done | {"download_seconds": round(fetched, 3), "seconds": round(done["seconds"] + fetched, 3)}
 
     @property
     def _todo(self) -> int:
