@@ -44,6 +44,7 @@ class _Process:
         self, number: int, of: int, env: Mapping[str, str], lock: int, heard: queue.SimpleQueue[_Message]
     ) -> None:
         self.number, self.title, self.span, self.done = number, f"process {number + 1} of {of}", "", 0
+        self.over = False
         self.result: dict[str, Any] | None = None
         reading, writing = os.pipe()
         try:
@@ -82,6 +83,7 @@ class _Process:
 
     def dismiss(self) -> None:
         """Let it end: there is nothing for it to read."""
+        self.over = True
         if self.process.stdin is not None and not self.process.stdin.closed:
             self.process.stdin.close()
 
@@ -200,12 +202,14 @@ class Team:
         while True:
             number, message = self._heard.get()
             one = self._all[number]
-            if message is not None and message["kind"] == "log":
+            if message is None:
+                if not one.over:
+                    raise JobFailed(one.ended())
+            elif message["kind"] == "log":
                 self._reporter.log(message["level"], f"{one.title}: {message['message']}")
-            elif message is not None:
+            else:
+                one.over = one.over or message["kind"] in ("done", "failed")
                 return one, message
-            elif one.result is None and (not self._ready or (one in self._ready and one.span)):
-                raise JobFailed(one.ended())
 
 
 def await_earlier(folder: Path) -> None:

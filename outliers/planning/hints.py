@@ -12,7 +12,7 @@ from outliers.machines.base import MachineRequest, Provider
 from outliers.planning.estimate import Step, total_seconds
 from outliers.planning.offers import Candidate, on_offer, steps_on
 from outliers.study.demand import Demand, demand_of
-from outliers.units import format_price, format_seconds
+from outliers.units import format_seconds
 
 BATCHES = (4, 8)
 """Sequences a batch that are recommended for a mixture of experts on a GPU."""
@@ -33,7 +33,7 @@ def _idle(demand: Demand, provider: Provider, request: MachineRequest, first: Ca
     """GPUs of the first machine that no process would use, why, and a cheaper machine without them, where there is one."""
     if not first.idle_gpus:
         return None
-    gpus, used = len(first.offer.facts.gpus), len(first.used_gpus) * first.processes
+    gpus, used = first.allowed, len(first.used_gpus) * first.processes
     text = f"{first.idle_gpus} of the {gpus} GPUs of {first.offer.name} would idle, {_why(demand, first)}"
     if not first.offer.price_per_hour or demand.spec.compute.gpu_count in (None, 0):
         return text
@@ -45,8 +45,8 @@ def _idle(demand: Demand, provider: Provider, request: MachineRequest, first: Ca
     best = min(cheaper, key=lambda one: one.offer.price_per_hour)
     lasts = format_seconds(total_seconds(steps_on(demand, best, left)))
     return (
-        f"{text}: --gpu-count {used} takes {best.offer.name}, {format_price(best.offer.price_per_hour, 1)} instead of "
-        f"{format_price(first.offer.price_per_hour, 1)}, about {lasts}"
+        f"{text}: --gpu-count {used} takes {best.offer.name} for ${best.offer.price_per_hour:.2f} an hour instead of "
+        f"${first.offer.price_per_hour:.2f}, about {lasts}"
     )
 
 
@@ -54,13 +54,10 @@ def _why(demand: Demand, first: Candidate) -> str:
     compute, size = demand.spec.compute, len(first.used_gpus)
     if compute.processes is not None:
         return f"for --processes is {compute.processes}"
-    if compute.shards > 1 and demand.shares_machine:
-        return "for each part has one"
     if demand.most_processes <= first.processes:
         batches = demand.most_processes
         return f"for there {'is' if batches == 1 else 'are'} {batches} batch{'es' * (batches > 1)} to read"
-    allowed = compute.gpu_count if compute.gpu_count is not None else len(first.offer.facts.gpus)
-    if allowed // size > first.processes and len({gpu.name for gpu in first.offer.facts.gpus}) == 1:
+    if first.allowed // size > first.processes and len({gpu.name for gpu in first.offer.facts.gpus}) == 1:
         return "for main memory holds no more processes (--min-cpu-ram)"
     return f"for a process takes {size} of one kind"
 

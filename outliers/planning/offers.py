@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from outliers.errors import PlanRefused
-from outliers.hardware import Gpu
+from outliers.hardware import Gpu, is_named_like
 from outliers.hub.cache import cache_is_chosen
 from outliers.machines.base import Excluded, MachineRequest, Offer, Provider
 from outliers.model.describe import ModelInfo, check_place
@@ -28,13 +28,14 @@ class Candidate:
     """An offer, and how the model lies on its GPUs.
 
     `placement`: of the first process; None where no GPU is used, or where they don't hold the model. `too_small`: why they
-    don't hold it, or None. `processes`: how many read the study there side by side.
+    don't hold it, or None. `processes`: how many read the study there side by side. `allowed`: GPUs that they may use.
     """
 
     offer: Offer
     placement: Placement | None
     too_small: str | None
     processes: int = 1
+    allowed: int = 0
 
     @property
     def used_gpus(self) -> tuple[Gpu, ...]:
@@ -43,8 +44,8 @@ class Candidate:
 
     @property
     def idle_gpus(self) -> int:
-        """GPUs that no process uses."""
-        return len(self.offer.facts.gpus) - len(self.used_gpus) * self.processes if self.placement else 0
+        """GPUs that were asked for, or left open, and that no process uses."""
+        return max(0, self.allowed - len(self.used_gpus) * self.processes) if self.placement else 0
 
     def check_gpus(self) -> None:
         """Raise PlanRefused where the GPUs don't hold the model."""
@@ -58,9 +59,18 @@ def on_offer(demand: Demand, offer: Offer) -> Candidate:
         return Candidate(offer, None, None, demand.spec.compute.processes or 1)
     try:
         placed = demand.place_all(offer.facts.gpus, demand.gpus_each, offer.facts.ram_available_bytes)
-        return Candidate(offer, placed[0], None, len(placed))
+        return Candidate(offer, placed[0], None, len(placed), _allowed(demand, offer.facts.gpus))
     except PlanRefused as error:
         return Candidate(offer, None, str(error))
+
+
+def _allowed(demand: Demand, gpus: tuple[Gpu, ...]) -> int:
+    """GPUs that a study may use, of all its processes on a machine: by --gpu-filter and --gpu-count."""
+    compute = demand.spec.compute
+    named = sum(is_named_like(gpu.name, compute.gpu_filter) for gpu in gpus)
+    most = named if compute.gpu_count is None else min(named, compute.gpu_count)
+    # parts on this computer have one each
+    return 0 if demand.shares_machine else most
 
 
 def request_for(demand: Demand, capture_bytes_left: int) -> MachineRequest:

@@ -81,9 +81,7 @@ def test_a_gpu_that_would_idle_is_named_with_its_reason_and_a_cheaper_machine(
 ):
     plan, _ = planned(Catalog(2, 1, ram=ram), sequences=sequences, gpu_count=2, **compute)
     (hint,) = plan.hints
-    assert hint.startswith(
-        f"{why}: --gpu-count {used} takes a100x1, at $1.00 an hour instead of at $2.00 an hour, about "
-    )
+    assert hint.startswith(f"{why}: --gpu-count {used} takes a100x1 for $1.00 an hour instead of $2.00, about ")
     assert hint in shown(plan)
     # where nothing cheaper is offered, or nothing is paid, only the reason is said
     assert planned(Catalog(2, ram=ram), sequences=sequences, gpu_count=2, **compute)[0].hints == (why,)
