@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 WORKERS = "workers.lock"
 """In a capture that several processes read or have read: the lock that each of them holds for as long as it lives."""
 
+COMMAND = (sys.executable, "-P", "-m", "outliers.capture.worker")
+"""What a worker runs; the number of its pipe and this process's id follow."""
+
 _Message = tuple[int, dict[str, Any] | None]
 
 
@@ -41,15 +44,22 @@ class _Process:
     """One worker and the thread that reads what it says into a queue; `None` at its end."""
 
     def __init__(
-        self, number: int, of: int, env: Mapping[str, str], lock: int, heard: queue.SimpleQueue[_Message]
+        self,
+        place: tuple[int, int],
+        command: Sequence[str],
+        env: Mapping[str, str],
+        lock: int,
+        heard: queue.SimpleQueue[_Message],
     ) -> None:
+        """place: its number from 0, and of how many."""
+        number, of = place
         self.number, self.title, self.span, self.done = number, f"process {number + 1} of {of}", "", 0
         self.over = False
         self.result: dict[str, Any] | None = None
         reading, writing = os.pipe()
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "outliers.capture.worker", str(writing), str(os.getpid())],
+                [*command, str(writing), str(os.getpid())],
                 env={**os.environ, **env},
                 stdin=subprocess.PIPE,
                 # what libraries print is for the log
@@ -108,11 +118,18 @@ class Team:
         workspace: of the capture, which the caller holds
         environments: the variables of each process
         reporter: gets their log, and what they have read together
+        command: what each of them runs
     """
 
     def __init__(
-        self, prepared: Prepared, workspace: Workspace, environments: Sequence[Mapping[str, str]], reporter: Reporter
+        self,
+        prepared: Prepared,
+        workspace: Workspace,
+        environments: Sequence[Mapping[str, str]],
+        reporter: Reporter,
+        command: Sequence[str] = COMMAND,
     ) -> None:
+        self._command = command
         self._reporter = reporter
         self._heard: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._folder = workspace.capture(prepared.capture_id)
@@ -125,7 +142,8 @@ class Team:
         lock = acquire(self._folder / WORKERS)
         try:
             for number, env in enumerate(self._environments):
-                self._all.append(_Process(number, len(self._environments), env, lock, self._heard))
+                place = (number, len(self._environments))
+                self._all.append(_Process(place, self._command, env, lock, self._heard))
         except BaseException:
             self._end()
             raise

@@ -17,10 +17,11 @@ import pytest
 from outliers.capture.channel import as_error, as_message
 from outliers.capture.devices import Devices, choose_devices
 from outliers.capture.extract import extract
-from outliers.capture.processes import WORKERS
+from outliers.capture.processes import WORKERS, Team, await_earlier
 from outliers.capture.together import Together, environments, prepared_for_each, summed
 from outliers.errors import JobFailed, MemoryFull, PlanRefused
 from outliers.experts.sums_files import load_sums
+from outliers.locks import acquire
 from outliers.store.chunks import Journal
 from outliers.store.fingerprint import layout_from, read_fingerprint
 from outliers.workspace import open_workspace
@@ -138,6 +139,103 @@ def test_results_are_added_and_the_slowest_pass_decides_the_rate():
     assert (found["process"], found["device"]) == (os.getpid(), A)
 
 
+# Processes without a model
+
+
+LIGHT = (sys.executable, "-m", "tests.support.light_worker")
+
+
+@pytest.fixture
+def team(workspace, llama, text):
+    """Reads 8 sequences of 24 tokens with light workers, one for each of the things they do; (results, journal, reporter)."""
+    study = study_of(workspace, llama, text, 8, capture={"batch_sequences": 2})
+    folder = workspace.capture(study.capture_id)
+    folder.mkdir(parents=True)
+
+    def run(*does, all_of_them=False):
+        heard, journal = Heard(), Journal(folder / "journal.jsonl")
+        environments = [{"WORKER": what, "CUDA_VISIBLE_DEVICES": str(n)} for n, what in enumerate(does)]
+        batches = [(range(s, s + 2), True) for s in range(0, 8, 2)]
+        work = Together(study, workspace, Devices("cpu"), heard, journal, None, batches)
+        with Team(study, workspace, environments, heard, LIGHT) as made:
+            count = made.gather(all_of_them=all_of_them)
+            results = made.read(work.shares(range(8), count), journal, 8 * 24, 0)
+        return results, Journal.open(folder / "journal.jsonl"), heard
+
+    run.folder = folder
+    return run
+
+
+def test_what_they_finish_is_journaled_by_one_and_counted_together(team):
+    results, journal, heard = team("", "")
+    assert [(one["sequences"], one["visible"]) for one in results] == [(4, "0"), (4, "1")]
+    assert sorted(journal.done) == list(range(8))
+    writers = [journal.done[s]["of"] for s in range(8)]
+    assert writers[:4] == writers[:1] * 4 and writers[4:] == writers[4:5] * 4 and writers[0] != writers[4]
+    assert heard.counts[-1] == ("extract", 192, 192)
+    done = [count for _, count, _ in heard.counts]
+    assert done == sorted(done)
+    assert {message for _, message in heard.lines} == {"process 1 of 2: read 4", "process 2 of 2: read 4"}
+    assert workers_of(os.getpid()) == []
+
+
+def test_one_whose_gpus_are_taken_is_left_out_and_the_others_read_all(team):
+    results, journal, heard = team("refuse", "", "")
+    assert [one["visible"] for one in results] == ["1", "2"]
+    assert sorted(journal.done) == list(range(8))
+    assert ("warning", "process 1 of 3 is left out: GPU 0 (A100) has 1 of 40 GB free") in heard.lines
+
+
+def test_where_so_many_were_asked_for_or_none_is_left_it_is_refused(team):
+    for does, everyone in ((("", "refuse"), True), (("refuse", "refuse"), False)):
+        with pytest.raises(PlanRefused, match="has 1 of 40 GB free"):
+            team(*does, all_of_them=everyone)
+    assert not (team.folder / "journal.jsonl").exists()
+
+
+def test_more_processes_than_batches_are_dismissed(team):
+    results, journal, _ = team("", "", "", "", "", "")
+    assert [one["sequences"] for one in results] == [2, 2, 2, 2]
+    assert sorted(journal.done) == list(range(8))
+
+
+ENDS = [
+    ("die", JobFailed, r"process 2 of 2 \(sequences 4:8\) was killed \(signal 9\), most likely because memory ran out"),
+    ("crash", JobFailed, r"process 2 of 2 \(sequences 4:8\) ended with exit code 3"),
+    ("fail", OSError, "No space left on device"),
+]
+
+
+@pytest.mark.parametrize(("does", "error", "said"), ENDS)
+def test_the_first_that_fails_ends_all_with_its_error_and_what_is_journaled_stays(team, does, error, said):
+    with pytest.raises(error, match=said):
+        team("wait", does)
+    assert workers_of(os.getpid()) == []
+    done = Journal.open(team.folder / "journal.jsonl").done
+    assert {4, 5} <= set(done) <= {0, 1, 2, 3, 4, 5}
+
+
+def test_a_journal_that_takes_no_more_ends_them(team, monkeypatch):
+    def full(self, entries):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "append", full)
+    with pytest.raises(OSError, match="No space"):
+        team("wait", "wait")
+    assert workers_of(os.getpid()) == []
+
+
+def test_a_run_waits_for_workers_of_an_earlier_one(tmp_path):
+    before = acquire(tmp_path / WORKERS)
+    came = threading.Event()
+    thread = threading.Thread(target=lambda: (await_earlier(tmp_path), came.set()))
+    thread.start()
+    assert not came.wait(0.1)
+    os.close(before)
+    assert came.wait(20)
+    thread.join()
+
+
 # Real processes
 
 
@@ -155,7 +253,7 @@ def workers_of(pid):
     found = []
     for child in psutil.Process(pid).children(recursive=True):
         try:
-            if "outliers.capture.worker" in child.cmdline():
+            if {"outliers.capture.worker", "tests.support.light_worker"} & set(child.cmdline()):
                 found.append(child)
         except psutil.Error:
             continue
@@ -180,7 +278,7 @@ def until(condition, seconds=120.0):
         time.sleep(0.002)
 
 
-@pytest.mark.servers
+@pytest.mark.long
 def test_two_processes_are_one_bit_for_bit_though_one_is_killed(tmp_path, llama, text):
     """Of two processes one is killed: the study ends with that, the other goes too, and what was journaled stays."""
     long = {
