@@ -115,13 +115,17 @@ class Peers:
 
     def nnsight(self, model: torch.nn.Module) -> Reader:
         """nnsight around the base model, so that no head is computed."""
+        import nnsight
         from nnsight import NNsight
 
         wrapped = NNsight(self._base(model))
 
         def read(ids: torch.Tensor) -> Layers:
-            with torch.inference_mode(), wrapped.trace(input_ids=ids, use_cache=False):
-                saved = [layer.output.save() for layer in wrapped.layers]
+            with torch.inference_mode():  # noqa: SIM117 - nnsight reads the source of its own block
+                with wrapped.trace(input_ids=ids, use_cache=False):
+                    saved = nnsight.save([])
+                    for layer in wrapped.layers:
+                        saved.append(layer.output)
             return {n: (value[0] if isinstance(value, tuple) else value)[0] for n, value in enumerate(saved)}
 
         return read
