@@ -150,7 +150,8 @@ def decisions(figures: dict[str, Any]) -> list[tuple[bool | None, str]]:
         same = waits["captured"] <= waits["bare"]
         found.append((same, f"{waits['captured']} waits a captured pass, {waits['bare']} a bare one: hooks add none"))
     if (kernels := figures.get("kernels")) is not None:
-        found.append((kernels["equal"], kernels.get("left_out") or _kernels(kernels)))
+        left_out = kernels.get("left_out")
+        found.append((None, f"kernels: {left_out}") if left_out else (kernels["equal"], _kernels(kernels)))
     if (study := figures.get("study")) is not None:
         found += _of_study(study)
     return found
