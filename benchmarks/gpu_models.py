@@ -13,7 +13,7 @@ from outliers.workspace import Workspace
 
 
 def random_model(arguments: argparse.Namespace, folder: Path) -> str:
-    """Save a model of random weights, made by its config alone; returns its folder."""
+    """Save a model of random weights, made by its config alone, on the device that is measured; returns its folder."""
     import transformers
 
     hidden = arguments.hidden
@@ -33,8 +33,12 @@ def random_model(arguments: argparse.Namespace, folder: Path) -> str:
         else transformers.Qwen3MoeConfig(**sizes, **experts)
     )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    with torch.device(arguments.device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(folder)
+    del model
+    if arguments.device == "cuda":
+        torch.cuda.empty_cache()
     return str(folder)
 
 

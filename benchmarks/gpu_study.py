@@ -122,8 +122,8 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """All figures of one run of the script."""
+def run(arguments: argparse.Namespace, scratch: Path, until: float = float("inf")) -> dict[str, Any]:
+    """All figures of one run of the script. until: on the monotonic clock; no further size of a batch begins later."""
     folder = Path(random_model(arguments, scratch / "model"))
     save_tokenizer(folder)
     spec: dict[str, Any] = {
@@ -160,6 +160,8 @@ def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     for study in (first, again, killed):
         shutil.rmtree(study.root)
     for batch in BATCHES:
+        if time.monotonic() > until:
+            break
         one = Study(spec | {"capture": spec["capture"] | {"batch_sequences": batch}}, scratch / f"batch-{batch}")
         found = one.run("extract")
         planned = demand_of(one.prepared.spec, one.prepared.model).vram_bytes
@@ -182,6 +184,18 @@ def show(found: dict[str, Any]) -> None:
             f"{batch:>6}{made['tokens_per_second']:>12.0f}{made['load_seconds']:>9.1f}{peak / 1e9:>13.2f}"
             f"{row['planned_vram_bytes'] / 1e9:>12.2f}{made['ring_waited_seconds']:>10.2f}"
         )
+
+
+def is_within(figures: dict[str, Any]) -> bool:
+    """Whether no device had more memory reserved than `plan` asks for."""
+    return all(
+        peak <= row["planned_vram_bytes"] for row in figures["batches"].values() for peak in row["reserved_bytes"]
+    )
+
+
+def is_equal(figures: dict[str, Any]) -> bool:
+    """Whether a capture that was made twice, and one that was killed and resumed, are the first one, and so are its counts."""
+    return bool(figures["twice_equal"] and figures["killed_equal"] and figures["counts_equal"])
 
 
 def main() -> int:
@@ -208,11 +222,9 @@ def main() -> int:
     show(figures)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
-    within = all(
-        peak <= row["planned_vram_bytes"] for row in figures["batches"].values() for peak in row["reserved_bytes"]
-    )
+    within = is_within(figures)
     print("reserved memory is within the plan" if within else "RESERVED MEMORY IS BEYOND THE PLAN")
-    return 0 if within and figures["twice_equal"] and figures["killed_equal"] and figures["counts_equal"] else 1
+    return 0 if within and is_equal(figures) else 1
 
 
 if __name__ == "__main__":

@@ -148,6 +148,19 @@ def _visible(found: list[tuple[str, Gpu]], visible: str | None) -> tuple[Gpu, ..
     return tuple(chosen)
 
 
+def cuda_names(count: int) -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES calls each of the `count` GPUs that this process sees: their numbers, or as it was given here."""
+    known = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(name.strip() for name in known.split(",")) if known else tuple(map(str, range(count)))
+
+
+def free_ram_bytes() -> int:
+    """The memory that is free for this process now: the machine's, or its container's limit where that is lower."""
+    import psutil
+
+    return min(total_ram_bytes(), int(psutil.virtual_memory().available))
+
+
 def total_ram_bytes() -> int:
     """The memory that this process may use at most: the machine's, or its container's limit where that is lower."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -228,13 +228,17 @@ def show_plan(console: Answers, plan: Plan) -> None:
         line(console, "machine", f"{offer['name']}: {price}; {offer['cpus']} cores, {gpus}, {free}")
         if offer is not plan.offers[0]:
             continue
-        if offer["placement"]:
+        if offer["processes"] > 1:
+            line(console, "processes", _side_by_side(offer))
+        elif offer["placement"]:
             line(console, "", _placed(offer["placement"], len(offer["shares"]), len(plan.gpus)))
         for share in map(GpuShare.model_validate, offer["shares"]):
             total = size(offer["gpus"][share.gpu]["total_bytes"])
             line(console, f"GPU {share.gpu}", f"{gpu_share(share)}, of {total}")
     if len(plan.offers) > PLAN_OFFERS:
         line(console, "", f"and {len(plan.offers) - PLAN_OFFERS} more machines that fit (--json shows all)")
+    for text in plan.hints:
+        line(console, "hint", text)
 
 
 def show_refusals(console: Console, plan: Plan) -> None:
@@ -263,6 +267,13 @@ def _stored(plan: Plan) -> str:
     if plan.quantization:
         return f" as they are stored ({plan.quantization})"
     return f", made plain ({plan.dtype}) from {plan.stored_quantization}" if plan.stored_quantization else ""
+
+
+def _side_by_side(offer: dict[str, Any]) -> str:
+    """How several processes of an offer share its GPUs and memory."""
+    gpus = len(offer["shares"])
+    own = f", each with {gpus} GPU{'s' * (gpus > 1)} of its own" if gpus else " on its cores"
+    return f"{offer['processes']} at once{own}; {size(offer['needed_ram_bytes'])} of memory together"
 
 
 def _placed(sentence: str, used: int, asked: int) -> str:

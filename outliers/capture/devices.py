@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from outliers.errors import PlanRefused
-from outliers.hardware import Gpu, find_gpus
+from outliers.hardware import Gpu, find_gpus, free_ram_bytes
 from outliers.model.describe import ModelInfo, check_place
 from outliers.model.quantization import Place, installed_packages
 from outliers.spec import StudySpec
@@ -33,6 +33,8 @@ class Devices:
     kind: str
     placement: Placement | None = None
     """None: the processor."""
+    others: tuple[Placement, ...] = ()
+    """Where further processes have the model."""
 
     @property
     def first(self) -> str:
@@ -59,14 +61,25 @@ def instructions() -> str:
     return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in _DECISIVE if name in flags)])
 
 
-def choose_devices(spec: StudySpec, info: ModelInfo, cuda: Any = torch.cuda, nvidia_smi: str = "nvidia-smi") -> Devices:
-    """The processor if no GPU is requested or available, else as few GPUs as hold the model.
+def choose_devices(
+    spec: StudySpec,
+    info: ModelInfo,
+    cuda: Any = torch.cuda,
+    nvidia_smi: str = "nvidia-smi",
+    *,
+    several: bool = False,
+    ram_bytes: int | None = None,
+) -> Devices:
+    """The processor if no GPU is requested or available, else as few GPUs as hold the model, for each of several processes.
 
-    cuda: `torch.cuda`, or a module with its interface. Raises PlanRefused, with both numbers, if the GPUs don't hold the
-    model or another process uses their memory; also if they can't compute with quantized weights, and if torch can't use the
-    GPUs of this machine: a rented GPU must not idle unnoticed.
+    cuda: `torch.cuda`, or a module with its interface. several: whether the caller can run several processes. ram_bytes: main
+    memory that is free for them (default: as it is found). What is free on GPUs is asked where one process computes: of
+    several, each asks for itself, since the question takes memory of a GPU for as long as the process lives.
+
+    Raises PlanRefused, with both numbers, if the GPUs don't hold the model or another process uses their memory; also if they
+    can't compute with quantized weights, and if torch can't use the GPUs of this machine: a rented GPU must not idle unnoticed.
     """
-    devices = _choose(spec, info, cuda, nvidia_smi)
+    devices = _choose(spec, info, cuda, nvidia_smi, (ram_bytes or free_ram_bytes()) if several else None)
     if info.quantization is not None:
         check_place(info, torch_place(devices.placement.gpus if devices.placement else (), cuda))
     return devices
@@ -78,7 +91,8 @@ def torch_place(numbers: tuple[int, ...], cuda: Any = torch.cuda) -> Place:
     return Place(tuple((gpu.name, (int(gpu.major), int(gpu.minor))) for gpu in found), installed_packages())
 
 
-def _choose(spec: StudySpec, info: ModelInfo, cuda: Any, nvidia_smi: str) -> Devices:
+def _choose(spec: StudySpec, info: ModelInfo, cuda: Any, nvidia_smi: str, ram_bytes: int | None) -> Devices:
+    """ram_bytes: main memory that is free for several processes; None for one process."""
     asked = spec.compute.gpu_count
     if asked == 0:
         return Devices("cpu")
@@ -86,7 +100,14 @@ def _choose(spec: StudySpec, info: ModelInfo, cuda: Any, nvidia_smi: str) -> Dev
         _check_unused(asked, nvidia_smi)
         return Devices("cpu")
     found = [cuda.get_device_properties(number) for number in range(cuda.device_count())]
-    placed = demand_of(spec, info).place([Gpu(gpu.name, int(gpu.total_memory)) for gpu in found], asked)
+    gpus, names = [Gpu(gpu.name, int(gpu.total_memory)) for gpu in found], tuple(gpu.name for gpu in found)
+    demand = demand_of(spec, info)
+    if ram_bytes is None:
+        placed = demand.place(gpus, asked)
+    else:
+        placed, *others = demand.place_all(gpus, asked, ram_bytes)
+        if others:
+            return Devices(_kind(placed, names), placed, tuple(others))
     for number in placed.gpus:
         free, total = cuda.mem_get_info(number)
         needed = placed.weight_bytes(number) + placed.work_bytes
@@ -96,7 +117,7 @@ def _choose(spec: StudySpec, info: ModelInfo, cuda: Any, nvidia_smi: str) -> Dev
                 f"GPU {number} ({found[number].name}) has {left.removesuffix(' GB')} of {whole} free, and the study needs "
                 f"{wanted} there: end what else uses it, or name other GPUs with CUDA_VISIBLE_DEVICES"
             )
-    return Devices(_kind(placed, tuple(gpu.name for gpu in found)), placed)
+    return Devices(_kind(placed, names), placed)
 
 
 def _check_unused(asked: int | None, nvidia_smi: str) -> None:

@@ -26,7 +26,7 @@ from outliers.experts.routed import Routed, Routing
 from outliers.experts.routing import add_routing
 from outliers.experts.stream import ExpertStream
 from outliers.experts.sums import ExpertSums
-from outliers.experts.sums_files import choose, sums_path, write_sums
+from outliers.experts.sums_files import choose, read_sums, sums_path, write_sums
 from outliers.experts.table import FIELDS, ExpertShapes
 from outliers.experts.watch import ExpertWatch
 from outliers.model.experts import ExpertsInfo
@@ -40,17 +40,39 @@ SAVE_SHARE = 20
 
 
 class ExpertSumsFile:
-    """The sums of one reading, and which sequences are in them or in another file of the capture."""
+    """The sums of one reading, and which sequences are in them or in another file of the capture.
+
+    `files`: those whose sums count, its own among them where it is there.
+    """
 
     def __init__(self, folder: Path, shapes: ExpertShapes, wanted: range) -> None:
         self.path, own = sums_path(folder, wanted), ExpertSums.zero(shapes)
+        self.files: set[Path] = set()
         others: set[int] = set()
         for path, sums in choose(folder, shapes, wanted):
+            self.files.add(path)
             if path == self.path:
                 own = sums
             else:
                 others |= set(sums.sequences.tolist())
-        self.sums, self._others = own, others
+        self._begin(own, others)
+
+    @classmethod
+    def of_share(
+        cls, folder: Path, shapes: ExpertShapes, span: range, held: tuple[int, ...], *, goes_on: bool
+    ) -> ExpertSumsFile:
+        """The sums that one of several processes makes: of the sequences `span`, where `held` are in sums already.
+
+        goes_on: whether those in the file of the span are among them; otherwise that file is replaced.
+        """
+        made = cls.__new__(cls)
+        made.path, made.files = sums_path(folder, span), set()
+        found = read_sums(made.path, shapes) if goes_on else None
+        made._begin(found or ExpertSums.zero(shapes), set(held))
+        return made
+
+    def _begin(self, own: ExpertSums, others: set[int]) -> None:
+        self.sums = own
         self._held = others | set(own.sequences.tolist())
         self._saved = time.monotonic()
         self._took = 0.0

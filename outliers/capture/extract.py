@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,8 +28,11 @@ from outliers.capture.devices import Devices, instructions
 from outliers.capture.experts import ExpertSumsFile
 from outliers.capture.forward import Sink
 from outliers.capture.libraries import LOOKED_FOR, libraries
+from outliers.capture.load import fetch_weights
+from outliers.capture.processes import await_earlier
 from outliers.capture.schedule import decide
 from outliers.capture.session import Session
+from outliers.capture.together import Together, processes_of
 from outliers.capture.work import Work, tokens_of
 from outliers.capture.work import write_parts as write_parts
 from outliers.corpus.tokens import Corpus, load_corpus
@@ -68,6 +72,7 @@ def extract(
     folder = workspace.capture(prepared.capture_id)
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder):
+        await_earlier(folder)
         corpus = load_corpus(prepared.corpus, workspace)
         spec, devices = decide(prepared.spec, prepared.model, folder)
         prepared = prepared.model_copy(update={"spec": spec})
@@ -164,10 +169,26 @@ class _Capture:
             log.info("going on after %d of %d sequences", len(of.journal.done), of.layout.num_sequences)
         if of.prepared.spec.compute.schedule == "layers":
             return LayeredSession(of, batches).run(self.wanted, on_step)
-        with self._session(sum(len(run) for run, _ in batches)) as session:
-            session.read(batches)
+        todo = sum(len(run) for run, _ in batches)
+        processes = min(processes_of(of.prepared, of.devices), len(batches))
+        if processes > 1:
+            result = self._together(batches, todo, processes)
+        else:
+            with self._session(todo) as session:
+                session.read(batches)
+            result = session.result()
         discard(folder)
-        return session.result()
+        return result
+
+    def _together(self, batches: list[tuple[range, bool]], todo: int, processes: int) -> dict[str, Any]:
+        """Capture batches by several processes, each with a span of the sequences that are wanted."""
+        of, began = self.of, time.monotonic()
+        fetch_weights(of.prepared.model, of.workspace, of.on_download())
+        fetched = time.monotonic() - began
+        tokens, left = (tokens_of(count, of.prepared, of.layout) for count in (of.asked, todo))
+        team = Together(of.prepared, of.workspace, of.devices, of.reporter, of.journal, of.experts, batches)
+        done = team.run(self.wanted, processes, tokens, tokens - left)
+        return done | {"download_seconds": round(fetched, 3), "seconds": round(done["seconds"] + fetched, 3)}
 
     def rolling(self, windows: Windows) -> dict[str, Any]:
         """Capture window after window, each after the one before was taken; the model is loaded where something is missing."""

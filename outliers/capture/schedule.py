@@ -30,16 +30,16 @@ def decide(spec: StudySpec, info: ModelInfo, capture: Path, free_bytes: int | No
     """
     check_schedule(spec, info)
     if spec.compute.schedule != "auto":
-        return spec, choose_devices(spec, info)
+        return spec, choose_devices(spec, info, several=True)
     whole = with_schedule(spec, "whole")
     layered = by_layers(demand_of(spec, info))
     if layered is None:
-        return whole, choose_devices(whole, info)
+        return whole, choose_devices(whole, info, several=True)
     if (capture / FOLDER / "plan.json").exists():
         log.info("this capture was begun a layer at a time, and goes on so (--schedule whole begins what is left anew)")
         return layered.spec, choose_devices(layered.spec, info)
     try:
-        devices = choose_devices(whole, info)
+        devices = choose_devices(whole, info, several=True)
         why = _too_small(whole, info, free_bytes) if devices.placement is None else None
     except PlanRefused as error:
         if (found := _on_one_gpu(layered.spec, info)) is None:

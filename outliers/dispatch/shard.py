@@ -7,7 +7,6 @@ shard is a process with a workspace of its own, and with a GPU of its own where 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ from outliers.dispatch.study_run import StudyRun
 from outliers.dispatch.transfer import HERE
 from outliers.errors import PlanRefused
 from outliers.events.stream import Reporter
+from outliers.hardware import cuda_names
 from outliers.locks import locked
 from outliers.machines.base import Machine
 from outliers.machines.local import LocalMachine
@@ -223,8 +223,7 @@ def _local_shard(run: StudyRun, part: Shard, here: Machine) -> tuple[Machine, Ma
         check_together(run, part.of, facts.ram_available_bytes)
         return machine, {}, prepared
     # a GPU each; CUDA numbers what it shows from 0 in each process, so the GPU is named as this process names it
-    known = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = known.split(",") if known else [str(number) for number in range(len(facts.gpus))]
+    names = cuda_names(len(facts.gpus))
     compute = prepared.spec.compute.model_copy(update={"gpu_count": 1})
     alone = prepared.model_copy(update={"spec": prepared.spec.model_copy(update={"compute": compute})})
-    return machine, {"CUDA_VISIBLE_DEVICES": names[(part.number - 1) % len(facts.gpus)].strip()}, alone
+    return machine, {"CUDA_VISIBLE_DEVICES": names[(part.number - 1) % len(facts.gpus)]}, alone

@@ -20,7 +20,7 @@ from outliers.spec import DEFAULT_PROVIDER, ComputeSpec, chosen
 from outliers.study.prepare import Prepared
 
 HERE = DEFAULT_PROVIDER
-KEPT_OF_COMPUTE = {"gpu_count", "executor"}
+KEPT_OF_COMPUTE = {"gpu_count", "processes", "executor"}
 """Fields of `compute` that a machine reads. No price, host or folder of this computer is among them."""
 KEPT_OF_GPUS = {"gpu_filter", "min_vram"}
 """Fields that select among a machine's GPUs. A rented machine does not get them: it was rented for its GPUs by a catalog's

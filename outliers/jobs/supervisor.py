@@ -81,9 +81,20 @@ def end_with_parent() -> Callable[[], None] | None:
 
     Without it a command would outlive a killed supervisor, and no exit.json would be written.
     """
+    return _signal_at_end_of(os.getpid())
+
+
+def end_with(parent: int) -> None:
+    """Let this process get SIGTERM when `parent`, which started it, dies; on systems with prctl."""
+    ask = _signal_at_end_of(parent)
+    if ask is not None:
+        ask()
+
+
+def _signal_at_end_of(parent: int) -> Callable[[], None] | None:
     if not sys.platform.startswith("linux"):
         return None
-    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def ask_for_signal() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -19,13 +19,11 @@ import uuid
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-import psutil
-
 from outliers.errors import BadInput, JobFailed, PlanRefused, WorkspaceError
 from outliers.events.event import Event
 from outliers.files.atomic import size_of, temporary_for, write_new
 from outliers.files.private import make_private
-from outliers.hardware import Facts, find_gpus, total_ram_bytes
+from outliers.hardware import Facts, find_gpus, free_ram_bytes, total_ram_bytes
 from outliers.jobs import jobs
 from outliers.jobs.jobs import JobHandle, JobSpec, Status
 from outliers.machines.base import Completed, Excluded, Machine, MachineRequest, Offer, Rental, fits
@@ -92,11 +90,10 @@ class LocalMachine:
 
     def facts(self) -> Facts:
         existing = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
-        total = total_ram_bytes()
         return Facts(
             cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-            ram_bytes=total,
-            ram_available_bytes=min(total, psutil.virtual_memory().available),
+            ram_bytes=total_ram_bytes(),
+            ram_available_bytes=free_ram_bytes(),
             disk_free_bytes=shutil.disk_usage(existing).free,
             gpus=find_gpus(self._nvidia_smi, os.environ.get("CUDA_VISIBLE_DEVICES")),
             python=platform.python_version(),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from outliers.hardware import Facts
+from outliers.hardware import Facts, capability_of
 from outliers.machines.base import Offer
 from outliers.model.describe import ModelInfo
 from outliers.spec import DEFAULT_PROVIDER
@@ -59,6 +59,12 @@ FORMAT_TRIES = 4
 """Variants of a format at most: as it is, with held features, rotated, rotated with held features."""
 PROBE_FACTOR = 1.7
 """A changed pass and its head over a bare pass: 1.1 for int8, 1.69 for NVFP4 (docs/performance.md)."""
+LAUNCH_SECONDS = 10e-6
+"""From Python to a kernel on a GPU, for one of many small products. Assumed, and not measured on one."""
+GROUPED_FROM = (9, 0)
+"""Compute capability from which one kernel multiplies all experts of a layer (torch's grouped_mm); before it, and in eager code,
+each expert is multiplied alone, twice, and the device is waited for twice a layer: 12,288 launches a pass of Qwen3-30B-A3B. Read
+in transformers 5.17, not measured on a GPU."""
 COMPILE_SECONDS = 10.0
 """numba's kernels, once on a machine (docs/performance.md)."""
 
@@ -115,10 +121,13 @@ class Step(BaseModel):
     assumption: str
 
 
-def estimate(demand: Demand, offer: Offer, gpus: tuple[str, ...], left: int, download: int) -> tuple[Step, ...]:
+def estimate(
+    demand: Demand, offer: Offer, gpus: tuple[str, ...], left: int, download: int, processes: int = 1
+) -> tuple[Step, ...]:
     """The steps of a study on an offer, in order, without those that are not needed.
 
-    gpus: names of those that hold the model, empty where the processor computes. left: bytes of the capture still to write
+    gpus: names of those that hold the model of one process, empty where the processor computes. processes: how many read side
+    by side on the machine. left: bytes of the capture still to write
     on that machine. download: bytes of the weights that are not on this machine; another machine is assumed to have none.
     Of a study that is spread (--shards) over machines these are the steps of the longest part, and on this machine those of
     all its processes, which share it.
@@ -130,7 +139,8 @@ def estimate(demand: Demand, offer: Offer, gpus: tuple[str, ...], left: int, dow
     if left:
         steps += _fetch(info, offer.provider, download, shards)
         size = sum(demand.parts[::2]) if demand.layered else info.weights.checkpoint_bytes
-        steps += [_load(size, shards if here else 1, offer.facts.cpus), _pass(demand, layout, offer, gpus, left)]
+        loading = shards if here and shards > 1 else processes
+        steps += [_load(size, loading, offer.facts.cpus), _pass(demand, layout, offer, gpus, left, processes)]
     steps.append(_analysis(compute.executor, layout.total_bytes, offer.facts))
     steps += _formats(demand, offer.facts)
     return (*steps, *_probe(demand, offer, gpus))
@@ -213,16 +223,21 @@ def _load(size: int, processes: int, cpus: int) -> Step:
     )
 
 
-def _pass(demand: Demand, layout: Layout, offer: Offer, gpus: tuple[str, ...], left: int) -> Step:
+def _pass(demand: Demand, layout: Layout, offer: Offer, gpus: tuple[str, ...], left: int, processes: int) -> Step:
     """The slowest of computing, reading the weights, and writing the capture: they go on side by side."""
     info, sequences = demand.model, -(-layout.num_sequences * left // layout.total_bytes)
     if gpus and offer.provider == DEFAULT_PROVIDER:
         # each shard takes one GPU; with more shards than GPUs they run one after the other
         shards = demand.spec.compute.shards
         sequences = -(-sequences // shards) * -(-shards // len(offer.facts.gpus))
-    tokens, batches = sequences * layout.positions, -(-sequences // demand.spec.capture.batch_sequences)
+    batch = demand.spec.capture.batch_sequences
+    if gpus and processes > 1:
+        # the longest share, in whole batches; on one processor they share its cores
+        sequences = min(sequences, -(-math.ceil(sequences / batch) // processes) * batch)
+    tokens, batches = sequences * layout.positions, -(-sequences // batch)
     each = flops_per_token(info, layout.positions)
-    flops, work = tokens * each, f"{tokens:,} tokens x {each / 1e9:.3g} GFLOP (2 x active parameters, attention)"
+    share = f"{processes} processes side by side, " if gpus and processes > 1 else ""
+    flops, work = tokens * each, f"{share}{tokens:,} tokens x {each / 1e9:.3g} GFLOP (2 x active parameters, attention)"
     writing = (
         left / DISK_BYTES_PER_SECOND,
         f"writing {format_gb(left)} at {DISK_RATE}, assumed",
@@ -248,7 +263,26 @@ def _pass(demand: Demand, layout: Layout, offer: Offer, gpus: tuple[str, ...], l
     reason = f"{GPU_EFFICIENCY:g}, assumed, of the {peak / 1e12:g} of {name} in {info.dtype}"
     reading = f"reading {format_gb(size)} of weights for each of {batches:,} batches at {memory / 1e9:,.0f} GB/s"
     computing = f"{work} at {rate / 1e12:.3g} TFLOP/s, {reason}"
-    return _slowest([(flops / rate, computing), (batches * size / memory, reading), *bounds])
+    launches = launches_of_experts(info, gpus)
+    if launches:
+        each_batch = f"{launches:,} products of single experts in each of {batches:,} batches"
+        computing += f", and {each_batch}, {LAUNCH_SECONDS * 1e6:g} µs to start each, assumed"
+    seconds = flops / rate + batches * launches * LAUNCH_SECONDS
+    return _slowest([(seconds, computing), (batches * size / memory, reading), *bounds])
+
+
+def launches_of_experts(info: ModelInfo, gpus: tuple[str, ...]) -> int:
+    """Products of single experts that a pass starts one after the other; 0 where one kernel multiplies a layer's experts.
+
+    They come on top of the arithmetic: the device is waited for before each layer's, so they don't run ahead of it.
+    """
+    if not info.num_experts:
+        return 0
+    found = [capability_of(name) for name in gpus]
+    grouped = info.experts_implementation == "grouped_mm"
+    if grouped and all(one is not None and one >= GROUPED_FROM for one in found):
+        return 0
+    return 2 * len(info.anatomy.moe_layers) * info.num_experts
 
 
 def flops_per_token(info: ModelInfo, positions: int) -> float:

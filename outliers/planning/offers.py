@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from outliers.errors import PlanRefused
-from outliers.hardware import Gpu
+from outliers.hardware import Gpu, is_named_like
 from outliers.hub.cache import cache_is_chosen
 from outliers.machines.base import Excluded, MachineRequest, Offer, Provider
 from outliers.model.describe import ModelInfo, check_place
@@ -19,6 +19,7 @@ from outliers.planning.estimate import Step, estimate, over_budget
 from outliers.spec import DEFAULT_PROVIDER
 from outliers.study.demand import Demand
 from outliers.study.placement import Placement, usable
+from outliers.study.processes import check_memory, memory_of
 from outliers.study.schedule import by_layers
 from outliers.study.window import rolling_keeps
 from outliers.units import amounts
@@ -28,17 +29,25 @@ from outliers.units import amounts
 class Candidate:
     """An offer, and how the model lies on its GPUs.
 
-    `placement`: None where no GPU is used, or where they don't hold the model. `too_small`: why they don't hold it, or None.
+    `placement`: of the first process; None where no GPU is used, or where they don't hold the model. `too_small`: why they
+    don't hold it, or None. `processes`: how many read the study there side by side. `allowed`: GPUs that they may use.
     """
 
     offer: Offer
     placement: Placement | None
     too_small: str | None
+    processes: int = 1
+    allowed: int = 0
 
     @property
     def used_gpus(self) -> tuple[Gpu, ...]:
-        """The GPUs that hold the model."""
+        """The GPUs that hold the model of the first process."""
         return tuple(self.offer.facts.gpus[number] for number in self.placement.gpus) if self.placement else ()
+
+    @property
+    def idle_gpus(self) -> int:
+        """GPUs that were asked for, or left open, and that no process uses."""
+        return max(0, self.allowed - len(self.used_gpus) * self.processes) if self.placement else 0
 
     def check_gpus(self) -> None:
         """Raise PlanRefused where the GPUs don't hold the model."""
@@ -49,18 +58,28 @@ class Candidate:
 def on_offer(demand: Demand, offer: Offer) -> Candidate:
     """An offer with the model on its GPUs."""
     if not demand.uses_gpus(offer.facts.gpus):
-        return Candidate(offer, None, None)
+        return Candidate(offer, None, None, demand.spec.compute.processes or 1)
     try:
-        return Candidate(offer, demand.place(offer.facts.gpus, demand.gpus_each), None)
+        placed = demand.place_all(offer.facts.gpus, demand.gpus_each, offer.facts.ram_available_bytes)
+        return Candidate(offer, placed[0], None, len(placed), _allowed(demand, offer.facts.gpus))
     except PlanRefused as error:
         return Candidate(offer, None, str(error))
+
+
+def _allowed(demand: Demand, gpus: tuple[Gpu, ...]) -> int:
+    """GPUs that a study may use, of all its processes on a machine: by --gpu-filter and --gpu-count."""
+    compute = demand.spec.compute
+    named = sum(is_named_like(gpu.name, compute.gpu_filter) for gpu in gpus)
+    most = named if compute.gpu_count is None else min(named, compute.gpu_count)
+    # parts on this computer have one each
+    return 0 if demand.shares_machine else most
 
 
 def request_for(demand: Demand, capture_bytes_left: int) -> MachineRequest:
     """What a machine must have for this study. Where GPUs are left open its memory is the lesser of both ways to compute;
     `suitable` checks it again once it knows whether the machine has any."""
     compute, count = demand.spec.compute, demand.spec.compute.gpu_count
-    both = (demand.ram_bytes, demand.host_ram_bytes)
+    both = tuple(memory_of(compute.processes or 1, each) for each in (demand.ram_bytes, demand.host_ram_bytes))
     least = min(both) if count is None else both[count > 0]
     experts = demand.layout.experts
     # the sums of the experts: on disk, once more while they are replaced, and again in the private summary
@@ -166,7 +185,7 @@ def steps_on(demand: Demand, candidate: Candidate, left: int) -> tuple[Step, ...
     offer = candidate.offer
     names = tuple(gpu.name for gpu in candidate.used_gpus)
     download = download_bytes(demand.model) if offer.provider == DEFAULT_PROVIDER else 0
-    return estimate(demand, offer, names, left, download)
+    return estimate(demand, offer, names, left, download, candidate.processes)
 
 
 def machines_of(demand: Demand, offer: Offer) -> int:
@@ -252,22 +271,25 @@ def _check_room(demand: Demand, candidate: Candidate, *, loads: bool, holds: boo
     """PlanRefused where an offer's memory (`holds`) or its GPUs (`loads`) don't hold the study, and why it takes that much."""
     try:
         if holds:
-            _check_memory(demand, candidate.offer)
+            _check_memory(demand, candidate)
         if loads:
             candidate.check_gpus()
     except PlanRefused as error:
         raise PlanRefused(f"{error}{made_plain(demand.model)}") from error
 
 
-def _check_memory(demand: Demand, offer: Offer) -> None:
+def _check_memory(demand: Demand, candidate: Candidate) -> None:
     """PlanRefused where an offer's free memory does not hold the study, or its processes together."""
+    offer = candidate.offer
     gpus = demand.uses_gpus(offer.facts.gpus)
-    processes = demand.spec.compute.shards if offer.provider == DEFAULT_PROVIDER else 1
+    shards = demand.spec.compute.shards if offer.provider == DEFAULT_PROVIDER else 1
     one, free = demand.memory_bytes(gpus=gpus), offer.facts.ram_available_bytes
-    if one * processes <= free:
+    if memory_of(candidate.processes, one) * shards <= free:
         return
-    if processes > 1:
-        raise PlanRefused(too_many(processes, one * processes, free))
+    if shards > 1:
+        raise PlanRefused(too_many(shards, one * shards, free))
+    if candidate.processes > 1:
+        check_memory(candidate.processes, one, free)
     needed, there = amounts(one, free, unit="GB")
     raise PlanRefused(
         f"the study needs {needed} of memory with{'' if gpus else 'out'} a GPU, {there} is free: "

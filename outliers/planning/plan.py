@@ -16,11 +16,13 @@ from outliers.machines.base import Provider
 from outliers.model.describe import ModelInfo
 from outliers.planning.download import download_bytes
 from outliers.planning.estimate import Step, left_out, price_of, total_seconds
+from outliers.planning.hints import hints
 from outliers.planning.offers import Candidate, machines_of, refusals, request_for, steps_on, suitable
 from outliers.spec import StudySpec, chosen
 from outliers.study.demand import Demand, demand_of
 from outliers.study.experts import expert_mode
 from outliers.study.placement import Placement, total_needed
+from outliers.study.processes import memory_of
 from outliers.study.schedule import by_layers, check_schedule, why_by_layers
 
 
@@ -47,7 +49,8 @@ class Plan(BaseModel):
     they are quantized; `download_bytes`: what of it is still on the hub alone. `seconds` and `assumptions`, as `name: text`, are
     of the first offer's steps. Each of `offers` has its own: `seconds` (null where a step's speed is not known),
     `total_seconds` without the steps that `left_out` names, and `total_price`, dollars or null where a step is left out:
-    of `machines` of its kind, each at `price_per_hour`.
+    of `machines` of its kind, each at `price_per_hour`. `processes` read there side by side, each with a model of its own; they
+    need `needed_ram_bytes` of main memory together and leave `idle_gpus` without work; `placement` and `shares` are of the first.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -103,6 +106,8 @@ class Plan(BaseModel):
     assumptions: tuple[str, ...]
     offers: tuple[dict[str, Any], ...]
     refusals: tuple[str, ...]
+    hints: tuple[str, ...]
+    """What would be faster or cheaper, as sentences."""
 
 
 def make_plan(spec: StudySpec, info: ModelInfo, provider: Provider, left: int | None = None) -> Plan:
@@ -159,6 +164,7 @@ def _plan(demand: Demand, provider: Provider, left: int | None) -> Plan:
         assumptions=tuple(f"{step.name}: {step.assumption}" for step in first),
         offers=tuple(_offer(demand, candidate, steps) for candidate, steps in timed),
         refusals=refusals(excluded),
+        hints=hints(demand, provider, request, found, each),
     )
 
 
@@ -262,6 +268,9 @@ def _offer(demand: Demand, candidate: Candidate, steps: tuple[Step, ...]) -> dic
         "ram_available_bytes": facts.ram_available_bytes,
         "disk_free_bytes": facts.disk_free_bytes,
         "gpus": [_gpu(gpu) for gpu in facts.gpus],
+        "processes": candidate.processes,
+        "needed_ram_bytes": memory_of(candidate.processes, demand.memory_bytes(gpus=placed is not None)),
+        "idle_gpus": candidate.idle_gpus,
         "placement": placed.sentence if placed else None,
         "shares": [share.model_dump() for share in shares(placed)] if placed else [],
     }

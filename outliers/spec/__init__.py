@@ -312,6 +312,13 @@ class ComputeSpec(Part):
         description="machines (provider local: processes) that each read and count a part of the sequences; only summaries "
         "travel, and the whole is exactly that of one machine of the same kind",
     )
+    processes: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="processes that read the corpus side by side on one machine, each with the model and GPUs of its own; no "
+        "bit changes (default: as many as the GPUs and the memory hold, 1 without a GPU)",
+    )
     remove_files: bool = Field(
         False, description="for provider ssh: remove the study's files from the host when its lease ends"
     )
@@ -409,7 +416,28 @@ class StudySpec(Part):
                 "a probe reads the whole model on one machine, and --shards gives each machine a part of the corpus: leave one "
                 "of them out; `outliers probe STUDY` probes the study once it is done"
             )
+        self._check_processes()
         return self
+
+    def _check_processes(self) -> None:
+        processes, shards = self.compute.processes or 1, self.compute.shards
+        if processes == 1:
+            return
+        if self.capture.store != "full" or self.compute.schedule == "layers":
+            one = f"--store {self.capture.store}" if self.capture.store != "full" else "--schedule layers"
+            raise ValueError(f"{one} reads with one process: leave --processes {processes} out")
+        if shards > 1 and self.compute.runs_here:
+            raise ValueError(
+                f"--shards {shards} on this computer are processes already: leave --processes {processes} out, or give "
+                f"--shards {shards * processes}"
+            )
+        batches = -(-self.corpus.num_sequences // self.capture.batch_sequences)
+        if processes * shards > batches:
+            each = f" on each of {shards} machines" if shards > 1 else ""
+            raise ValueError(
+                f"--processes {processes}{each} is more than the {batches} batches of {self.capture.batch_sequences} "
+                f"sequence{'s' * (self.capture.batch_sequences > 1)} there are to share: at most {max(1, batches // shards)}"
+            )
 
     @property
     def deciding_site(self) -> str:

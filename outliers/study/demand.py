@@ -6,12 +6,14 @@ model and loads no torch. Weights count whole, with all experts.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pydantic import ValidationError
 
+from outliers.errors import PlanRefused
 from outliers.hardware import Gpu, is_named_like
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
@@ -22,6 +24,7 @@ from outliers.study.pass_memory import device_pass_bytes, host_pass_bytes
 from outliers.study.placement import Placement, even, fit
 from outliers.study.prepare import layout_of
 from outliers.study.probe_memory import ProbeMemory, probe_memory
+from outliers.study.processes import check_asked, check_memory, fitting, groups
 from outliers.study.ring_size import MAX_WRITERS, ring_bytes, ring_slots, writers_bytes
 from outliers.study.window import held_bytes
 from outliers.untrusted.bounds import RECEIVED_BYTES
@@ -135,6 +138,14 @@ class Demand:
         asked = self.spec.compute.gpu_count
         return 1 if self.shares_machine and asked != 0 else asked
 
+    @property
+    def most_processes(self) -> int:
+        """How many processes of one machine have a batch to read each; one where windows or layers are read one by one."""
+        if self.layered or self.spec.capture.store != "full":
+            return 1
+        corpus, capture = self.spec.corpus, self.spec.capture
+        return max(1, -(-corpus.num_sequences // capture.batch_sequences) // self.spec.compute.shards)
+
     def memory_bytes(self, *, gpus: bool) -> int:
         """Main memory of one process, that computes with or without GPUs."""
         return self.host_ram_bytes if gpus else self.ram_bytes
@@ -152,6 +163,36 @@ class Demand:
         wanted = self.spec.compute.gpu_filter
         totals = tuple(gpu.total_bytes if is_named_like(gpu.name, wanted) else None for gpu in gpus)
         return fit(self.parts, totals, self.work_bytes, 1 if self.layered else most)
+
+    def place_all(self, gpus: Sequence[Gpu], most: int | None, free_ram_bytes: int) -> tuple[Placement, ...]:
+        """Where each process of a machine with GPUs has the model, the first one as `place` says.
+
+        As many processes as --processes says, else as many as GPUs of the same kind, main memory and batches allow. Raises
+        PlanRefused where the GPUs don't hold the model, or not so many processes.
+        """
+        asked = self.spec.compute.processes
+        found = [self.place(gpus, most)]
+        if asked == 1 or self.shares_machine:
+            return tuple(found)
+        wanted = self.spec.compute.gpu_filter
+        names = [gpu.name if is_named_like(gpu.name, wanted) else "" for gpu in gpus]
+        size = len(found[0].gpus)
+        for group in groups(found[0].gpus, names, most)[1:]:
+            with contextlib.suppress(PlanRefused):  # of the same name, and with less memory
+                found.append(self._place_alike(found[0], group, gpus))
+        if asked is not None:
+            check_asked(asked, len(found), size, len(gpus))
+            check_memory(asked, self.host_ram_bytes, free_ram_bytes)
+            return tuple(found[:asked])
+        return tuple(found[: fitting(min(len(found), self.most_processes), self.host_ram_bytes, free_ram_bytes)])
+
+    def _place_alike(self, first: Placement, group: tuple[int, ...], gpus: Sequence[Gpu]) -> Placement:
+        """The model on other GPUs as on those of `first`; cut anew where their memory is another. Raises PlanRefused."""
+        alike = dict(zip(first.gpus, group, strict=True))
+        if all(gpus[there].total_bytes == gpus[here].total_bytes for here, there in alike.items()):
+            return first.model_copy(update={"devices": tuple(alike[gpu] for gpu in first.devices)})
+        totals = tuple(gpu.total_bytes if number in group else None for number, gpu in enumerate(gpus))
+        return fit(self.parts, totals, self.work_bytes, len(group))
 
     def place_evenly(self) -> Placement:
         """The model on --gpu-count equal GPUs (one where that is left open), however large they have to be."""

@@ -166,4 +166,5 @@ def _together(sweep: Sweep, fits: list[StudyPlan]) -> tuple[str, ...]:
 
 
 def _ram(plan: Plan) -> int:
-    return plan.host_ram_bytes if plan.offers[0]["shares"] else plan.ram_bytes
+    one = plan.host_ram_bytes if plan.offers[0]["shares"] else plan.ram_bytes
+    return max(one, int(plan.offers[0]["needed_ram_bytes"]))

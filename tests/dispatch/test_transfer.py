@@ -16,6 +16,7 @@ from tests.support.runs import quiet_run
 COMPUTE = {
     "provider": "sky",
     "gpu_count": 2,
+    "processes": 1,
     "gpu_filter": "A100-80GB",
     "min_vram": 80,
     "min_cpu_ram": 100,
@@ -63,7 +64,7 @@ def test_a_machine_is_told_what_it_needs_alone(prepared, provider, tmp_path):
     assert place == f"/there/machines/m/studies/{prepared.study_id}.json"
     (tmp_path / "told.json").write_text(machine.files[f"studies/{prepared.study_id}.json"])
     told = read_prepared(tmp_path / "told.json", open_workspace(tmp_path))
-    kept = {"gpu_count": 2, "executor": "threads=3"}
+    kept = {"gpu_count": 2, "processes": 1, "executor": "threads=3"}
     kept |= {"gpu_filter": "A100-80GB", "min_vram": 80.0} if provider == "ssh" else {}
     assert told.spec.compute.model_dump(exclude_defaults=True) == kept
     assert told.spec.publish_to is None

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import tiny
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -105,3 +107,26 @@ def test_the_benchmark_of_the_pass_runs_and_its_summaries_are_equal(tmp_path, sm
     assert found["pass over stored"] == pytest.approx(found["seconds"]["pass"] / found["seconds"]["stored"])
     assert "| pass |" in done.stdout
     assert list(scratch.iterdir()) == [], "the benchmark left files"
+
+
+@pytest.mark.servers
+@pytest.mark.studies
+def test_peers_read_what_a_study_reads(tmp_path):
+    """Those that need no package: plain hooks, output_hidden_states, and this project, on a tiny model."""
+    model, figures, scratch = tiny.make_model(tmp_path / "model", "Llama"), tmp_path / "figures.json", tmp_path / "disk"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "benchmarks.peers", "--peers", "hooks,hidden,ours", "--model", model]
+    command += ["--sequences", "2", "--length", "16", "--rounds", "2", "--json", str(figures)]
+    command += ["--workspace", str(tmp_path / "work"), "--scratch", str(scratch)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert found["bytes"] == 3 * 2 * 16 * 32 * 2
+    assert {name: one["unlike"] for name, one in found["equality"].items()} == {"hooks": [], "hidden": [2], "ours": []}
+    assert list(found["ways"]) == ["bare", "hooks", "hidden", "ours"]
+    assert found["ways"]["bare"]["of_bare"] == found["ways"]["bare"]["processor_of_bare"] == 1
+    assert "output_hidden_states, torch.save" in done.stdout
+    assert "hidden: 2 of 3 layers are those of plain hooks bit for bit; the largest difference is" in done.stdout
+    assert list(scratch.iterdir()) == [], "the benchmark left files"
+    wrong = subprocess.run([*command, "--peers", "sae"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (wrong.returncode, "sae is none of bare, hooks" in wrong.stderr) == (2, True)

@@ -97,10 +97,14 @@ def test_the_moe_on_a_rented_a100(moe):
     }
     assert total_seconds(steps) == 872.4
     assert price_of(steps, 1.29) == 0.3126
-    # 8192 x (2 x 3,353,032,704 + 2 x 2048 x 4096 x 48) / (0.3 x 312e12) = 0.66; 4 x 61.06e9 / 1935e9 = 0.13
+    # 8192 x (2 x 3,353,032,704 + 2 x 2048 x 4096 x 48) / (0.3 x 312e12) = 0.66, and 4 x 48 x 128 x 2 x 10 us = 0.49 for experts
+    # that are multiplied one by one; 4 x 61.06e9 / 1935e9 = 0.13
     assert text(steps, "pass").startswith("decided by writing 3.28 GB")
     assert "8,192 tokens x 7.51 GFLOP" in text(steps, "pass")
-    assert "0.7 s; reading 61.06 GB of weights for each of 4 batches at 1,935 GB/s: 0.1 s" in text(steps, "pass")
+    assert "12,288 products of single experts in each of 4 batches, 10 µs to start each, assumed: 1.1 s" in text(
+        steps, "pass"
+    )
+    assert "reading 61.06 GB of weights for each of 4 batches at 1,935 GB/s: 0.1 s" in text(steps, "pass")
 
 
 # (sequences, length, what decides, seconds) with one layer captured: 16,384 bytes a token
@@ -117,6 +121,37 @@ def test_the_dense_model_on_an_a100(dense, sequences, length, decides, expected)
     steps = steps_of(study(sequences, length, capture={"layers": [0]}), dense, offer(A100))
     assert seconds(steps)["pass"] == expected
     assert text(steps, "pass").startswith(f"decided by {decides}")
+
+
+def test_experts_in_one_kernel_start_nothing_one_by_one(moe):
+    """From compute capability 9.0 on, where transformers takes torch's grouped_mm."""
+    spec = study(64, 2048, capture={"layers": [0]})
+    old, new = (steps_of(spec, moe, offer(Gpu(name, 85 * GB))) for name in ("A100", "H100"))
+    assert "12,288 products of single experts in each of 64 batches" in text(old, "pass")
+    assert "products" not in text(new, "pass")
+    eager = moe.model_copy(update={"experts_implementation": "eager"})
+    assert "12,288 products" in text(steps_of(spec, eager, offer(Gpu("H100", 85 * GB))), "pass")
+    larger = steps_of(study(64, 2048, capture={"layers": [0], "batch_sequences": 4}), moe, offer(A100))
+    # 131,072 tokens in 10.5 s by arithmetic, and 0.12288 s a batch
+    assert seconds(old)["pass"] == pytest.approx(10.515 + 64 * 0.12288, abs=0.05)
+    assert seconds(larger)["pass"] == pytest.approx(10.515 + 16 * 0.12288, abs=0.05)
+
+
+def test_processes_side_by_side_share_the_batches_and_the_disk(dense):
+    """65 sequences in batches of two are 33 batches: of two processes one has 17 of them, 34 sequences."""
+    spec = study(65, 2048, capture={"layers": [0], "batch_sequences": 2})
+    left = layout_of(spec, dense).total_bytes
+    one, two, many = (
+        estimate(demand_of(spec, dense), offer(*[A100] * n), (A100.name,), left, 0, n) for n in (1, 2, 33)
+    )
+    # tokens x (2 x 8,030,261,248 + 2 x 2048 x 4096 x 32) / 93.6e12
+    flops = 2 * 8_030_261_248 + 2 * 2048 * 4096 * 32
+    assert seconds(one)["pass"] == pytest.approx(65 * 2048 * flops / 93.6e12, abs=0.06)
+    assert seconds(two)["pass"] == pytest.approx(34 * 2048 * flops / 93.6e12, abs=0.06)
+    assert "2 processes side by side, 69,632 tokens" in text(two, "pass")
+    assert seconds(many)["pass"] == round(left / 500e6, 1), "they write to one disk"
+    assert seconds(many)["load"] - seconds(one)["load"] == pytest.approx(8 * (33 / 8 - 1), abs=0.2)
+    assert "for 33 processes on 8 cores" in text(many, "load")
 
 
 def test_two_gpus_work_one_after_the_other(moe):
