@@ -37,6 +37,9 @@ def run_extract(
     pause: see `counting.rolling.Pause`.
     """
     from outliers.capture.extract import extract
+
+    if prepared.spec.capture.store == "full":
+        return extract(prepared, workspace, reporter, sequences=sequences)
     from outliers.counting.pass_counts import PassCounts
     from outliers.counting.rolling import open_windows
 

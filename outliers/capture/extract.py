@@ -33,6 +33,7 @@ from outliers.spec import FORMAT_VERSION
 from outliers.store.chunks import ARRAYS, ChunkFiles, Journal, NamedChunk, create_arrays, hold, mend_arrays
 from outliers.store.durable import drop_leftovers
 from outliers.store.fingerprint import difference, layout_from, read_fingerprint, shapes_of, write_fingerprint
+from outliers.store.journal import DONE
 from outliers.study.expert_shapes import SUMS
 from outliers.study.layout import Layout
 from outliers.study.prepare import Prepared, layout_of
@@ -73,6 +74,8 @@ def extract(
         has_values = layout.experts is not None and layout.experts.values
         experts = ExpertSumsFile(folder, layout.experts, chosen) if layout.experts is not None and has_values else None
         capture = _Capture(prepared, workspace, reporter, corpus, devices, files, journal, chosen, experts)
+        if open_windows is None:
+            _forget_windows(journal, prepared, chosen)
         windows = open_windows(chosen, corpus, layout, journal) if open_windows is not None else None
         if windows is None:
             result = capture.whole()
@@ -82,6 +85,14 @@ def extract(
             with (folder / "extractions.jsonl").open("a") as record:
                 record.write(json.dumps(result) + "\n")
         return result
+
+
+def _forget_windows(journal: Journal, prepared: Prepared, chosen: range) -> None:
+    """Withdraw what the study has counted of these sequences and not finished, for now all of them are kept."""
+    line = journal.counted.get((prepared.study_id, chosen.start, chosen.stop))
+    if line is not None and line.phase != DONE:
+        journal.forget_counted(line.key)
+        shutil.rmtree(journal.path.parent / line.place, ignore_errors=True)
 
 
 class Windows(Protocol):

@@ -84,14 +84,8 @@ def open_windows(
     pause: Pause = go_on,
     kind: type[RollingCounts] | None = None,
 ) -> RollingCounts | None:
-    """The windows of a study with --store rolling, or of another `kind`; None where all is to be kept, or where all is captured
-    and kept already."""
+    """The windows of a study with --store rolling, or of another `kind`; None where all is captured and kept already."""
     line, missing = line_of(prepared, journal, wanted), [s for s in wanted if s not in journal.done]
-    if prepared.spec.capture.store == "full":
-        if line is not None and line.phase != DONE:
-            journal.forget_counted(line.key)
-            shutil.rmtree(workspace.capture(prepared.capture_id) / line.place, ignore_errors=True)
-        return None
     if line is None and not missing:
         log.info("the capture %s is complete: it is counted as it is, and nothing of it is freed", prepared.capture_id)
         return None

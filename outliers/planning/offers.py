@@ -110,8 +110,9 @@ def suitable(
     if loads:
         large = made_plain(demand.model)
         excluded = tuple(replace(item, reason=item.reason + large * _is_of_memory(item.reason)) for item in excluded)
-    hint = rolling_hint(demand)
-    excluded = tuple(replace(item, reason=item.reason + hint * _is_of_disk(item.reason)) for item in excluded)
+    if any(_is_of_disk(item.reason) for item in excluded):
+        hint = rolling_hint(demand)
+        excluded = tuple(replace(item, reason=item.reason + hint * _is_of_disk(item.reason)) for item in excluded)
     kept, small = [], []
     for offer in offers:
         candidate = on_offer(demand, offer)

@@ -165,10 +165,33 @@ def test_a_full_capture_goes_on_as_rolling_and_the_other_way_round(dense, tmp_pa
     assert run_report(full, workspace, Silent())["results_digest"] == digest
 
 
+def test_a_roll_that_was_begun_ends_where_all_is_kept(dense, tmp_path):
+    """What is counted of it is withdrawn: the full capture is counted as ever."""
+    rolling, workspace = made_in(tmp_path / "ws", spec_of(*dense, **ONE_BATCH))
+    full, _ = made_in(tmp_path / "ws", spec_of(*dense))
+    points = iter(["captured"] * 2)
+
+    def pause(point):
+        if point == "captured" and next(points, None) is None:
+            raise Killed(point)
+
+    with pytest.raises(Killed):
+        run_extract(rolling, workspace, Silent(), pause=pause)
+    assert sequences_there(rolling, workspace) == {0, 1, 4, 5}
+    assert not capture_exists(rolling, workspace)
+    digest = finish(full, workspace)
+    assert sequences_there(full, workspace) == set(range(SEQUENCES))
+    assert not any((workspace.capture(full.capture_id) / "rolling").iterdir())
+    # the roll finds all of it there, and frees nothing
+    assert capture_exists(rolling, workspace)
+    assert finish(rolling, workspace) == digest
+    assert sequences_there(full, workspace) == set(range(SEQUENCES))
+
+
 def test_other_criteria_capture_again_what_was_freed(dense, tmp_path):
-    first, workspace = made_in(tmp_path, spec_of(*dense, **ONE_BATCH))
+    first, workspace = made_in(tmp_path / "ws", spec_of(*dense, **ONE_BATCH))
     finish(first, workspace)
-    other, _ = made_in(tmp_path, spec_of(*dense, **ONE_BATCH) | {"criteria": {"magnitude": 2.0}})
+    other, _ = made_in(tmp_path / "ws", spec_of(*dense, **ONE_BATCH) | {"criteria": {"magnitude": 2.0}})
     assert other.capture_id == first.capture_id
     assert not capture_exists(other, workspace)
     digest = finish(other, workspace)
