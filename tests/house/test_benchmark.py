@@ -58,6 +58,28 @@ def test_the_benchmark_of_analysis_runs_and_counts_the_same(tmp_path, smollm2_wo
     assert list(scratch.iterdir()) == [], "the benchmark left files"
 
 
+@pytest.mark.servers
+@pytest.mark.studies
+def test_the_benchmark_of_layers_compares_the_same_captures(tmp_path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.layers", "--layers", "3", "--sequences", "1", "--length", "16"]
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--json", str(figures)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert found.keys() == {"dense", "experts"}
+    for kind in found.values():
+        assert (kind["same"], kind["fits"]) == (True, True)
+        assert kind["allowed_bytes"] == 2 * kind["layer_bytes"] + kind["around_bytes"] + 150_000_000
+        assert kind["ratio"] == pytest.approx(kind["seconds"]["layers"] / kind["seconds"]["whole"])
+
+
 def test_the_ways_that_are_compared_count_the_same():
     """numpy, torch, the earlier pipeline's loop and the project's own loops on the same values."""
     import numpy as np
