@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from outliers.capture.forward import Batch, HookedPass
-from outliers.capture.work import write_parts
 from outliers.capture.staging import StagingBuffer
+from outliers.capture.work import write_parts
 from outliers.corpus.tokens import Corpus
 from outliers.store.chunks import ChunkFiles, create_arrays
 from outliers.store.journal import Journal
