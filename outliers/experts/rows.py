@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from outliers.errors import SiteError
-from outliers.experts.kernels import BFLOAT16, FLOAT16, FLOAT32, order_slots
+from outliers.experts.kernels import BFLOAT16, FLOAT16, FLOAT32
+from outliers.experts.order_kernels import order_slots
 from outliers.experts.routed import Routed
 from outliers.experts.sums import LADDER
 from outliers.experts.table import NOBODY
@@ -41,7 +42,7 @@ class Largest:
 
 @dataclass
 class Slots:
-    """Slots without padding, sorted by expert, token and slot; as `kernels.order_slots` sets them."""
+    """Slots without padding, sorted by expert, token and slot; as `order_kernels.order_slots` sets them."""
 
     starts: NDArray[np.int64]
     slots: NDArray[np.int64]

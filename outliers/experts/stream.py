@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from outliers.errors import SiteError
-from outliers.experts.kernels import add_inputs, add_outputs, order_rows
+from outliers.experts.kernels import add_inputs, add_outputs
+from outliers.experts.order_kernels import order_rows
 from outliers.experts.routed import Routing
 from outliers.experts.rows import INFINITY, Largest, Slots, bits_of, counter_of, limits_of, numpy_of, pool_of
 from outliers.experts.sums import PATTERNS, ExpertSums
