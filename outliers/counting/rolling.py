@@ -25,7 +25,7 @@ import numpy as np
 
 from outliers.corpus.tokens import Corpus
 from outliers.counting.accumulate import Tally, is_compiled
-from outliers.counting.analyze import Reader, WorkItem, add_item, frame_of, journal_lines
+from outliers.counting.analyze import Reader, WorkItem, add_item, frame_of, journal_lines, layout_of_capture
 from outliers.counting.second_look import look_at, narrow, needs_look, settle
 from outliers.counting.summary import Summary
 from outliers.counting.summary_files import COUNTS, STUDY, read_summary, write_summary
@@ -123,8 +123,9 @@ class RollingCounts:
         pause: Pause = go_on,
     ) -> None:
         self.prepared, self.reporter, self.wanted, self.corpus = prepared, reporter, wanted, corpus
-        self.layout, self.journal, self._pause = layout, journal, pause
         self.folder = workspace.capture(prepared.capture_id)
+        # as an analysis has it: the file has the sites in another order than the study, and the order is in results
+        self.layout, self.journal, self._pause = layout_of_capture(self.folder), journal, pause
         self.files = ChunkFiles(self.folder, layout)
         self.workers = workers or os.cpu_count() or 1
         self.size = window_sequences(prepared.spec, layout, shutil.disk_usage(self.folder).free)

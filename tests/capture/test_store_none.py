@@ -63,7 +63,7 @@ def assert_same(one, other):
     ("family", "dtype", "parts"),
     [
         ("Llama", "bfloat16", {"capture": {"sites": SITES, "perplexity": True}, "sequences": 5}),
-        ("Llama", "float32", {"capture": {"batch_sequences": 2}, "corpus": {"packing": "documents"}, "sequences": 5}),
+        ("Llama", "float32", {"capture": {"batch_sequences": 2}, "sequences": 5}),
         ("GPTNeoX", "float16", {"capture": {"batch_sequences": 3, "layers": (0, 2)}}),
         ("Falcon", "bfloat16", {}),  # one norm feeds attention and MLP: one tensor, two sites
         ("Gemma2", "bfloat16", {"capture": {"sites": ("mlp_in", "down_in")}, "criteria": {"site": "down_in"}}),
