@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 JOURNAL_SECONDS = 60.0
 """A layer that takes longer is journaled in between: what a kill loses. A line a batch cost 10% of a capture of small batches,
-one wait a layer 4% (docs/performance.md)."""
+one wait a layer 4%, in a prototype."""
 
 Step = Callable[[str], None]
 """Called with the name of each step that was just done; an error that it raises ends the run there."""
