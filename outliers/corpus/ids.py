@@ -13,11 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from outliers.corpus.texts import Texts
 from outliers.errors import CorpusError
 from outliers.files.sealed import changed_files, read_sealed
 from outliers.workspace import Workspace
@@ -74,7 +72,7 @@ class TokenNames:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus; ids, starts and texts are read from the disk where they are used.
+    """A corpus in memory.
 
     `token_ids`: (sequence, position) int32. `lengths`: (sequence,) int32, tokens that are not padding.
     `starts`: (sequence, position) int32, where each token begins in its sequence's text, in characters.
@@ -85,15 +83,8 @@ class Corpus:
     token_ids: NDArray[np.int32]
     lengths: NDArray[np.int32]
     starts: NDArray[np.int32]
-    sequence_texts: Sequence[str]
+    sequence_texts: tuple[str, ...]
     names: TokenNames = field(default_factory=TokenNames)
-
-    def release(self) -> None:
-        """Give the memory of what was read back to the system: pages of a file count as this process's until they are needed."""
-        for values in (self.token_ids, self.starts):
-            pages: object = values.base
-            if isinstance(pages, mmap.mmap) and hasattr(pages, "madvise"):
-                pages.madvise(mmap.MADV_DONTNEED)
 
     def piece(self, sequence: int, position: int) -> str:
         """The characters of the sequence's text that one token covers; empty if it shares them with the next token."""
@@ -207,11 +198,9 @@ def load_corpus(info: CorpusInfo, workspace: Workspace) -> Corpus:
     if changed := changed_files(folder, expected):
         raise CorpusError(f"{', '.join(changed)} in {folder} doesn't hash to what was written: run the study again")
     try:
-        token_ids, starts = (
-            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("token_ids", "starts")
-        )
-        lengths = np.load(folder / "lengths.npy", allow_pickle=False)
-        texts = Texts(folder / TEXTS)
+        # in memory: a mapped file that is cut while it is read would end the process
+        token_ids, lengths, starts = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ARRAYS)
+        texts = tuple(json.loads((folder / TEXTS).read_bytes()))
         named = json.loads((folder / NAMES).read_bytes())
     except (OSError, ValueError, EOFError) as error:
         raise CorpusError(
@@ -225,9 +214,7 @@ def load_corpus(info: CorpusInfo, workspace: Workspace) -> Corpus:
             f"the ids in {folder} hash to {hashed[:12]}, not to {info.token_sha256[:12]}: run the study again"
         )
     names = TokenNames(**{kind: {int(number): name for number, name in named[kind].items()} for kind in named})
-    corpus = Corpus(info=info, token_ids=token_ids, lengths=lengths, starts=starts, sequence_texts=texts, names=names)
-    corpus.release()
-    return corpus
+    return Corpus(info=info, token_ids=token_ids, lengths=lengths, starts=starts, sequence_texts=texts, names=names)
 
 
 def put_corpus(made: Path, folder: Path) -> None:

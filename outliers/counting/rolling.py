@@ -171,7 +171,6 @@ class RollingCounts:
         self._save(line)
         self._pause("counted")
         self._note(line, window)
-        self.corpus.release()
 
     def _begin(self) -> Counted:
         """The line of a study that has counted nothing: it is in the journal before anything is freed."""

@@ -1,4 +1,4 @@
-"""Texts on the disk: the bytes of json and numpy, read back one at a time, whatever a text holds and wherever a block ends."""
+"""A corpus that is written sequence by sequence: the bytes of json and numpy, whatever a text holds."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outliers.corpus import texts as module
 from outliers.corpus.ids import CorpusInfo, TokenNames, load_corpus, token_hash
-from outliers.corpus.texts import Texts, write_texts
+from outliers.corpus.texts import TextsWriter
 from outliers.corpus.writer import CorpusWriter
 from outliers.workspace import open_workspace
 
@@ -21,28 +19,17 @@ AWKWARD = st.text(st.sampled_from('"\\, []a\u2028é😀\x00'), max_size=12) | st
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(AWKWARD, min_size=1, max_size=6), st.sampled_from([1, 2, 3, 7, 64, 1 << 20]))
-def test_texts_are_what_json_reads(items, block):
-    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
-        path = Path(place) / "texts.json"
-        write_texts(path, items)
-        assert path.read_bytes() == json.dumps(items).encode()
-        patch.setattr(module, "_BLOCK_BYTES", block)
-        found = Texts(path)
-        assert found == items
-        assert (len(found), found[-1], found[1:3]) == (len(items), items[-1], tuple(items[1:3]))
-        assert found != [*items, "more"]
-
-
-@pytest.mark.parametrize("content", [b'["a', b'["a", "b"', b'["a"] x', b'{"a": 1}', b""])
-def test_a_file_that_is_no_list_of_texts_is_refused(tmp_path, content):
-    (tmp_path / "texts.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"texts\.json"):
-        Texts(tmp_path / "texts.json")
+@given(st.lists(AWKWARD, min_size=1, max_size=6))
+def test_texts_are_written_as_json_writes_them(items):
+    with tempfile.TemporaryDirectory() as place:
+        writer = TextsWriter(Path(place) / "texts.json")
+        for text in items:
+            writer.add(text)
+        writer.close()
+        assert (Path(place) / "texts.json").read_bytes() == json.dumps(items).encode()
 
 
 def test_a_corpus_is_written_as_numpy_writes_arrays(tmp_path):
-    """And read from the disk: what a part of it took of the memory can be given back."""
     workspace, rng = open_workspace(tmp_path / "ws"), np.random.default_rng(0)
     lengths = [5, 3, 1, 5]
     ids = [rng.integers(0, 50, length).astype(np.int32) for length in lengths]
@@ -66,9 +53,7 @@ def test_a_corpus_is_written_as_numpy_writes_arrays(tmp_path):
     np.save(tmp_path / "wanted.npy", padded)
     assert (workspace.corpora / "k" / "token_ids.npy").read_bytes() == (tmp_path / "wanted.npy").read_bytes()
     found = load_corpus(info, workspace)
-    for _ in range(2):
-        np.testing.assert_array_equal(found.token_ids, padded)
-        assert found.lengths.tolist() == lengths
-        assert list(found.sequence_texts) == ["x" * length for length in lengths]
-        found.release()
+    np.testing.assert_array_equal(found.token_ids, padded)
+    assert found.lengths.tolist() == lengths
+    assert found.sequence_texts == tuple("x" * length for length in lengths)
     assert sorted(path.name for path in workspace.corpora.iterdir()) == ["k"]
