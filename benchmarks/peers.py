@@ -218,7 +218,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 rounds[-1][name] = peers.run(name)
             tell(
                 f"round {number + 1} of {arguments.rounds}: "
-                + ", ".join(f"{n} {rounds[-1][n][0]:.2f} s" for n in names)
+                + ", ".join(f"{n} {rounds[-1][n][0]:.2f} s, {rounds[-1][n][1]:.2f} of processors" for n in names)
             )
     finally:
         shutil.rmtree(scratch)
