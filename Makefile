@@ -68,13 +68,9 @@ sshd:
 	      apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 >/dev/null; \
 	  else echo "no sshd or ip here: tests over ssh are skipped (Debian: apt install openssh-server iproute2)"; fi
 
-# three at a time, each file in one process, those that start servers first: two compute, one waits. The types are checked
-# beside them, for that keeps one core busy for a minute or two; what mypy says stands at the end
-test: lint sshd ## everything CI runs
-	@said=$$(mktemp); echo "$(BIN)/mypy (beside the tests)"; nice $(BIN)/mypy >"$$said" 2>&1 & types=$$!; \
-	  trap 'kill $$types; rm -f "$$said"; exit 130' INT TERM; code=0; set -x; \
-	  $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder || code=$$?; \
-	  { set +x; } 2>/dev/null; wait $$types || code=$$?; cat "$$said"; rm -f "$$said"; exit $$code
+# three at a time, each file in one process, those that start servers first: two compute, one waits
+test: check sshd ## everything CI runs
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # constraints-latest.txt in an environment of its own: SkyPilot, which holds versions back, is not in it
 LATEST := build/latest
