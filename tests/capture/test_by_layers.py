@@ -61,7 +61,7 @@ def equal(tmp_path, family, dtype, text, documents):
         assert [name for name in one if one[name] != other[name]] == []
 
 
-@pytest.mark.parametrize(("family", "dtype"), zip(FEW, ("float32", "bfloat16"), strict=True))
+@pytest.mark.parametrize(("family", "dtype"), list(zip(FEW, ("float32", "bfloat16"), strict=True)))
 def test_every_file_is_that_of_the_whole_pass(tmp_path, text, documents, family, dtype):
     equal(tmp_path, family, dtype, text, documents)
 

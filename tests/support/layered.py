@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -38,10 +39,11 @@ def study_of(workspace, folder, text, schedule, packing="joined", no_keep_weight
 
 
 def files_of(workspace, study):
-    """Every file of a capture by name, the journal's lines in order of their sequences."""
+    """Every file of a capture by name, but for the lock, the record of its runs, and notes of when sums were written."""
     root = workspace.capture(study.capture_id)
     found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if name not in ASIDE}
+    aside = {*ASIDE, *(name for name in found if re.fullmatch(r"experts/\d+-\d+\.json", name))}
+    return {name: content for name, content in found.items() if name not in aside}
 
 
 def captured(root, folder, text, schedule, packing="joined", **capture):
