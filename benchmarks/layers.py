@@ -54,7 +54,7 @@ def make_model(folder: Path, kind: str, layers: int) -> None:
         )
     torch.manual_seed(0)
     config.num_hidden_layers = 1
-    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(folder)
     config.num_hidden_layers = layers
     config.save_pretrained(folder)

@@ -65,7 +65,7 @@ def files_of(prepared, workspace):
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
-@pytest.fixture(scope="module", params=["Llama", "Qwen3Moe"])
+@pytest.fixture(scope="module", params=[pytest.param("Llama", marks=pytest.mark.studies), "Qwen3Moe"])
 def study(request, tmp_path_factory):
     """(model, text, the digest of the full store's results, its files) of a dense model, and of one with experts."""
     place = tmp_path_factory.mktemp("rolling")
@@ -150,6 +150,7 @@ def dense(tmp_path_factory):
     return tiny.make_model(place / "model", "Llama"), place / "text.txt"
 
 
+@pytest.mark.studies
 def test_a_full_capture_goes_on_as_rolling_and_the_other_way_round(dense, tmp_path):
     full, workspace = made_in(tmp_path, spec_of(*dense))
     rolling, _ = made_in(tmp_path, spec_of(*dense, **ONE_BATCH))
@@ -188,6 +189,7 @@ def test_a_roll_that_was_begun_ends_where_all_is_kept(dense, tmp_path):
     assert sequences_there(full, workspace) == set(range(SEQUENCES))
 
 
+@pytest.mark.studies
 def test_other_criteria_capture_again_what_was_freed(dense, tmp_path):
     first, workspace = made_in(tmp_path / "ws", spec_of(*dense, **ONE_BATCH))
     finish(first, workspace)

@@ -145,6 +145,7 @@ run_extract(prepare(spec, workspace), workspace, Silent(), pause=pause)
 """
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_leaves_what_another_finishes(tmp_path, text, llama):
     full = counted(tmp_path / "full", llama, text, "full", sequences=5)
     spec = StudySpec.model_validate(

@@ -104,7 +104,8 @@ def test_bad_input_is_refused_before_anything_runs(place, arguments, message):
     said = " ".join(done.stderr.split())
     assert message in said, done.stderr
     assert done.returncode == 2
-    assert done.stdout == ""
+    # a plan that no machine fits says what it needs
+    assert done.stdout == "" or (arguments[0] == "plan" and message not in " ".join(done.stdout.split()))
     assert "Traceback" not in done.stderr
     assert not list((place / "ws").glob("jobs/*")), "something ran"
 

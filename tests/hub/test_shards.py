@@ -65,6 +65,7 @@ def run(hub, tmp_path, text, stop=""):
     return subprocess.run(command, env=known, cwd=root, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.studies
 def test_a_disk_of_a_few_files_is_enough(hub, tmp_path, text, real, workspace):
     hub.faults.append(Fault("GET .*model-00003.*safetensors", cut_after=20_000))
     stopped = run(hub, tmp_path, text, stop="layer 3 is done")

@@ -292,9 +292,9 @@ def test_what_can_not_be_asked_is_kept_until_its_lease_is_over(outliers, box, wo
     assert "m3 could not be released: the host key of box" in err
     assert [rental.name for rental in Rentals(workspace).all()] == ["m3"]
     overdue(workspace, "m3", "box")
-    code, _, err = outliers("machines", "reap")
+    code, out, _ = outliers("machines", "reap")
     assert code == 0
-    assert "m3: its lease is over, and box could not be asked (the host key of box" in " ".join(err.split())
+    assert "m3: its lease is over, and box could not be asked (the host key of box" in " ".join(out.split())
     assert Rentals(workspace).all() == ()
 
 

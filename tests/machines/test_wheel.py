@@ -23,7 +23,8 @@ UV = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']
 
 def test_the_wheel_has_this_program_alone_and_is_small():
     wheel = build_wheel()
-    assert len(wheel.data) < 650_000
+    # all of it is code and templates, 320 files: a second at 1 MB/s
+    assert len(wheel.data) < 850_000
     assert len(wheel.key) == 16
     with zipfile.ZipFile(io.BytesIO(wheel.data)) as archive:
         names = archive.namelist()
