@@ -24,8 +24,8 @@ TRITON = ("triton_kernels.py", "triton_ops.py")
 def test_steps_run_where_prefect_is_not_installed():
     """Every module of outliers imports with Prefect, rich, s3fs, aiobotocore and datasets made unimportable.
 
-    `bucket` alone needs aiobotocore: the control side imports it for an s3:// target. The kernels of a GPU need Triton, which torch's
-    CUDA builds bring along.
+    `bucket` alone needs aiobotocore: the control side imports it for an s3:// target. The kernels of a GPU need Triton, which
+    torch's CUDA builds bring along.
     """
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
