@@ -32,7 +32,7 @@ from outliers.hub.client import (
     use_patient_client,
 )
 from outliers.hub.files import WEIGHTS_SUFFIX
-from outliers.hub.http import httpx
+from outliers.hub.http import httpx, xet_errors
 
 log = logging.getLogger(__name__)
 
@@ -170,15 +170,16 @@ class _Download:
     def _try(self, file: HubFile) -> _Reason | None:
         """Try once: None if the file is here, else why it isn't yet. Raises what another try would not mend."""
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, XetError
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         place = self.place
+        # cut in the middle of a body; hf_xet raises RuntimeError for every failure
+        broken: tuple[type[Exception], ...] = (httpx.TransportError, RuntimeError, *xet_errors())
         with refusals("model", place.repo_id, place.commit, UnknownModel):
             try:
                 hf_hub_download(place.repo_id, file.name, revision=place.commit, cache_dir=place.cache)
                 return None
-            except (httpx.TransportError, RuntimeError, XetError) as error:
-                # cut in the middle of a body; hf_xet raises RuntimeError for every failure
+            except broken as error:
                 return _Reason(plain(error))
             except (HfHubHTTPError, LocalEntryNotFoundError) as error:
                 cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error

@@ -15,4 +15,11 @@ else:
     # by its version: importing it takes half a second, and either library may be there for another package's sake
     httpx = import_module("httpx2" if int(metadata.version("huggingface_hub").partition(".")[0]) >= 2 else "httpx")
 
-__all__ = ["httpx"]
+
+def xet_errors() -> tuple[type[Exception], ...]:
+    """What a download from Xet storage raises: one error from version 2.0 on, two without a common base before."""
+    errors = import_module("huggingface_hub.errors")
+    return tuple(getattr(errors, name) for name in ("XetError", "XetDownloadError") if hasattr(errors, name))
+
+
+__all__ = ["httpx", "xet_errors"]
