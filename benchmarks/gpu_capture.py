@@ -208,7 +208,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.parts = arguments.parts.split(",")
     if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"--parts {','.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+        parser.error(f"--parts: {','.join(sorted(unknown))} is not known; known are {', '.join(PARTS)}")
     return arguments
 
 

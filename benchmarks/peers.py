@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     asked = arguments.peers.split(",")
     if unknown := [name for name in asked if name not in NAMES]:
-        parser.error(f"--peers {','.join(unknown)} is none of {', '.join(NAMES)}")
+        parser.error(f"--peers: {','.join(unknown)} is not known; known are {', '.join(NAMES)}")
     arguments.peers = [name for name in NAMES if name in asked or name == "bare"]
     arguments.sites = SITE
     torch.set_num_threads(arguments.threads)

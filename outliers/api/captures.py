@@ -148,7 +148,7 @@ class SiteReader:
         if sequence not in self._done:
             there = format_ranges(sorted(self._done), half_open=True)
             raise CaptureError(
-                f"sequence {sequence} was counted and freed (--store rolling), and {there} are there: --store-sequences keeps "
+                f"sequence {sequence} was counted and is not stored (--store), and {there} are there: --store-sequences keeps "
                 "more, --store full all"
             )
         crcs = self._done[sequence]["crc32"][self._site]

@@ -152,6 +152,20 @@ class SiteTotals:
         return self.hits[step] - self.first_hits[step], self.union[step] - self.first_union[step]
 
 
+RESULTS = (
+    "sequences",
+    "position_tokens",
+    "first_tokens",
+    "delimiter_tokens",
+    "special_tokens",
+    "top",
+    "massive",
+    "massive_cells",
+    "massive_by_token",
+)
+"""The arrays of a Summary that are results; `fine` and `fine_windows` lead to the medians of float32 values."""
+
+
 @dataclass
 class Summary:
     """Totals of a set of sequences.

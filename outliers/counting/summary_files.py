@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.counting.sequence_counts import SequenceCounts as SequenceCounts
-from outliers.counting.summary import Frame, SiteTotals, Summary
+from outliers.counting.summary import RESULTS, Frame, SiteTotals, Summary
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.experts.totals_files import EXPERTS
 from outliers.files.sealed import check_folder, seal_folder
@@ -137,19 +137,7 @@ def _one(arrays: dict[str, NDArray[Any]], index: int, frame: Frame) -> SequenceC
     )
 
 
-_WHOLE = (
-    "sequences",
-    "position_tokens",
-    "first_tokens",
-    "delimiter_tokens",
-    "special_tokens",
-    "top",
-    "massive",
-    "massive_cells",
-    "massive_by_token",
-    "fine",
-    "fine_windows",
-)
+_WHOLE = (*RESULTS, "fine", "fine_windows")
 
 
 def write_summary(folder: Path, summary: Summary) -> None:

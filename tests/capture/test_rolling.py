@@ -238,7 +238,7 @@ def test_a_sequence_that_was_freed_is_named_where_it_is_read(dense, tmp_path):
     assert opened.attrs["freed_sequences"] == f"2:{SEQUENCES}"
     assert opened.sizes["sequence"] == SEQUENCES
     assert bool(opened["resid"][:, :2].notnull().all())
-    with pytest.raises(CaptureError, match=r"sequence 5 was counted and freed \(--store rolling\), and 0:2 are there"):
+    with pytest.raises(CaptureError, match=r"sequence 5 was counted and is not stored \(--store\), and 0:2 are there"):
         opened["resid"][0, 5].load()
 
 

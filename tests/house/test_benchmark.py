@@ -151,4 +151,4 @@ def test_peers_read_what_a_study_reads(tmp_path):
     assert "hidden: 2 of 3 layers are those of plain hooks bit for bit; the largest difference is" in done.stdout
     assert list(scratch.iterdir()) == [], "the benchmark left files"
     wrong = subprocess.run([*command, "--peers", "sae"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (wrong.returncode, "sae is none of bare, hooks" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "sae is not known; known are bare, hooks" in wrong.stderr) == (2, True)

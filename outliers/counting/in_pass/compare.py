@@ -8,19 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from outliers.counting.sequence_counts import SequenceCounts
-from outliers.counting.summary import Summary
-
-_PLAIN = (
-    "sequences",
-    "position_tokens",
-    "first_tokens",
-    "delimiter_tokens",
-    "special_tokens",
-    "top",
-    "massive",
-    "massive_cells",
-    "massive_by_token",
-)
+from outliers.counting.summary import RESULTS, Summary
 
 
 def first_difference(one: Summary, other: Summary) -> str | None:
@@ -34,7 +22,7 @@ def first_difference(one: Summary, other: Summary) -> str | None:
             if different.size:
                 where = tuple(different[0].tolist())
                 return f"{name} at {site}, {_axes(name, where)}: {mine[where]} and {theirs[where]}"
-    for name in _PLAIN:
+    for name in RESULTS:
         mine, theirs = getattr(one, name), getattr(other, name)
         if not np.array_equal(mine, theirs):
             return f"{name} ({mine.size} and {theirs.size} entries)"

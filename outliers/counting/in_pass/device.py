@@ -20,7 +20,7 @@ from outliers.counting.accumulate import Tally, cells_of, site_groups
 from outliers.counting.bits import FORMATS, bits_to_float
 from outliers.counting.in_pass import torch_ops
 from outliers.counting.in_pass.counter import BITS, Arrivals, BatchMarks, PassShape
-from outliers.counting.in_pass.state import KEY_BASE, DeviceState, magnitudes_of
+from outliers.counting.in_pass.state import KEY_BASE, DeviceState, Group, magnitudes_of
 from outliers.counting.kernels.arguments import TopTokens
 from outliers.counting.sequence_counts import SequenceCounts
 from outliers.counting.summary import TOP_TOKENS, Frame, Summary
@@ -34,16 +34,8 @@ MASSIVE_SITE = "resid"
 class Operations(Protocol):
     """What counts a layer: `torch_ops`, or `triton_ops`."""
 
-    def count_group(
-        self,
-        state: DeviceState,
-        shape: PassShape,
-        sites: tuple[str, ...],
-        layer: int,
-        tensors: tuple[torch.Tensor, ...],
-        lengths: tuple[int, ...],
-    ) -> None:
-        """Count one layer of the sites of a group."""
+    def count_group(self, state: DeviceState, shape: PassShape, group: Group) -> None:
+        """Add a group to the state of its device."""
 
 
 class DeviceCounter:
@@ -98,16 +90,16 @@ class DeviceCounter:
         self._count(index, layer, tensors, batch)
 
     def _count(self, index: int, layer: int, tensors: tuple[torch.Tensor, ...], batch: BatchMarks) -> None:
-        group, device = self._groups[index], tensors[0].device
+        sites, device = self._groups[index], tensors[0].device
         state = self._states.get(device)
         if state is None:
             state = self._states[device] = DeviceState(self.frame, self.shape, device, self._tally.summary)
             log.info("counting on %s takes %.0f MB of its memory", device, state.total_bytes / 1e6)
-        self._operations.count_group(state, self.shape, group, layer, tensors, batch.lengths)
+        self._operations.count_group(state, self.shape, Group(sites, layer, tensors, batch.lengths))
         state.layers.add(layer)
         if index == 0:
             state.tokens[layer] += sum(batch.lengths)
-        if group == (MASSIVE_SITE,):
+        if sites == (MASSIVE_SITE,):
             for row, (sequence, length) in enumerate(zip(batch.sequences, batch.lengths, strict=True)):
                 self._massive(state, sequence, layer, tensors[0][row, :length])
 

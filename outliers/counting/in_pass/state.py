@@ -7,6 +7,7 @@ tensors, and how they become the arrays of a Summary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,18 @@ from outliers.spec import BLOCK
 HIGHEST, LOWEST = 2**31 - 1, -(2**31)
 KEY_BASE = {"bfloat16": LOWEST, "float16": LOWEST, "float32": 0}
 """A key of 16-bit values takes 32 bits without sign: it is kept less 2^31, which keeps the order."""
+
+
+class Group(NamedTuple):
+    """One layer of the sites that are counted together. tensors: of each site, (sequence, position, feature) int16 or int32 bits.
+
+    lengths: tokens of each sequence that are not padding.
+    """
+
+    sites: tuple[str, ...]
+    layer: int
+    tensors: tuple[torch.Tensor, ...]
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)

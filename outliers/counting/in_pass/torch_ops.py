@@ -9,20 +9,14 @@ import torch
 
 from outliers.counting.bits import PATTERNS
 from outliers.counting.in_pass.counter import PassShape
-from outliers.counting.in_pass.state import KEY_BASE, DeviceState, SiteState
+from outliers.counting.in_pass.state import KEY_BASE, DeviceState, Group, SiteState
 from outliers.counting.kernels.arguments import BFLOAT16, FLOAT16, FLOAT32, KEY_SHIFT, LAST_SOURCE
 from outliers.spec import BLOCK
 
 
-def count_group(
-    state: DeviceState,
-    shape: PassShape,
-    sites: tuple[str, ...],
-    layer: int,
-    tensors: tuple[torch.Tensor, ...],
-    lengths: tuple[int, ...],
-) -> None:
-    """Count one layer of the sites of a group. tensors: of each site, (sequence, position, feature) int16 or int32 bits."""
+def count_group(state: DeviceState, shape: PassShape, group: Group) -> None:
+    """Add a group to the state of its device."""
+    sites, layer, tensors, lengths = group
     for row, length in enumerate(lengths):
         magnitudes = []
         for site, tensor in zip(sites, tensors, strict=True):

@@ -11,7 +11,7 @@ import torch
 
 from outliers.counting.in_pass import triton_kernels as kernels
 from outliers.counting.in_pass.counter import PassShape
-from outliers.counting.in_pass.state import DeviceState
+from outliers.counting.in_pass.state import DeviceState, Group
 from outliers.counting.kernels.arguments import LAST_SOURCE
 from outliers.spec import BLOCK
 
@@ -19,31 +19,18 @@ MOMENT_COLUMNS = 32
 """Columns of a program that adds float sums: a warp's."""
 
 
-def count_group(
-    state: DeviceState,
-    shape: PassShape,
-    sites: tuple[str, ...],
-    layer: int,
-    tensors: tuple[torch.Tensor, ...],
-    lengths: tuple[int, ...],
-) -> None:
-    """Count one layer of the sites of a group, as `torch_ops.count_group` does."""
+def count_group(state: DeviceState, shape: PassShape, group: Group) -> None:
+    """Add a group to the state of its device, as `torch_ops.count_group` does."""
     if state.device.type == "cuda":
         # a launch goes to the current device, which is not that of every layer of a model that is split
         with torch.cuda.device(state.device):
-            _launch(state, shape, sites, layer, tensors, lengths)
+            _launch(state, shape, group)
     else:
-        _launch(state, shape, sites, layer, tensors, lengths)
+        _launch(state, shape, group)
 
 
-def _launch(
-    state: DeviceState,
-    shape: PassShape,
-    sites: tuple[str, ...],
-    layer: int,
-    tensors: tuple[torch.Tensor, ...],
-    lengths: tuple[int, ...],
-) -> None:
+def _launch(state: DeviceState, shape: PassShape, group: Group) -> None:
+    sites, layer, tensors, lengths = group
     frame, rules = state.frame, state.rules
     values = [tensor.contiguous() for tensor in tensors]
     one, other = state.sites[sites[0]], state.sites[sites[-1]]
