@@ -78,7 +78,7 @@ def merge_command(
                 )
             )
         return None
-    if merged.prepared.spec.formats.formats and not _have_formats(workspace, arguments, merged, console):
+    if merged.prepared.spec.formats.formats and not _have_formats(workspace, arguments, merged, out):
         return None
     steps = Steps(console)
     with steps.shown():
@@ -86,7 +86,7 @@ def merge_command(
     return make_outcome(merged.prepared, workspace, published=None, cached=False), merged.prepared
 
 
-def _have_formats(workspace: Workspace, arguments: argparse.Namespace, merged: Merged, console: Console) -> bool:
+def _have_formats(workspace: Workspace, arguments: argparse.Namespace, merged: Merged, out: Console) -> bool:
     """Join what the parts measured of formats; where some of it is missing, say how each part measures it."""
     from outliers.counting.summary_files import read_summary
     from outliers.quantization.joining import plan_of, write_joined
@@ -96,7 +96,7 @@ def _have_formats(workspace: Workspace, arguments: argparse.Namespace, merged: M
     if missing is None:
         return True
     line(
-        console,
+        out,
         "missing",
         f"the {missing} of formats of some parts. Send {merged.folder} to each, run there `python -m outliers formats study.json "
         "--sequences FIRST:STOP --summary FOLDER`, and merge again",

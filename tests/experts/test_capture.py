@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,82 +9,28 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import zarr
 
 from outliers.api import open_capture
-from outliers.capture import experts as capture_experts
 from outliers.capture.extract import extract
 from outliers.counting.analyze import analyze
 from outliers.counting.merge import merge_summaries
 from outliers.errors import BadInput, CorruptCapture
 from outliers.experts.sums import LADDER
-from outliers.experts.sums_files import load_sums, sums_path, write_sums
+from outliers.experts.sums_files import sums_path, write_sums
 from outliers.experts.table import FIELDS
 from outliers.experts.totals_files import read_totals
 from outliers.spec import StudySpec
 from outliers.steps import capture_exists
 from outliers.store.chunks import Journal
-from outliers.store.fingerprint import layout_from, read_fingerprint
+from outliers.store.fingerprint import read_fingerprint
 from outliers.store.verify import verify
 from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests.support import expert_oracle as oracle
 from tests.support import tiny
 from tests.support.captured import prepared
+from tests.support.expert_captures import BATCH, arrays_of, layout_in, model_of, same_arrays, sums_in
 from tests.support.synthetic import Silent
-
-BATCH = {"batch_sequences": 2, "sites": ("attn_in", "mlp_in")}
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory):
-    """Texts of other lengths: padding in every batch."""
-    folder = tmp_path_factory.mktemp("documents")
-    text = "Tokens go to experts; some more than others, and some to none.\n" * 4
-    for number, length in enumerate((200, 5, 9, 32, 25, 61)):
-        (folder / f"{number}.txt").write_text(text[number * 7 :][:length])
-    return folder
-
-
-def model_of(folder, family, dtype="float32"):
-    """A saved tiny model whose tokens are routed apart."""
-    made = oracle.build(family, "eager", getattr(torch, dtype))
-    made.save_pretrained(folder)
-    tiny.save_tokenizer(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def deepseek(tmp_path_factory):
-    """Three layers of which the first is dense, four experts, two of them a token, and a shared one."""
-    return model_of(tmp_path_factory.mktemp("deepseek"), "DeepseekV3")
-
-
-@pytest.fixture
-def study(tmp_path, deepseek, documents):
-    workspace = open_workspace(tmp_path / "workspace")
-    packed = {"packing": "documents", "bos": "never"}
-    return workspace, prepared(workspace, deepseek, documents, sequences=6, length=32, capture=BATCH, corpus=packed)
-
-
-def arrays_of(workspace, study):
-    group = zarr.open_group(workspace.capture(study.capture_id) / "activations.zarr", mode="r")
-    return {name: group[name][:] for name in FIELDS if name in group}, group["lengths"][:], group["token_ids"][:]
-
-
-def layout_in(workspace, study):
-    return layout_from(read_fingerprint(workspace.capture(study.capture_id)))
-
-
-def sums_in(workspace, study):
-    layout = layout_in(workspace, study)
-    return load_sums(workspace.capture(study.capture_id), layout.experts, range(layout.num_sequences))
-
-
-def same_arrays(one, other):
-    for name, value in one.__dict__.items():
-        if isinstance(value, np.ndarray):
-            assert value.tobytes() == getattr(other, name).tobytes(), name
 
 
 @pytest.mark.parametrize("family", ["DeepseekV3", "Qwen2Moe", "GptOss", "Llama4"])
@@ -217,83 +157,6 @@ def test_the_routing_table_is_lazy_arrays_of_the_very_values(study, deepseek, do
         open_capture(off.capture_id, workspace.root, part="sums")
 
 
-class Stop(Exception):
-    """Ends a pass where a test says."""
-
-
-@pytest.mark.parametrize("saves", [0.0, 1e9], ids=["sums saved after each batch", "sums saved at the end"])
-def test_an_interrupted_reading_ends_as_one_that_was_not(monkeypatch, tmp_path, study, deepseek, saves):
-    """Stopped in the middle of each batch in turn, it ends with the bits of an uninterrupted one, sums included."""
-    workspace, whole = study
-    extract(whole, workspace, Silent())
-    monkeypatch.setattr(capture_experts, "SAVE_SECONDS", saves)
-    monkeypatch.setattr(capture_experts, "SAVE_SHARE", 0)
-    other = open_workspace(tmp_path / "other")
-    prepare(whole.spec, other)
-    real, calls = capture_experts.add_layer, []
-
-    def failing(*arguments):
-        calls.append(None)
-        if len(calls) in (3, 6, 8):
-            raise Stop
-        real(*arguments)
-
-    monkeypatch.setattr(capture_experts, "add_layer", failing)
-    stops = 0
-    while True:
-        try:
-            extract(whole, other, Silent())
-            break
-        except Stop:
-            stops += 1
-    assert stops == 3
-    same_arrays(sums_in(workspace, whole), sums_in(other, whole))
-    for one, two in zip(arrays_of(workspace, whole)[0].values(), arrays_of(other, whole)[0].values(), strict=True):
-        assert one.tobytes() == two.tobytes()
-    assert capture_exists(whole, other)
-
-
-def test_eager_experts_are_counted_as_they_are_computed_and_stopped_readings_go_on(monkeypatch, tmp_path, study):
-    """The bits of a capture that waits for each layer's end, also where it is stopped in the middle of a layer, or mended."""
-    _, whole = study
-    eager = whole.model_copy(update={"model": whole.model.model_copy(update={"experts_implementation": "eager"})})
-    real, given, left = capture_experts.ExpertStream.add, [], [1 << 30]
-
-    def add(self, *arguments):
-        given.append(None)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stop
-        real(self, *arguments)
-
-    def captured(name):
-        workspace = open_workspace(tmp_path / name)
-        prepare(eager.spec, workspace)
-        extract(eager, workspace, Silent())
-        return workspace
-
-    monkeypatch.setattr(capture_experts.ExpertStream, "add", add)
-    waits = capture_experts.ExpertWatch
-    with monkeypatch.context() as patch:
-        patch.setattr(capture_experts, "ExpertWatch", lambda *arguments: waits(*arguments[:4]))
-        one = captured("waits")
-    assert not given
-    spaces = [captured("streams")]
-    assert len(given) > 6
-    for number in (3, len(given) - 2):
-        left[0] = number
-        with pytest.raises(Stop):
-            captured(f"stopped {number}")
-        spaces.append(captured(f"stopped {number}"))
-    chunk = next((spaces[0].capture(eager.capture_id) / "activations.zarr" / "mlp_in").rglob("c.*"))
-    chunk.unlink()  # of a batch that is in the sums already: its table alone is written again
-    extract(eager, spaces[0], Silent())
-    for other in spaces:
-        same_arrays(sums_in(one, eager), sums_in(other, eager))
-        for mine, theirs in zip(arrays_of(one, eager)[0].values(), arrays_of(other, eager)[0].values(), strict=True):
-            assert mine.tobytes() == theirs.tobytes()
-
-
 def test_parts_on_their_own_machines_join_to_the_whole(tmp_path, study, deepseek):
     workspace, whole = study
     extract(whole, workspace, Silent())
@@ -385,43 +248,6 @@ def test_a_capture_that_begins_anew_takes_no_sums_of_the_former_one(study):
         (folder / name).unlink()
     extract(whole, workspace, Silent())
     same_arrays(good, sums_in(workspace, whole))
-
-
-@pytest.mark.studies
-def test_a_kill_at_any_instant_changes_nothing(tmp_path, study, deepseek):
-    """SIGKILL while a process reads, ten times; then it is left to end."""
-    workspace, whole = study
-    extract(whole, workspace, Silent())
-    other = open_workspace(tmp_path / "killed")
-    prepare(whole.spec, other)
-    spec = tmp_path / "study.json"
-    spec.write_text(whole.model_dump_json())
-    program = (
-        "import sys; from pathlib import Path; from outliers.capture import experts;"
-        "from outliers.capture.extract import extract;"
-        "from outliers.study.prepare import read_prepared; from outliers.workspace import open_workspace;"
-        "from tests.support.synthetic import Silent; experts.SAVE_SECONDS = 0; experts.SAVE_SHARE = 0;"
-        "w = open_workspace(Path(sys.argv[2])); print('ready', flush=True);"
-        "extract(read_prepared(Path(sys.argv[1]), w), w, Silent())"
-    )
-    chance, folder = random.Random(0), other.capture(whole.capture_id)
-    for _ in range(3):
-        child = subprocess.Popen(
-            [sys.executable, "-c", program, str(spec), str(other.root)], stdout=subprocess.PIPE, env=dict(os.environ)
-        )
-        child.stdout.readline()
-        strikes = [lambda: (folder / "experts").exists(), lambda: (folder / "journal.jsonl").exists()]
-        now, until = chance.choice(strikes), time.monotonic() + 20
-        while child.poll() is None and not now() and time.monotonic() < until:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.1))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
-    extract(whole, other, Silent())
-    same_arrays(sums_in(workspace, whole), sums_in(other, whole))
-    one, two = (read_totals(analyze(whole, home, Silent())) for home in (workspace, other))
-    same_arrays(one, two)
 
 
 def test_what_a_model_has_not_is_refused_before_anything_is_read(tmp_path, deepseek, documents):

@@ -3,127 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from outliers.errors import CaptureError, CorruptCapture, SummaryMismatch
-from outliers.experts import sums_files
-from outliers.experts.count import _add_sequence, count_experts
-from outliers.experts.sums import LADDER, ExpertSums
-from outliers.experts.sums_files import choose, has_sums, sums_path, write_sums
-from outliers.experts.table import FIELDS, MARGIN, ExpertShapes
+from outliers.experts.count import _add_sequence
+from outliers.experts.sums import LADDER
+from outliers.experts.sums_files import choose, has_sums, sums_path
+from outliers.experts.table import MARGIN
 from outliers.experts.totals import OUTPUTS_KEPT, ExpertTotals
 from outliers.experts.totals_files import read_totals, write_totals
 from outliers.results.routing import mean_weight_sums, weight_sums
-from outliers.store.chunks import ChunkFiles, create_arrays
-from outliers.store.durable import Unsynced
-from outliers.study.layout import STORAGE, Layout
-
-SHAPES = ExpertShapes(layers=(1, 2), experts=5, slots=2, width=6, shared_widths=(4,), hidden=8)
-SEQUENCES, POSITIONS = 6, 40
-LENGTHS = np.array([40, 1, 17, 40, 33, 8], np.int32)
-
-
-def layout(shapes=SHAPES, dtype="float32"):
-    return Layout(
-        widths={"mlp_in": shapes.hidden},
-        layers=(0, 1, 2),
-        num_sequences=SEQUENCES,
-        positions=POSITIONS,
-        dtype=dtype,
-        codec="none",
-        chunk_bytes=POSITIONS * shapes.hidden * 2,
-        experts=shapes,
-    )
-
-
-def made_up(shapes, rng, ties=True):
-    """A table for every sequence: field -> (layer, sequence, position, slot), filled where there is no token."""
-    table = {}
-    for name in shapes.fields:
-        dtype, fill = FIELDS[name]
-        table[name] = np.full((len(shapes.layers), SEQUENCES, POSITIONS, shapes.slots_of(name)), fill, dtype)
-    for layer in range(len(shapes.layers)):
-        for sequence, length in enumerate(LENGTHS):
-            for position in range(length):
-                # expert 4 of the first layer is never chosen
-                routed = rng.permutation(4 if layer == 0 else 5)[: shapes.slots]
-                numbers = [*routed, *range(shapes.experts, shapes.all_experts)]
-                at = layer, sequence, position
-                table["expert"][at] = numbers
-                table["expert_weight"][at] = rng.random(len(numbers), np.float32)
-                table[MARGIN][at] = rng.random()
-                if shapes.values:
-                    values = rng.integers(1, 9, len(numbers)) if ties else rng.random(len(numbers)) * 100
-                    table["expert_down_in"][at] = values
-                    table["expert_down_in_column"][at] = rng.integers(0, 4, len(numbers))
-                    table["expert_output"][at] = values[::-1]
-                    table["expert_output_channel"][at] = rng.integers(0, 8, len(numbers))
-                    if rng.random() < 0.05:
-                        table["expert_output"][at] = np.nan
-    return table
-
-
-def made_sums(shapes, sequences, rng, table):
-    sums = ExpertSums.zero(shapes)
-    sums.sequences = np.array(sequences, np.int64)
-    for sequence in sequences:
-        for at in np.ndindex(len(shapes.layers), int(LENGTHS[sequence]), shapes.all_slots):
-            sums.rows[at[0], table["expert"][at[0], sequence, at[1], at[2]]] += 1
-    sums.total += rng.random(sums.total.shape)
-    sums.low[:] = rng.random(sums.low.shape)
-    sums.histogram[:, 77] = rng.integers(0, 9, 2)
-    return sums
-
-
-@pytest.fixture(params=["float32", "bfloat16", "routing", "applied"])
-def capture(request, tmp_path):
-    """A capture on disk with a made-up routing: its folder, layout, journal lines, table and the values of mlp_in."""
-    rng = np.random.default_rng(0)
-    shapes = SHAPES
-    if request.param == "routing":
-        shapes = replace(SHAPES, values=False, shared_widths=())
-    if request.param == "applied":
-        shapes = replace(SHAPES, applied=True)
-    plan = layout(shapes, "bfloat16" if request.param in ("bfloat16", "applied") else "float32")
-    folder = tmp_path / "capture"
-    folder.mkdir()
-    ids = np.zeros((SEQUENCES, POSITIONS), np.int32)
-    create_arrays(folder, plan, ids, LENGTHS)
-    files, table = ChunkFiles(folder, plan), made_up(shapes, rng)
-    single = rng.standard_normal((3, SEQUENCES, POSITIONS, shapes.hidden)).astype(np.float32)
-    single[0, 0, 0, 0] = np.inf
-    single[1, 2, 3, 1] = np.nan
-    bits = (single.view(np.uint32) >> 16).astype(np.uint16)
-    stored = single if plan.dtype == "float32" else bits
-    exact = single if plan.dtype == "float32" else (bits.astype(np.uint32) << 16).view(np.float32)
-    lines = {}
-    unsynced = Unsynced(files.root)
-    for sequence, length in enumerate(LENGTHS):
-        crcs = {}
-        for name in shapes.fields:
-            crcs[name] = [files.write_table(name, sequence, table[name][:, sequence], unsynced)[0][0]]
-        chunks = []
-        for layer in range(3):
-            values = np.ascontiguousarray(stored[layer, sequence, :length]).view(STORAGE[plan.dtype])
-            chunks += files.write("mlp_in", layer, sequence, values, unsynced)
-        crcs["mlp_in"] = np.array([crc for crc, _ in chunks], np.uint32)
-        lines[sequence] = {"sequence": sequence, "crc32": crcs}
-    unsynced.sync()
-    if shapes.values:
-        for number, span in enumerate((range(4), range(4, 6))):
-            write_sums(sums_path(folder, span), made_sums(shapes, span, np.random.default_rng(number), table))
-    marks = rng.random((SEQUENCES, 2, POSITIONS)) < 0.3
-    return folder, plan, lines, table, exact, marks
-
-
-def count(capture, wanted=range(SEQUENCES)):
-    folder, plan, lines, _, _, marks = capture
-    rows = np.array(wanted)
-    return count_experts("s", folder, plan, lines, wanted, LENGTHS[rows], marks[rows], lambda done: None)
+from outliers.store.chunks import ChunkFiles
+from tests.support.expert_tables import LENGTHS, SEQUENCES, count
 
 
 def test_counts_are_those_of_a_loop_over_tokens_and_slots(capture):
@@ -282,87 +176,6 @@ def test_a_capture_that_lacks_sums_or_has_changed_bytes_is_refused(capture):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(CorruptCapture, match="its bytes changed"):
         count(capture, range(4))
-
-
-def test_a_damaged_file_of_sums_counts_as_absent(capture):
-    folder, plan, _, _, _, _ = capture
-    if not plan.experts.values:
-        return
-    path = sums_path(folder, range(4))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert not has_sums(folder, plan.experts, range(4))
-
-
-def test_whether_sums_are_there_is_asked_without_reading_them(capture, monkeypatch):
-    """A file that is as it was when it was written is not opened; any write into it is noticed."""
-    folder, plan, _, _, _, _ = capture
-    if not plan.experts.values:
-        return
-    wanted, path, read = range(SEQUENCES), sums_path(folder, range(4)), []
-
-    def counted(*arguments, **options):
-        read.append(arguments[0])
-        return load(*arguments, **options)
-
-    load = np.load
-    monkeypatch.setattr(sums_files.np, "load", counted)
-    assert has_sums(folder, plan.experts, wanted) and read == []
-    note, times = path.with_suffix(".json"), path.stat()
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # a time that a program can't set has changed
-    assert has_sums(folder, plan.experts, wanted) and read == [path]
-    assert has_sums(folder, plan.experts, wanted) and read == [path], "it was found whole, and noted"
-    note.write_text(note.read_text().replace('"bytes"', '"bites"'))
-    assert has_sums(folder, plan.experts, wanted) and read == [path, path], (
-        "a note that is not what was written counts for nothing"
-    )
-    note.unlink()
-    other = replace(plan.experts, width=plan.experts.width + 1)
-    assert not has_sums(folder, other, wanted) and has_sums(folder, plan.experts, wanted)
-    assert not has_sums(folder, other, wanted), "what is noted is of the shapes too"
-
-
-def test_damage_that_no_time_shows_is_found_when_sums_are_counted_and_read_again(capture, monkeypatch):
-    """A disk that gives other bytes: counting says what lacks, and the next question no longer says that the sums are there."""
-    folder, plan, _, _, _, _ = capture
-    if not plan.experts.values:
-        return
-    path = sums_path(folder, range(4))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    sums_files.write_sealed(path.with_suffix(".json"), sums_files._noted(path, plan.experts, [0, 1, 2, 3]))
-    assert has_sums(folder, plan.experts, range(SEQUENCES))
-    with pytest.raises(CaptureError, match="of 4 of 6 sequences: extract again"):
-        count(capture)
-    assert not has_sums(folder, plan.experts, range(SEQUENCES))
-    assert len(choose(folder, plan.experts, range(SEQUENCES))) == 1, "the sequences are read again"
-
-
-def test_sums_are_joined_in_place_to_the_same_bits(capture):
-    folder, plan, _, _, _, _ = capture
-    if not plan.experts.values:
-        return
-    one, two = (sums_files.read_sums(sums_path(folder, span), plan.experts) for span in (range(4), range(4, 6)))
-    wanted, arrays = one.merged(two), one.total
-    joined = one.joined(two)
-    assert joined.total is arrays
-    for name, value in vars(wanted).items():
-        assert name == "shapes" or value.tobytes() == getattr(joined, name).tobytes(), name
-
-
-def test_sums_of_other_tokens_than_the_routing_are_refused(capture):
-    """A sequence twice, or not at all, in sums that name it."""
-    folder, plan, _, table, _, _ = capture
-    if not plan.experts.values:
-        return
-    for sequences in ((0, 1, 2), (0, 1, 2, 3, 3)):
-        sums = made_sums(plan.experts, sequences, np.random.default_rng(0), table)
-        sums.sequences = np.arange(4)
-        write_sums(sums_path(folder, range(4)), sums)
-        with pytest.raises(CorruptCapture, match="sums of other tokens than the routing"):
-            count(capture)
 
 
 def test_many_tokens_do_not_overflow_the_sum_of_weights(capture):
