@@ -7,6 +7,8 @@ A table has whole values and one row a line, also in a pipe and where the termin
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 from typing import IO
 
 from rich.console import Console
@@ -24,6 +26,14 @@ class Answers(Console):
         super().__init__(file=file, markup=False, emoji=False, highlight=False, soft_wrap=True, width=WIDEST)
         self.plain: bool = getattr(arguments, "plain", False)
         """Whether the cells of tables are separated by tabs."""
+
+    def prose(self, text: str, columns: int | None = None) -> None:
+        """Print a paragraph, broken between words on a terminal, in one line elsewhere. columns: its width."""
+        if self.is_terminal:
+            text = textwrap.fill(
+                text, columns or shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
+            )
+        self.print(text)
 
     def table(self, table: Table) -> None:
         """Print a table; with --plain a line of names and a line for each row."""

@@ -140,10 +140,10 @@ def show_outcome(console: Answers, outcome: Outcome, held: int, answer: str) -> 
     if count > TABLE_ROWS:
         console.print(f"and {count - TABLE_ROWS} more, in the report")
     for text in outcome.remarks():
-        console.print(Text(visible(text)), soft_wrap=True)
+        console.prose(visible(text))
     if outcome.verdict:
         console.print()
-        console.print(Text(visible(outcome.verdict)), soft_wrap=True)
+        console.prose(visible(outcome.verdict))
         console.print()
     line(console, "report", outcome.report)
     if outcome.probe:

@@ -154,7 +154,7 @@ def show_advice(console: Answers, found: Probed, advice: Any) -> None:
         )
     console.table(table)
     console.print()
-    console.print(Text(visible(advice.paragraph)), soft_wrap=True)
+    console.prose(visible(advice.paragraph))
     for item in advice.not_tried:
         console.print(Text(visible(f"  {item}")), soft_wrap=True)
     console.print()

@@ -299,7 +299,7 @@ def _show(console: Answers, run: Run, rows: list[dict[str, Any]], arguments: arg
         console.table(feature_table(found))
     if run.verdict is not None:
         console.print()
-        console.print(Text(run.verdict), soft_wrap=True)
+        console.prose(run.verdict)
     console.print()
     if rows:
         console.table(_row_table(rows[:ROWS], summary))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import subprocess
@@ -58,6 +59,19 @@ def test_a_slip_ends_with_what_was_meant(words, said, capsys):
     assert end.value.code == 2
     printed = capsys.readouterr()
     assert (printed.out, said in printed.err) == ("", True), printed.err
+
+
+def test_a_paragraph_is_broken_between_words_on_a_terminal_alone(capsys, monkeypatch):
+    text = "perplexity 40.63 untouched. " * 20
+    Answers().prose(text)
+    assert capsys.readouterr().out == text + "\n"
+    shown = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    answers = Answers(file=shown)
+    monkeypatch.setattr(type(answers), "is_terminal", True)
+    answers.prose(text, columns=50)
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= 50 and " ".join(lines).split() == text.split()
 
 
 def example() -> Table:
