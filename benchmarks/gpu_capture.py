@@ -7,10 +7,10 @@
 
 Its parts, each of which can be asked for alone (--parts):
 
-    costs     a bare pass, hooks, copies, the capture to disk; every tensor on the disk beside the model's own (`gpu_costs`)
+    costs     a bare pass, hooks, copies, the capture to disk; whether the disk has every tensor of the model (`gpu_costs`)
     waits     how often a pass waits for the GPU, and whether hooks add to that (`gpu_waits`)
-    kernels   the counts of the device's kernels beside the processor's, microseconds a layer (`gpu_kernels`)
-    study     a capture twice, one that is killed and resumed, batches of 1, 4 and 8, memory beside the plan (`gpu_study`)
+    kernels   the counts of the device's kernels compared with the processor's, microseconds a layer (`gpu_kernels`)
+    study     a capture twice, one that is killed and resumed, batches of 1, 4 and 8, memory compared with the plan (`gpu_study`)
 
 With several GPUs the costs are measured again with the model split over two. A part that the time (--seconds) no longer allows
 is left out by name. After the figures it says what each of them decides, and whether that holds.

@@ -1,4 +1,4 @@
-"""What counting in the forward pass costs, beside capturing and then counting, on the same tokens.
+"""What counting in the forward pass costs, compared with capturing and then counting, on the same tokens.
 
     python -m benchmarks.in_pass                    SmolLM2, 8 sequences of 512 tokens, two minutes
     python -m benchmarks.in_pass --sequences 2 --length 64 --rounds 1 --json figures.json
@@ -152,7 +152,9 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what counting in the forward pass costs, beside a stored capture")
+    parser = argparse.ArgumentParser(
+        description="what counting in the forward pass costs, compared with a stored capture"
+    )
     parser.add_argument("--model", default="builtin:smollm2")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)

@@ -1,4 +1,4 @@
-"""A capture a layer at a time beside the whole pass: the most memory, the time, and whether every file is the same.
+"""A capture a layer at a time compared with the whole pass: the most memory, the time, and whether every file is the same.
 
     python -m benchmarks.layers                       a dense model and a mixture, 24 layers of 40 MB each; some minutes
     python -m benchmarks.layers --layers 48 --json figures.json

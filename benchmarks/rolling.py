@@ -1,4 +1,4 @@
-"""What --store rolling takes of the disk and the memory while a corpus grows, and how long it lasts beside the full store.
+"""What --store rolling takes of the disk and the memory while a corpus grows, and how long it takes compared with the full store.
 
     python -m benchmarks.rolling                       a few minutes
     python -m benchmarks.rolling --tokens 1000000      shorter
