@@ -1,16 +1,19 @@
-"""The command `outliers`: study, probe, advise, plan, sweep, runs, export, atlas, merge, models, machines, captures, verify.
+"""The command `outliers`: its verbs (`parser.COMMANDS` has them all), and how a study is refused, answered or run.
 
 Bad input is refused, and a finished study answered, before Prefect is imported.
-Exit codes: 0 done, 2 refused before anything ran, 1 failed.
+Exit codes: 0 done, 2 refused before anything ran, 1 failed, 130 ended by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import os
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flows.cli.exit_codes import DONE, FAILED, REFUSED
@@ -33,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         print("the command needs the control side: pip install 'outlier-features[flows]'", file=sys.stderr)
         return REFUSED
     words = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        from flows.cli.completion import answer, asked_words
+
+        answer(build_parser(asked_words()))
     arguments = build_parser(words).parse_args(words or ["--help"])
     from rich.console import Console
     from rich.text import Text
@@ -57,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         "machines": others.machines_command,
         "probe": probe_command,
         "advise": others.advise_command,
+        "completion": others.completion_command,
     }
     from flows.cli import interrupt
 
@@ -89,6 +97,17 @@ def study_command(arguments: argparse.Namespace, console: Console, argv: list[st
     return _run(spec, arguments, console, argv)
 
 
+@contextlib.contextmanager
+def nothing_ran() -> Iterator[None]:
+    """Every error of the block is a refusal: keys that are missing, a hub or a store that does not answer, damaged results."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except OutliersError as error:
+        raise BadInput(str(error)) from error
+
+
 def _run(spec: StudySpec, arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """Answer a study that is finished, or check it and run it."""
     from flows.cli.console import busy, library_lines
@@ -100,7 +119,7 @@ def _run(spec: StudySpec, arguments: argparse.Namespace, console: Console, argv:
     from flows.cli.machines import warn_of_overdue
 
     warn_of_overdue(workspace, console)
-    with busy(console, "looking at the model, the corpus and the target"):
+    with nothing_ran(), busy(console, "looking at the model, the corpus and the target"):
         prepared = _prepare(spec, workspace, console)
         with library_lines(console):
             outcome = find_outcome(prepared, workspace)
@@ -187,7 +206,7 @@ def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, a
 
 def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console: Console, *, as_json: bool) -> None:
     from flows.cli.answers import Answers
-    from flows.cli.console import show_outcome
+    from flows.cli.console import next_commands, show_outcome
     from outliers.files.atomic import held_bytes
     from outliers.study.parts import captures_of_shards
 
@@ -202,7 +221,7 @@ def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console:
         f"{100 * criteria.layer_fraction:g}% of {len(prepared.layers)} layers and {100 * criteria.position_fraction:g}% of "
         f"{prepared.corpus.num_tokens:,} tokens"
     )
-    show_outcome(Answers(), outcome, held, answer)
+    show_outcome(Answers(), outcome, held, answer, next_commands(outcome, prepared.spec.compute.workspace))
     _show_kept(prepared, workspace, console)
 
 

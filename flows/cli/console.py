@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import shlex
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
+    TimeElapsedColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
 from flows.cli.answers import Answers
 from outliers.events.event import Event
-from outliers.units import format_seconds
+from outliers.units import clip, format_seconds
 from outliers.untrusted.visible import visible
 
 if TYPE_CHECKING:
@@ -33,15 +38,20 @@ if TYPE_CHECKING:
 TABLE_ROWS = 30
 PLAN_OFFERS = 8
 MB = 1_000_000
+RATE_SECONDS = 5.0
+"""How long a step runs before the time that is left is shown."""
+PHASE_COLUMNS = 16
+"""Columns of a phase's line that its spinner and its time take."""
 
 
 @contextlib.contextmanager
 def busy(console: Console, text: str) -> Iterator[None]:
-    """Show a spinner while the block runs, on a terminal."""
-    if console.is_terminal:
-        with console.status(Text(text)):
-            yield
-    else:
+    """Show a spinner and the time that has passed while the block runs, on a terminal."""
+    if not console.is_terminal:
+        yield
+        return
+    with _phase_line(console) as shown:
+        shown.add_task(text, total=None)
         yield
 
 
@@ -68,8 +78,29 @@ class _Visible(logging.Formatter):
         return visible(super().format(record))
 
 
+def _phase_line(console: Console) -> Progress:
+    """One line that goes when it ends: a spinner, what is done, and for how long."""
+    words = TextColumn("{task.description}", markup=False)
+    return Progress(SpinnerColumn(), words, TimeElapsedColumn(), console=console, transient=True)
+
+
+class Remaining(ProgressColumn):
+    """The time that is left, once a step has run long enough for a rate: what the first tenth of a minute promises is wrong."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """Empty before there is a rate and after the end."""
+        long_enough = task.finished or (task.elapsed or 0.0) >= RATE_SECONDS
+        left = task.time_remaining if long_enough and not task.finished else None
+        return Text("" if left is None else f"{format_seconds(left)} left", style="progress.remaining")
+
+
 class Steps:
-    """Progress bars of the steps of a study, fed with the events of its jobs."""
+    """Progress bars of the steps of a study, fed with the events of its jobs, and a line of what has no bar yet.
+
+    Loading weights, compiling and dequantizing count nothing: the line has the step's last message and its age.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -79,9 +110,14 @@ class Steps:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}", markup=False),
-            TimeRemainingColumn(),
+            TimeElapsedColumn(),
+            Remaining(),
             console=console,
         )
+        self._phase = _phase_line(console)
+        self._now: TaskID | None = None
+        # the tasks of several parts speak at once
+        self._lock = threading.Lock()
         self._bars: dict[str, TaskID] = {}
         self._tenth: dict[str, int] = {}
 
@@ -91,19 +127,34 @@ class Steps:
         if not self.console.is_terminal:
             yield
             return
-        with self._progress:
-            yield
+        with Live(Group(self._progress, self._phase), console=self.console, refresh_per_second=8, transient=False):
+            try:
+                yield
+            finally:
+                self._say(None)
 
     def listen(self, step: str, event: Event) -> None:
         """One event of a job; a listener for `StudyRun.listen`."""
         if event.kind == "log":
             self.console.print(Text(f"  {step}: {event.message}", style="" if event.level == "info" else "yellow"))
+            self._say(f"{step}: {event.message}")
         elif event.kind == "progress" and event.total:
+            # a bar that is full says nothing of what follows it
+            self._say(step if event.done >= event.total else None)
             event = _readable(event)
             if self.console.is_terminal:
                 self._bar(event)
             else:
                 self._line(event)
+
+    def _say(self, text: str | None) -> None:
+        """Show `text` and, from now on, its age below the bars; None shows nothing."""
+        with self._lock:
+            if self._now is not None:
+                self._phase.remove_task(self._now)
+                self._now = None
+            if text is not None and self.console.is_terminal:
+                self._now = self._phase.add_task(clip(visible(text), self.console.width - PHASE_COLUMNS), total=None)
 
     def _bar(self, event: Event) -> None:
         if event.step not in self._bars:
@@ -125,8 +176,22 @@ def _readable(event: Event) -> Event:
     return replace(event, done=-(-event.done // MB), total=-(-event.total // MB), unit="MB")
 
 
-def show_outcome(console: Answers, outcome: Outcome, held: int, answer: str) -> None:
-    """The answer, the table, and where everything is. `held`: bytes of the capture on disk; `answer`: the rule in words."""
+def next_commands(outcome: Outcome, workspace: str | None) -> list[str]:
+    """What a person may ask next of a finished study, as commands. workspace: the folder that was given, None for the default."""
+    study, place = outcome.study_id, f" --workspace {shlex.quote(workspace)}" if workspace else ""
+    feature = f" --feature {outcome.systematic[0]['feature']}" if outcome.systematic else ""
+    found = [f"outliers runs show {study}{feature}{place}"]
+    if outcome.verdict is None:
+        return [*found, f"outliers probe {study} --check{place}"]
+    found.append(f"outliers advise {study} --budget 0.1{place}")
+    return [*found, f"outliers export {study} --to llm-compressor --out recipe.yaml{place}"]
+
+
+def show_outcome(console: Answers, outcome: Outcome, held: int, answer: str, commands: Sequence[str] = ()) -> None:
+    """The answer, the table, and where everything is.
+
+    held: bytes of the capture on disk. answer: the rule in words. commands: what may be asked next.
+    """
     count = len(outcome.systematic)
     console.print()
     if outcome.cached:
@@ -153,6 +218,8 @@ def show_outcome(console: Answers, outcome: Outcome, held: int, answer: str) -> 
         line(console, "published", f"{outcome.published} ({outcome.published_bytes / 1000:.0f} KB)")
     if held:
         line(console, "capture", f"{outcome.capture_id}, {size(held)} (`outliers captures rm` frees it)")
+    for number, command in enumerate(commands):
+        line(console, "" if number else "next", command)
 
 
 def line(console: Console, name: str, text: str, style: str = "") -> None:

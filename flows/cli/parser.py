@@ -72,6 +72,9 @@ COMMANDS = {
         "say what of a probed study's model can be quantized, how, and what must be left alone",
         "flows.cli.probes:add_advise_parser",
     ),
+    "completion": Command(
+        "print what makes a shell complete the command", "flows.cli.completion:add_completion_parser"
+    ),
 }
 
 _CHOICE = re.compile(r"invalid choice: '(?P<given>[^']*)' \(choose from (?P<known>.*)\)")

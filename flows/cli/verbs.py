@@ -97,3 +97,11 @@ def export_command(arguments: argparse.Namespace, console: Console, argv: list[s
 
     export(open_workspace(arguments.workspace), arguments, console)
     return DONE
+
+
+def completion_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers completion`."""
+    from flows.cli.completion import script
+
+    print(script(arguments.shell))
+    return DONE

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from outliers.errors import BadInput, PlanRefused
 from outliers.hardware import GB, Facts, Gpu, is_named_like
 from outliers.machines.base import Excluded, MachineRequest, Offer, fits
+from outliers.units import clip
 
 PROVIDER = "sky"
 USAGE_VARIABLE = "SKYPILOT_DISABLE_USAGE_COLLECTION"
@@ -159,13 +160,17 @@ def known_clouds() -> tuple[str, ...]:
     return tuple(cloud for cloud in constants.ALL_CLOUDS if cloud not in _OWN_CATALOGS)
 
 
+_WHY_CHARACTERS = 150
+"""Of a library's reason why a catalog can't be read: one line at a terminal."""
+
+
 def read_rows(clouds: Iterable[str]) -> tuple[Row, ...]:
     """Every machine in the catalogs of `clouds`, by name: with CUDA GPUs, whole ones, and without any; no spot prices.
 
     Machines with arm64 processors are left out: nothing here was tried on one. A catalog that can't be read is left out and
     logged; PlanRefused where that is every one.
     """
-    names, rows, failed = tuple(clouds), list[Row](), list[str]()
+    names, rows, failed = tuple(clouds), list[Row](), dict[str, str]()
     import_sky()
     import requests
 
@@ -175,10 +180,15 @@ def read_rows(clouds: Iterable[str]) -> tuple[Row, ...]:
             with contextlib.redirect_stdout(io.StringIO()):
                 rows += _rows_of(cloud)
         except (requests.exceptions.RequestException, OSError, ValueError, KeyError) as error:
-            failed.append(f"{cloud} ({error})")
-            _log.warning("the catalog of %s can't be read: %s", cloud, error)
+            reached = not isinstance(error, requests.exceptions.ConnectionError)
+            failed[cloud] = (
+                clip(" ".join(str(error).split()), _WHY_CHARACTERS) if reached else "it can't be reached from here"
+            )
     if names and len(failed) == len(names):
-        raise PlanRefused(f"no catalog of prices can be read: {'; '.join(failed)}")
+        lines = "\n".join(f"  {cloud}: {why}" for cloud, why in failed.items())
+        raise PlanRefused(f"no catalog of prices can be read, so no machine can be chosen:\n{lines}")
+    for cloud, why in failed.items():
+        _log.warning("the catalog of %s can't be read: %s", cloud, why)
     return tuple(rows)
 
 

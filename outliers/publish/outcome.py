@@ -21,7 +21,15 @@ from outliers.publish.finished import Finished, read_finished
 from outliers.publish.probes import PAGE, find_probe, read_probe
 from outliers.publish.publish import fetch, model_slug, published_manifest
 from outliers.publish.reporting import alone, known_digest, render_again, write_study
-from outliers.results.answer import crowded, disagreement, perplexity_words, range_words, reading_counts, resampled
+from outliers.results.answer import (
+    crowded,
+    disagreement,
+    massive_words,
+    perplexity_words,
+    range_words,
+    reading_counts,
+    resampled,
+)
 from outliers.results.expert_words import expert_lines
 from outliers.results.schema import Perplexity, StudySummary, first_error
 from outliers.store.repair import is_repaired
@@ -58,6 +66,8 @@ class Outcome(BaseModel):
     """Range over resamples of the sequences of how many features are systematic; None for a single sequence."""
     readings: dict[str, int] = {}
     """How many features pass each of the four readings at the deciding site."""
+    massive: str | None = None
+    """The massive activations in one line, where `resid` was read."""
     experts: list[str] = []
     """Lines about the experts of a mixture: super experts, and how many have few tokens."""
     crowded: str | None = None
@@ -73,8 +83,8 @@ class Outcome(BaseModel):
         return disagreement(self.readings)
 
     def remarks(self) -> list[str]:
-        """Sentences that go with the answer: how stable it is, perplexity, and values that are not finite."""
-        found = [] if self.crowded is None else [self.crowded]
+        """Sentences that go with the answer: massive activations, how stable it is, perplexity, values that are not finite."""
+        found = [text for text in (self.crowded, self.massive) if text is not None]
         if self.interval is not None:
             found.append(range_words(*self.interval))
         if self.perplexity is not None:
@@ -214,6 +224,7 @@ def _outcome(
         perplexity=summary.perplexity,
         interval=resampled(summary),
         readings=reading_counts(summary),
+        massive=massive_words(summary),
         experts=expert_lines(summary.experts),
         crowded=crowded(summary),
         verdict=None if probe is None else probe.advice.paragraph,

@@ -12,6 +12,9 @@ from outliers.results.intervals import BEFORE
 from outliers.results.schema import Perplexity, StudySummary
 from outliers.spec import OWN_WIDTH_SITES, READINGS
 
+MAX_NAMED = 6
+"""Features of massive activations that a line names."""
+
 
 def reading_counts(summary: StudySummary) -> dict[str, int]:
     """How many features pass each of the four readings at the deciding site."""
@@ -48,6 +51,25 @@ def perplexity_words(found: Perplexity) -> str:
     if found.value is None:
         return f"perplexity beyond float64: exp of a mean loss of {loss:.6f} nats a token, over {tokens}"
     return f"perplexity {found.value:.6g} (mean loss {loss:.6f} nats a token), over {tokens}"
+
+
+def massive_words(summary: StudySummary) -> str | None:
+    """The massive activations at resid in one line; None where `resid` was not read."""
+    rows = summary.massive
+    if rows is None:
+        return None
+    total = len(rows) if summary.massive_count is None else summary.massive_count
+    if not total or not rows:
+        return "no massive activation at resid"
+    largest = max(rows, key=lambda row: abs(row.value))
+    features = list(dict.fromkeys(row.feature for row in sorted(rows, key=lambda row: -abs(row.value))))
+    named = ", ".join(str(feature) for feature in features[:MAX_NAMED])
+    more = f" and {len(features) - MAX_NAMED:,} more" if len(features) > MAX_NAMED else ""
+    listed = "" if total == len(rows) else f" of the largest {len(rows):,}"
+    return (
+        f"{total:,} massive activation{'' if total == 1 else 's'} at resid, the largest {largest.value:,.4g} in feature "
+        f"{largest.feature} at layer {largest.layer}; feature{'' if len(features) == 1 else 's'}{listed}: {named}{more}"
+    )
 
 
 def resampled(summary: StudySummary) -> tuple[int, int] | None:

@@ -125,6 +125,15 @@ def test_a_catalog_without_machines_says_what_to_do(real):
     )  # fmt: skip
 
 
+def test_clouds_that_can_not_be_reached_have_a_line_each(real):
+    kind, message = real["unreachable"]
+    assert kind == "PlanRefused"
+    head, *lines = message.split("\n")
+    assert "no catalog of prices can be read" in head
+    assert [line.split(":")[0].strip() for line in lines] == ["azure", "vast"]
+    assert all(len(line) < 200 for line in lines), message
+
+
 # What fits
 
 

@@ -134,6 +134,18 @@ def what_is_copied(sky, wanted) -> dict[str, Any]:
     }
 
 
+def unreachable() -> Any:
+    """What is said where catalogs are to be fetched and nobody answers."""
+    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    before = dict(os.environ)
+    os.environ.update(proxies)
+    try:
+        return raised(lambda: catalog.read_rows(("azure", "vast")))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def what_is_launched(sky, wanted) -> dict[str, Any]:
     """The last: from here on SkyPilot's server is ours."""
     key = HOME / ".lambda_cloud" / "lambda_keys"
@@ -142,6 +154,7 @@ def what_is_launched(sky, wanted) -> dict[str, Any]:
     report: dict[str, Any] = {"travelling_others": sky_engine.travelling_keys("runpod")}
     taken = taking_server(sky)
     report["no_rows"] = raised(lambda: catalog.candidates(MachineRequest(), ["kubernetes"]))
+    report["unreachable"] = unreachable()
     report["refused"] = raised(lambda: sky_engine.launch("abc", wanted, 1_801))
     report["taken_when_refused"] = [path for path, _ in taken if path == "/launch"]
     key.unlink()
