@@ -272,11 +272,11 @@ def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -
     found = read_fingerprint(folder)
     if found is None:
         _clear(folder)
-        create_arrays(folder, layout, corpus.token_ids, corpus.lengths)
+        create_arrays(folder, layout, corpus.ids, corpus.lengths)
         free = {
             "threads": torch.get_num_threads(),
             "batch_sequences": prepared.spec.capture.batch_sequences,
-            "sequence_texts": list(corpus.sequence_texts[: kept_sequences(prepared.spec)]),
+            "sequence_texts": [corpus.texts[number] for number in range(kept_sequences(prepared.spec))],
             "looked_for": list(LOOKED_FOR),
         }
         write_fingerprint(folder, {"fixed": fixed, "layout": shapes_of(layout), **free})
@@ -289,7 +289,7 @@ def _begin(prepared: Prepared, corpus: Corpus, folder: Path, devices: Devices) -
     # another number of threads sums in another order: the rest is computed with the first number
     torch.set_num_threads(found["threads"])
     layout = layout_from(found)
-    for name in mend_arrays(folder, layout, corpus.token_ids, corpus.lengths):
+    for name in mend_arrays(folder, layout, corpus.ids, corpus.lengths):
         log.warning("activations.zarr/%s was missing or changed: written again", name)
     return layout
 

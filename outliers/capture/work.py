@@ -76,7 +76,7 @@ class Work:
 
     def ids(self, run: range, positions: int) -> torch.Tensor:
         """(sequence, position) int64 token ids of a batch, on the device of the embedding."""
-        rows = self.corpus.token_ids[run.start : run.stop, :positions].astype(np.int64)
+        rows = self.corpus.ids[run.start : run.stop][:, :positions].astype(np.int64)
         return torch.from_numpy(rows).to(self.devices.first)
 
     def staging(self, todo: int) -> StagingBuffer:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from outliers.corpus.rows import IntRows, RowFile, TextRows, Texts
 from outliers.errors import CorpusError
 from outliers.files.sealed import changed_files, read_sealed
 from outliers.workspace import Workspace
@@ -72,42 +73,60 @@ class TokenNames:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus in memory.
+    """A corpus, in its files or in memory.
 
-    `token_ids`: (sequence, position) int32. `lengths`: (sequence,) int32, tokens that are not padding.
-    `starts`: (sequence, position) int32, where each token begins in its sequence's text, in characters.
-    `sequence_texts`: the text of each sequence. `names`: how the tokens are called that the text does not show.
+    `ids`: (sequence, position) int32 of which some sequences are read at a time. `lengths`: (sequence,) int32, tokens that are
+    not padding. `starts`: (sequence, position) int32, where each token begins in its sequence's text, in characters.
+    `texts`: the text of each sequence. `names`: how the tokens are called that the text does not show.
     """
 
     info: CorpusInfo
-    token_ids: NDArray[np.int32]
+    ids: IntRows
     lengths: NDArray[np.int32]
-    starts: NDArray[np.int32]
-    sequence_texts: tuple[str, ...]
+    starts: IntRows
+    texts: Texts
     names: TokenNames = field(default_factory=TokenNames)
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """(sequence, position) int32: all ids in memory, for a small corpus."""
+        return self.ids[:]
+
+    @property
+    def sequence_texts(self) -> tuple[str, ...]:
+        """All texts in memory, for a small corpus."""
+        return tuple(self.texts[sequence] for sequence in range(len(self.texts)))
+
+    def token_id(self, sequence: int, position: int) -> int:
+        """The id of one token."""
+        return int(self.ids[sequence : sequence + 1][0, position])
+
+    def start(self, sequence: int, position: int) -> int:
+        """Where a token begins in its sequence's text, in characters."""
+        return int(self.starts[sequence : sequence + 1][0, position])
 
     def piece(self, sequence: int, position: int) -> str:
         """The characters of the sequence's text that one token covers; empty if it shares them with the next token."""
-        text, first = self.sequence_texts[sequence], int(self.starts[sequence, position])
+        text, first = self.texts[sequence], self.start(sequence, position)
         last = position + 1 >= int(self.lengths[sequence])
-        return text[first:] if last else text[first : int(self.starts[sequence, position + 1])]
+        return text[first:] if last else text[first : self.start(sequence, position + 1)]
 
     def shown(self, sequence: int, position: int) -> str:
         """One token for a person: a special one by its name, a part of a character by its bytes, others by their text."""
-        number = int(self.token_ids[sequence, position])
+        number = self.token_id(sequence, position)
         named = self.names.special.get(number) or self.names.fragments.get(number)
         return named or self._text(sequence, position)
 
     def _text(self, sequence: int, position: int) -> str:
-        return self.piece(sequence, position) or self.names.unseen.get(int(self.token_ids[sequence, position]), "")
+        return self.piece(sequence, position) or self.names.unseen.get(self.token_id(sequence, position), "")
 
     def is_special(self, sequence: int, position: int) -> bool:
         """Whether a token has a role of its own, such as BOS or EOS."""
-        return int(self.token_ids[sequence, position]) in self.names.special
+        return self.token_id(sequence, position) in self.names.special
 
     def is_delimiter(self, sequence: int, position: int) -> bool:
         """Whether a token's text is blank or punctuation alone; not so for special tokens and parts of characters."""
-        number = int(self.token_ids[sequence, position])
+        number = self.token_id(sequence, position)
         if number in self.names.special or number in self.names.fragments:
             return False
         return _is_delimiter(self._text(sequence, position))
@@ -115,12 +134,12 @@ class Corpus:
     def delimiters(self, rows: range | None = None) -> NDArray[np.bool_]:
         """(sequence, position) bool, see `is_delimiter`; False for padding. rows: consecutive sequences (default: all)."""
         rows = range(len(self.lengths)) if rows is None else rows
-        marks = np.zeros((len(rows), self.token_ids.shape[1]), np.bool_)
+        marks = np.zeros((len(rows), self.ids.shape[1]), np.bool_)
         named = {*self.names.special, *self.names.fragments}
         known: dict[str, bool] = {}
         for row, sequence in enumerate(rows):
-            length, text = int(self.lengths[sequence]), self.sequence_texts[sequence]
-            ids, starts = self.token_ids[sequence, :length].tolist(), self.starts[sequence, :length].tolist()
+            length, text, own = int(self.lengths[sequence]), self.texts[sequence], slice(sequence, sequence + 1)
+            ids, starts = self.ids[own][0, :length].tolist(), self.starts[own][0, :length].tolist()
             for position, (number, start, stop) in enumerate(zip(ids, starts, [*starts[1:], len(text)], strict=True)):
                 if number in named:
                     continue
@@ -140,8 +159,8 @@ class Corpus:
         """(sequence, position) bool, see `is_special`; False for padding. rows: consecutive sequences (default: all)."""
         rows = range(len(self.lengths)) if rows is None else rows
         ids, chosen = np.array(sorted(self.names.special), np.int64), slice(rows.start, rows.stop)
-        padding = np.arange(self.token_ids.shape[1])[None] >= self.lengths[chosen, None]
-        return np.asarray(np.isin(self.token_ids[chosen], ids) & ~padding)
+        padding = np.arange(self.ids.shape[1])[None] >= self.lengths[chosen, None]
+        return np.asarray(np.isin(self.ids[chosen], ids) & ~padding)
 
 
 def _is_delimiter(text: str) -> bool:
@@ -197,10 +216,18 @@ def load_corpus(info: CorpusInfo, workspace: Workspace) -> Corpus:
     _, _, expected = found
     if changed := changed_files(folder, expected):
         raise CorpusError(f"{', '.join(changed)} in {folder} doesn't hash to what was written: run the study again")
+    hasher, at = hashlib.sha256(), 0
+
+    def hash_rows(block: NDArray[np.int32]) -> None:
+        nonlocal at
+        for row, length in zip(block, lengths[at : at + len(block)], strict=True):
+            hasher.update(row[: int(length)].tobytes())
+        at += len(block)
+
     try:
-        # in memory: a mapped file that is cut while it is read would end the process
-        token_ids, lengths, starts = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ARRAYS)
-        texts = tuple(json.loads((folder / TEXTS).read_bytes()))
+        lengths = np.load(folder / "lengths.npy", allow_pickle=False)
+        token_ids, starts = RowFile(folder / "token_ids.npy", hash_rows), RowFile(folder / "starts.npy")
+        texts = TextRows(folder / TEXTS)
         named = json.loads((folder / NAMES).read_bytes())
     except (OSError, ValueError, EOFError) as error:
         raise CorpusError(
@@ -209,12 +236,12 @@ def load_corpus(info: CorpusInfo, workspace: Workspace) -> Corpus:
     shape = (info.num_sequences, info.sequence_length)
     if token_ids.shape != shape or starts.shape != shape or lengths.shape != shape[:1] or len(texts) != shape[0]:
         raise CorpusError(f"the ids in {folder} are {token_ids.shape}, and {shape} were asked: run the study again")
-    if (hashed := token_hash(token_ids, lengths)) != info.token_sha256:
+    if (hashed := hasher.hexdigest()) != info.token_sha256:
         raise CorpusError(
             f"the ids in {folder} hash to {hashed[:12]}, not to {info.token_sha256[:12]}: run the study again"
         )
     names = TokenNames(**{kind: {int(number): name for number, name in named[kind].items()} for kind in named})
-    return Corpus(info=info, token_ids=token_ids, lengths=lengths, starts=starts, sequence_texts=texts, names=names)
+    return Corpus(info=info, ids=token_ids, lengths=lengths, starts=starts, texts=texts, names=names)
 
 
 def put_corpus(made: Path, folder: Path) -> None:

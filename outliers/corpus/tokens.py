@@ -188,5 +188,6 @@ def write_corpus(corpus: Corpus, workspace: Workspace) -> None:
     info = corpus.info
     with CorpusWriter(workspace, info.num_sequences, info.sequence_length) as writer:
         for row, length in enumerate(corpus.lengths.tolist()):
-            writer.add(corpus.token_ids[row, :length], corpus.starts[row, :length], corpus.sequence_texts[row])
+            ids, starts = (rows[row : row + 1][0, :length] for rows in (corpus.ids, corpus.starts))
+            writer.add(ids, starts, corpus.texts[row])
         writer.finish(info, corpus.names)

@@ -109,7 +109,7 @@ def analyze(
     target.mkdir(parents=True)
     rows = np.array(wanted)
     whole = WorkItem(
-        folder, frame_of(prepared, layout), tuple(wanted), corpus.lengths[rows], corpus.marks()[rows], target
+        folder, frame_of(prepared, layout), tuple(wanted), corpus.lengths[rows], corpus.marks(wanted), target
     )
     steps = len(wanted) * len(layout.layers)
 

@@ -77,7 +77,7 @@ def _massive_token(summary: Summary, corpus: Corpus) -> int | None:
     if massive is None or not massive.cells:
         return None
     top = max(massive.cells, key=lambda cell: abs(cell["value"]))
-    return int(corpus.token_ids[top["sequence"], top["position"]])
+    return corpus.token_id(int(top["sequence"]), int(top["position"]))
 
 
 def _from_results(prepared: Prepared, workspace: Workspace) -> tuple[int, ...] | None:

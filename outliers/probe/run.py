@@ -351,7 +351,7 @@ def batches_of(prepared: Prepared, corpus: Corpus, device: str) -> tuple[Batch, 
     for start in range(0, wanted, size):
         run = range(start, min(start + size, total))
         lengths = tuple(int(length) for length in corpus.lengths[run.start : run.stop])
-        rows = corpus.token_ids[run.start : run.stop, : max(lengths)].astype(np.int64)
+        rows = corpus.ids[run.start : run.stop][:, : max(lengths)].astype(np.int64)
         ids = torch.from_numpy(rows).to(device)
         found.append(Batch(run, ids, lengths, min(run.stop, wanted) - start))
     return tuple(found)

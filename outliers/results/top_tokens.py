@@ -118,8 +118,8 @@ def context(prepared: Prepared, corpus: Corpus, sequence: int, position: int) ->
     """
     if not prepared.text:
         return {"token": None, "before": None, "after": None}
-    token, text = corpus.shown(sequence, position), corpus.sequence_texts[sequence]
-    start = int(corpus.starts[sequence, position])
+    token, text = corpus.shown(sequence, position), corpus.texts[sequence]
+    start = corpus.start(sequence, position)
     end = start + len(token) if token == corpus.piece(sequence, position) else start
     return {
         "token": token,

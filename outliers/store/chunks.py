@@ -25,6 +25,7 @@ import numpy as np
 from isal.isal_zlib import crc32 as crc32_of
 from numpy.typing import NDArray
 
+from outliers.corpus.rows import IntRows
 from outliers.errors import Busy, CaptureError, CorruptCapture
 from outliers.files.atomic import sync_folder
 from outliers.store.durable import Unsynced, write_durably, write_soon
@@ -38,16 +39,14 @@ from outliers.study.layout import NAN_BITS, STORAGE, Layout
 ARRAYS = "activations.zarr"
 
 
-def create_arrays(folder: Path, layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
+def create_arrays(folder: Path, layout: Layout, token_ids: IntRows, lengths: NDArray[np.int32]) -> None:
     """Write the group's metadata and side arrays into `folder`/activations.zarr; they and their folders are on the disk then."""
     mend_arrays(folder, layout, token_ids, lengths)
     for place in (folder.parent, folder.parent.parent):
         sync_folder(place)
 
 
-def mend_arrays(
-    folder: Path, layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]
-) -> tuple[str, ...]:
+def mend_arrays(folder: Path, layout: Layout, token_ids: IntRows, lengths: NDArray[np.int32]) -> tuple[str, ...]:
     """Write the files of metadata and side arrays that are missing or changed; returns their names.
 
     Raises CaptureError if a file is in the place of a folder.
@@ -80,9 +79,7 @@ def same_file(name: str, found: bytes, wanted: bytes) -> bool:
         return False
 
 
-def group_files(
-    layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]
-) -> Iterator[tuple[str, bytes]]:
+def group_files(layout: Layout, token_ids: IntRows, lengths: NDArray[np.int32]) -> Iterator[tuple[str, bytes]]:
     """Every file of the group except the chunks of activations: names below activations.zarr, each with its content.
 
     The arrays of ids and mask are made some sequences at a time, so that the memory does not grow with the corpus.
@@ -103,7 +100,7 @@ def group_files(
 
 
 def _side_files(
-    group: Any, files: dict[str, Any], layout: Layout, token_ids: NDArray[np.int32], lengths: NDArray[np.int32]
+    group: Any, files: dict[str, Any], layout: Layout, token_ids: IntRows, lengths: NDArray[np.int32]
 ) -> Iterator[tuple[str, bytes]]:
     """The chunks of the side arrays, taken out of the store as they are made; their metadata stays in it."""
 

@@ -188,6 +188,7 @@ def test_what_the_workspace_holds_is_refused_where_it_changed_and_made_again(wor
     (texts / "t.txt").write_text("ab 龍. " * 40)
     asked = {"num_sequences": 2, "sequence_length": 10}
     first = corpus(workspace, models, texts / "t.txt", kind="bos", **asked)
+    ids, starts, said = first.token_ids, first.starts[:], first.sequence_texts
     folder = workspace.corpora / first.info.key
     path = folder / name
     if SHAPES[damage] is None:
@@ -198,9 +199,9 @@ def test_what_the_workspace_holds_is_refused_where_it_changed_and_made_again(wor
         load_corpus(first.info, workspace)
     again = corpus(workspace, models, texts / "t.txt", kind="bos", **asked)
     assert again.info == first.info
-    assert (again.token_ids == first.token_ids).all()
-    assert (again.starts == first.starts).all()
-    assert again.sequence_texts == first.sequence_texts
+    assert (again.token_ids == ids).all()
+    assert (again.starts[:] == starts).all()
+    assert again.sequence_texts == said
     assert again.names == first.names
     assert [path.name for path in workspace.corpora.iterdir()] == [folder.name]
 

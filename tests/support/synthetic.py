@@ -178,10 +178,10 @@ def _write_corpus(prepared, workspace, ids, lengths):
     starts = np.cumsum([0, *map(len, pieces[:-1])]).astype(np.int32)
     corpus = Corpus(
         info=prepared.corpus,
-        token_ids=ids,
+        ids=ids,
         lengths=lengths,
         starts=np.tile(starts, (ids.shape[0], 1)),
-        sequence_texts=tuple("".join(pieces[:length]) for length in lengths),
+        texts=tuple("".join(pieces[:length]) for length in lengths),
         names=TokenNames(special={1: "<one>", 3: "<three>"}),
     )
     write_corpus(corpus, workspace)
