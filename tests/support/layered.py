@@ -39,10 +39,14 @@ def study_of(workspace, folder, text, schedule, packing="joined", no_keep_weight
 
 
 def files_of(workspace, study):
-    """Every file of a capture by name, but for the lock, the record of its runs, and notes of when sums were written."""
+    """Every file of a capture by name, but for the lock, the record of its runs, and notes of when sums were written.
+
+    The lines of the journal are sorted: sequences of a batch are journaled as the writers finish them.
+    """
     root = workspace.capture(study.capture_id)
     found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     aside = {*ASIDE, *(name for name in found if re.fullmatch(r"experts/\d+-\d+\.json", name))}
+    found["journal.jsonl"] = b"".join(sorted(found["journal.jsonl"].splitlines(keepends=True)))
     return {name: content for name, content in found.items() if name not in aside}
 
 
