@@ -14,7 +14,7 @@ from flows.cli.parser import build_parser
 from tests.house.test_readme import environment
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
-RECIPES = {name: text for name, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)}
+RECIPES = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
 SCRIPTS = {name: "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)) for name, text in RECIPES.items()}
 
 
