@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from outliers.errors import CorpusError
 
 BLOCK_BYTES = 1 << 20
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 
 
 class IntRows(Protocol):
@@ -107,16 +107,16 @@ def _strings(path: Path) -> Iterator[tuple[int, int, int]]:
     """Where each string of a JSON list begins, its bytes with the quotation marks, and their checksum."""
     held, place, between = b"", 0, b""
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
+        # as much again as is held: a string of many blocks is not looked through anew with each of them
+        while block := file.read(max(BLOCK_BYTES, len(held))):
             held += block
-            end = 0
-            for match in _STRING.finditer(held):
-                between += held[end : match.start()]
-                yield place + match.start(), match.end() - match.start(), zlib.crc32(match[0])
-                end = match.end()
-            opened = held.find(b'"', end)
+            at = 0
+            while (opened := held.find(b'"', at)) >= 0 and (match := _STRING.match(held, opened)) is not None:
+                between += held[at:opened]
+                yield place + opened, match.end() - opened, zlib.crc32(match[0])
+                at = match.end()
             rest = len(held) if opened < 0 else opened
-            between += held[end:rest]
+            between += held[at:rest]
             held, place = held[rest:], place + rest
     # what is not in a string: brackets, commas, blanks
     if held or not re.fullmatch(rb"\s*\[\s*(,\s*)*\]\s*", between):

@@ -143,10 +143,10 @@ def test_a_large_model_is_published_in_four_megabytes(workspace, sites):
 
 
 def test_the_table_loads_in_pandas_polars_and_duckdb(written, monkeypatch):
-    """The README's own lines, in a results folder."""
+    """The lines of docs/usage.md, in a results folder."""
     folder, _, _ = written
     monkeypatch.chdir(folder)
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "usage.md").read_text(), re.DOTALL)
     known = {name: pytest.importorskip(name) for name in ("pandas", "polars", "duckdb")}
     found = [eval(line, known) for line in block.splitlines()]
     largest = max(pq.read_table("features.parquet").to_pylist(), key=lambda row: row["max_magnitude"])
