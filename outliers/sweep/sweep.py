@@ -77,6 +77,8 @@ class SweepStudy(Part):
         spec = self.spec.model_dump(mode="json", include={"model", "corpus", "capture"})
         for name in ("perplexity", "store", "store_sequences", "disk_window"):  # in no capture_id
             spec["capture"].pop(name)
+        for part in ("model", "corpus"):
+            spec[part].pop("name")
         if spec["model"]["quantization"] == "auto":  # dequantizes what it can, as `none` asks for
             spec["model"]["quantization"] = "none"
         compute = self.spec.compute
