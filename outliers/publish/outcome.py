@@ -50,6 +50,10 @@ class Outcome(BaseModel):
     study_id: str
     capture_id: str
     title: str
+    """Model and shape, by the names that they have on this machine."""
+    model: str = ""
+    corpus: str = ""
+    """What the corpus is called on this machine, as the model."""
     results: str
     """Folder in the workspace."""
     report: str
@@ -218,6 +222,8 @@ def _outcome(
         study_id=prepared.study_id,
         capture_id=prepared.capture_id,
         title=prepared.title,
+        model=prepared.model_name,
+        corpus=prepared.corpus_name,
         results=str(found.folder),
         report=str(found.folder / "report.html"),
         published=published,

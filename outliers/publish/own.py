@@ -10,9 +10,10 @@ apart from the capture, which may be on another machine or removed. The text is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,9 +26,9 @@ from outliers.publish.allowlist import Numbers
 from outliers.report.shown import Shown, TextAt, places_of
 from outliers.results.schema import Advice, Probes, StudySummary, Tokens
 from outliers.results.top_tokens import text_at
-from outliers.spec import LOCAL_PREFIX, path_name
+from outliers.spec import LOCAL_PREFIX, PUBLIC_NAME, path_name, public_name
 from outliers.study.prepare import Prepared
-from outliers.untrusted.visible import visible_name
+from outliers.untrusted.visible import visible_line, visible_name
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,22 @@ def own_names(workspace: Workspace, study_id: str) -> Names | None:
     """What the model and corpus of a study are called here; None where they are of nobody's own, or that is not known."""
     found = _read(workspace.own(study_id)) or _asked(workspace, study_id)
     return None if found is None else Names(found.model, found.corpus)
+
+
+def public_names(manifest: Mapping[str, Any]) -> Names:
+    """What model and corpus are called in what is published, from a manifest; nothing in it is believed to be a name."""
+    spec, model = manifest["spec"], manifest["headline"]["model"]
+    parts = {name: spec.get(name) if isinstance(spec.get(name), dict) else {} for name in ("model", "corpus")}
+    given = {name: part.get("name") for name, part in parts.items()}
+    named = {name: text for name, text in given.items() if isinstance(text, str) and re.fullmatch(PUBLIC_NAME, text)}
+    source = parts["corpus"].get("source")
+    corpus = visible_line(source) if isinstance(source, str) else ""
+    return Names(named.get("model") or public_name(model), named.get("corpus") or corpus)
+
+
+def names_here(workspace: Workspace, manifest: Mapping[str, Any]) -> Names:
+    """What model and corpus of a finished study are called on this machine."""
+    return own_names(workspace, manifest["study_id"]) or public_names(manifest)
 
 
 def names_of_captures(workspace: Workspace) -> dict[str, str]:
