@@ -236,8 +236,9 @@ def _with_summary(name: str, workspace: Workspace) -> Published:
     return Published(str(found.folder), found.manifest, {SUMMARY: found.files[SUMMARY]}, verdicts)
 
 
-def show_comparison(console: Answers, found: Comparison, names: Sequence[Names]) -> None:
-    """Facts and numbers side by side, a column a study; ≠ marks what differs. names: of each study's model and corpus."""
+def show_comparison(console: Answers, found: Comparison, names: Sequence[Names] = ()) -> None:
+    """Facts and numbers side by side, a column a study; ≠ marks what differs. names: of each study's model and corpus
+    (default: their ids)."""
     from rich.table import Table
     from rich.text import Text
 
@@ -283,7 +284,7 @@ def _fact_cells(name: str, values: Sequence[Any], names: Sequence[Names]) -> lis
     """A fact of each study in few words; of model and corpus their names."""
     from outliers.atlas.compare import format_fact
 
-    if name in ("model", "corpus"):
+    if names and name in ("model", "corpus"):
         return [getattr(called, name) or format_fact(value) for called, value in zip(names, values, strict=True)]
     return [format_fact(value) for value in values]
 

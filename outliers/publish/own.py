@@ -155,18 +155,18 @@ def own_verdict(prepared: Prepared, probes: Probes, advice: Advice) -> str:
 
 def published_line(prepared: Prepared, *, text: bool = True) -> str:
     """One sentence: what is published in the place of the names and, with `text`, the text of this machine."""
-    names, parts = _names(prepared), []
-    if names.model != prepared.public_model:
-        parts.append(f"this study is called {prepared.public_model}")
-    if names.corpus != prepared.public_corpus:
-        parts.append(f"its corpus {'is called ' * (not parts)}{prepared.public_corpus}")
-    if text and not prepared.text:
-        parts.append(
-            "shows no text" if names.model != prepared.public_model and len(parts) == 1 else "no text is shown"
-        )
-    if not parts:
-        return ""
-    return f"Published, {', '.join(parts[:-1])}{' and ' * (len(parts) > 1)}{parts[-1]}."
+    names, silent = _names(prepared), text and not prepared.text
+    model, corpus = names.model != prepared.public_model, names.corpus != prepared.public_corpus
+    if model and corpus:
+        said = f"this study is called {prepared.public_model}, its corpus {prepared.public_corpus}"
+        said += ", and it shows no text" * silent
+    elif model:
+        said = f"this study is called {prepared.public_model}" + " and shows no text" * silent
+    elif corpus:
+        said = f"the corpus of this study is called {prepared.public_corpus}" + ", and no text is shown" * silent
+    else:
+        said = "this study shows no text" * silent
+    return f"Published, {said}." if said else ""
 
 
 def _names(prepared: Prepared) -> Names:
