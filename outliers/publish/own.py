@@ -113,7 +113,7 @@ def show_own(prepared: Prepared, workspace: Workspace, numbers: Numbers) -> Show
     keep_names(prepared, workspace)
     if not is_private(prepared):
         return None
-    texts = {} if prepared.text else dict(_texts(prepared, workspace, numbers))
+    texts = {} if prepared.text else _texts(prepared, workspace, numbers)
     names = _names(prepared)
     page = {"version": 1, **names._asdict(), "texts": [(*place, *text) for place, text in sorted(texts.items())]}
     _write(_page_place(workspace, prepared.study_id), page)
@@ -175,25 +175,23 @@ def _names(prepared: Prepared) -> Names:
     return Names(prepared.model_name if own else prepared.public_model, prepared.corpus_name)
 
 
-def _texts(prepared: Prepared, workspace: Workspace, numbers: Numbers) -> Iterator[tuple[tuple[int, int], TextAt]]:
+def _texts(prepared: Prepared, workspace: Workspace, numbers: Numbers) -> dict[tuple[int, int], TextAt]:
     """The text at every token that the numbers name; nothing, and a line in the log, where the corpus can't be read."""
     summary = StudySummary.model_validate(numbers.summary, extra="ignore")
     tokens = Tokens.model_validate(numbers.tokens, extra="ignore")
-    places = set(places_of(summary, tokens))
+    places = sorted(set(places_of(summary, tokens)))
     kept = _read_page(workspace, prepared.study_id)
     known = {} if kept is None else {(row[0], row[1]): row[2:] for row in kept.texts}
-    if places <= known.keys():
-        yield from ((place, known[place]) for place in places)
-        return
+    if all(place in known for place in places):
+        return {place: known[place] for place in places}
     try:
         corpus = load_corpus(prepared.corpus, workspace)
+        # numbers of a store may name a token that the corpus does not have
+        own = [(row, at) for row, at in places if row < len(corpus.lengths) and at < int(corpus.lengths[row])]
+        return {(row, at): text_at(corpus, row, at) for row, at in own}
     except CorpusError as error:
         log.warning("the report shows no text: %s", error)
-        return
-    for sequence, position in places:
-        # numbers of a store may name anything
-        if sequence < len(corpus.lengths) and position < int(corpus.lengths[sequence]):
-            yield (sequence, position), text_at(corpus, sequence, position)
+        return {}
 
 
 def _page_place(workspace: Workspace, study_id: str) -> Path:
