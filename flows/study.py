@@ -46,13 +46,13 @@ Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 def short_name(model: ModelSpec | str | dict[str, Any]) -> str:
-    """`SmolLM2-135M`, from the parameters alone: nothing is looked up for a name."""
+    """`SmolLM2-135M-Instruct`, from the parameters alone: nothing is looked up for a name."""
     name = model if isinstance(model, str) else ModelSpec.model_validate(model).id
     return short_model_name(name)
 
 
 def run_name() -> str:
-    """`study SmolLM2-135M 8x512`."""
+    """`study SmolLM2-135M-Instruct 8x512`."""
     asked = flow_run.parameters
     corpus = asked.get("corpus") or {}
     shape = CorpusSpec.model_validate({"source": corpus} if isinstance(corpus, str) else corpus)
@@ -60,7 +60,7 @@ def run_name() -> str:
 
 
 def tag_run(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Tag a run, as it begins, with its model and provider, such as `model:SmolLM2-135M` and `provider:ssh`.
+    """Tag a run, as it begins, with its model and provider, such as `model:SmolLM2-135M-Instruct` and `provider:ssh`.
 
     A hook of the flow: the tags of a deployment are the same for all its runs, and `prefect.tags` is for tasks within.
     """

@@ -3,6 +3,7 @@
     captures/<capture_id>/   activations, journal, private summaries (gigabytes)
     results/<study_id>/      what may be published (kilobytes)
     asked/<study_id>.json    each study as it was asked for
+    own/<study_id>.json      what a study of one's own files is called here, and its text: never published
     jobs/<name>/<attempt>/   detached steps: events, exit
     models/<key>/            descriptions of a model; converted GGUF weights
     corpora/<key>/           token ids, made once
@@ -32,6 +33,7 @@ PRIVATE = (
     "locks",
     "machines",
     "models",
+    "own",
     "parts",
     "prefect",
     "results",
@@ -86,6 +88,10 @@ class Workspace:
     def asked(self, study_id: str) -> Path:
         """The study as it was asked for here, with its machine and target: `outliers probe` asks again."""
         return self.root / "asked" / f"{study_id}.json"
+
+    def own(self, study_id: str) -> Path:
+        """What a study is called on this machine alone; beside it the text of its page (`publish.own`)."""
+        return self.root / "own" / f"{study_id}.json"
 
     def summary(self, capture_id: str, study_id: str) -> Path:
         """The private summary of one study, next to its capture; never published."""

@@ -58,6 +58,11 @@ def add_verify_parser(verbs: Any, text: str) -> None:
 def list_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
     """`outliers captures list`."""
     from rich.table import Table
+    from rich.text import Text
+
+    from outliers.publish.own import names_of_captures
+    from outliers.spec import public_name
+    from outliers.untrusted.visible import visible
 
     where = arguments.host or str(workspace.root)
     held: list[tuple[Held, str | None]] = (
@@ -66,13 +71,15 @@ def list_command(workspace: Workspace, arguments: argparse.Namespace, console: C
     if arguments.json:
         print(json.dumps({"captures": [item.model_dump() | {"part": part} for item, part in held]}))
         return
+    names = {} if arguments.host else names_of_captures(workspace)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("capture", "model", "sequences", "size"):
         table.add_column(name)
     for item, part in held:
         name = item.capture_id if part is None else f"{item.capture_id} part {part}"
         freed = f", {item.counted} counted and freed" if item.counted else ""
-        table.add_row(name, item.model, f"{item.done} of {item.of_sequences}{freed}", size(item.bytes))
+        model = names.get(item.capture_id, public_name(item.model))
+        table.add_row(name, Text(visible(model)), f"{item.done} of {item.of_sequences}{freed}", size(item.bytes))
     if held:
         Answers(arguments).table(table)
     else:
@@ -141,7 +148,7 @@ def verify_command(workspace: Workspace, arguments: argparse.Namespace, console:
     if arguments.json:
         print(json.dumps(found.model_dump() | {"sound": found.sound}))
     else:
-        _show(Answers(), found)
+        _show(Answers(), found, model_of_capture(workspace, found))
     return found.sound
 
 
@@ -162,8 +169,16 @@ class Bars:
         self._steps.listen(step, Event(time.time(), "progress", step=step, done=done, total=total, unit=unit))
 
 
-def _show(console: Console, found: Verification) -> None:
-    line(console, "capture", f"{found.capture_id}, {found.model}")
+def model_of_capture(workspace: Workspace, found: Verification) -> str:
+    """What the model of a capture is called here."""
+    from outliers.publish.own import names_of_captures
+    from outliers.spec import public_name
+
+    return names_of_captures(workspace).get(found.capture_id, public_name(found.model))
+
+
+def _show(console: Console, found: Verification, model: str) -> None:
+    line(console, "capture", f"{found.capture_id}, {model}")
     rate = f", {size(int(found.bytes / found.seconds))} a second" if found.seconds > 0.01 else ""
     line(console, "checked", f"{found.chunks:,} chunks, {size(found.bytes)} in {found.seconds:.1f} s{rate}")
     line(console, "sequences", f"{found.done} of {found.of_sequences} are done and sound")

@@ -196,6 +196,8 @@ def show_outcome(console: Answers, outcome: Outcome, held: int, answer: str, com
     console.print()
     if outcome.cached:
         console.print(Text.assemble((visible(outcome.title), "bold"), " was there already: nothing had to run"))
+    else:
+        line(console, "study", f"{outcome.model} on {outcome.corpus}" if outcome.corpus else outcome.title)
     plural = "" if count == 1 else "s"
     others = f" ({outcome.disagreement})" if outcome.disagreement else ""
     head = (f"{count} systematic outlier feature{plural}", "bold")
@@ -252,7 +254,8 @@ def show_plan(console: Answers, plan: Plan) -> None:
     from outliers.planning.plan import GpuShare
 
     experts = f", {plan.num_experts} experts a layer" if plan.num_experts else ""
-    line(console, "model", f"{plan.model}: {plan.architecture}, {plan.num_layers} layers{experts}, {plan.dtype}")
+    name = plan.model_name or plan.model
+    line(console, "model", f"{name}: {plan.architecture}, {plan.num_layers} layers{experts}, {plan.dtype}")
     line(console, "parameters", f"{count(plan.total_parameters)} total, {count(plan.active_parameters)} active")
     line(
         console, "weights", f"{size(plan.weight_bytes)} in memory{_stored(plan)}, {size(plan.checkpoint_bytes)} on disk"

@@ -24,11 +24,13 @@ from outliers.spec import PARTS, StudySpec
 RENAMED = {
     ("model", "id"): "model",
     ("corpus", "source"): "corpus",
+    ("model", "name"): "model_name",
+    ("corpus", "name"): "corpus_name",
     ("capture", "site_modules"): "site_module",
     ("probe", "experts"): "probe_experts",
 }
-"""Two fields bear the name of their part on the command line, one is given once a site, and of two fields `experts` one bears its
-part's name too; all others bear their own."""
+"""Two fields bear the name of their part on the command line, one is given once a site, and of fields that two parts have the
+part's name is a part too; all others bear their own."""
 REPEATED = ("site_modules",)
 ALSO = {("compute", "grace_seconds"): "--grace"}
 """A second, shorter spelling."""

@@ -111,6 +111,7 @@ def probe_spec(arguments: argparse.Namespace, workspace: Workspace) -> StudySpec
 def advise_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
     """`outliers advise`. Raises BadInput where there is no such study, or no probe of it."""
     from flows.cli.run_show import find_run, newest
+    from flows.cli.run_words import names_of
     from outliers.advice.advise import DEFAULT_BUDGET, advise
     from outliers.errors import BadInput, DamagedResults
     from outliers.publish.probes import newest_probe
@@ -122,7 +123,9 @@ def advise_command(workspace: Workspace, arguments: argparse.Namespace, console:
         raise BadInput(str(error)) from error
     if found is None:
         raise BadInput(f"{folder.name}: {NO_PROBE.format(folder.name)}")
-    advice = advise(found.probes, found.sensitivity, arguments.budget or DEFAULT_BUDGET)
+    # JSON has what is published; a person reads the names of this machine
+    names = None if arguments.json else names_of(folder, workspace)
+    advice = advise(found.probes, found.sensitivity, arguments.budget or DEFAULT_BUDGET, names)
     if arguments.json:
         print(json.dumps(advice.model_dump(mode="json")))
         return

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from flows.cli.answers import Answers
 from flows.cli.console import feature_table, line
 from flows.cli.run_experts import chosen_expert, show_expert
+from flows.cli.run_words import verdict_here, verdict_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,6 +68,8 @@ class Run(NamedTuple):
     """What can be quantized, in words; None where no probe was made."""
     experts: list[dict[str, Any]] | None = None
     """The rows of experts.parquet; None where no experts were read."""
+    names: tuple[str, str] = ("", "")
+    """What model and corpus are called: here by their own names, at a URL as they are published."""
 
 
 def read_run(name: str | None, workspace: Workspace) -> Run:
@@ -86,12 +89,12 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         check_quantization,
         check_summary,
     )
+    from outliers.publish.own import names_here, public_names
     from outliers.publish.shelf import read_study
 
-    names = (SUMMARY, FEATURES)
     url = None if name is None else published_url(name, workspace)
     if url is not None:
-        study = read_study(url, names)
+        study = read_study(url, (SUMMARY, FEATURES))
         place, files, manifest = url, dict(study.files), study.manifest
     else:
         folder = newest(workspace) if name is None else find_run(name, workspace)
@@ -109,15 +112,19 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         errors = files.get(QUANTIZATION)
         check_quantization(errors, summary)
         formats = None if errors is None else read_parquet(errors)
-        verdicts = study.verdicts if url is not None else own_verdict(folder)
-        said = verdict_words(verdicts, summary.study_id)
+        names = names_here(workspace, manifest) if url is None else public_names(manifest)
+        said = (
+            verdict_here(folder, summary.study_id, names)
+            if url is None
+            else verdict_words(study.verdicts, summary.study_id)
+        )
         name = EXPERTS
         if url is not None and summary.experts is not None:
             files |= read_study(url, (EXPERTS,)).files
         check_experts(files.get(EXPERTS), summary)
         rows = read_parquet(files[EXPERTS]).to_pylist() if EXPERTS in files else None
         label = label_of(manifest)
-        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label, formats, said, rows)
+        return Run(json.loads(files[SUMMARY]), read_parquet(files[FEATURES]), label, formats, said, rows, names)
     except NotAllowedError as error:
         raise BadInput(
             f"{place} is not a study that this program reads: {name} {error}. A newer one may have written it: update "
@@ -125,34 +132,6 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         ) from error
     except (ValueError, OSError, pa.ArrowException) as error:
         raise BadInput(f"{place} is damaged: {error}; remove the folder and run the study again") from error
-
-
-def own_verdict(folder: Path) -> tuple[bytes, ...]:
-    """advice.json of the newest probe in a results folder. Raises BadInput where it is not what was written there."""
-    from outliers.errors import BadInput, DamagedResults
-    from outliers.publish.allowlist import ADVICE
-    from outliers.publish.probes import newest_probe
-
-    try:
-        found = newest_probe(folder)
-    except DamagedResults as error:
-        raise BadInput(str(error)) from error
-    return () if found is None else (found.files[ADVICE],)
-
-
-def verdict_words(verdicts: Sequence[bytes], study_id: str) -> str | None:
-    """The paragraph of the last verdict that is one of this study; others can write to a store."""
-    from pydantic import ValidationError
-
-    from outliers.results.schema import Advice
-    from outliers.untrusted.visible import visible
-
-    for data in reversed(verdicts):
-        with contextlib.suppress(ValidationError):
-            advice = Advice.model_validate_json(data, extra="ignore")
-            if advice.study_id == study_id:
-                return visible(advice.paragraph)
-    return None
 
 
 def published_url(name: str, workspace: Workspace) -> str | None:
@@ -270,7 +249,7 @@ def _show(console: Answers, run: Run, rows: list[dict[str, Any]], arguments: arg
     line(
         console,
         "study",
-        f"{summary['study_id']} of {model['id']}, {model['num_layers']} layers x {model['hidden_size']:,}",
+        f"{summary['study_id']} of {run.names[0] or model['id']}, {model['num_layers']} layers x {model['hidden_size']:,}",
     )
     kind = (model["architecture"], model["dtype"], model.get("quantization"))
     line(console, "model", ", ".join(part for part in kind if part))
@@ -279,7 +258,7 @@ def _show(console: Answers, run: Run, rows: list[dict[str, Any]], arguments: arg
     line(
         console,
         "corpus",
-        f"{corpus['source']}: {corpus['num_tokens']:,} tokens in {corpus['num_sequences']:,} sequences",
+        f"{run.names[1] or corpus['source']}: {corpus['num_tokens']:,} tokens in {corpus['num_sequences']:,} sequences",
     )
     console.print()
     others = disagreement(reading_counts(checked))

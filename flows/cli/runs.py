@@ -19,21 +19,23 @@ from flows.cli.run_show import (
     find_run,
     finished,
     label_of,
-    own_verdict,
     published_url,
     show_command,
 )
+from flows.cli.run_words import own_verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from outliers.atlas.compare import Comparison
     from outliers.atlas.row import AtlasFeature, AtlasRow
+    from outliers.publish.own import Names
     from outliers.publish.shelf import Published
     from outliers.workspace import Workspace
 
 LOCAL = (
-    "somebody's own folder or file, by the hash of its content: no name is published; --label NAME tells studies apart"
+    "somebody's own folder or file, by the hash of its content: a name is published only with --model-name; --label NAME tells "
+    "studies apart"
 )
 NONE = "–"
 """Where a study has no such number: it was not measured, or there is no feature."""
@@ -111,6 +113,7 @@ def runs_command(workspace: Workspace, arguments: argparse.Namespace, console: C
 def list_command(workspace: Workspace, arguments: argparse.Namespace, console: Console) -> None:
     """`outliers runs list`: reads manifests alone. Raises BadInput where there is none, AccessDenied, StoreUnavailable."""
     from flows.cli.atlas import store_url, warn
+    from outliers.publish.own import names_here, public_names
     from outliers.publish.shelf import read_folders, read_store
 
     shelf = (
@@ -119,6 +122,10 @@ def list_command(workspace: Workspace, arguments: argparse.Namespace, console: C
         else read_store(store_url(arguments.url), summaries=False)
     )
     studies, skipped = shelf.studies, shelf.skipped
+    names = [
+        names_here(workspace, item.manifest) if arguments.url is None else public_names(item.manifest)
+        for item in studies
+    ]
     if arguments.json:
         listed = [
             {"url": item.url, "study_id": item.manifest["study_id"], "capture_id": item.manifest["capture_id"]}
@@ -128,27 +135,31 @@ def list_command(workspace: Workspace, arguments: argparse.Namespace, console: C
                 "label": label_of(item.manifest),
             }
             | item.manifest["headline"]
-            for item in studies
+            | {"model_name": called.model, "corpus_name": called.corpus}
+            for item, called in zip(studies, names, strict=True)
         ]
         print(json.dumps({"studies": listed, "skipped": [{"url": item.url, "why": item.why} for item in skipped]}))
         return
     out = Answers(arguments)
-    out.table(_list_table(studies))
+    out.table(_list_table(studies, names))
     line(out, "studies", f"{len(studies):,} in {shelf.url}")
-    if any(_nameless(item) for item in studies):
+    if any(_nameless(item, called) for item, called in zip(studies, names, strict=True)):
         line(out, "local", LOCAL, style="dim")
     warn(console, skipped)
 
 
-def _list_table(studies: tuple[Published, ...]) -> Any:
+def _list_table(studies: tuple[Published, ...], names: Sequence[Names]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     labels = any(label_of(item.manifest) for item in studies)
-    shapes = any(_nameless(item) for item in studies)  # where the name says nothing, and there is room
+    shapes = any(
+        _nameless(item, called) for item, called in zip(studies, names, strict=True)
+    )  # where the name says nothing, and there is room
     for name in (
         "model",
+        "corpus",
         *["shape"] * shapes,
         "dtype",
         "features",
@@ -161,10 +172,11 @@ def _list_table(studies: tuple[Published, ...]) -> Any:
         justify: Any = "right" if name in ("features", "tokens") else "left"
         # an id that is broken can't be copied
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name == "study")
-    for item in studies:
+    for item, called in zip(studies, names, strict=True):
         head = item.manifest["headline"]
         table.add_row(
-            Text(head["model"]),
+            Text(called.model),
+            Text(called.corpus),
             *[f"{head['num_layers']} x {head['hidden_size']}"] * shapes,
             Text(_dtype(item) or ""),
             f"{head['num_systematic']:,}",
@@ -177,9 +189,9 @@ def _list_table(studies: tuple[Published, ...]) -> Any:
     return table
 
 
-def _nameless(item: Published) -> bool:
-    """Whether a study is of somebody's own files and has no label, so that nothing published names its model."""
-    return item.manifest["headline"]["model"].startswith("local:") and not label_of(item.manifest)
+def _nameless(item: Published, called: Names) -> bool:
+    """Whether a study is of somebody's own files and has neither name nor label: nothing tells what its model is."""
+    return called.model.startswith("local:") and not label_of(item.manifest)
 
 
 def _dtype(item: Published) -> str | None:
@@ -193,14 +205,22 @@ def compare_command(workspace: Workspace, arguments: argparse.Namespace, console
     """`outliers runs compare`. Raises BadInput where a study is not there, or with --strict not alike; PublishRefused."""
     from outliers.atlas.compare import compare
     from outliers.errors import BadInput
+    from outliers.publish.own import names_here, public_names
 
-    found = compare([_with_summary(name, workspace) for name in arguments.run])
+    studies = [_with_summary(name, workspace) for name in arguments.run]
+    names = [
+        public_names(item.manifest) if "://" in item.url else names_here(workspace, item.manifest) for item in studies
+    ]
+    found = compare(studies)
     if arguments.strict and not found.alike:
-        raise BadInput(f"the studies are not alike: {found.unlike()}; without --strict they are shown side by side")
+        unlike = found.unlike()
+        for row, called in zip(found.rows, names, strict=True):
+            unlike = unlike.replace(row.corpus, called.corpus) if row.corpus.startswith("local:") else unlike
+        raise BadInput(f"the studies are not alike: {unlike}; without --strict they are shown side by side")
     if arguments.json:
         print(json.dumps(found.as_json()))
         return
-    show_comparison(Answers(arguments), found)
+    show_comparison(Answers(arguments), found, names)
 
 
 def _with_summary(name: str, workspace: Workspace) -> Published:
@@ -216,12 +236,11 @@ def _with_summary(name: str, workspace: Workspace) -> Published:
     return Published(str(found.folder), found.manifest, {SUMMARY: found.files[SUMMARY]}, verdicts)
 
 
-def show_comparison(console: Answers, found: Comparison) -> None:
-    """Facts and numbers side by side, a column a study; ≠ marks what differs."""
+def show_comparison(console: Answers, found: Comparison, names: Sequence[Names] = ()) -> None:
+    """Facts and numbers side by side, a column a study; ≠ marks what differs. names: of each study's model and corpus
+    (default: their ids)."""
     from rich.table import Table
     from rich.text import Text
-
-    from outliers.atlas.compare import format_fact
 
     def table(title: str, first: str, rows: list[tuple[str, list[str], str]]) -> None:
         # not the table's own title, which is broken where the table is narrow
@@ -239,9 +258,11 @@ def show_comparison(console: Answers, found: Comparison) -> None:
         line(console, str(index), row.url)
     console.print()
     facts = [
-        (name, [format_fact(value)] * len(found.rows), "") for name, value in found.same.items() if value is not None
+        (name, _fact_cells(name, [value] * len(found.rows), names), "")
+        for name, value in found.same.items()
+        if value is not None
     ]
-    facts += [(f"{name} ≠", [format_fact(value) for value in own], "bold") for name, own in found.differs.items()]
+    facts += [(f"{name} ≠", _fact_cells(name, own, names), "bold") for name, own in found.differs.items()]
     table("facts", "", facts)
     table("answers", "", [(name, cells, "") for name, cells in _answers(found).items()])
     if found.counts is not None:
@@ -257,6 +278,15 @@ def show_comparison(console: Answers, found: Comparison) -> None:
         if len(found.features) > ROWS:
             console.print(f"and {len(found.features) - ROWS:,} more features (--json has all)")
     _show_unlike(console, found)
+
+
+def _fact_cells(name: str, values: Sequence[Any], names: Sequence[Names]) -> list[str]:
+    """A fact of each study in few words; of model and corpus their names."""
+    from outliers.atlas.compare import format_fact
+
+    if names and name in ("model", "corpus"):
+        return [getattr(called, name) or format_fact(value) for called, value in zip(names, values, strict=True)]
+    return [format_fact(value) for value in values]
 
 
 def _show_unlike(console: Console, found: Comparison) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from outliers.errors import BadInput
 from outliers.results.schema.advice import Advice, Cause, FormatVerdict, Place, Repair, Verdict
 from outliers.results.schema.probes import Change, Probes
+from outliers.spec import public_name
 from outliers.spec.formats import parse_format
 
 DEFAULT_BUDGET = 0.05
@@ -23,11 +24,17 @@ NAMED_PLACES = 5
 """Places that the paragraph names."""
 
 
-def advise(probes: Probes, rows: Sequence[Mapping[str, Any]], budget: float = DEFAULT_BUDGET) -> Advice:
+def advise(
+    probes: Probes,
+    rows: Sequence[Mapping[str, Any]],
+    budget: float = DEFAULT_BUDGET,
+    names: tuple[str, str] | None = None,
+) -> Advice:
     """The verdict of one probe.
 
     probes: what was measured. rows: of sensitivity.parquet, empty without a map. budget: most KL that is accepted, in nats a
-    token. Raises BadInput for a budget that is not positive and finite.
+    token. names: what the paragraph calls model and corpus (default: as they are published without a name). Raises BadInput for
+    a budget that is not positive and finite.
     """
     if not 0 < budget < float("inf"):
         raise BadInput(f"a budget is a positive KL in nats a token, such as {DEFAULT_BUDGET:g}; got {budget:g}")
@@ -51,8 +58,12 @@ def advise(probes: Probes, rows: Sequence[Mapping[str, Any]], budget: float = DE
         not_tried=_not_tried(probes, rows, formats),
         paragraph="",
     )
-    said = [paragraph(found), *expert_sentences(probes)]
-    return found.model_copy(update={"paragraph": " ".join(said)})
+    return found.model_copy(update={"paragraph": verdict_words(probes, found, names)})
+
+
+def verdict_words(probes: Probes, advice: Advice, names: tuple[str, str] | None = None) -> str:
+    """The whole paragraph of a verdict. names: as in `advise`."""
+    return " ".join([paragraph(advice, names), *expert_sentences(probes)])
 
 
 def verdict_of(kl: float, interval: Sequence[float] | None, budget: float, floor: float) -> Verdict:
@@ -232,10 +243,11 @@ def _not_tried(probes: Probes, rows: Sequence[Mapping[str, Any]], formats: Seque
     return found
 
 
-def paragraph(advice: Advice) -> str:
+def paragraph(advice: Advice, names: tuple[str, str] | None = None) -> str:
     """The verdict in words: what was measured, what stays within the budget, what doesn't, what helps, what it depends on."""
+    model, corpus = names or (public_name(advice.model), advice.corpus)
     sentences = [
-        f"Measured on {advice.model} in {advice.dtype}, {advice.corpus}, {advice.tokens:,} tokens of {advice.sequences:,} "
+        f"Measured on {model} in {advice.dtype}, {corpus}, {advice.tokens:,} tokens of {advice.sequences:,} "
         f"sequences, with emulated formats at {', '.join(advice.sites)}: perplexity {_number(advice.perplexity)} untouched."
     ]
     if not advice.floor > 0:

@@ -77,11 +77,13 @@ def _finish(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> Non
     from outliers.planning.remaining import check_rest
     from outliers.probe.checks import check_before
     from outliers.publish.outcome import find_finished
+    from outliers.publish.own import keep_names
     from outliers.publish.probes import is_probed, receive_probe
     from outliers.steps import capture_exists, run_analyze, run_extract, run_probe, run_report
 
     if prepared.spec.probe.asked:
         check_before(prepared)
+    keep_names(prepared, workspace)
     found = find_finished(prepared, workspace)
     if found is None:
         check_rest(prepared, workspace, provider(DEFAULT_PROVIDER, workspace.root))

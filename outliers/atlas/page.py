@@ -188,7 +188,7 @@ def table_row(row: AtlasRow, place: int, *, other: bool) -> dict[str, Any]:
         "place": place,
         "other": other,
         "kind": "moe" if row.num_experts else "dense",
-        "model": clip(row.model, 120),
+        "model": clip(row.model_called, 120),
         "shape": f"{layers} layers × {row.hidden_size:,}",
         "architecture": clip(row.architecture, 80),
         "total": None if row.total_parameters is None else short(row.total_parameters),
@@ -257,7 +257,7 @@ def earlier_rows(rows: Sequence[AtlasRow]) -> list[dict[str, Any]]:
         own.setdefault(known.model, {})[row.model, row.capture_id, row.legacy_pairs] = {
             "study_id": row.study_id,
             # by another name than the published one
-            "model": None if row.model.rpartition("/")[2].lower() == known.model.lower() else row.model,
+            "model": None if row.model.rpartition("/")[2].lower() == known.model.lower() else row.model_called,
             "pairs": row.legacy_pairs,
             "features": row.legacy_features,
             "layers": row.legacy_layer_fraction,

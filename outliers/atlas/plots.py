@@ -170,8 +170,8 @@ def _drawn(size: float) -> bool:
 def _title(row: AtlasRow, number: int) -> str:
     share = "" if row.layer_fraction is None else f", {percent(row.layer_fraction)} of layers"
     count = f"{row.num_features:,} feature{plural(row.num_features)}"
-    corpus = f"{row.corpus}, {row.num_sequences:,} × {row.sequence_length:,} tokens, {row.dtype}"
-    return printable(f"{number}: {clip(row.model, 120)}: {count}{share} ({clip(corpus, 160)})")
+    corpus = f"{row.corpus_name or row.corpus}, {row.num_sequences:,} × {row.sequence_length:,} tokens, {row.dtype}"
+    return printable(f"{number}: {clip(row.model_called, 120)}: {count}{share} ({clip(corpus, 160)})")
 
 
 def _frame(x_axis: _Axis, y_axis: _Axis, label: str) -> Markup:

@@ -19,7 +19,7 @@ from outliers.publish.shelf import Published
 from outliers.results.intervals import BEFORE
 from outliers.results.schema import Advice, ExpertsBlock, FeatureRow, StudySummary
 from outliers.results.schema.arrow import Int32
-from outliers.spec import BLOCK, BLOCK_SITES, CorpusSpec
+from outliers.spec import BLOCK, BLOCK_SITES, CorpusSpec, public_name
 from outliers.spec.formats import bits_of, is_format
 from outliers.units import format_ranges
 from outliers.untrusted.visible import visible_values
@@ -168,6 +168,15 @@ class AtlasRow(BaseModel):
         None, description="largest abs(x) of a routed expert's output; null: unknown, or as above"
     )
     features: tuple[AtlasFeature, ...] = Field(description="the systematic features, largest first (below)")
+    model_name: str | None = Field(
+        None, description="what its owner calls the model (`--model-name`); null: nothing else"
+    )
+    corpus_name: str | None = Field(None, description="what he calls the corpus (`--corpus-name`)")
+
+    @property
+    def model_called(self) -> str:
+        """What the model is called where it is published."""
+        return self.model_name or public_name(self.model)
 
     @field_validator("*", mode="after")
     @classmethod
@@ -233,6 +242,8 @@ def row_of(study: Published) -> AtlasRow:
         **_mean_spans(features),
         share_ends=shares,
         interval_level=INTERVAL_LEVEL if shares == "95% interval" else None,
+        model_name=model.name,
+        corpus_name=corpus.name,
         max_magnitude=max((item["max_magnitude"] for item in features), default=None),
         massive_count=found.massive_count,
         perplexity=None if found.perplexity is None else found.perplexity.value,

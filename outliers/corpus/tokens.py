@@ -25,7 +25,7 @@ from outliers.corpus.tokenizing import Encoder
 from outliers.corpus.writer import CorpusWriter
 from outliers.errors import CorpusError, UnknownModel
 from outliers.model.source import ModelSource
-from outliers.spec import CorpusSpec, digest
+from outliers.spec import LOCAL_PREFIX, CorpusSpec, digest, path_name
 from outliers.workspace import Workspace
 
 __all__ = ["Corpus", "CorpusInfo", "TokenNames", "load_corpus", "prepare_corpus", "token_hash", "write_corpus"]
@@ -162,7 +162,7 @@ def _joined(spec: CorpusSpec, documents: DocumentSource, encoder: Encoder, conte
             return
     fit = total // content
     raise CorpusError(
-        f"{documents.name} gives {total:,} tokens; {spec.num_sequences} sequences of "
+        f"{_called(spec, documents)} gives {total:,} tokens; {spec.num_sequences} sequences of "
         f"{spec.sequence_length} need {needed:,}: ask for {f'at most {fit} sequences' if fit else 'shorter sequences'}, "
         "or give more text"
     )
@@ -178,9 +178,14 @@ def _single(spec: CorpusSpec, documents: DocumentSource, encoder: Encoder, conte
         if made.documents == spec.num_sequences:
             return
     raise CorpusError(
-        f"{documents.name} gives {made.documents:,} documents; {spec.num_sequences} sequences of one each were asked: ask for at "
-        f"most {made.documents}, give more text, or join them (--packing joined)"
+        f"{_called(spec, documents)} gives {made.documents:,} documents; {spec.num_sequences} sequences of one each were "
+        f"asked: ask for at most {made.documents}, give more text, or join them (--packing joined)"
     )
+
+
+def _called(spec: CorpusSpec, documents: DocumentSource) -> str:
+    """A source for a person: a file or folder by its name, not by the hash that stands for it in results."""
+    return path_name(spec.source) if documents.name.startswith(LOCAL_PREFIX) else documents.name
 
 
 def write_corpus(corpus: Corpus, workspace: Workspace) -> None:

@@ -167,6 +167,8 @@ def _facts(prepared: Prepared) -> Iterator[tuple[str, Any]]:
     yield "experts", spec.capture.experts
     yield "perplexity", spec.capture.perplexity
     yield "label", spec.label
+    yield "model's name", spec.model.name
+    yield "corpus's name", spec.corpus.name
 
 
 def parse_sequences(text: str | None, num_sequences: int, batch: int) -> range | None:

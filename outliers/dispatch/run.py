@@ -27,6 +27,7 @@ from outliers.locks import locked
 from outliers.machines.answers import parse_result
 from outliers.machines.base import Machine
 from outliers.publish import runlog
+from outliers.publish.own import private_words
 from outliers.study.parts import LOCKS
 from outliers.study.prepare import Prepared
 from outliers.untrusted.bounds import LOG_CHARS, RESULT_BYTES, STEPS
@@ -121,7 +122,8 @@ def _end_job(machine: Machine, handle: JobHandle, reporter: Reporter, error: Bas
 
 def _append_log(run: StudyRun, output: StepOutput, reporter: Reporter) -> None:
     try:
-        runlog.append(run.workspace.study(run.prepared.study_id), output.lines, run.workspace.root)
+        words = private_words(run.prepared)
+        runlog.append(run.workspace.study(run.prepared.study_id), output.lines, run.workspace.root, words)
     except OSError as error:
         # a full disk ends the step with its own error, which this must not hide; the reporter has the lines
         reporter.log("warning", f"run.log could not be written: {error}")

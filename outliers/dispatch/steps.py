@@ -23,11 +23,12 @@ from outliers.planning.offers import request_again
 from outliers.planning.remaining import check_rest
 from outliers.publish.allowlist import check_listing, read_log, read_numbers
 from outliers.publish.manifest import read_manifest
+from outliers.publish.own import is_private, private_words
 from outliers.publish.probes import publish_probe, receive_probe
 from outliers.publish.publish import model_slug, publish_study
 from outliers.publish.publishable import Publishable, make_publishable, write_publishable
 from outliers.publish.received import receive_study
-from outliers.publish.reporting import alone
+from outliers.publish.reporting import alone, render_here
 from outliers.study.demand import demand_of
 from outliers.study.parts import Shard
 from outliers.study.probes import placed_probe, probe_id
@@ -140,28 +141,28 @@ def sync_study(run: StudyRun, made_on: dict[str, Any], analyzed: dict[str, Any])
     prepared, workspace = run.prepared, run.workspace
     with alone(prepared, workspace):
         study = _write(run, made_on, analyzed)
-    if prepared.spec.publish_to is None:
+    if study is None or prepared.spec.publish_to is None:
         return None
     check_listing(workspace.study(prepared.study_id))
     slug = model_slug(prepared.model.source.id)
     url = publish_study(study, prepared.spec.publish_to, slug)
     if prepared.spec.probe.asked:
-        publish_probe(placed_probe(prepared, workspace), prepared.spec.publish_to, slug)
+        names = (prepared.public_model, prepared.public_corpus)
+        publish_probe(placed_probe(prepared, workspace), prepared.spec.publish_to, slug, names)
     return url
 
 
-def _write(run: StudyRun, made_on: dict[str, Any], analyzed: dict[str, Any]) -> Publishable:
-    """Render the study from the numbers in the results folder, with its whole manifest, and write it there."""
+def _write(run: StudyRun, made_on: dict[str, Any], analyzed: dict[str, Any]) -> Publishable | None:
+    """Render the study from the numbers in the results folder, with its whole manifest, and write it there.
+
+    What is published, None without a target: of a study with names or text of this machine alone it is rendered apart.
+    """
     prepared = run.prepared
     folder = run.workspace.study(prepared.study_id)
     known = (read_manifest(folder) or {}).get("provenance", {})
-    study = make_publishable(
-        read_numbers(folder),
-        spec=prepared.public_spec(),
-        provenance=known | made_on,
-        log=read_log(folder) if prepared.spec.publish_log else None,
-        beside=folder,
-    )
+    numbers, known = read_numbers(folder), known | made_on
+    log = read_log(folder, private_words(prepared)) if prepared.spec.publish_log else None
+    study = render_here(prepared, run.workspace, numbers, known, log)
     if study.manifest["results_digest"] != analyzed["results_digest"]:
         raise PublishRefused(
             f"the results in {folder} have digest {study.manifest['results_digest'][:12]}, the analysis made "
@@ -169,7 +170,11 @@ def _write(run: StudyRun, made_on: dict[str, Any], analyzed: dict[str, Any]) -> 
         )
     # last: a manifest vouches for the files
     write_publishable(folder, study)
-    return study
+    if prepared.spec.publish_to is None:
+        return None
+    if not is_private(prepared):
+        return study
+    return make_publishable(numbers, spec=prepared.public_spec(), provenance=known, log=log, beside=folder)
 
 
 class DirectSteps:

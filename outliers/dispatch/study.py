@@ -20,6 +20,7 @@ from outliers.files.sealed import write_sealed
 from outliers.machines.providers import provider
 from outliers.probe.checks import check_before
 from outliers.publish.outcome import Outcome, find_finished, make_outcome
+from outliers.publish.own import keep_names
 from outliers.publish.probes import is_probed
 from outliers.publish.publish import check_target
 from outliers.study.parts import split
@@ -59,10 +60,11 @@ def dispatch_study(run: StudyRun, steps: Steps | None = None) -> Outcome:
 
 
 def keep_asked(run: StudyRun) -> None:
-    """Keep the study as it was asked for: the next probe of it asks for the same machine and target."""
+    """Keep the study as it was asked for: the next probe of it asks for the same machine and target. Its names are kept too."""
     place = run.workspace.asked(run.prepared.study_id)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(place, run.prepared.model_dump(mode="json"))
+    keep_names(run.prepared, run.workspace)
 
 
 def run_whole(

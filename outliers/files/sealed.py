@@ -34,10 +34,13 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content`, which JSON can hold and which has no key `seal`, with its checksum. Raises OSError."""
+def write_sealed(path: Path, content: Mapping[str, Any], mode: int = 0o666) -> None:
+    """Write `content`, which JSON can hold and which has no key `seal`, with its checksum. Raises OSError.
+
+    `mode`: of the file, less the umask.
+    """
     plain = json.loads(json.dumps(dict(content)))
-    write_atomic(path, json.dumps(plain | {SEAL: _checksum(plain)}, indent=1).encode())
+    write_atomic(path, json.dumps(plain | {SEAL: _checksum(plain)}, indent=1).encode(), mode)
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:

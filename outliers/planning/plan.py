@@ -18,12 +18,13 @@ from outliers.planning.download import download_bytes
 from outliers.planning.estimate import Step, left_out, price_of, total_seconds
 from outliers.planning.hints import hints
 from outliers.planning.offers import Candidate, machines_of, refusals, request_for, steps_on, suitable
-from outliers.spec import StudySpec, chosen
+from outliers.spec import LOCAL_PREFIX, StudySpec, chosen, public_name
 from outliers.study.demand import Demand, demand_of
 from outliers.study.experts import expert_mode
 from outliers.study.placement import Placement, total_needed
 from outliers.study.processes import memory_of
 from outliers.study.schedule import by_layers, check_schedule, why_by_layers
+from outliers.untrusted.visible import visible_name
 
 
 class GpuShare(BaseModel):
@@ -56,6 +57,8 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     model: str
+    model_name: str = ""
+    """What a person calls it: one of the user's own by its file or folder, a built-in one by its name."""
     architecture: str
     dtype: str
     total_parameters: int
@@ -177,6 +180,9 @@ def _held(demand: Demand, found: tuple[Candidate, ...]) -> int:
 def _model(info: ModelInfo) -> dict[str, Any]:
     return {
         "model": info.source.id,
+        "model_name": visible_name(info.source.name)
+        if info.source.id.startswith(LOCAL_PREFIX)
+        else public_name(info.source.id),
         "architecture": info.architecture,
         "dtype": info.dtype,
         "total_parameters": info.total_parameters,

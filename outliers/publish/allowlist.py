@@ -96,8 +96,11 @@ def read_numbers(folder: Path) -> Numbers:
     return check_numbers({name: read_regular(folder, name) for name in numbers_in(folder)})
 
 
-def read_log(folder: Path) -> bytes | None:
-    """What is published of run.log (`runlog.publishable`); None without a run.log. ForbiddenFile where it is not text."""
+def read_log(folder: Path, words: Mapping[str, str] | None = None) -> bytes | None:
+    """What is published of run.log (`runlog.publishable`); None without a run.log. ForbiddenFile where it is not text.
+
+    words: names that are not published, each with what stands for it.
+    """
     if not os.path.lexists(folder / LOG):
         return None
     try:
@@ -106,6 +109,7 @@ def read_log(folder: Path) -> bytes | None:
             file.seek(max(0, size - 2 * contents.MAX_LOG_BYTES))
             data = runlog.publishable(file.read(2 * contents.MAX_LOG_BYTES), size, contents.MAX_LOG_BYTES)
         contents.check_log(data)
+        data = runlog.rename(data.decode(), words or {}).encode()
     except OSError as error:
         raise _unread(folder, LOG, error) from error
     except contents.NotAllowedError as error:

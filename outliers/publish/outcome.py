@@ -8,6 +8,7 @@ summary. A capture that was repaired is computed before anything answers. It dec
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -18,7 +19,8 @@ from outliers.errors import DamagedResults, OutliersError, WorkspaceError
 from outliers.events.stream import Lines
 from outliers.publish.allowlist import NUMBERS, OPTIONAL, SUMMARY
 from outliers.publish.finished import Finished, read_finished
-from outliers.publish.probes import PAGE, find_probe, read_probe
+from outliers.publish.own import is_shown, own_verdict, show_own
+from outliers.publish.probes import PAGE, find_probe, name_probes, read_probe
 from outliers.publish.publish import fetch, model_slug, published_manifest
 from outliers.publish.reporting import alone, known_digest, render_again, write_study
 from outliers.results.answer import (
@@ -48,6 +50,10 @@ class Outcome(BaseModel):
     study_id: str
     capture_id: str
     title: str
+    """Model and shape, by the names that they have on this machine."""
+    model: str = ""
+    corpus: str = ""
+    """What the corpus is called on this machine, as the model."""
     results: str
     """Folder in the workspace."""
     report: str
@@ -196,7 +202,8 @@ def _fetched(prepared: Prepared, workspace: Workspace, target: str, slug: str) -
     folder = workspace.study(prepared.study_id)
     try:
         with alone(prepared, workspace):
-            fetch(target, slug, prepared.study_id, folder)
+            show = functools.partial(show_own, prepared, workspace)
+            fetch(target, slug, prepared.study_id, folder, show)
     except OSError as error:
         raise WorkspaceError(f"the results can't be written into {folder}: {error}; move that folder away") from error
     found = _read(prepared, workspace)
@@ -208,12 +215,15 @@ def _fetched(prepared: Prepared, workspace: Workspace, target: str, slug: str) -
 def _outcome(
     prepared: Prepared, workspace: Workspace, found: Finished, *, published: str | None, cached: bool
 ) -> Outcome:
+    found = _named(prepared, workspace, found)
     summary = _summary(found)
     probe = read_probe(placed_probe(prepared, workspace)) if prepared.spec.probe.asked else None
     return Outcome(
         study_id=prepared.study_id,
         capture_id=prepared.capture_id,
         title=prepared.title,
+        model=prepared.model_name,
+        corpus=prepared.corpus_name,
         results=str(found.folder),
         report=str(found.folder / "report.html"),
         published=published,
@@ -227,9 +237,17 @@ def _outcome(
         massive=massive_words(summary),
         experts=expert_lines(summary.experts),
         crowded=crowded(summary),
-        verdict=None if probe is None else probe.advice.paragraph,
+        verdict=None if probe is None else own_verdict(prepared, probe.probes, probe.advice),
         probe=None if probe is None else str(probe.folder / PAGE),
     )
+
+
+def _named(prepared: Prepared, workspace: Workspace, found: Finished) -> Finished:
+    """The results with a page that has the names and the text of this machine: one of before, or fetched, is rendered again."""
+    if is_shown(prepared, workspace) or not render_again(prepared, workspace):
+        return found
+    name_probes(prepared, workspace)
+    return _read(prepared, workspace) or found
 
 
 def _summary(found: Finished) -> StudySummary:

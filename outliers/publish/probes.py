@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from outliers.advice.advise import DEFAULT_BUDGET, advise
+from outliers.advice.advise import DEFAULT_BUDGET, advise, verdict_words
 from outliers.errors import BadInput, DamagedResults, DigestConflict, JobFailed, PublishRefused
 from outliers.files.atomic import write_atomic
 from outliers.files.beneath import read_beneath
@@ -30,10 +30,13 @@ from outliers.locks import locked
 from outliers.machines.base import Machine
 from outliers.publish.allowlist import ADVICE, MANIFEST, MAX_FILE_BYTES, read_regular
 from outliers.publish.contents import NotAllowedError, check_probes, check_sensitivity
+from outliers.publish.own import is_private, shown_names
 from outliers.publish.stores.open import opened
+from outliers.report.shown import Shown, shown_probes
 from outliers.results.schema import Advice, Probes, first_error
 from outliers.results.schema.fields import Digest, Strict
 from outliers.results.write import json_bytes
+from outliers.spec import public_name
 from outliers.study.parts import LOCKS
 from outliers.study.prepare import Prepared
 from outliers.study.probes import PROBE_NUMBERS, PROBES, SENSITIVITY, placed_probe, probe_id
@@ -97,7 +100,7 @@ def receive_probe(prepared: Prepared, machine: Machine, workspace: Workspace) ->
             _check_study(probes, prepared)
         except (BadInput, PublishRefused, NotAllowedError, ValueError) as error:
             raise JobFailed(f"the probe that {machine.name} gives of {prepared.title} is refused: {error}") from error
-    advice = place_probe(probes, rows, placed_probe(prepared, workspace), workspace)
+    advice = _place(probes, rows, prepared, placed_probe(prepared, workspace), workspace)
     return {"probe_id": probes.probe_id, "paragraph": advice.paragraph}
 
 
@@ -111,19 +114,79 @@ def _check_study(probes: Probes, prepared: Prepared) -> None:
         raise ValueError(f"it is of {found}, and {wanted} was asked for")
 
 
-def place_probe(probes: Probes, rows: list[dict[str, Any]], folder: Path, workspace: Workspace) -> Advice:
-    """Write the results of a probe from its checked values, the manifest last; returns the verdict. Raises OSError."""
-    from outliers.report.probe_page import make_probe_page
+def _place(
+    probes: Probes, rows: list[dict[str, Any]], prepared: Prepared, folder: Path, workspace: Workspace
+) -> Advice:
+    """`place_probe` of a study that is known: in its page with the names of this machine, else with the public ones."""
+    names = (prepared.public_model, prepared.public_corpus)
+    return place_probe(probes, rows, folder, workspace, names, shown_names(prepared))
+
+
+def name_probes(prepared: Prepared, workspace: Workspace) -> None:
+    """Render the pages of a study's finished probes with the names of this machine; one that is damaged is left as it is."""
+    finished = workspace.study(prepared.study_id) / "probes"
+    places = [path for path in finished.glob(f"*/{MANIFEST}") if path.is_file() and not path.is_symlink()]
+    for place in sorted(places, key=lambda path: path.stat().st_mtime):  # the newest stays the newest
+        try:
+            found = read_probe(place.parent)
+        except DamagedResults:
+            continue
+        if found is not None and is_private(prepared):
+            _place(found.probes, found.sensitivity, prepared, place.parent, workspace)
+
+
+def place_probe(
+    probes: Probes,
+    rows: list[dict[str, Any]],
+    folder: Path,
+    workspace: Workspace,
+    names: tuple[str, str] | None = None,
+    shown: Shown | None = None,
+) -> Advice:
+    """Write the results of a probe from its checked values, the manifest last; returns the verdict. Raises OSError.
+
+    names: what model and corpus are called in what is published (default: by their ids). shown: what they are called in the
+    page, which stays in `folder`.
+    """
     from outliers.results.schema.probes import sensitivity_bytes
 
-    advice = advise(probes, rows, DEFAULT_BUDGET)
+    advice = advise(probes, rows, DEFAULT_BUDGET, names)
     files = {
         PROBES: json_bytes(probes.model_dump(mode="json")),
         SENSITIVITY: sensitivity_bytes(rows),
         ADVICE: json_bytes(advice.model_dump(mode="json")),
-        PAGE: make_probe_page(probes, rows, advice),
+        PAGE: _page(probes, rows, advice, names, shown),
     }
-    manifest = {
+    manifest = _manifest_of(probes, files)
+    with locked(workspace.root / LOCKS / f"probe-{probes.probe_id}", lambda: time.sleep(POLL_SECONDS)):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for name, data in files.items():
+            write_atomic(folder / name, data)
+        write_atomic(folder / MANIFEST, json_bytes(manifest))
+    return advice
+
+
+def _page(
+    probes: Probes,
+    rows: list[dict[str, Any]],
+    advice: Advice,
+    names: tuple[str, str] | None,
+    shown: Shown | None = None,
+) -> bytes:
+    """probe.html: with the names of this machine, or the public ones."""
+    from outliers.report.probe_page import make_probe_page
+
+    named = shown_probes(probes, shown, names or (public_name(probes.model), probes.corpus))
+    words = verdict_words(probes, advice, (named.model, named.corpus))
+    return make_probe_page(
+        named, rows, advice.model_copy(update={"paragraph": words}), "" if shown is None else shown.published
+    )
+
+
+def _manifest_of(probes: Probes, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The manifest of the files of a probe, by name."""
+    return {
         "schema_version": 1,
         "study_id": probes.study_id,
         "probe_id": probes.probe_id,
@@ -132,13 +195,6 @@ def place_probe(probes: Probes, rows: list[dict[str, Any]], folder: Path, worksp
             for name, data in files.items()
         ],
     }
-    with locked(workspace.root / LOCKS / f"probe-{probes.probe_id}", lambda: time.sleep(POLL_SECONDS)):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for name, data in files.items():
-            write_atomic(folder / name, data)
-        write_atomic(folder / MANIFEST, json_bytes(manifest))
-    return advice
 
 
 def read_probe(folder: Path) -> Probed | None:
@@ -228,29 +284,35 @@ def find_probe(prepared: Prepared, workspace: Workspace, target: str | None, slu
             _check_study(probes, prepared)
         except (DamagedResults, NotAllowedError, KeyError, ValueError) as error:
             raise PublishRefused(f"{store.url}/{place} is not a probe that this program reads: {error}") from error
-    place_probe(probes, rows, placed_probe(prepared, workspace), workspace)
+    _place(probes, rows, prepared, placed_probe(prepared, workspace), workspace)
     return True
 
 
-def publish_probe(folder: Path, target: str, slug: str) -> str:
+def publish_probe(folder: Path, target: str, slug: str, names: tuple[str, str] | None = None) -> str:
     """Publish a probe beside its study; the URL of its manifest. One that is there with the same numbers stays.
 
-    Raises DigestConflict where it is there with others, DamagedResults, and the errors of stores.
+    Verdict and page are made anew from the numbers: those in `folder` name the files of this machine. names: as in
+    `place_probe`. Raises DigestConflict where it is there with others, DamagedResults, and the errors of stores.
     """
     found = read_probe(folder)
     if found is None:
         raise PublishRefused(f"{folder} has no {MANIFEST}: that probe is not finished; run the same again")
+    advice = advise(found.probes, found.sensitivity, DEFAULT_BUDGET, names)
+    files = {name: found.files[name] for name in PROBE_NUMBERS}
+    files |= {ADVICE: json_bytes(advice.model_dump(mode="json"))}
+    files |= {PAGE: _page(found.probes, found.sensitivity, advice, names)}
+    manifest = _manifest_of(found.probes, files)
     place = f"{slug}/{found.probes.study_id}/probes/{found.probes.probe_id}"
     with opened(target) as store:
         url = f"{store.url}/{place}/{MANIFEST}"
         there = store.read(f"{place}/{MANIFEST}", MAX_MANIFEST_BYTES)
         if there is None:
-            for name, data in found.files.items():
+            for name, data in files.items():
                 store.put(f"{place}/{name}", data)
-            if store.create(f"{place}/{MANIFEST}", json_bytes(found.manifest)):
+            if store.create(f"{place}/{MANIFEST}", json_bytes(manifest)):
                 return url
             there = store.read(f"{place}/{MANIFEST}", MAX_MANIFEST_BYTES)
-    if there is None or _numbers(json.loads(there)) != _numbers(found.manifest):
+    if there is None or _numbers(json.loads(there)) != _numbers(manifest):
         raise DigestConflict(f"{url} is published with other numbers: nothing was changed")
     return url
 

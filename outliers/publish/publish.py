@@ -14,16 +14,25 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outliers.errors import AccessDenied, BadInput, DigestConflict, ForbiddenFile, PublishRefused, StoreUnavailable
-from outliers.publish.allowlist import MANIFEST, NUMBERS, allowed_name, check_numbers, number_names
+from outliers.publish.allowlist import MANIFEST, NUMBERS, Numbers, allowed_name, check_numbers, number_names
 from outliers.publish.manifest import MAX_MANIFEST_BYTES, dump_manifest, parse_manifest, slug_safe
-from outliers.publish.publishable import Publishable, is_written, make_publishable, read_publishable, write_publishable
+from outliers.publish.publishable import (
+    Publishable,
+    is_written,
+    make_publishable,
+    read_publishable,
+    write_publishable,
+)
 from outliers.publish.stores.base import Store
 from outliers.publish.stores.open import opened
+
+if TYPE_CHECKING:
+    from outliers.report.shown import Shown
 
 ORPHAN_SECONDS = 3600.0
 """A folder without a manifest is left alone that long: its publisher may be at work."""
@@ -69,8 +78,8 @@ def publish(results: Path, target: str, model_slug: str) -> str:
     """Publish the folder `results`, which has its manifest, and return the URL of the published manifest.
 
     Its page and pictures are rendered anew; where they, or the manifest that names them, are others than the folder has, they
-    replace those. Raises ForbiddenFile or PublishRefused where the numbers are not what the manifest says or may not leave the
-    machine, and as `publish_study`.
+    replace those: also the page of the study's owner, which `dispatch.steps.sync_study` leaves there. Raises ForbiddenFile or
+    PublishRefused where the numbers are not what the manifest says or may not leave the machine, and as `publish_study`.
     """
     study = read_publishable(results)
     if not is_written(results, study):
@@ -109,12 +118,18 @@ def publish_study(study: Publishable, target: str, model_slug: str) -> str:
     return url
 
 
-def fetch(target: str, model_slug: str, study_id: str, into: Path) -> dict[str, Any]:
+def fetch(
+    target: str,
+    model_slug: str,
+    study_id: str,
+    into: Path,
+    show: Callable[[Numbers], Shown | None] = lambda numbers: None,
+) -> dict[str, Any]:
     """Fetch a published study into the folder `into`, its manifest last; returns the published manifest.
 
     Only the numbers are fetched: others can write to a store, so they are checked as a machine's are, and the page and the
-    pictures are rendered here. Raises PublishRefused where the study is not there, or not what its manifest says; then
-    `into` has no manifest.
+    pictures are rendered here. show: gives what the owner of the study sees of it. Raises PublishRefused where the study is not
+    there, or not what its manifest says; then `into` has no manifest.
     """
     place = _place(model_slug, study_id)
     (into / MANIFEST).unlink(missing_ok=True)
@@ -130,7 +145,8 @@ def fetch(target: str, model_slug: str, study_id: str, into: Path) -> dict[str, 
         files = {name: _object(store, f"{place}/{manifest['folder']}", named[name]) for name in number_names(named)}
         try:
             told = {"spec": manifest["spec"], "provenance": manifest["provenance"]}
-            study = make_publishable(check_numbers(files), **told, beside=into)
+            numbers = check_numbers(files)
+            study = make_publishable(numbers, **told, beside=into, shown=show(numbers))
         except ForbiddenFile as error:
             raise PublishRefused(
                 f"{store.url}/{place} is not a study that this program reads: {error}. A newer one may have published it: update "

@@ -4,6 +4,9 @@ Whatever page or picture lies in a folder, a store or on a machine is never read
 bytes under the same versions of matplotlib and Pillow, so that what is published is what this side renders. The page has a
 section about the newest probe that lies in the results folder when it is rendered, from that probe's own checked numbers; a
 study's numbers, its ids and its results_digest don't depend on it.
+
+With `shown` it is the page of the study's owner, which names his files and shows his text (`own`): it stays in his results
+folder, whose manifest names it, and no function that publishes is given one.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +40,7 @@ from outliers.publish.probes import Probed, count_probes, newest_probe
 
 if TYPE_CHECKING:
     from outliers.report.plots import Plot
+    from outliers.report.shown import Shown
 
 _log = logging.getLogger(__name__)
 
@@ -61,15 +65,17 @@ def make_publishable(
     provenance: Mapping[str, Any],
     log: bytes | None = None,
     beside: Path | None = None,
+    shown: Shown | None = None,
 ) -> Publishable:
     """A study from its checked numbers; `spec` and `provenance` stand in the manifest, `provenance` on the page too.
 
-    beside: the results folder, whose newest probe has a section on the page; a probe that is damaged has none.
+    beside: the results folder, whose newest probe has a section on the page; a probe that is damaged has none. shown: makes it
+    the page of the study's owner, which is not to be published.
 
     Raises ForbiddenFile where it is too large or its numbers can't be drawn, PublishRefused where `spec` or `provenance` are
     more than metadata.
     """
-    files = dict(numbers.files) | render_files(numbers, provenance, beside)
+    files = dict(numbers.files) | render_files(numbers, provenance, beside, shown)
     if log is not None:
         files[LOG] = log
     for path, data in files.items():
@@ -84,16 +90,24 @@ def make_publishable(
     return Publishable(build_manifest(files, spec=dict(spec), provenance=dict(provenance)), files)
 
 
-def render_files(numbers: Numbers, provenance: Mapping[str, Any], beside: Path | None = None) -> dict[str, bytes]:
+def render_files(
+    numbers: Numbers, provenance: Mapping[str, Any], beside: Path | None = None, shown: Shown | None = None
+) -> dict[str, bytes]:
     """`report.html` and `plots/*.png` by path. ForbiddenFile where no page can be made of the numbers."""
+    from outliers.advice.advise import verdict_words
     from outliers.report.probe_page import probe_section
     from outliers.report.report import make_page
 
     probe = None if beside is None else _probe_of(numbers, beside)
     try:
-        plots = _plots(*(numbers.files.get(name) for name in (*NUMBERS, *OPTIONAL)))
-        section = probe_section(probe.probes, probe.advice, count_probes(probe.folder) - 1) if probe else None
-        page = make_page(numbers.files, plots, provenance, section)
+        plots = _plots(shown, *(numbers.files.get(name) for name in (*NUMBERS, *OPTIONAL)))
+        section = None
+        if probe is not None:
+            names = None if shown is None else (shown.model, shown.corpus)
+            words = probe.advice.paragraph if names is None else verdict_words(probe.probes, probe.advice, names)
+            advice = probe.advice.model_copy(update={"paragraph": words})
+            section = probe_section(probe.probes, advice, count_probes(probe.folder) - 1)
+        page = make_page(numbers.files, plots, provenance, section, shown)
     except _BAD_NUMBERS as error:
         raise ForbiddenFile(
             f"no report can be made of these numbers ({type(error).__name__}: {str(error)[:200]})"
@@ -112,18 +126,18 @@ def _probe_of(numbers: Numbers, folder: Path) -> Probed | None:
 
 
 @functools.lru_cache(maxsize=KEPT_PLOTS)
-def _plots(*files: bytes | None) -> tuple[Plot, ...]:
+def _plots(shown: Shown | None, *files: bytes | None) -> tuple[Plot, ...]:
     from outliers.report.report import make_plots
 
     named = zip((*NUMBERS, *OPTIONAL), files, strict=True)
-    return make_plots({name: data for name, data in named if data is not None})
+    return make_plots({name: data for name, data in named if data is not None}, shown)
 
 
-def read_publishable(folder: Path) -> Publishable:
+def read_publishable(folder: Path, show: Callable[[Numbers], Shown | None] | None = None) -> Publishable:
     """The study in a results folder: its numbers, which must be those of its manifest, and the rest rendered anew.
 
-    Raises ForbiddenFile or PublishRefused where there is no manifest, the numbers are not what it says or may not leave, or
-    something lies there that no study has.
+    show: gives what its owner sees of it, for a page that stays here. Raises ForbiddenFile or PublishRefused where there is no
+    manifest, the numbers are not what it says or may not leave, or something lies there that no study has.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -140,7 +154,7 @@ def read_publishable(folder: Path) -> Publishable:
             )
     log = read_log(folder) if LOG in named else None
     told = {"spec": manifest["spec"], "provenance": manifest["provenance"]}
-    made = make_publishable(numbers, **told, log=log, beside=folder)
+    made = make_publishable(numbers, **told, log=log, beside=folder, shown=show(numbers) if show else None)
     for name in ("study_id", "capture_id", "results_digest", "headline"):
         if made.manifest[name] != manifest[name]:
             raise PublishRefused(

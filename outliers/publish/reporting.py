@@ -30,6 +30,7 @@ from outliers.locks import locked
 from outliers.publish.allowlist import Numbers, numbers_in, read_numbers, read_regular
 from outliers.publish.finished import read_finished
 from outliers.publish.manifest import digest_of
+from outliers.publish.own import show_own
 from outliers.publish.publishable import Publishable, make_publishable, read_publishable, write_publishable
 from outliers.store.repair import forget_repair
 from outliers.study.parts import LOCKS
@@ -54,10 +55,10 @@ def write_study(prepared: Prepared, workspace: Workspace, reporter: Reporter) ->
         _write_numbers(prepared, workspace, reporter)
         reporter.progress("report", 1, 3, "parts")
         made = numbers_folder(prepared, workspace)
-        known, folder = json.loads((made / PROVENANCE).read_bytes()), workspace.study(prepared.study_id)
-        found = make_publishable(read_numbers(made), spec=prepared.public_spec(), provenance=known, beside=folder)
+        known, numbers = json.loads((made / PROVENANCE).read_bytes()), read_numbers(made)
+        found = render_here(prepared, workspace, numbers, known)
         reporter.progress("report", 2, 3, "parts")
-        write_publishable(folder, found)
+        write_publishable(workspace.study(prepared.study_id), found)
         shutil.rmtree(made)
         reporter.progress("report", 3, 3, "parts")
         return _outline(found)
@@ -82,10 +83,23 @@ def place_study(
     """
     with alone(prepared, workspace), _explained(workspace):
         _compare(prepared, workspace, digest_of(numbers.files), reporter)
-        folder = workspace.study(prepared.study_id)
-        found = make_publishable(numbers, spec=prepared.public_spec(), provenance=known, beside=folder)
-        write_publishable(folder, found)
+        found = render_here(prepared, workspace, numbers, known)
+        write_publishable(workspace.study(prepared.study_id), found)
         return _outline(found)
+
+
+def render_here(
+    prepared: Prepared, workspace: Workspace, numbers: Numbers, known: Mapping[str, Any], log: bytes | None = None
+) -> Publishable:
+    """A study as its owner sees it on this machine, for its results folder alone (`own`). Raises as `make_publishable`."""
+    return make_publishable(
+        numbers,
+        spec=prepared.public_spec(),
+        provenance=known,
+        log=log,
+        beside=workspace.study(prepared.study_id),
+        shown=show_own(prepared, workspace, numbers),
+    )
 
 
 def render_again(prepared: Prepared, workspace: Workspace) -> bool:
@@ -93,7 +107,7 @@ def render_again(prepared: Prepared, workspace: Workspace) -> bool:
     folder = workspace.study(prepared.study_id)
     with alone(prepared, workspace):
         try:
-            write_publishable(folder, read_publishable(folder))
+            write_publishable(folder, read_publishable(folder, lambda numbers: show_own(prepared, workspace, numbers)))
             return True
         except (PublishRefused, OSError):
             return False

@@ -1,4 +1,5 @@
-"""run.log: the log lines of a study's steps, as others may read them: without paths, host and user of this computer.
+"""run.log: the log lines of a study's steps, as others may read them: without paths, host and user of this computer,
+and without the names of somebody's own model and text.
 
 Knows lines, and no jobs. It is published only on request.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import getpass
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,11 +30,23 @@ def line(event: Event, step: str) -> str:
     return f"{stamp} {event.level:<7} {step}: {event.message}"
 
 
-def append(folder: Path, lines: Iterable[str], workspace: Path) -> None:
-    """Append lines, scrubbed, to the run.log of a results folder."""
+def append(folder: Path, lines: Iterable[str], workspace: Path, words: Mapping[str, str] | None = None) -> None:
+    """Append lines, scrubbed, to the run.log of a results folder. words: as in `rename`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / NAME).open("a", encoding="utf-8") as file:
-        file.writelines(_plain(scrub(text, workspace)) + "\n" for text in lines)
+        file.writelines(_plain(scrub(rename(text, words or {}), workspace)) + "\n" for text in lines)
+
+
+def rename(text: str, words: Mapping[str, str]) -> str:
+    """The text with names that are not published replaced by what is; whole words alone.
+
+    words: name -> what stands for it. A name of one letter stays: it would blot out ordinary words, and tells nothing.
+    """
+    shown = {_plain(name): public for name, public in words.items()} | dict(words)
+    for name in sorted(shown, key=len, reverse=True):
+        if len(name) > 1:
+            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _, public=shown[name]: public, text)  # type: ignore[misc]
+    return text
 
 
 def scrub(text: str, workspace: Path) -> str:

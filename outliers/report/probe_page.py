@@ -89,8 +89,8 @@ def _without_prefix(change: Change) -> str:
     return repr([getattr(change, name) for name in named])
 
 
-def make_probe_page(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: Advice) -> bytes:
-    """probe.html from the checked numbers of a probe and its verdict."""
+def make_probe_page(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: Advice, published: str = "") -> bytes:
+    """probe.html from the checked numbers of a probe and its verdict. published: what is published in the place of names."""
     plots = [
         (CAPTIONS[plot.name], plot.alt, base64.b64encode(plot.png).decode())
         for plot in draw_probe(probes, rows, advice)
@@ -99,6 +99,7 @@ def make_probe_page(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: A
         "probes": probes,
         "advice": advice,
         "verdicts": VERDICTS,
+        "published": published,
         "plots": plots,
         "changes": probes.changes[:MAX_ROWS],
         "left_out": max(0, len(probes.changes) - MAX_ROWS),

@@ -38,6 +38,7 @@ from outliers.report.rows import (
     provenance_rows,
     reading_rows,
 )
+from outliers.report.shown import Shown, shown_summary, shown_tokens
 from outliers.results.answer import crowded, share_words
 from outliers.results.schema import StudySummary, Tokens, first_error, other_version
 from outliers.units import clip
@@ -143,9 +144,13 @@ def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path,
     return tuple(contents)
 
 
-def make_plots(files: Mapping[str, bytes]) -> tuple[Plot, ...]:
-    """The pictures of a study, from the bytes of its three files by name. Raises as `write_report`."""
-    summary, tokens = _parsed(files, SUMMARY, StudySummary), _parsed(files, TOKENS, Tokens)
+def make_plots(files: Mapping[str, bytes], shown: Shown | None = None) -> tuple[Plot, ...]:
+    """The pictures of a study, from the bytes of its three files by name. Raises as `write_report`.
+
+    shown: what the study is called here (default: as it is published). No picture has text of a corpus.
+    """
+    tokens = _parsed(files, TOKENS, Tokens)
+    summary = shown_summary(_parsed(files, SUMMARY, StudySummary), shown)
     name = summary.model.id
     plots = draw(summary, tokens, _cells(files[FEATURES], summary.criteria.site))
     maps = format_maps(name, captured_layers(summary), _table(files, QUANTIZATION))
@@ -158,14 +163,25 @@ def make_page(
     plots: Sequence[Plot],
     provenance: Mapping[str, object],
     probe: ProbeSection | None = None,
+    shown: Shown | None = None,
 ) -> bytes:
     """report.html of a study, from the bytes of its files by name, its pictures, and what a probe of it says.
 
-    Raises as `write_report`.
+    shown: what the study is called here, and its text (default: as it is published). Raises as `write_report`.
     """
-    summary, tokens = _parsed(files, SUMMARY, StudySummary), _parsed(files, TOKENS, Tokens)
+    numbers = _parsed(files, SUMMARY, StudySummary)
+    summary, tokens = shown_summary(numbers, shown), shown_tokens(_parsed(files, TOKENS, Tokens), shown)
     cells = _cells(files[FEATURES], summary.criteria.site)
-    page = render(summary, tokens, cells, plots, provenance, _table(files, QUANTIZATION), probe)
+    ids = [
+        (name, number)
+        for name, number, called in (
+            ("model", numbers.model.id, summary.model.id),
+            ("corpus", numbers.corpus.source, summary.corpus.source),
+        )
+        if number != called
+    ]
+    said = {"published": "" if shown is None else shown.published, "ids": ids}
+    page = render(summary, tokens, cells, plots, provenance, _table(files, QUANTIZATION), probe, said)
     return page.encode("utf-8", "replace")
 
 
@@ -177,12 +193,18 @@ def render(
     provenance: Mapping[str, object],
     errors: Sequence[dict[str, Any]] = (),
     probe: ProbeSection | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page as text; the plots are in it as base64. errors: the rows of quantization.parquet."""
+    """The page as text; the plots are in it as base64. errors: the rows of quantization.parquet.
+
+    said: `published`, what is published in the place of names and text, and `ids`, those that names stand for.
+    """
     texts = PLOT_TEXTS | FORMAT_TEXTS | EXPERT_TEXTS
     shown = [(plot.name, *texts[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
     values = {
         "summary": summary,
+        "published": "",
+        "ids": (),
         "text_published": tokens.text,
         "rule": summary.criteria,
         "layers": captured_layers(summary),
@@ -218,7 +240,7 @@ def render(
         "massive_rule": MASSIVE_RULE,
         "notes": [clip(note, MAX_TEXT_CHARACTERS) for note in summary.notes],
         "provenance": provenance_rows(provenance),
-    }
+    } | dict(said or {})
     return render_template("report.html", values, FILTERS)
 
 

@@ -17,6 +17,7 @@ GROWING = (
     "pooled, union and affected call a layer affected by a hit anywhere, which more tokens only add to: studies of different "
     "numbers of tokens do not compare by them; per_layer does, and a share of layers has no interval"
 )
+TEXT_LEFT_OUT = "text of the corpus is left out (--publish-text context shows it)"
 RESID = (
     "resid: the residual stream grows with depth, so that magnitude {0:g} says nothing there; see the ladder in standard "
     "deviations"
@@ -95,7 +96,7 @@ def _of_text(prepared: Prepared) -> list[str]:
     if prepared.corpus.lengths_sha256 is not None:
         found.append("sequences have unequal lengths: padding is masked and counted nowhere")
     if not prepared.text:
-        found.append("text of the corpus is left out (--publish-text context shows it)")
+        found.append(TEXT_LEFT_OUT)
     return found
 
 

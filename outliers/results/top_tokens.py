@@ -112,17 +112,18 @@ def _massive_feature(frame: Frame, corpus: Corpus, number: int, tokens: Iterable
 
 
 def context(prepared: Prepared, corpus: Corpus, sequence: int, position: int) -> dict[str, str | None]:
-    """A token and the text around it, in whole characters; all None where text must not be shown.
-
-    Where the token is shown by its name or its bytes, `after` begins with the token's own characters.
-    """
+    """A token and the text around it, as `text_at`; all None where text must not be published."""
     if not prepared.text:
         return {"token": None, "before": None, "after": None}
+    return dict(zip(("token", "before", "after"), text_at(corpus, sequence, position), strict=True))
+
+
+def text_at(corpus: Corpus, sequence: int, position: int) -> tuple[str, str, str]:
+    """A token, the text before it and the text after it, in whole characters.
+
+    Where the token is shown by its name or its bytes, the text after it begins with the token's own characters.
+    """
     token, text = corpus.shown(sequence, position), corpus.texts[sequence]
     start = corpus.start(sequence, position)
     end = start + len(token) if token == corpus.piece(sequence, position) else start
-    return {
-        "token": token,
-        "before": text[max(0, start - CONTEXT_CHARACTERS) : start],
-        "after": text[end : end + CONTEXT_CHARACTERS],
-    }
+    return token, text[max(0, start - CONTEXT_CHARACTERS) : start], text[end : end + CONTEXT_CHARACTERS]

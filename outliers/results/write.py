@@ -171,10 +171,16 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     return {
         "study_id": prepared.study_id,
         "capture_id": prepared.capture_id,
-        "model": {name: getattr(model, name) for name in ModelBlock.model_fields if name not in ("id", "revision")}
-        | {"id": model.source.id, "revision": model.source.revision},
-        "corpus": {name: getattr(corpus, name) for name in CorpusBlock.model_fields if name != "publish_text"}
-        | {"publish_text": "context" if prepared.text else "none"},
+        "model": {
+            name: getattr(model, name) for name in ModelBlock.model_fields if name not in ("id", "revision", "name")
+        }
+        | {"id": model.source.id, "revision": model.source.revision}
+        | _given(prepared.spec.model.name),
+        "corpus": {
+            name: getattr(corpus, name) for name in CorpusBlock.model_fields if name not in ("publish_text", "name")
+        }
+        | {"publish_text": "context" if prepared.text else "none"}
+        | _given(prepared.spec.corpus.name),
         "criteria": {
             "magnitude": criteria.magnitude,
             "layer_fraction": criteria.layer_fraction,
@@ -183,6 +189,11 @@ def identity(prepared: Prepared) -> dict[str, Any]:
             "site": prepared.site,
         },
     }
+
+
+def _given(name: str | None) -> dict[str, str]:
+    """The name under which something is published, where one was given."""
+    return {} if name is None else {"name": name}
 
 
 def perplexity(nll: float, tokens: int) -> Perplexity:

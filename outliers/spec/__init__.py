@@ -25,8 +25,13 @@ from outliers.spec.part import Part as Part
 from outliers.spec.part import bare
 from outliers.spec.probe import ProbeSpec as ProbeSpec
 from outliers.spec.store import check_store
+from outliers.spec.words import BUILTIN_NAMES as BUILTIN_NAMES
+from outliers.spec.words import LOCAL_PREFIX as LOCAL_PREFIX
+from outliers.spec.words import PUBLIC_NAME as PUBLIC_NAME
 from outliers.spec.words import digest as digest
 from outliers.spec.words import has_login as has_login
+from outliers.spec.words import path_name as path_name
+from outliers.spec.words import public_name as public_name
 from outliers.spec.words import short_model_name as short_model_name
 
 SiteName = Literal["attn_in", "mlp_in", "o_in", "down_in", "resid"]
@@ -81,6 +86,12 @@ class ModelSpec(Part):
         description="none makes stored weights (MXFP4, FP8) plain on loading; checkpoint computes with them as they are stored, "
         "which needs a GPU and packages; auto makes plain what can be",
     )
+    name: str | None = Field(
+        None,
+        pattern=PUBLIC_NAME,
+        description="what a model of your own is called where the study is published, such as Acme 7B (default: local: and a "
+        "hash); part of the study's id where it is given",
+    )
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -115,6 +126,12 @@ class CorpusSpec(Part):
     subset: str | None = Field(None, description="configuration of a hub data set, such as sample-10BT")
     split: str = Field("train", description="split of a hub data set")
     corpus_revision: str | None = Field(None, description="branch, tag or commit of a hub data set (default: main)")
+    name: str | None = Field(
+        None,
+        pattern=PUBLIC_NAME,
+        description="what a text of your own is called where the study is published, such as Acme manuals (default: local: and "
+        "a hash); part of the study's id where it is given",
+    )
 
 
 class CaptureSpec(Part):

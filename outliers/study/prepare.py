@@ -32,14 +32,18 @@ from outliers.spec import (
     EXPERTS_VERSION,
     FORMAT_VERSION,
     FORMATS_VERSION,
+    LOCAL_PREFIX,
     StudySpec,
     chosen,
     digest,
     layers_in,
+    path_name,
+    public_name,
 )
 from outliers.spec.formats import ROTATIONS, parse_format
 from outliers.study.experts import expert_mode, expert_shapes
 from outliers.study.layout import Layout
+from outliers.untrusted.visible import visible_name
 from outliers.workspace import Workspace
 
 FP8_PRODUCT = 2
@@ -66,8 +70,31 @@ class Prepared(BaseModel):
 
     @property
     def title(self) -> str:
-        """The study for a person: `SmolLM2-135M 8x512`."""
-        return f"{self.model.source.name} {self.corpus.num_sequences}x{self.corpus.sequence_length}"
+        """The study for a person: `SmolLM2-135M-Instruct 8x512`."""
+        return f"{self.model_name} {self.corpus.num_sequences}x{self.corpus.sequence_length}"
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called on this machine: by the name that was given, else that of its file, folder or id."""
+        return self.spec.model.name or visible_name(self.model.source.name)
+
+    @property
+    def corpus_name(self) -> str:
+        """What the corpus is called on this machine: by the name that was given, else that of its file, folder or id."""
+        own = self.corpus.source.startswith(LOCAL_PREFIX)
+        return self.spec.corpus.name or (
+            visible_name(path_name(self.spec.corpus.source)) if own else self.corpus.source
+        )
+
+    @property
+    def public_model(self) -> str:
+        """What the model is called in what is published: no name of a file or folder unless it was given."""
+        return self.spec.model.name or public_name(self.model.source.id)
+
+    @property
+    def public_corpus(self) -> str:
+        """What the corpus is called in what is published."""
+        return self.spec.corpus.name or self.corpus.source
 
     @property
     def extraction(self) -> str:
@@ -84,6 +111,9 @@ class Prepared(BaseModel):
         # what is kept is in no result, and a window is the machine's
         for name in ("disk_window", *(("store", "store_sequences") if self.spec.capture.store == "full" else ())):
             del spec["capture"][name]
+        for part in ("model", "corpus"):
+            if spec[part]["name"] is None:
+                del spec[part]["name"]
         spec["model"] |= {"id": self.model.source.id, "revision": self.model.source.revision, "dtype": self.model.dtype}
         spec["corpus"]["source"] = self.corpus.source
         return spec
@@ -94,8 +124,13 @@ def model_info(spec: StudySpec, workspace: Workspace, *, weights: bool = True) -
     folder = local_path(spec.model.id)
     if (folder / "config.json").is_file() and (stays := kept_method(folder, spec.model.quantization)):
         check_method(folder.name, stays, _place(spec))
+    source = find_model(spec.model, workspace, weights=weights)
+    if spec.model.name is not None and not source.id.startswith(LOCAL_PREFIX):
+        raise BadInput(
+            f"--model-name {spec.model.name} is for a model of your own: {spec.model.id} is published by its name already"
+        )
     info = describe_model(
-        find_model(spec.model, workspace, weights=weights),
+        source,
         spec.model.dtype,
         workspace,
         quantization=spec.model.quantization,
@@ -220,6 +255,10 @@ def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
 
     Raises BadInput and its kinds for what does not exist or can't be read, HubUnavailable when the hub is silent."""
     documents = find_local(spec.corpus)  # first: a mistyped path is refused before a model is hashed
+    if spec.corpus.name is not None and (documents is None or not documents.name.startswith(LOCAL_PREFIX)):
+        raise BadInput(
+            f"--corpus-name {spec.corpus.name} is for a text of your own: {spec.corpus.source} is published by its name already"
+        )
     info = model_info(spec, workspace)
     corpus = prepare_corpus(spec.corpus, info.source, workspace, documents=documents, vocab_size=info.vocab_size)
     layers = resolve_layers(spec, info)
@@ -240,6 +279,9 @@ def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
         payload["perplexity"] = True
     if spec.formats.formats:
         payload["formats"] = [FORMATS_VERSION, list(spec.formats.formats), spec.formats.format_tokens]
+    # a name changes what is published: two names of one study are two studies, as two labels are
+    if spec.model.name is not None or spec.corpus.name is not None:
+        payload["names"] = [spec.model.name, spec.corpus.name]
     study = digest(payload)
     return Prepared(
         spec=spec,

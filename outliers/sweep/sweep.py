@@ -77,6 +77,8 @@ class SweepStudy(Part):
         spec = self.spec.model_dump(mode="json", include={"model", "corpus", "capture"})
         for name in ("perplexity", "store", "store_sequences", "disk_window"):  # in no capture_id
             spec["capture"].pop(name)
+        for part in ("model", "corpus"):
+            spec[part].pop("name")
         if spec["model"]["quantization"] == "auto":  # dequantizes what it can, as `none` asks for
             spec["model"]["quantization"] = "none"
         compute = self.spec.compute
@@ -287,7 +289,8 @@ def _name(entry: dict[str, Any], spec: StudySpec, cell: list[tuple[tuple[str, ..
     given = entry.get("name")
     if given is not None and not (isinstance(given, str) and re.fullmatch(NAME, given)):
         raise BadInput(f"{place}: name: letters, digits, '.', '_' and '-', at most 64; got {given!r}")
-    short = short_model_name(spec.model.id)
+    # a study's name in a sweep is a key: that of a built-in model stays the end of its id
+    short = short_model_name(spec.model.id.removeprefix("builtin:"))
     values = [value for path, value in cell if given or path != ("model", "id")]
     texts = ["+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) for value in values]
     whole = "-".join([given or short, *(text.rstrip("/").rsplit("/", 1)[-1] for text in texts)])

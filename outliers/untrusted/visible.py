@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from typing import Any
 
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -33,6 +34,17 @@ def visible_line(text: str, max_chars: int = 300) -> str:
     r"""`text` as one line of at most `max_chars` characters: newlines are shown as \n too, and the end is cut with `...`."""
     shown = LINE_ACTS.sub(_escape, text[: max_chars + 1])
     return shown if len(text) <= max_chars and len(shown) <= max_chars else f"{shown[: max(0, max_chars - 3)]}..."
+
+
+def visible_name(text: str, max_chars: int = 120) -> str:
+    r"""The name of a file or folder as one line: as `visible_line`, and marks of direction and zero width are escapes too.
+
+    The mark U+200F is shown as \u200f, so that no two names look alike and none turns the words around it.
+    """
+    shown = "".join(
+        f"\\u{ord(char):04x}" if unicodedata.category(char) == "Cf" else char for char in text[: max_chars + 1]
+    )
+    return visible_line(shown, max_chars)
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -152,7 +152,7 @@ def test_help_describes_every_option(place):
     for part in ("model", "corpus", "capture", "criteria", "compute"):
         kind = StudySpec.model_fields[part].annotation
         for name, field in kind.model_fields.items():
-            renamed = {"id": "model", "source": "corpus", "site_modules": "site_module"}
+            renamed = {"id": "model", "source": "corpus", "site_modules": "site_module", "name": f"{part}_name"}
             option = renamed.get(name, name).replace("_", "-")
             assert f"--{option}" in text
             assert " ".join(field.description.split())[:40] in text, name
@@ -240,17 +240,22 @@ def test_study_prints_one_json_object_and_leaves_a_whole_study(place, finished):
     assert outcome["published"].endswith(f"{outcome['study_id']}/manifest.json")
     slug = model_slug(manifest["headline"]["model"])
     published = place / "atlas" / slug / outcome["study_id"]
-    objects = published / manifest["folder"]
-    assert {str(p.relative_to(objects)) for p in objects.rglob("*") if p.is_file()} == {
-        f["path"] for f in manifest["files"]
-    }
-    assert json.loads((published / "manifest.json").read_text())["results_digest"] == manifest["results_digest"]
+    # the folder in the workspace has the page of the owner, so the store has a manifest of its own
+    there = json.loads((published / "manifest.json").read_text())
+    objects = published / there["folder"]
+    assert (
+        {str(p.relative_to(objects)) for p in objects.rglob("*") if p.is_file()}
+        == {f["path"] for f in there["files"]}
+        == {f["path"] for f in manifest["files"]}
+    )
+    assert there["results_digest"] == manifest["results_digest"]
     assert not list(published.rglob("run.log")), "the log is published only when asked"
     assert "extract" in done.stderr
     summary = json.loads((results / "summary.json").read_text())
     assert summary["massive"] is not None
     assert summary["corpus"]["publish_text"] == "none", "a user's own text is not published unasked"
-    assert "bright cold day" not in (results / "tokens.json").read_text() + (results / "report.html").read_text()
+    assert "bright cold day" not in (results / "tokens.json").read_text() + (objects / "report.html").read_text()
+    assert "bright" in (results / "report.html").read_text(), "his own report shows it"
 
 
 @pytest.mark.servers

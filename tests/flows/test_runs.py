@@ -66,7 +66,10 @@ def test_a_study_is_shown_from_wherever_it_is(finished, tmp_path):
     for done in shown:
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-    assert len({done.stdout for done in shown}) == 1
+    # only the workspace knows what the model's folder is called
+    assert f"of {prepared.model.source.name}, 4 layers" in shown[0].stdout
+    assert f"of {prepared.model.source.id}, 4 layers" in shown[2].stdout
+    assert len({done.stdout.replace("of local:synthetic,", "of synthetic,") for done in shown}) == 1
     said = " ".join(shown[0].stdout.split())
     assert "1 systematic outlier feature (range over resamples of the sequences: 1) by pooled at block" in said
     assert "model LlamaForCausalLM, bfloat16 corpus synthetic" in said
@@ -198,6 +201,10 @@ def test_studies_are_listed_from_the_workspace_and_from_where_they_are_published
             "block",
         )
     assert there["studies"][0]["url"] == url
+    assert (here["studies"][0].pop("model_name"), there["studies"][0].pop("model_name")) == (
+        "synthetic",
+        "local:synthetic",
+    )
     assert here["studies"][0] | {"url": url} == there["studies"][0]
     (two[0] / "notes.txt").write_text("")
     done = runs(workspace, "list", str(two[0]))
@@ -208,9 +215,14 @@ def test_studies_are_listed_from_the_workspace_and_from_where_they_are_published
     assert "notes.txt does not belong to a published study" in done.stderr
     assert "notes.txt" not in done.stdout
     said = runs(workspace, "list").stdout
-    assert prepared.model.dtype in said
-    assert "4 x 6" in said
-    assert "by the hash of its content: no name is published; --label NAME tells studies apart" in said
+    assert prepared.model.dtype in said and "synthetic" in said
+    assert "local:" not in said and "4 x 6" not in said
+    said = runs(workspace, "list", url.rsplit("/", 2)[0]).stdout
+    assert "local:synthetic" in said and "4 x 6" in said
+    assert (
+        "by the hash of its content: a name is published only with --model-name; --label NAME tells studies apart"
+        in said
+    )
     assert here["studies"][0]["dtype"] == prepared.model.dtype
 
 

@@ -214,6 +214,11 @@ def test_without_the_summary_damaged_results_are_counted_again(copy):
     assert read_manifest(folder)["results_digest"] == known
 
 
+def essence(manifest):
+    numbers = [file for file in manifest["files"] if file["path"] in FILES[:3]]
+    return manifest | {"files": numbers, "folder": None}
+
+
 @pytest.mark.parametrize("how", ["summary.json, edited", "headline, edited", "manifest.json, gone", "other numbers"])
 def test_of_a_published_study_damaged_results_are_fetched_again(copy, shelf, how):
     workspace, _, folder = copy
@@ -221,7 +226,8 @@ def test_of_a_published_study_damaged_results_are_fetched_again(copy, shelf, how
     DAMAGES[how](folder)
     assert find_outcome(study, workspace).published == f"{url}/manifest.json"
     assert read_manifest(folder) == json.loads((folder / "manifest.json").read_bytes())
-    assert read_finished(folder).manifest == read_study(url).manifest
+    # all but page and plots, which name here what they may not name there
+    assert essence(read_finished(folder).manifest) == essence(read_study(url).manifest)
 
 
 def test_a_publication_that_was_cut_off_is_gone_on_with_in_its_folder(copy, shelf, tmp_path):

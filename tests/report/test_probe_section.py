@@ -70,7 +70,12 @@ def test_the_report_has_the_verdict_the_bars_and_what_a_prefix_does(study):
     assert render_again(prepared, workspace)
     html, page = page_of(folder)
     advice = json.loads((placed / "advice.json").read_text())
-    assert HEADING in page.text and " ".join(advice["paragraph"].split()) in page.text
+    assert advice["paragraph"].startswith("Measured on hub/model in float32, builtin:python-docs, ")
+    # the page of the owner names the model and the corpus as he does
+    own = (
+        advice["paragraph"].replace("hub/model", "synthetic", 1).replace("builtin:python-docs", prepared.corpus_name, 1)
+    )
+    assert HEADING in page.text and " ".join(own.split()) in page.text
     assert f"probes/{'1' * 16}/probe.html" in page.text and "more probe" not in page.text
     (verdict,) = [cells for cells in page.rows if cells and cells[0] == "int8_tensor" and "beyond" in cells[1]]
     assert verdict[2] == "0.9"

@@ -13,6 +13,7 @@ from outliers.results.schema.fields import (
     Count,
     Ends,
     Feature,
+    GivenName,
     Layer,
     Name,
     Number,
@@ -22,7 +23,7 @@ from outliers.results.schema.fields import (
     Strict,
     check_ascending,
 )
-from outliers.spec import AnySiteName, ReadingName
+from outliers.spec import AnySiteName, ReadingName, public_name
 
 
 class ModelBlock(Strict):
@@ -44,6 +45,12 @@ class ModelBlock(Strict):
         description="in which the weights stayed while it computed; null: plain, also where the checkpoint is quantized, "
         "which `notes` says",
     )
+    name: GivenName | None = Field(None, description="only with `--model-name`: what its owner calls it")
+
+    @property
+    def called(self) -> str:
+        """What it is called in what is published."""
+        return self.name or public_name(self.id)
 
 
 class CorpusBlock(Strict):
@@ -56,6 +63,12 @@ class CorpusBlock(Strict):
     token_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(description="of all token ids")
     num_documents: Count | None = Field(None, description="documents that the sequences were cut from")
     publish_text: Name | None = Field(None, description="`context`: text is shown around tokens; `none`: it is not")
+    name: GivenName | None = Field(None, description="only with `--corpus-name`: what its owner calls it")
+
+    @property
+    def called(self) -> str:
+        """What it is called in what is published."""
+        return self.name or self.source
 
 
 class CriteriaBlock(Strict):

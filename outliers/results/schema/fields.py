@@ -12,6 +12,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from outliers.spec import PUBLIC_NAME
+
 MAX_LAYERS = 1_024
 MAX_FEATURES = 1 << 17
 MAX_MAGNITUDES = 33
@@ -36,6 +38,8 @@ Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=300)]
 # A folder of this machine is not a name: neither /home/me/model nor ~/model nor C:\model.
 PublicName = Annotated[str, Field(min_length=1, max_length=300, pattern=r"^[A-Za-z0-9][^\\]*$")]
+GivenName = Annotated[str, Field(pattern=PUBLIC_NAME)]
+"""What somebody calls a model or text of his own in what he publishes."""
 Note = Annotated[str, Field(max_length=1_000)]
 Context = Annotated[str, Field(max_length=400)]
 Digest = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
