@@ -128,7 +128,8 @@ def _read(prepared: Prepared) -> list[str]:
         "tokens": f"{corpus.num_tokens:,}, in {sequences} of {documents}",
         "sites": ", ".join(prepared.spec.capture.sites),
     }
-    return ["| | |", "|:--|:--|", *(f"| {name} | {plain(said)} |" for name, said in rows.items())]
+    head, *rest = [f"| {name} | {plain(said)} |" for name, said in rows.items()]
+    return [head, "|:--|:--|", *rest]
 
 
 def _places(outcome: Outcome) -> list[str]:
@@ -138,9 +139,12 @@ def _places(outcome: Outcome) -> list[str]:
         lines += [f"[{plain(outcome.published)}]({outcome.published})", ""]
     elif outcome.published:
         command = f"outliers runs show {shlex.quote(outcome.published)}"
-        lines += [f"Published as {code(outcome.published)}, which no browser opens. In a terminal: {code(command)}", ""]
-    lines += [
-        f"With every plot and list, on the machine that ran this flow; open it there in a browser: {code(outcome.report)}"
-    ]
+        lines += [
+            f"Published as {code(outcome.published)}. Browsers do not open such an address; in a terminal: {code(command)}",
+            "",
+        ]
+    lines.append(
+        f"The page with every plot and list is a file of the machine that ran this: {code(outcome.report)}. Open it there."
+    )
     lines += ["", f"The probe beside it: {code(outcome.probe)}"] if outcome.probe else []
     return lines
