@@ -14,6 +14,7 @@ from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
 
+from flows.run_names import corpus_name
 from outliers.publish.outcome import Outcome
 from outliers.study.prepare import Prepared
 from outliers.units import plural
@@ -44,7 +45,7 @@ def show_outcome(outcome: Outcome, prepared: Prepared, folder: Path) -> None:
 
 def page_key(outcome: Outcome, prepared: Prepared) -> str:
     """`smollm2-135m-instruct-8x512-python-docs-0123456789abcdef`: small letters, digits and dashes."""
-    said = f"{outcome.title} {prepared.corpus.source.rsplit('/', 1)[-1].removeprefix('builtin:')}"
+    said = f"{outcome.title} {corpus_name(prepared.spec.corpus)}"
     return f"{_NOT_IN_KEYS.sub('-', said.lower())[:KEY_CHARS].strip('-')}-{outcome.study_id}".strip("-")
 
 
@@ -124,7 +125,7 @@ def _read(prepared: Prepared) -> list[str]:
     rows = {
         "model": f"{model.source.name}, {model.num_layers} layers, computed in {model.dtype}",
         "revision": model.source.revision[:12],
-        "corpus": corpus.source,
+        "corpus": corpus_name(prepared.spec.corpus),
         "tokens": f"{corpus.num_tokens:,}, in {sequences} of {documents}",
         "sites": ", ".join(prepared.spec.capture.sites),
     }

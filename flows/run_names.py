@@ -79,7 +79,12 @@ def _described(asked: dict[str, Any]) -> str:
 
 
 def _shape(model: str, corpus: CorpusSpec) -> str:
-    return f"{model} {corpus.num_sequences}x{corpus.sequence_length} {short_model_name(corpus.source)}"
+    return f"{model} {corpus.num_sequences}x{corpus.sequence_length} {corpus_name(corpus)}"
+
+
+def corpus_name(corpus: CorpusSpec) -> str:
+    """`python-docs`, `fineweb-edu`, `book.txt`: as it was asked for, for who asked."""
+    return short_model_name(corpus.source)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests.support import tiny
 from tests.support.cases import first_here
+from tests.support.held_job import until
 
 pytestmark = pytest.mark.servers
 
@@ -154,6 +155,11 @@ def test_a_mistake_that_only_the_run_can_see_is_one_line(prefect_home, study, ch
     failed = prefect_home.wait(flow_run, "Completed", "Failed", "Crashed")
     assert failed["state_name"] == "Failed"
     assert failed["state"]["message"].startswith(words)
+    # lines are sent now and then: the last one is there with all before it
+    until(
+        lambda: "Finished in state Failed" in prefect_home.logs(flow_run).rpartition("\n")[2],
+        "the last line of the log",
+    )
     log = prefect_home.logs(flow_run)
     assert words in log
     assert "Traceback" not in log
