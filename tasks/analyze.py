@@ -28,5 +28,5 @@ def analyze(run: StudyRun, machine: Machine, extracted: dict[str, Any], finished
 
     `finished`: the machine has the numbers, and only Prefect has lost its result.
     """
-    with TaskReporter(run.prepared) as reporter:
+    with TaskReporter(run.prepared.title, run.prepared.study_id) as reporter:
         return analyze_study(run, machine, reporter, finished=finished)

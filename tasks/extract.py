@@ -25,5 +25,5 @@ from tasks.progress import TaskReporter
 )
 def extract(run: StudyRun, machine: Machine) -> dict[str, Any]:
     """As `outliers.dispatch.steps.extract_study`."""
-    with TaskReporter(run.prepared) as reporter:
+    with TaskReporter(run.prepared.title, run.prepared.study_id) as reporter:
         return extract_study(run, machine, reporter)

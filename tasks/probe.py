@@ -25,5 +25,5 @@ from tasks.progress import TaskReporter
 )
 def probe(run: StudyRun, machine: Machine, analyzed: dict[str, Any]) -> dict[str, Any]:
     """As `outliers.dispatch.steps.probe_study`. `analyzed` only shows the order in the run's graph."""
-    with TaskReporter(run.prepared) as reporter:
+    with TaskReporter(run.prepared.title, run.prepared.study_id) as reporter:
         return probe_study(run, machine, reporter)

@@ -23,8 +23,6 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from outliers.events.event import Level
 from outliers.events.stream import Lines
-from outliers.study.parts import Shard
-from outliers.study.prepare import Prepared
 from outliers.untrusted.visible import markdown
 
 ARTIFACT_SECONDS = 2.0
@@ -40,9 +38,9 @@ _KEY_CHARS = 40
 log = logging.getLogger("outliers.progress")
 
 
-def artifact_key(step: str, study_id: str) -> str:
+def artifact_key(step: str, ident: str) -> str:
     """The key of a step's artifact, whatever name a machine gives its step: small letters, digits and dashes."""
-    return f"{_NOT_IN_KEYS.sub('-', step.lower())[:_KEY_CHARS]}-{study_id}".strip("-")
+    return f"{_NOT_IN_KEYS.sub('-', step.lower())[:_KEY_CHARS]}-{ident}".strip("-")
 
 
 @contextlib.contextmanager
@@ -60,16 +58,13 @@ class TaskReporter:
     cancelled.
 
     Args:
-        prepared: the study, for names and keys
-        part: the shard of it that the task makes
+        title: what is worked on, for a person: the study's title
+        ident: the same in the keys of artifacts: the study's id
         artifact_seconds: at least this long between two updates
     """
 
-    def __init__(
-        self, prepared: Prepared, part: Shard | None = None, *, artifact_seconds: float = ARTIFACT_SECONDS
-    ) -> None:
-        self._study_id = prepared.study_id + (f"-{part.number}of{part.of}" if part else "")
-        self._title = prepared.title + (f" {part.number}/{part.of}" if part else "")
+    def __init__(self, title: str, ident: str, *, artifact_seconds: float = ARTIFACT_SECONDS) -> None:
+        self._title, self._ident = title, ident
         self._artifact_seconds = artifact_seconds
         self._lines = Lines(get_run_logger())
         self._artifacts: dict[str, UUID] = {}
@@ -148,7 +143,7 @@ class TaskReporter:
             update_progress_artifact(self._artifacts[step], progress=percent)
             return
         # Prefect shows a description as Markdown
-        key, description = artifact_key(step, self._study_id), markdown(f"{step} {self._title}")
+        key, description = artifact_key(step, self._ident), markdown(f"{step} {self._title}")
         made = create_progress_artifact(progress=percent, key=key, description=description)
         if isinstance(made, UUID):
             self._artifacts[step] = made

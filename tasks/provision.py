@@ -21,5 +21,5 @@ from tasks.progress import TaskReporter
 )
 def provision(lease: MachineLease) -> Machine:
     """As `outliers.dispatch.steps.provision_machine`."""
-    with TaskReporter(lease.run.prepared) as reporter:
+    with TaskReporter(lease.run.prepared.title, lease.run.prepared.study_id) as reporter:
         return provision_machine(lease, reporter)

@@ -28,7 +28,8 @@ from tasks.progress import TaskReporter
 )
 def shard(run: StudyRun, part: Shard) -> dict[str, Any]:
     """As `outliers.dispatch.shard.make_shard`."""
-    with TaskReporter(run.prepared, part) as reporter:
+    title, ident = run.prepared.title, run.prepared.study_id
+    with TaskReporter(f"{title} {part.number}/{part.of}", f"{ident}-{part.number}of{part.of}") as reporter:
         return make_shard(run, part, reporter, lambda: machine_slot(run, reporter))
 
 

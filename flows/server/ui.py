@@ -165,6 +165,7 @@ def what_next(port: int, home: Path) -> str:
 open        {start}{password}
 a study     {form}
             such as model builtin:smollm2, corpus builtin:python-docs; then Submit
+results     {url}/artifacts   (a page for each finished study; the menu of these pages does not name them)
 or          {credentials}PREFECT_API_URL={url}/api \\
             prefect deployment run study/study -p model=builtin:smollm2 -p corpus=builtin:python-docs
             `outliers study` with that PREFECT_API_URL shows here too

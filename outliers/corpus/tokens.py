@@ -24,6 +24,7 @@ from outliers.corpus.ids import (
 from outliers.corpus.tokenizing import Encoder
 from outliers.corpus.writer import CorpusWriter
 from outliers.errors import CorpusError, UnknownModel
+from outliers.events.stream import Reporter
 from outliers.model.source import ModelSource
 from outliers.spec import LOCAL_PREFIX, CorpusSpec, digest, path_name
 from outliers.workspace import Workspace
@@ -56,10 +57,12 @@ def prepare_corpus(
     *,
     documents: DocumentSource | None = None,
     vocab_size: int | None = None,
+    reporter: Reporter | None = None,
 ) -> CorpusInfo:
     """The corpus of `spec` as ids of the tokenizer of `source`, made if it isn't in the workspace yet, or damaged there.
 
     documents: the source that `spec` names, where it was found already. vocab_size: rows of the model's embedding.
+    reporter: told how many sequences are tokenized, and how many tokens there are.
     Raises CorpusError where the text can't be read or gives fewer tokens than asked, UnknownModel for a tokenizer that can't
     be used or is of another model.
     """
@@ -78,8 +81,13 @@ def prepare_corpus(
     found = find_corpus(key, workspace)
     if found is not None:
         _check_ids(found[1], vocab_size, source)
-        return found[0]
-    return _build(spec, documents, Encoder(source, workspace), key, workspace, vocab_size, source)
+        info = found[0]
+    else:
+        info = _build(spec, documents, Encoder(source, workspace), key, workspace, vocab_size, source, reporter)
+    if reporter is not None:
+        what = "was tokenized before" if found else "is tokenized"
+        reporter.log("info", f"{info.source} {what}: {info.num_tokens:,} tokens of {info.num_documents:,} documents")
+    return info
 
 
 def _check_ids(largest: int, vocab_size: int | None, source: ModelSource) -> None:
@@ -98,6 +106,7 @@ def _build(
     workspace: Workspace,
     vocab_size: int | None,
     source: ModelSource,
+    reporter: Reporter | None,
 ) -> CorpusInfo:
     """Write the corpus into the workspace, sequence by sequence: no more than a document and a sequence is in memory."""
     prefix = encoder.prefix(spec.bos)
@@ -111,11 +120,14 @@ def _build(
     seen: dict[tuple[int, bool], None] = dict.fromkeys((number, True) for number in prefix)
     # padding has the EOS id here; the mask, and not an id, marks padding
     with CorpusWriter(workspace, spec.num_sequences, spec.sequence_length, encoder.eos or 0) as writer:
-        for row in make(spec, documents, encoder, spec.sequence_length - len(prefix), made):
+        rows = make(spec, documents, encoder, spec.sequence_length - len(prefix), made)
+        for done, row in enumerate(rows, 1):
             pieces = [*([""] * len(prefix)), *row.pieces]
             starts = np.cumsum([0, *(len(piece) for piece in pieces[:-1])]).astype(np.int32)
             writer.add(np.array([*prefix, *row.ids], np.int32), starts, "".join(pieces))
             seen.update(dict.fromkeys(zip(row.ids, (not piece for piece in row.pieces), strict=True)))
+            if reporter is not None:
+                reporter.progress("tokenize", done, spec.num_sequences, "sequences")
         _check_ids(writer.largest_id, vocab_size, source)
         info = CorpusInfo.model_validate(
             {

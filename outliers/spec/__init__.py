@@ -137,6 +137,8 @@ class CorpusSpec(Part):
 class CaptureSpec(Part):
     """Which activations are kept on the machine's disk."""
 
+    model_config = ConfigDict(title="with options")
+
     sites: tuple[SiteName, ...] = Field(
         BLOCK_SITES, min_length=1, description="places in every layer: attn_in, mlp_in, o_in, down_in, resid"
     )
@@ -220,6 +222,8 @@ class CaptureSpec(Part):
 
 class CriteriaSpec(Part):
     """What counts as a systematic outlier feature (LLM.int8(), arXiv 2208.07339, section 4.1)."""
+
+    model_config = ConfigDict(title="with options")
 
     magnitude: float = Field(6.0, gt=0, allow_inf_nan=False, description="a hit is abs(x) >= this")
     layer_fraction: float = Field(0.25, gt=0, le=1, description="of the layers, at least this share is affected")

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from outliers.names import LOCAL
 from outliers.spec.part import Part
@@ -26,6 +26,8 @@ def chosen(name: str) -> str:
 
 class ComputeSpec(Part):
     """Which machine, and for how much; never part of an id."""
+
+    model_config = ConfigDict(title="with options")
 
     provider: str = Field(
         "",

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from outliers.spec.part import Part
 
@@ -102,6 +102,8 @@ def expand(names: tuple[str, ...]) -> tuple[str, ...]:
 
 class FormatsSpec(Part):
     """Which number formats are tried on the captured activations."""
+
+    model_config = ConfigDict(title="with options")
 
     formats: tuple[str, ...] = Field(
         (),

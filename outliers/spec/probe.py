@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from outliers.spec.formats import expand, parse_format
 from outliers.spec.part import Part
@@ -36,6 +36,8 @@ def _plain(name: str) -> str:
 
 class ProbeSpec(Part):
     """What is changed in the model to see what that does to it (docs/probes.md)."""
+
+    model_config = ConfigDict(title="with options")
 
     probe: Literal["none", "check"] = Field(
         "none",

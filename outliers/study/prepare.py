@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from outliers.corpus.documents import find_local
 from outliers.corpus.tokens import CorpusInfo, prepare_corpus
 from outliers.errors import BadInput
+from outliers.events.stream import Reporter
 from outliers.files.sealed import SEAL, read_sealed
 from outliers.hardware import find_gpus
 from outliers.model.complete import check_checkpoint
@@ -250,17 +251,22 @@ def layout_of(spec: StudySpec, info: ModelInfo) -> Layout:
     )
 
 
-def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
+def prepare(spec: StudySpec, workspace: Workspace, reporter: Reporter | None = None) -> Prepared:
     """Resolve a spec. The caller has checked its options (`machines.options.check_options`).
 
+    reporter: told what is looked at, and how much of the text is tokenized.
     Raises BadInput and its kinds for what does not exist or can't be read, HubUnavailable when the hub is silent."""
     documents = find_local(spec.corpus)  # first: a mistyped path is refused before a model is hashed
     if spec.corpus.name is not None and (documents is None or not documents.name.startswith(LOCAL_PREFIX)):
         raise BadInput(
             f"--corpus-name {spec.corpus.name} is for a text of your own: {spec.corpus.source} is published by its name already"
         )
+    _say(reporter, f"looking at the model {spec.model.id}")
     info = model_info(spec, workspace)
-    corpus = prepare_corpus(spec.corpus, info.source, workspace, documents=documents, vocab_size=info.vocab_size)
+    _say(reporter, f"{info.source.name}: {info.architecture}, {info.num_layers} layers, computed in {info.dtype}")
+    corpus = prepare_corpus(
+        spec.corpus, info.source, workspace, documents=documents, vocab_size=info.vocab_size, reporter=reporter
+    )
     layers = resolve_layers(spec, info)
     text = spec.publish_text == "context" or (spec.publish_text == "auto" and corpus.public)
     capture = capture_digest(spec, info, corpus, layers, stored=info.stored_quantization)
@@ -293,6 +299,11 @@ def prepare(spec: StudySpec, workspace: Workspace) -> Prepared:
         capture_id=capture[:ID_LENGTH],
         study_id=study[:ID_LENGTH],
     )
+
+
+def _say(reporter: Reporter | None, message: str) -> None:
+    if reporter is not None:
+        reporter.log("info", message)
 
 
 def capture_digest(

@@ -11,6 +11,8 @@ from outliers.spec import StudySpec
 from outliers.study.prepare import prepare
 from outliers.workspace import open_workspace
 from tests.support import tiny
+from tests.support.cases import first_here
+from tests.support.held_job import until
 
 pytestmark = pytest.mark.servers
 
@@ -62,7 +64,7 @@ def test_a_deployed_study_is_published_and_a_second_run_is_answered_at_once(pref
     flow_run = prefect_home.run_typed(**parameters)
     done = prefect_home.wait(flow_run, "Completed", "Failed", "Crashed")
     assert done["state_name"] == "Completed", prefect_home.logs(flow_run)
-    assert done["name"] == "study model 3x32"
+    assert done["name"] == "study model 3x32 book.txt"
 
     (slug,) = bucket.ls(f"{BUCKET}/atlas", detail=False)
     manifest = json.loads(bucket.cat(f"{slug}/{study_id}/manifest.json"))
@@ -76,19 +78,24 @@ def test_a_deployed_study_is_published_and_a_second_run_is_answered_at_once(pref
     assert str(folder) not in json.dumps(manifest)
 
     tasks = prefect_home.task_runs(flow_run)
-    assert set(tasks) == {"provision", "extract", "analyze", "sync"}
+    assert set(tasks) == {"prepare", "provision", "extract", "analyze", "sync"}
+    assert tasks["prepare"]["name"] == "prepare model 3x32 book.txt"
     assert tasks["extract"]["name"] == "extract model 3x32"
     log = prefect_home.logs(flow_run)
     assert "one pass over 3 sequences" in log, "the job's own lines belong in the run's log"
-    kinds = {(a["type"], a["key"]) for a in prefect_home.artifacts(flow_run)}
+    assert "tokens of" in log, "the preparing says what it does"
+    kinds = {(a["type"], a["key"]) for a in prefect_home.artifacts(flow_run) if a["key"]}
     assert ("progress", f"extract-{study_id}") in kinds
-    assert ("markdown", f"study-{study_id}") in kinds
-    assert ("image", f"heatmap-{study_id}") in kinds
+    assert [kind for kind in kinds if kind[0] != "progress"] == [
+        ("markdown", page := f"model-3x32-book-txt-{study_id}")
+    ]
     assert extractions(folder, capture_id) == [3]
 
-    again = prefect_home.run(**parameters)
-    assert prefect_home.wait(again, "Completed", "Failed", "Crashed")["state_name"] == "Completed"
-    assert prefect_home.task_runs(again) == {}, "a published study asks for no machine"
+    again = prefect_home.run(name="again, by hand", **parameters)
+    done = prefect_home.wait(again, "Completed", "Failed", "Crashed")
+    assert (done["state_name"], done["name"]) == ("Completed", "again, by hand"), "a name that was given stays"
+    assert set(prefect_home.task_runs(again)) == {"prepare"}, "a published study asks for no machine"
+    assert page in {a["key"] for a in prefect_home.artifacts(again)}, "a second version of the same page"
     assert extractions(folder, capture_id) == [3]
 
 
@@ -127,3 +134,34 @@ def test_bad_parameters_are_refused_before_a_run_exists(prefect_home, study):
     said = prefect_home.prefect("deployment", "run", "study/study", *options, check=False)
     assert "num_sequences" in said
     assert len(prefect_home.flow_runs()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    first_here(
+        [
+            ({"model": "builtin:nosuch"}, "'builtin:nosuch' is not built in; built in: builtin:smollm2"),
+            # what only the sections together can say, which no schema of a form does
+            (
+                {"capture": {"disk_window": 3}},
+                "the parameters: capture: --disk-window 3 is the window of --store rolling",
+            ),
+        ]
+    ),
+)
+def test_a_mistake_that_only_the_run_can_see_is_one_line(prefect_home, study, changes, words):
+    _, parameters = study
+    flow_run = prefect_home.run(**(parameters | changes))
+    failed = prefect_home.wait(flow_run, "Completed", "Failed", "Crashed")
+    assert failed["state_name"] == "Failed"
+    assert failed["state"]["message"].startswith(words)
+    # lines are sent now and then: the last one is there with all before it
+    until(
+        lambda: "Finished in state Failed" in prefect_home.logs(flow_run).rpartition("\n")[2],
+        "the last line of the log",
+    )
+    log = prefect_home.logs(flow_run)
+    assert words in log
+    assert "Traceback" not in log
+    assert "exception during execution" not in log
+    assert "unexpected exception" not in log

@@ -137,7 +137,7 @@ def test_a_cached_extraction_does_not_outlive_its_capture(prefect_home, study):
     shutil.rmtree(workspace.study(prepared.study_id))
     answered = prefect_home.run(**parameters)
     assert prefect_home.wait(answered, "Completed", "Failed", "Crashed")["state_name"] == "Completed"
-    assert prefect_home.task_runs(answered) == {}
+    assert set(prefect_home.task_runs(answered)) == {"prepare"}
     assert (workspace.study(prepared.study_id) / "summary.json").read_bytes() == summary
     shutil.rmtree(workspace.study(prepared.study_id))
     shutil.rmtree(workspace.summary(prepared.capture_id, prepared.study_id))
@@ -146,7 +146,8 @@ def test_a_cached_extraction_does_not_outlive_its_capture(prefect_home, study):
         second
     )
     states = {name: run["state_name"] for name, run in prefect_home.task_runs(second).items()}
-    assert states == {"provision": "Completed", "extract": "Cached", "analyze": "Completed", "sync": "Completed"}
+    done = dict.fromkeys(("prepare", "provision", "analyze", "sync"), "Completed")
+    assert states == done | {"extract": "Cached"}
 
     shutil.rmtree(workspace.study(prepared.study_id))
     shutil.rmtree(workspace.capture(prepared.capture_id))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from prefect.logging import disable_run_logger
@@ -18,7 +17,6 @@ from flows.cli import interrupt
 from tasks.progress import CLOSE_SECONDS, TaskReporter
 from tests.support.s3 import free_ports
 
-STUDY = SimpleNamespace(study_id="0123456789abcdef", title="a study")
 ROOT = Path(__file__).resolve().parents[2]
 START = "import hashlib, signal, sys, time\nfrom flows.cli import interrupt\n"
 
@@ -114,7 +112,7 @@ def test_a_step_is_not_held_up_by_the_server_of_its_progress(dead):
         held.listen()
         port = held.getsockname()[1] if dead == "silent" else free_ports(1)[0]
         with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}), disable_run_logger():
-            reporter = TaskReporter(STUDY, artifact_seconds=0.01)
+            reporter = TaskReporter("model 1x1", "0123456789abcdef", artifact_seconds=0.01)
             began = time.monotonic()
             for done in range(2000):
                 reporter.progress("extract", done, 2000, "sequences")

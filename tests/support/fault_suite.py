@@ -90,7 +90,7 @@ def raises_for_good(case: Case, step: str) -> None:
 CAUSES = {
     "provision": "the host key of box is not the one",
     "extract": "File too large",
-    "analyze": r"JobFailed: report: \[Errno \d+\] .*plots.*run the same again",
+    "analyze": r"^report: \[Errno \d+\] .*plots.*run the same again",
     "merge": r"\[Errno \d+\] .*plots",
     "sync": "AccessDenied",
 }

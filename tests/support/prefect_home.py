@@ -103,10 +103,11 @@ class PrefectHome:
             )
         return done.stdout + done.stderr
 
-    def run(self, **parameters: object) -> str:
+    def run(self, *, name: str | None = None, **parameters: object) -> str:
         """A run of the deployment `study`, as the form of the UI makes it; returns the id of the flow run."""
         deployment = self.call("GET", "/deployments/name/study/study")["id"]
-        return str(self.call("POST", f"/deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"])
+        asked = {"parameters": parameters} | ({"name": name} if name else {})
+        return str(self.call("POST", f"/deployments/{deployment}/create_flow_run", asked)["id"])
 
     def run_typed(self, **parameters: object) -> str:
         """`prefect deployment run study/study`; returns the id of the flow run."""
