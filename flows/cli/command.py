@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         "runs": others.runs_command,
         "export": others.export_command,
         "atlas": others.atlas_command,
+        "card": others.card_command,
         "merge": merge_command,
         "sweep": others.sweep_command,
         "machines": others.machines_command,

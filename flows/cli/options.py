@@ -20,23 +20,10 @@ from pydantic.fields import FieldInfo
 from outliers.errors import BadInput
 from outliers.names import nearest
 from outliers.spec import PARTS, StudySpec
+from outliers.spec.options import REPEATED, option_name
 
-RENAMED = {
-    ("model", "id"): "model",
-    ("corpus", "source"): "corpus",
-    ("capture", "site_modules"): "site_module",
-    ("probe", "experts"): "probe_experts",
-}
-"""Two fields bear the name of their part on the command line, one is given once a site, and of two fields `experts` one bears its
-part's name too; all others bear their own."""
-REPEATED = ("site_modules",)
 ALSO = {("compute", "grace_seconds"): "--grace"}
 """A second, shorter spelling."""
-
-
-def option_name(part: str, field: str) -> str:
-    """`--num-sequences` for corpus.num_sequences."""
-    return "--" + RENAMED.get((part, field), field).replace("_", "-")
 
 
 def add_spec_options(parser: argparse.ArgumentParser) -> None:

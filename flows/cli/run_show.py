@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outliers.publish.finished import Finished
+    from outliers.publish.shelf import Published
     from outliers.results.schema import StudySummary
     from outliers.workspace import Workspace
 
@@ -125,6 +126,21 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         ) from error
     except (ValueError, OSError, pa.ArrowException) as error:
         raise BadInput(f"{place} is damaged: {error}; remove the folder and run the study again") from error
+
+
+def study_with_summary(name: str | None, workspace: Workspace) -> Published:
+    """A study with its summary.json and verdicts, from wherever it is; of no name, the newest of the workspace.
+
+    Raises BadInput, PublishRefused.
+    """
+    from outliers.publish.allowlist import SUMMARY
+    from outliers.publish.shelf import Published, read_study
+
+    url = None if name is None else published_url(name, workspace)
+    if url is not None:
+        return read_study(url)
+    found = finished(newest(workspace) if name is None else find_run(name, workspace))
+    return Published(str(found.folder), found.manifest, {SUMMARY: found.files[SUMMARY]}, own_verdict(found.folder))
 
 
 def own_verdict(folder: Path) -> tuple[bytes, ...]:

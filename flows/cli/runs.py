@@ -16,12 +16,9 @@ from flows.cli.options import add_common_options, add_plain_option
 from flows.cli.run_show import (
     MAX_SAID,
     ROWS,
-    find_run,
-    finished,
     label_of,
-    own_verdict,
-    published_url,
     show_command,
+    study_with_summary,
 )
 
 if TYPE_CHECKING:
@@ -194,26 +191,13 @@ def compare_command(workspace: Workspace, arguments: argparse.Namespace, console
     from outliers.atlas.compare import compare
     from outliers.errors import BadInput
 
-    found = compare([_with_summary(name, workspace) for name in arguments.run])
+    found = compare([study_with_summary(name, workspace) for name in arguments.run])
     if arguments.strict and not found.alike:
         raise BadInput(f"the studies are not alike: {found.unlike()}; without --strict they are shown side by side")
     if arguments.json:
         print(json.dumps(found.as_json()))
         return
     show_comparison(Answers(arguments), found)
-
-
-def _with_summary(name: str, workspace: Workspace) -> Published:
-    """A study with its summary.json, from wherever it is. Raises BadInput."""
-    from outliers.publish.allowlist import SUMMARY
-    from outliers.publish.shelf import Published, read_study
-
-    url = published_url(name, workspace)
-    if url is not None:
-        return read_study(url)
-    found = finished(find_run(name, workspace))
-    verdicts = own_verdict(found.folder)
-    return Published(str(found.folder), found.manifest, {SUMMARY: found.files[SUMMARY]}, verdicts)
 
 
 def show_comparison(console: Answers, found: Comparison) -> None:

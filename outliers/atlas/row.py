@@ -255,8 +255,8 @@ def _experts(found: ExpertsBlock | None) -> dict[str, Any]:
     }
 
 
-def verdict_columns(given: Sequence[bytes], study_id: str) -> dict[str, Any]:
-    """The columns of a study's probe; of several the one that tried most. A verdict of another study is left out."""
+def best_advice(given: Sequence[bytes], study_id: str) -> Advice | None:
+    """The verdict of the probe of a study that tried most, of several; None without one. That of another study is left out."""
     found = []
     for data in given:
         try:
@@ -265,9 +265,14 @@ def verdict_columns(given: Sequence[bytes], study_id: str) -> dict[str, Any]:
             continue
         if advice.study_id == study_id:
             found.append(advice)
-    if not found:
+    return max(found, key=lambda advice: (len(advice.formats), len(advice.causes), advice.probe_id), default=None)
+
+
+def verdict_columns(given: Sequence[bytes], study_id: str) -> dict[str, Any]:
+    """The columns of a study's probe, that of `best_advice`."""
+    best = best_advice(given, study_id)
+    if best is None:
         return {}
-    best = max(found, key=lambda advice: (len(advice.formats), len(advice.causes), advice.probe_id))
     kls = {item.format: item.confirmed_kl for item in best.formats if item.weights is None}
     fit = [
         (bits_of(item.format), item.confirmed_kl or 0.0, item.format)
