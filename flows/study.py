@@ -110,7 +110,7 @@ def study(
         formats: number formats whose error is measured on the activations
         probe: what is changed in the model to see what that does to it
         compute: which machine, and for how much
-        publish_to: artifact store, s3://bucket/prefix or file:///folder; none keeps the results in the workspace
+        publish_to: artifact store, s3://bucket/prefix, hf://datasets/ORG/NAME or file:///folder; none: the results stay
         label: part of the study's id, for a second publication of the same study from other hardware
         publish_text: auto, none or context: whether the text around outliers is published
         publish_log: publish the log too, with paths and host names taken out

@@ -174,8 +174,9 @@ def verdict_words(verdicts: Sequence[bytes], study_id: str) -> str | None:
 def published_url(name: str, workspace: Workspace) -> str | None:
     """The URL of a published study that is given as one, or as its folder; None for a study of the workspace or its folder."""
     from flows.cli.atlas import store_url
+    from outliers.spec import STORE_SCHEMES
 
-    if urlsplit(name).scheme in ("file", "s3"):
+    if urlsplit(name).scheme in STORE_SCHEMES:
         return name
     given = Path(name).expanduser()
     own = workspace.study(name) if "/" not in name else given

@@ -245,9 +245,8 @@ def publish_probe(folder: Path, target: str, slug: str) -> str:
         url = f"{store.url}/{place}/{MANIFEST}"
         there = store.read(f"{place}/{MANIFEST}", MAX_MANIFEST_BYTES)
         if there is None:
-            for name, data in found.files.items():
-                store.put(f"{place}/{name}", data)
-            if store.create(f"{place}/{MANIFEST}", json_bytes(found.manifest)):
+            files = {f"{place}/{name}": data for name, data in found.files.items()}
+            if store.create_with(files, f"{place}/{MANIFEST}", json_bytes(found.manifest)):
                 return url
             there = store.read(f"{place}/{MANIFEST}", MAX_MANIFEST_BYTES)
     if there is None or _numbers(json.loads(there)) != _numbers(found.manifest):
