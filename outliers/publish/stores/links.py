@@ -7,8 +7,8 @@ from urllib.parse import quote
 HUB = "https://huggingface.co"
 
 
-def web_link(url: str) -> str | None:
-    """The page of a study, or of a file, whose URL in a store is `url`; None for s3://, file:// and folders.
+def web_link(url: str, *, file: bool = False) -> str | None:
+    """The page of a folder in a store, or with `file` of a file, by its URL there; None for s3://, file:// and folders here.
 
     hf://datasets/ORG/NAME/... has a page on the hub, whichever endpoint this process is told to use.
     """
@@ -20,4 +20,4 @@ def web_link(url: str) -> str | None:
     if len(parts) < 2:
         return None
     repo, path = "/".join(parts[:2]), "/".join(parts[2:])
-    return f"{HUB}/datasets/{quote(repo)}" + (f"/tree/main/{quote(path)}" if path else "")
+    return f"{HUB}/datasets/{quote(repo)}" + (f"/{'blob' if file else 'tree'}/main/{quote(path)}" if path else "")
