@@ -39,6 +39,16 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", type=Path, metavar="FILE", help="begin with the StudySpec in this JSON file")
 
 
+def add_track_option(parser: argparse.ArgumentParser) -> None:
+    """--track, which is no part of a study: it is done once the study is finished."""
+    parser.add_argument(
+        "--track",
+        metavar="mlflow:URI",
+        help="log the finished study at this MLflow server too: mlflow:https://host:5000 or mlflow:file:///folder; it gets what "
+        "would be published (needs outlier-features[mlflow]; keys come from the environment)",
+    )
+
+
 def add_part_options(parser: argparse.ArgumentParser, parts: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> None:
     """Add the options of some parts alone, for a command whose study is known."""
     for part in parts:

@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   outliers captures list
   outliers verify CAPTURE
 
-exit codes: 0 done, 1 failed, 2 refused before anything ran, 130 ended by Ctrl-C
+exit codes: 0 done, 1 failed, 2 refused before anything ran, 3 done but not tracked (--track), 130 ended by Ctrl-C
 """
 
 

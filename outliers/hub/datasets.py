@@ -8,9 +8,7 @@ huggingface_hub; it stands in no URL and no message. Knows nothing of studies.
 
 from __future__ import annotations
 
-import contextvars
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from outliers.deadline import within
 from outliers.errors import AccessDenied, OutliersError, PublishRefused, StoreUnavailable, TargetError
 from outliers.hub.client import MAY_PASS, NAME_TRIES, SECONDS, plain, tries_in_a_row, use_patient_client
 from outliers.hub.http import httpx, xet_errors
@@ -152,8 +151,7 @@ class DatasetRepo:
     def _call(self, doing: str, path: str, ask: Callable[[Any], _Answer], seconds: float = 0) -> _Answer:
         """What `ask` answers within `seconds` (0: those of every call); its errors become those of the tree.
 
-        It runs in a thread of its own: what huggingface_hub and Xet's client do inside can't be ended from outside. A thread
-        that is late is left behind, and does not hold the process.
+        What huggingface_hub and Xet's client do inside can't be ended from outside: a call that is late is left behind.
         """
         from huggingface_hub import HfApi, constants
 
@@ -162,24 +160,17 @@ class DatasetRepo:
         use_patient_client()
         limit = seconds or self._seconds
         what = f"could not {doing} {f'{path} of ' if path else ''}the data set {self.repo}"
-        answers: list[_Answer] = []
-        errors: list[BaseException] = []
 
-        def work() -> None:
-            try:
-                with tries_in_a_row(NAME_TRIES), _translated(what, self.repo):
-                    answers.append(ask(HfApi()))
-            except BaseException as error:  # noqa: BLE001 - it is raised where the answer is waited for
-                errors.append(error)
+        def work() -> _Answer:
+            with tries_in_a_row(NAME_TRIES), _translated(what, self.repo):
+                return ask(HfApi())
 
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
-        thread.start()
-        thread.join(limit)
-        if errors:
-            raise errors[0]
-        if not answers:
-            raise StoreUnavailable(f"{what}: the hub did not answer within {limit:.0f} s; run the same again")
-        return answers[0]
+        try:
+            return within(limit, work)
+        except TimeoutError as error:
+            raise StoreUnavailable(
+                f"{what}: the hub did not answer within {limit:.0f} s; run the same again"
+            ) from error
 
 
 @contextmanager

@@ -51,7 +51,10 @@ REFUSED = [
         ("study", *TINY, "--sites", "attn_in,attention"),
         "--sites: Input should be 'attn_in', 'mlp_in', 'o_in', 'down_in' or 'resid'",
     ),
-    (("study", *TINY, "--publish-to", "http://host/bucket"), "is not s3://bucket/prefix, hf://datasets/ORG/NAME/prefix or file:///folder"),
+    (
+        ("study", *TINY, "--publish-to", "http://host/bucket"),
+        "is not s3://bucket/prefix, hf://datasets/ORG/NAME/prefix or file:///folder",
+    ),
     (("study", *TINY, "--publish-to", "s3://me:secret@bucket/x"), "must not carry a user or password"),
     (("study", *TINY, "--publish-to", "file:///proc/no/atlas"), "/proc/no"),
     (("study", *TINY, "--workspace", "/proc/no"), "the workspace /proc/no can't be written"),

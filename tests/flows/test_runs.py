@@ -258,7 +258,10 @@ def test_studies_stand_side_by_side(finished, two):
     ("arguments", "words"),
     [
         (["list", "file:///nowhere/at/all"], "is not there, or is not a folder"),
-        (["list", "ftp://a/b"], "an artifact store is s3://bucket/prefix, hf://datasets/ORG/NAME/prefix or file:///folder"),
+        (
+            ["list", "ftp://a/b"],
+            "an artifact store is s3://bucket/prefix, hf://datasets/ORG/NAME/prefix or file:///folder",
+        ),
         (["list", "MODEL"], "is the folder of one model; give the store it is in, file:///"),
         (["list", "STUDY"], "is one study; give the store it is in, file:///"),
         (["compare", "0"], "give two or more"),
