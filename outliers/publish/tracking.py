@@ -88,7 +88,7 @@ def track(results: Path, uri: str, published: str | None, seconds: float = SECON
     # MlflowException, and what HTTP libraries and file systems raise, have no common base but this
     except Exception as error:  # noqa: BLE001 - a finished study is finished, whatever a tracker does
         why = str(error) if isinstance(error, OutliersError) else f"{type(error).__name__}: {error}"
-    return Tracked(None, visible_line(" ".join(why.split()), 400))
+    return Tracked(None, visible_line(" ".join(why.split()), 700))
 
 
 def _advice(results: Path) -> Advice | None:
