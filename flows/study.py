@@ -100,7 +100,7 @@ def study(
     Args:
         model: a hub id such as Qwen/Qwen3-30B-A3B, a folder, a .gguf file, or builtin:smollm2
         corpus: a text file, a folder, a data set's name on the hub, or builtin:python-docs; how many tokens of it
-        publish_to: artifact store, s3://bucket/prefix or file:///folder; none keeps the results in the workspace
+        publish_to: artifact store, s3://bucket/prefix, hf://datasets/ORG/NAME or file:///folder; none: the results stay
         compute: which machine, and for how much; as usual: this one, with what GPUs it has
         capture: which activations are kept on the machine's disk; as usual: attn_in and mlp_in of all layers
         criteria: what counts as a systematic outlier feature; as usual: the rule of LLM.int8()

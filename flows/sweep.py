@@ -97,7 +97,7 @@ def sweep(
         matrix: field of a StudySpec -> values, such as dtype: [float32, bfloat16]; every combination is a study
         parallel: how many studies run at once, 1 to 64 (default: the file's, else 1)
         stagger_seconds: at least so long between the starts of two models of the hub (default: the file's, else 15)
-        publish_to: artifact store of every study, s3://bucket/prefix or file:///folder (default: the file's)
+        publish_to: artifact store of all: s3://bucket/prefix, hf://datasets/ORG/NAME or file:///folder (default: the file's)
         workspace: folder for captures, results and jobs (default: the file's, else $OUTLIERS_WORKSPACE, else ~/.outliers)
         children: deployment: each study is a run of a deployment; process: a process beside the sweep's own
         deployment: which deployment, for children: deployment

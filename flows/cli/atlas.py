@@ -48,10 +48,18 @@ def add_atlas_parser(verbs: Any, text: str) -> None:
         allow_abbrev=False,
     )
     sub.add_argument(
-        "url", metavar="URL", help="what --publish-to named: s3://bucket/prefix, file:///folder, or a folder"
+        "url",
+        metavar="URL",
+        help="what --publish-to named: s3://bucket/prefix, hf://datasets/ORG/NAME or file:///folder; or a folder",
     )
     sub.add_argument("--out", metavar="FILE.html", default="atlas.html", help="the page (default: atlas.html)")
     sub.add_argument("--parquet", metavar="FILE.parquet", help="the table, a row a study (default: none)")
+    sub.add_argument(
+        "--links",
+        metavar="URL",
+        help="https:// address at which the store is served; rows link to their reports there (default: a file:// or hf:// "
+        "store itself; a bucket has no links)",
+    )
     magnitude = number(float, lambda value: 0 < value < math.inf, "a magnitude: a number above 0")
     share = number(float, lambda value: 0 <= value <= 1, "a share from 0 to 1, such as 0.25")
     count = number(int, lambda value: value >= 0, "a number of tokens, 0 or more")
@@ -82,15 +90,17 @@ def _several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 def atlas_command(arguments: argparse.Namespace, console: Console) -> None:
     """`outliers atlas`. Raises BadInput where there is no study or none passes, TargetError, AccessDenied, StoreUnavailable."""
+    from outliers.atlas.links import check_base
     from outliers.atlas.page import write_atlas_page
     from outliers.atlas.table import read_atlas, write_atlas_table
     from outliers.errors import BadInput
 
     page = _target_file(arguments.out)
+    links = None if arguments.links is None else check_base(arguments.links)
     table = None if arguments.parquet is None else _target_file(arguments.parquet)
     atlas = read_atlas(store_url(arguments.url), _filter(arguments))
     try:
-        write_atlas_page(page, atlas)
+        write_atlas_page(page, atlas, links)
         if table is not None:
             write_atlas_table(table, atlas.rows)
     except OSError as error:

@@ -1,7 +1,7 @@
 """The command `outliers`: its verbs (`parser.COMMANDS` has them all), and how a study is refused, answered or run.
 
 Bad input is refused, and a finished study answered, before Prefect is imported.
-Exit codes: 0 done, 2 refused before anything ran, 1 failed, 130 ended by Ctrl-C.
+Exit codes: 0 done, 2 refused before anything ran, 1 failed, 3 done and not tracked, 130 ended by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.cli.exit_codes import DONE, FAILED, REFUSED
+from flows.cli.exit_codes import DONE, FAILED, NOT_TRACKED, REFUSED
 from flows.cli.parser import build_parser
 from flows.cli.quiet import quiet_libraries
 from outliers.errors import BadInput, OutliersError, PlanRefused
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outliers.publish.outcome import Outcome
+    from outliers.publish.tracking import Tracked
     from outliers.spec import StudySpec
     from outliers.study.prepare import Prepared
     from outliers.workspace import Workspace
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         "runs": others.runs_command,
         "export": others.export_command,
         "atlas": others.atlas_command,
+        "card": others.card_command,
         "merge": merge_command,
         "sweep": others.sweep_command,
         "machines": others.machines_command,
@@ -114,6 +117,7 @@ def _run(spec: StudySpec, arguments: argparse.Namespace, console: Console, argv:
     from outliers.publish.outcome import find_outcome
     from outliers.workspace import open_workspace
 
+    uri = _tracking(arguments)
     workspace = open_workspace(spec.compute.workspace)
     _check_options(spec, workspace, console, argv)
     from flows.cli.machines import warn_of_overdue
@@ -129,8 +133,33 @@ def _run(spec: StudySpec, arguments: argparse.Namespace, console: Console, argv:
         from flows.cli.inprocess import run_flow
 
         outcome = run_flow(spec, workspace, console)
-    _finish(outcome, prepared, workspace, console, as_json=arguments.json)
-    return DONE
+    tracked = None if uri is None else _track(outcome, uri, console)
+    _finish(outcome, prepared, workspace, console, as_json=arguments.json, tracked=tracked)
+    return DONE if tracked is None or tracked.url else NOT_TRACKED
+
+
+def _tracking(arguments: argparse.Namespace) -> str | None:
+    """The tracking server that is asked for. Raises BadInput, before anything ran."""
+    if getattr(arguments, "track", None) is None:
+        return None
+    from outliers.publish.tracking import tracking_uri
+
+    return tracking_uri(arguments.track)
+
+
+def _track(outcome: Outcome, uri: str, console: Console) -> Tracked:
+    """Log a finished study, and say where it is or why it is not there: the study is finished in either case."""
+    from flows.cli.console import busy, line
+    from outliers.publish.tracking import track
+
+    with busy(console, "logging the study at the tracking server"):
+        tracked = track(Path(outcome.results), uri, outcome.published)
+    if tracked.url is None:
+        line(console, "warning", f"the study is finished and not tracked: {tracked.why}", style="yellow")
+        line(
+            console, "", "the same command logs it, once the server answers; nothing is computed again", style="yellow"
+        )
+    return tracked
 
 
 def _check_options(spec: StudySpec, workspace: Workspace, console: Console, argv: list[str]) -> None:
@@ -204,16 +233,25 @@ def _check_machine(prepared: Prepared, workspace: Workspace, console: Console, a
         raise
 
 
-def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console: Console, *, as_json: bool) -> None:
+def _finish(
+    outcome: Outcome,
+    prepared: Prepared,
+    workspace: Workspace,
+    console: Console,
+    *,
+    as_json: bool,
+    tracked: Tracked | None = None,
+) -> None:
     from flows.cli.answers import Answers
-    from flows.cli.console import next_commands, show_outcome
+    from flows.cli.console import line, next_commands, show_outcome
     from outliers.files.atomic import held_bytes
     from outliers.study.parts import captures_of_shards
 
     own = (workspace, *(part for _, part in captures_of_shards(workspace, outcome.capture_id)))
     held = sum(held_bytes(place.capture(outcome.capture_id)) for place in own)
     if as_json:
-        print(json.dumps(outcome.model_dump() | {"capture_bytes": held}))
+        more = {} if tracked is None else {"tracked": tracked.url, "not_tracked": tracked.why}
+        print(json.dumps(outcome.model_dump() | {"capture_bytes": held} | more))
         return
     criteria = prepared.spec.criteria
     answer = (
@@ -222,6 +260,8 @@ def _finish(outcome: Outcome, prepared: Prepared, workspace: Workspace, console:
         f"{prepared.corpus.num_tokens:,} tokens"
     )
     show_outcome(Answers(), outcome, held, answer, next_commands(outcome, prepared.spec.compute.workspace))
+    if tracked is not None and tracked.url is not None:
+        line(Answers(), "tracked", tracked.url)
     _show_kept(prepared, workspace, console)
 
 

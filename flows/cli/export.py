@@ -128,9 +128,10 @@ def _find(name: str | None, workspace: Workspace) -> tuple[str, str, Workspace]:
     """
     from flows.cli.run_show import find_run, finished, newest
     from outliers.errors import BadInput
+    from outliers.spec import STORE_SCHEMES
     from outliers.workspace import Workspace, open_workspace
 
-    if name is not None and urlsplit(name).scheme in ("file", "s3"):
+    if name is not None and urlsplit(name).scheme in STORE_SCHEMES:
         raise BadInput(
             f"{name} is a published study, which has no statistics of columns: give the study's id in its workspace"
         )

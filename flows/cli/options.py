@@ -20,25 +20,10 @@ from pydantic.fields import FieldInfo
 from outliers.errors import BadInput
 from outliers.names import nearest
 from outliers.spec import PARTS, StudySpec
+from outliers.spec.options import REPEATED, option_name
 
-RENAMED = {
-    ("model", "id"): "model",
-    ("corpus", "source"): "corpus",
-    ("model", "name"): "model_name",
-    ("corpus", "name"): "corpus_name",
-    ("capture", "site_modules"): "site_module",
-    ("probe", "experts"): "probe_experts",
-}
-"""Two fields bear the name of their part on the command line, one is given once a site, and of fields that two parts have the
-part's name is a part too; all others bear their own."""
-REPEATED = ("site_modules",)
 ALSO = {("compute", "grace_seconds"): "--grace"}
 """A second, shorter spelling."""
-
-
-def option_name(part: str, field: str) -> str:
-    """`--num-sequences` for corpus.num_sequences."""
-    return "--" + RENAMED.get((part, field), field).replace("_", "-")
 
 
 def add_spec_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +37,16 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
         if name not in PARTS:
             _add(group, "", name, field)
     parser.add_argument("--spec", type=Path, metavar="FILE", help="begin with the StudySpec in this JSON file")
+
+
+def add_track_option(parser: argparse.ArgumentParser) -> None:
+    """--track, which is no part of a study: it is done once the study is finished."""
+    parser.add_argument(
+        "--track",
+        metavar="mlflow:URI",
+        help="log the finished study at this MLflow server too: mlflow:https://host:5000 or mlflow:file:///folder; it gets what "
+        "would be published (needs outlier-features[mlflow]; keys come from the environment)",
+    )
 
 
 def add_part_options(parser: argparse.ArgumentParser, parts: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> None:

@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   outliers captures list
   outliers verify CAPTURE
 
-exit codes: 0 done, 1 failed, 2 refused before anything ran, 130 ended by Ctrl-C
+exit codes: 0 done, 1 failed, 2 refused before anything ran, 3 done but not tracked (--track), 130 ended by Ctrl-C
 """
 
 
@@ -56,6 +56,7 @@ COMMANDS = {
     "atlas": Command(
         "make one page and one table of every study published in one place", "flows.cli.atlas:add_atlas_parser"
     ),
+    "card": Command("print a finished study as a block for a model card", "flows.cli.card:add_card_parser"),
     "merge": Command("join summaries of parts of one study into the whole", "flows.cli.merge:add_merge_parser"),
     "sweep": Command(
         "run many studies from one file, or say what they would take", "flows.cli.sweeps:add_sweep_parser"

@@ -17,12 +17,13 @@ from urllib.parse import urlsplit
 from flows.cli.answers import Answers
 from flows.cli.console import feature_table, line
 from flows.cli.run_experts import chosen_expert, show_expert
-from flows.cli.run_words import verdict_here, verdict_words
+from flows.cli.run_words import own_verdict, verdict_here, verdict_words
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from outliers.publish.finished import Finished
+    from outliers.publish.shelf import Published
     from outliers.results.schema import StudySummary
     from outliers.workspace import Workspace
 
@@ -134,11 +135,27 @@ def read_run(name: str | None, workspace: Workspace) -> Run:
         raise BadInput(f"{place} is damaged: {error}; remove the folder and run the study again") from error
 
 
+def study_with_summary(name: str | None, workspace: Workspace) -> Published:
+    """A study with its summary.json and verdicts, from wherever it is; of no name, the newest of the workspace.
+
+    Raises BadInput, PublishRefused.
+    """
+    from outliers.publish.allowlist import SUMMARY
+    from outliers.publish.shelf import Published, read_study
+
+    url = None if name is None else published_url(name, workspace)
+    if url is not None:
+        return read_study(url)
+    found = finished(newest(workspace) if name is None else find_run(name, workspace))
+    return Published(str(found.folder), found.manifest, {SUMMARY: found.files[SUMMARY]}, own_verdict(found.folder))
+
+
 def published_url(name: str, workspace: Workspace) -> str | None:
     """The URL of a published study that is given as one, or as its folder; None for a study of the workspace or its folder."""
     from flows.cli.atlas import store_url
+    from outliers.spec import STORE_SCHEMES
 
-    if urlsplit(name).scheme in ("file", "s3"):
+    if urlsplit(name).scheme in STORE_SCHEMES:
         return name
     given = Path(name).expanduser()
     own = workspace.study(name) if "/" not in name else given

@@ -16,13 +16,10 @@ from flows.cli.options import add_common_options, add_plain_option
 from flows.cli.run_show import (
     MAX_SAID,
     ROWS,
-    find_run,
-    finished,
     label_of,
-    published_url,
     show_command,
+    study_with_summary,
 )
-from flows.cli.run_words import own_verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -207,7 +204,7 @@ def compare_command(workspace: Workspace, arguments: argparse.Namespace, console
     from outliers.errors import BadInput
     from outliers.publish.own import names_here, public_names
 
-    studies = [_with_summary(name, workspace) for name in arguments.run]
+    studies = [study_with_summary(name, workspace) for name in arguments.run]
     names = [
         public_names(item.manifest) if "://" in item.url else names_here(workspace, item.manifest) for item in studies
     ]
@@ -221,19 +218,6 @@ def compare_command(workspace: Workspace, arguments: argparse.Namespace, console
         print(json.dumps(found.as_json()))
         return
     show_comparison(Answers(arguments), found, names)
-
-
-def _with_summary(name: str, workspace: Workspace) -> Published:
-    """A study with its summary.json, from wherever it is. Raises BadInput."""
-    from outliers.publish.allowlist import SUMMARY
-    from outliers.publish.shelf import Published, read_study
-
-    url = published_url(name, workspace)
-    if url is not None:
-        return read_study(url)
-    found = finished(find_run(name, workspace))
-    verdicts = own_verdict(found.folder)
-    return Published(str(found.folder), found.manifest, {SUMMARY: found.files[SUMMARY]}, verdicts)
 
 
 def show_comparison(console: Answers, found: Comparison, names: Sequence[Names] = ()) -> None:

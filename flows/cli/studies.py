@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from flows.cli.options import add_spec_options
+from flows.cli.options import add_spec_options, add_track_option
 from flows.cli.parser import EXAMPLES
 
 
 def add_study_parser(verbs: Any, text: str) -> None:
     """Add `study`."""
     study = _add(verbs, "study", text)
+    add_track_option(study)
     study.add_argument("--print-spec", action="store_true", help="print the StudySpec as JSON and stop")
 
 

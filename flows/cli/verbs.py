@@ -65,6 +65,15 @@ def atlas_command(arguments: argparse.Namespace, console: Console, argv: list[st
     return DONE
 
 
+def card_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers card`."""
+    from flows.cli.card import card_command as card
+    from outliers.workspace import open_workspace
+
+    card(open_workspace(arguments.workspace), arguments, console)
+    return DONE
+
+
 def machines_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers machines`."""
     from flows.cli.machines import machines_command as act

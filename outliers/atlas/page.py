@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from outliers.atlas.choose import Choice, choices, classes, keys
-from outliers.atlas.plots import MAX_NUMBERED, Chart, charts, comparable_with_paper, short, usual_conditions
+from outliers.atlas.links import report_link
+from outliers.atlas.maxima import MAXIMA, PLACES, SAMPLES, SOURCE, TOKENS, maxima_rows, missing, nearness
+from outliers.atlas.plots import MAX_NUMBERED, Charts, charts, comparable_with_paper, short, usual_conditions
 from outliers.atlas.reference import (
     EARLIER,
     EARLIER_CORPUS,
@@ -52,21 +54,27 @@ class Group:
     cells: tuple[str, ...]
     rows: tuple[dict[str, Any], ...]
     num_models: int
-    charts: tuple[Chart, ...]
+    charts: Charts
     paper: bool
     mixed: tuple[str, ...]
     details: bool
 
 
-def write_atlas_page(path: Path, atlas: Atlas) -> None:
-    """Write the page whole. Raises OSError."""
-    write_atomic(path, render(atlas).encode("utf-8", "replace"))
+def write_atlas_page(path: Path, atlas: Atlas, links: str | None = None) -> None:
+    """Write the page whole; `links` as in `render`. Raises OSError."""
+    write_atomic(path, render(atlas, path.absolute(), links).encode("utf-8", "replace"))
 
 
-def render(atlas: Atlas) -> str:
-    """The page as text."""
+def render(atlas: Atlas, page: Path | None = None, links: str | None = None) -> str:
+    """The page as text.
+
+    page: where it will lie, for links relative to it. links: the address at which the store is served, for a store that no
+    browser opens.
+    """
     made = _choices(atlas.rows)
-    sections = _sections(atlas.rows, made)
+    opened = {row.url: report_link(row.report, atlas.url, page, links) for row in atlas.rows}
+    sections = _sections(atlas.rows, made, opened)
+    maxima = maxima_rows(atlas.rows)
     sizes = [row.total_parameters for row in atlas.rows if row.total_parameters is not None]
     values = {
         "atlas": atlas,
@@ -81,13 +89,25 @@ def render(atlas: Atlas) -> str:
         "earlier_run": f"{EARLIER_SEQUENCES} × {EARLIER_LENGTH:,} tokens of {EARLIER_CORPUS}",
         "paper": PAPER,
         "paper_shown": any(section.paper for section in sections),
+        "maxima": maxima,
+        "maxima_missing": missing(maxima),
+        "maxima_source": {
+            "paper": SOURCE,
+            "samples": SAMPLES,
+            "tokens": TOKENS,
+            "places": PLACES,
+            "count": len(MAXIMA),
+        },
+        "unlinked": any(row.report and opened[row.url] is None for row in atlas.rows),
+        "linked_rows": sum(link is not None for link in opened.values()),
+        "opened": opened,
         "skipped": atlas.skipped[:MAX_SKIPPED],
         "num_skipped": len(atlas.skipped),
         "filter": atlas.filter.words(),
         "max_features": MAX_FEATURES,
         "max_numbered": MAX_NUMBERED,
     }
-    return render_template("atlas.html", values, {"short": short})
+    return render_template("atlas.html", values, {"short": short, "nearness": nearness})
 
 
 def _choices(rows: Sequence[AtlasRow]) -> tuple[Choice, ...]:
@@ -104,16 +124,18 @@ def _cells(row: AtlasRow) -> tuple[str, ...]:
     return row.reading, row.site, number(row.magnitude), *shares
 
 
-def _sections(rows: Sequence[AtlasRow], made: Sequence[Choice]) -> list[Group]:
+def _sections(rows: Sequence[AtlasRow], made: Sequence[Choice], opened: Mapping[str, str | None]) -> list[Group]:
     found: list[Group] = []
     first = 1
     for own in groups(rows):
-        found.append(_section(own, first, len(found) + 1, made))
+        found.append(_section(own, first, len(found) + 1, made, opened))
         first += len(own)
     return found
 
 
-def _section(rows: tuple[AtlasRow, ...], first: int, index: int, made: Sequence[Choice]) -> Group:
+def _section(
+    rows: tuple[AtlasRow, ...], first: int, index: int, made: Sequence[Choice], opened: Mapping[str, str | None]
+) -> Group:
     paper, usual, cells = comparable_with_paper(rows[0]), usual_conditions(rows), _cells(rows[0])
     kinds = [keys(made, {ARITHMETIC: arithmetic(row.conditions)}) for row in rows]
     marks = {row.url: classes(own) for row, own in zip(rows, kinds, strict=True)}
@@ -124,9 +146,11 @@ def _section(rows: tuple[AtlasRow, ...], first: int, index: int, made: Sequence[
         kinds=tuple(sorted({key for own in kinds for key in own})),
         title=f"{cells[0]} at {cells[1]}: abs(x) ≥ {cells[2]} in {cells[3]} of layers and {cells[4]} of tokens",
         cells=cells,
-        rows=tuple(own | {"mark": marks[row.url]} for row, own in zip(rows, worded, strict=True)),
+        rows=tuple(
+            own | {"mark": marks[row.url], "link": opened[row.url]} for row, own in zip(rows, worded, strict=True)
+        ),
         num_models=len({row.model for row in rows}),
-        charts=tuple(charts(rows, first, lambda row: marks[row.url])) if len(rows) > 1 or paper else (),
+        charts=charts(rows, first, lambda row: marks[row.url]),
         paper=paper,
         mixed=tuple(_mixed(rows)),
         details=len(rows) <= MAX_LISTED_STUDIES and any(row.features for row in rows),

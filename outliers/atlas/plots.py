@@ -1,7 +1,7 @@
 """The phase transition as pictures: number of features, and share of layers, against the size of a model.
 
-Each chart is one inline SVG that scales with the page and takes its colours from the page's style; a point is named when
-the mouse rests on it, and bears the number of its row in the table. It judges nothing and knows no HTML page.
+Each chart is one inline SVG that scales with the page and takes its colours from the page's style; a point bears the number of
+its row in the table and, where there is room, its model's name. It judges nothing and knows no HTML page.
 """
 
 from __future__ import annotations
@@ -17,26 +17,38 @@ from outliers.atlas.reference import PAPER, PAPER_RULE, PaperModel
 from outliers.atlas.row import AtlasRow, Conditions
 from outliers.report.figures import percent
 from outliers.report.page import printable
-from outliers.spec import BLOCK, BLOCK_SITES
+from outliers.spec import BLOCK, BLOCK_SITES, short_model_name
 from outliers.units import clip, plural
 
-WIDTH, HEIGHT = 360, 252
-LEFT, RIGHT, TOP, BOTTOM = 38.0, 350.0, 12.0, 214.0
+WIDTH, HEIGHT = 400, 264
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 390.0, 12.0, 226.0
 MAX_NUMBERED = 40
 """With more points the numbers of their rows hide each other."""
+NAMED_REFERENCE = 6
+"""With more studies the names of the reference's models are left to the mouse: they would hide those of the studies."""
+MAX_NAME = 18
+"""Characters of a model's name next to its point."""
 LINEAR_UP_TO = 40
 """Features up to which the axis is linear, as in the report's sweep."""
-DIGIT, LINE = 5.6, 9.0
-"""Width and height of a number next to its point, in the chart's units, measured at 9 units in Arial."""
+DIGIT, LINE = 5.4, 9.0
+"""Width of a character and height of a text next to a point, in the chart's units, measured at 9 units in Arial."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: a heading, the picture (None: there is nothing to draw), and a note about studies that are not in it."""
+    """One chart: a heading, the picture, and a note about studies that are not in it."""
 
     heading: str
-    svg: Markup | None
+    svg: Markup
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Charts:
+    """The charts of one group, and why others would show nothing."""
+
+    drawn: tuple[Chart, ...]
+    missing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class _Point:
     low: float | None
     high: float | None
     number: int
+    name: str
     style: str
     title: str
     mark: str
@@ -80,14 +93,14 @@ _SIZES = (
         "parameters (total)",
         lambda row: row.total_parameters,
         lambda model: model.parameters,
-        "No study here knows its model's parameters.",
+        "no study here knows its model's parameters",
     ),
     _Quantity(
         "active parameters",
         "active parameters (a token)",
         lambda row: row.active_parameters,
         lambda model: model.parameters,
-        "No study here knows its model's active parameters.",
+        "no study here knows its model's active parameters",
     ),
     _Quantity(
         "perplexity",
@@ -97,8 +110,10 @@ _SIZES = (
         Markup("measured by no study here (<code>--perplexity</code>)"),
     ),
 )
-_COUNT = _Quantity("Features", "", lambda row: row.num_features, lambda model: model.num_features)
-_LAYERS = _Quantity("Share of layers", "", lambda row: row.layer_fraction, lambda model: model.layer_fraction)
+_COUNT = _Quantity("Features", "systematic features", lambda row: row.num_features, lambda model: model.num_features)
+_LAYERS = _Quantity(
+    "Share of layers", "share of layers", lambda row: row.layer_fraction, lambda model: model.layer_fraction
+)
 
 
 def usual_conditions(rows: Iterable[AtlasRow]) -> Conditions:
@@ -112,14 +127,22 @@ def comparable_with_paper(row: AtlasRow) -> bool:
     return row.criteria[2:] == PAPER_RULE and row.site in (BLOCK, *BLOCK_SITES)
 
 
-def charts(
-    rows: Sequence[AtlasRow], first_number: int, mark: Callable[[AtlasRow], str] = lambda row: ""
-) -> list[Chart]:
-    """The six charts of one group of identical criteria; its rows are numbered from `first_number` on.
+def charts(rows: Sequence[AtlasRow], first_number: int, mark: Callable[[AtlasRow], str] = lambda row: "") -> Charts:
+    """The charts of one group of identical criteria; its rows are numbered from `first_number` on.
+
+    Each of features and of shares of layers, by parameters, by active ones where a model has others, and by perplexity. A study
+    that is alone is drawn by its parameters only, beside the reference; without one there is nothing to set it against.
 
     mark: a class of the page's style that all that is drawn of a row has; empty: none.
     """
-    return [_chart(rows, first_number, size, what, mark) for what in (_COUNT, _LAYERS) for size in _SIZES]
+    if len(rows) == 1 and not comparable_with_paper(rows[0]):
+        return Charts((), ())
+    sizes = [size for size in _SIZES if size is _SIZES[0] or len(rows) > 1]
+    if all(row.active_parameters in (None, row.total_parameters) for row in rows):
+        sizes = [size for size in sizes if size is not _SIZES[1]]
+    made = [_chart(rows, first_number, size, what, mark) for what in (_COUNT, _LAYERS) for size in sizes]
+    missing = dict.fromkeys(reason for reason in made if not isinstance(reason, Chart))
+    return Charts(tuple(chart for chart in made if isinstance(chart, Chart)), tuple(missing))
 
 
 def _chart(
@@ -128,7 +151,8 @@ def _chart(
     size: _Quantity,
     what: _Quantity,
     mark: Callable[[AtlasRow], str],
-) -> Chart:
+) -> Chart | str:
+    """One chart, or why it would show no study."""
     usual, paper = usual_conditions(rows), comparable_with_paper(rows[0])
     heading = f"{what.name} by {size.name}"
     points = []
@@ -139,23 +163,27 @@ def _chart(
         # a share of layers has no interval: it only grows with the corpus
         low, high = (row.num_features_low, row.num_features_high) if what is _COUNT else (None, None)
         style = ("moe" if row.num_experts else "dense") + (" other" if row.conditions != usual else "")
-        points.append(_Point(x, y, low, high, number, style, _title(row, number), mark(row)))
+        name = clip(printable(short_model_name(row.model)), MAX_NAME)
+        points.append(_Point(x, y, low, high, number, name, style, _title(row, number), mark(row)))
+    if not points:
+        if any(size.of(row) for row in rows):
+            return Markup("share of layers: no study here has a systematic feature")
+        return Markup("by {}: {}").format(size.name, size.missing)
     known_models = [(size.of_paper(model), what.of_paper(model), model) for model in PAPER] if paper else []
     note = f"{len(points):,} of {len(rows):,} studies" if len(points) < len(rows) else ""
-    if not points:
-        note = "No study here has a systematic feature." if any(size.of(row) for row in rows) else size.missing
-        if not known_models:
-            return Chart(heading, None, note)
     # of all rows, also those without a share of layers: the charts below each other have one scale
     sizes = [x for row in rows if (x := size.of(row)) is not None and _drawn(x)]
     x_axis = _log_axis(sizes + [x for x, _, _ in known_models], reverse=size is _SIZES[2])
     tops = [p.high if p.high is not None else p.y for p in points] + [y for _, y, _ in known_models]
     y_axis = _share_axis() if what is _LAYERS else _count_axis(max(tops))
-    parts = [_frame(x_axis, y_axis, size.label), *_paper_line(known_models, x_axis, y_axis)]
+    y_label = what.label + (", log scale" if what is _COUNT and max(tops) > LINEAR_UP_TO else "")
+    parts = [_frame(x_axis, y_axis, f"{size.label}, log scale", y_label), *_paper_line(known_models, x_axis, y_axis)]
     parts += [_whisker(point, x_axis, y_axis) for point in points]
     parts += [_dot(point, x_axis, y_axis) for point in points]
     if len(rows) <= MAX_NUMBERED:
-        parts += _numbers(points, [(x_axis.place(x), y_axis.place(y)) for x, y, _ in known_models], x_axis, y_axis)
+        names = [model.model if len(rows) <= NAMED_REFERENCE else "" for _, _, model in known_models]
+        others = [(x_axis.place(x), y_axis.place(y), name) for (x, y, _), name in zip(known_models, names, strict=True)]
+        parts += _names([(x_axis.place(p.x), y_axis.place(p.y), p) for p in points], others)
     said = f"{heading}: {len(points)} {'studies' if len(points) != 1 else 'study'}"
     said += f", and {len(known_models)} models of LLM.int8() as reference" if known_models else ""
     svg = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
@@ -174,8 +202,8 @@ def _title(row: AtlasRow, number: int) -> str:
     return printable(f"{number}: {clip(row.model_called, 120)}: {count}{share} ({clip(corpus, 160)})")
 
 
-def _frame(x_axis: _Axis, y_axis: _Axis, label: str) -> Markup:
-    """Grid, ticks and the label of the horizontal axis; the heading above says what the vertical one is."""
+def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> Markup:
+    """Grid, ticks, and the labels of both axes."""
     parts = [
         Markup(
             '<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="tick end" x="{}" y="{}">{}</text>'
@@ -192,7 +220,10 @@ def _frame(x_axis: _Axis, y_axis: _Axis, label: str) -> Markup:
     ]
     parts.append(
         Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, RIGHT, BOTTOM, BOTTOM)
-        + Markup('<text class="label mid" x="{}" y="{}">{}</text>').format((LEFT + RIGHT) / 2, HEIGHT - 6, label)
+        + Markup('<text class="label mid" x="{}" y="{}">{}</text>').format((LEFT + RIGHT) / 2, HEIGHT - 6, x_label)
+        + Markup('<text class="label mid" transform="translate(12 {}) rotate(-90)">{}</text>').format(
+            (TOP + BOTTOM) / 2, y_label
+        )
     )
     return Markup("").join(parts)
 
@@ -235,25 +266,46 @@ def _marked(point: _Point, drawn: Markup) -> Markup:
     return Markup('<g class="{}">{}</g>').format(point.mark, drawn) if point.mark else drawn
 
 
-def _numbers(
-    points: Sequence[_Point], others: Sequence[tuple[float, float]], x_axis: _Axis, y_axis: _Axis
-) -> list[Markup]:
-    """The numbers of the rows next to their points, each in the first free place of eight; left out where all are taken."""
-    places = [(x_axis.place(point.x), y_axis.place(point.y)) for point in points]
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places] + [(x - 3, y - 3, x + 3, y + 3) for x, y in others]
-    parts = []
-    for (x, y), point in zip(places, points, strict=True):
-        wide = DIGIT * len(str(point.number))
-        sides = ((6, -6), (6, 4), (-6 - wide, -6), (-6 - wide, 4), (-wide / 2, -11), (-wide / 2, 6), (13, -3))
-        for dx, dy in (*sides, (-13 - wide, -3)):
-            box = (x + dx, y + dy - 1, x + dx + wide, y + dy + LINE - 2)
-            inside = box[0] >= LEFT - 2 and box[2] <= WIDTH and box[1] >= 0 and box[3] <= BOTTOM + 2
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                text = Markup('<text class="number" x="{}" y="{}">{}</text>')
-                parts.append(_marked(point, text.format(_round(box[0]), _round(box[3]), point.number)))
-                break
-    return parts
+_Box = tuple[float, float, float, float]
+
+
+def _names(points: Sequence[tuple[float, float, _Point]], others: Sequence[tuple[float, float, str]]) -> list[Markup]:
+    """Row and model next to each point, in the first free place of eight; the row alone where no name fits, or neither.
+
+    Then the reference's models at theirs, where room is left.
+    """
+    dots = [(x - 4, y - 4, x + 4, y + 4) for x, y, _ in points] + [(x - 3, y - 3, x + 3, y + 3) for x, y, _ in others]
+    boxes: dict[int, _Box] = {}
+    parts: dict[int, Markup] = {}
+    # every row has its number before any has its name
+    for named in (False, True):
+        for x, y, point in points:
+            text = f"{point.number} {point.name}" if named else str(point.number)
+            taken = [*dots, *(box for number, box in boxes.items() if number != point.number)]
+            if (box := _free(x, y, text, taken)) is not None:
+                boxes[point.number], parts[point.number] = box, _marked(point, _text(box, "number", text))
+    found, taken = list(parts.values()), [*dots, *boxes.values()]
+    for x, y, name in others:
+        if name and (box := _free(x, y, name, taken)) is not None:
+            taken.append(box)
+            found.append(_text(box, "paper-name", name))
+    return found
+
+
+def _text(box: _Box, kind: str, text: str) -> Markup:
+    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, _round(box[0]), _round(box[3]), text)
+
+
+def _free(x: float, y: float, text: str, taken: Sequence[_Box]) -> _Box | None:
+    """A free place for a text next to a point; None where all eight are taken."""
+    wide = DIGIT * len(text)
+    sides = ((6, -6), (6, 4), (-6 - wide, -6), (-6 - wide, 4), (-wide / 2, -11), (-wide / 2, 6), (13, -3))
+    for dx, dy in (*sides, (-13 - wide, -3)):
+        box = (x + dx, y + dy - 1, x + dx + wide, y + dy + LINE - 2)
+        inside = box[0] >= LEFT - 2 and box[2] <= WIDTH and box[1] >= 0 and box[3] <= BOTTOM + 2
+        if inside and not any(_overlap(box, other) for other in taken):
+            return box
+    return None
 
 
 def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from typing_extensions import TypedDict
 
 from outliers.atlas.read import read_summary
+from outliers.publish.allowlist import REPORT
 from outliers.publish.shelf import Published
 from outliers.results.intervals import BEFORE
 from outliers.results.schema import Advice, ExpertsBlock, FeatureRow, StudySummary
@@ -138,6 +139,10 @@ class AtlasRow(BaseModel):
     interval_level: float | None = Field(description="0.95 where they are a 95% interval, else null")
     max_magnitude: float | None = Field(description="largest of a systematic feature")
     massive_count: int | None = Field(description="massive activations; null where `resid` was not captured")
+    resid_max: float | None = Field(
+        None, description="largest abs(x) at `resid` in any layer that was read; null where that was not captured"
+    )
+    resid_max_layer: Int32 | None = Field(None, description="the first layer that has it, 0-based")
     perplexity: float | None = Field(description="null where not measured")
     perplexity_tokens: int | None = Field(description="tokens that were predicted; null where not measured")
     legacy_pairs: int | None = Field(
@@ -167,6 +172,7 @@ class AtlasRow(BaseModel):
     largest_expert_output: float | None = Field(
         None, description="largest abs(x) of a routed expert's output; null: unknown, or as above"
     )
+    report: str | None = Field(None, description="where its page is published")
     features: tuple[AtlasFeature, ...] = Field(description="the systematic features, largest first (below)")
     model_name: str | None = Field(
         None, description="what its owner calls the model (`--model-name`); null: nothing else"
@@ -246,13 +252,30 @@ def row_of(study: Published) -> AtlasRow:
         corpus_name=corpus.name,
         max_magnitude=max((item["max_magnitude"] for item in features), default=None),
         massive_count=found.massive_count,
+        **_largest_resid(found),
         perplexity=None if found.perplexity is None else found.perplexity.value,
         perplexity_tokens=None if found.perplexity is None else found.perplexity.tokens,
         **_legacy(found),
         **verdict_columns(study.verdicts, found.study_id),
         **_experts(found.experts),
+        report=_report(study),
         features=features,
     )
+
+
+def _largest_resid(found: StudySummary) -> dict[str, Any]:
+    """The largest abs(x) at `resid`, whatever counts as massive."""
+    values = [(-row.max_magnitude, row.layer) for row in found.layers if row.site == "resid" and row.max_magnitude]
+    if not values:
+        return {}
+    largest, layer = min(values)
+    return {"resid_max": -largest, "resid_max_layer": layer}
+
+
+def _report(study: Published) -> str | None:
+    """The URL of the study's page; None where its manifest names none."""
+    named = any(file["path"] == REPORT for file in study.manifest["files"])
+    return f"{study.url}/{study.manifest['folder']}/{REPORT}" if named else None
 
 
 def _experts(found: ExpertsBlock | None) -> dict[str, Any]:
@@ -266,8 +289,8 @@ def _experts(found: ExpertsBlock | None) -> dict[str, Any]:
     }
 
 
-def verdict_columns(given: Sequence[bytes], study_id: str) -> dict[str, Any]:
-    """The columns of a study's probe; of several the one that tried most. A verdict of another study is left out."""
+def best_advice(given: Sequence[bytes], study_id: str) -> Advice | None:
+    """The verdict of the probe of a study that tried most, of several; None without one. That of another study is left out."""
     found = []
     for data in given:
         try:
@@ -276,9 +299,14 @@ def verdict_columns(given: Sequence[bytes], study_id: str) -> dict[str, Any]:
             continue
         if advice.study_id == study_id:
             found.append(advice)
-    if not found:
+    return max(found, key=lambda advice: (len(advice.formats), len(advice.causes), advice.probe_id), default=None)
+
+
+def verdict_columns(given: Sequence[bytes], study_id: str) -> dict[str, Any]:
+    """The columns of a study's probe, that of `best_advice`."""
+    best = best_advice(given, study_id)
+    if best is None:
         return {}
-    best = max(found, key=lambda advice: (len(advice.formats), len(advice.causes), advice.probe_id))
     kls = {item.format: item.confirmed_kl for item in best.formats if item.weights is None}
     fit = [
         (bits_of(item.format), item.confirmed_kl or 0.0, item.format)

@@ -307,9 +307,8 @@ def publish_probe(folder: Path, target: str, slug: str, names: tuple[str, str] |
         url = f"{store.url}/{place}/{MANIFEST}"
         there = store.read(f"{place}/{MANIFEST}", MAX_MANIFEST_BYTES)
         if there is None:
-            for name, data in files.items():
-                store.put(f"{place}/{name}", data)
-            if store.create(f"{place}/{MANIFEST}", json_bytes(manifest)):
+            placed = {f"{place}/{name}": data for name, data in files.items()}
+            if store.create_with(placed, f"{place}/{MANIFEST}", json_bytes(manifest)):
                 return url
             there = store.read(f"{place}/{MANIFEST}", MAX_MANIFEST_BYTES)
     if there is None or _numbers(json.loads(there)) != _numbers(manifest):

@@ -101,8 +101,8 @@ def publish_study(study: Publishable, target: str, model_slug: str) -> str:
     with opened(target) as store:
         there = _manifest_at(store, place)
         if there is None:
-            _upload(store, f"{place}/{manifest['folder']}", study.files)
-            created = store.create(f"{place}/{MANIFEST}", dump_manifest(manifest))
+            files = {f"{place}/{manifest['folder']}/{path}": data for path, data in study.files.items()}
+            created = store.create_with(files, f"{place}/{MANIFEST}", dump_manifest(manifest))
             there = manifest if created else _manifest_at(store, place)
             if there is not None and there["folder"] != manifest["folder"]:
                 _withdraw(store, f"{place}/{manifest['folder']}", study.files)
@@ -192,20 +192,6 @@ def _object(store: Store, folder: str, file: dict[str, Any]) -> bytes:
         f"{store.url}/{folder}/{file['path']} {found}; its manifest says {file['size']:,} bytes, "
         f"sha256 {file['sha256']}. The publication is damaged: remove its manifest and publish again"
     )
-
-
-def _upload(store: Store, folder: str, files: Mapping[str, bytes]) -> None:
-    """Put the files, and check that they are there: the manifest must not name what a store has lost."""
-    for path in sorted(files):
-        store.put(f"{folder}/{path}", files[path])
-    stored = store.list(f"{folder}/")
-    for path, data in files.items():
-        found = stored.get(f"{folder}/{path}")
-        if found is None or found.size_bytes != len(data):
-            size = "absent" if found is None else f"{found.size_bytes:,} bytes"
-            raise StoreUnavailable(
-                f"{store.url}/{folder}/{path} was written with {len(data):,} bytes and is {size}; run it again"
-            )
 
 
 def _withdraw(store: Store, folder: str, files: Mapping[str, bytes]) -> None:

@@ -6,10 +6,8 @@ It knows nothing of files, models or machines beyond their names; `prepare` reso
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 from typing import Annotated, Any, Final, Literal
-from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -25,6 +23,12 @@ from outliers.spec.part import Part as Part
 from outliers.spec.part import bare
 from outliers.spec.probe import ProbeSpec as ProbeSpec
 from outliers.spec.store import check_store
+from outliers.spec.targets import STORE_PATTERN as STORE_PATTERN
+from outliers.spec.targets import STORE_SCHEMES as STORE_SCHEMES
+from outliers.spec.targets import STORE_SHAPES as STORE_SHAPES
+from outliers.spec.targets import bare_url as bare_url
+from outliers.spec.targets import check_target_url
+from outliers.spec.targets import split_dataset as split_dataset
 from outliers.spec.words import BUILTIN_NAMES as BUILTIN_NAMES
 from outliers.spec.words import LOCAL_PREFIX as LOCAL_PREFIX
 from outliers.spec.words import PUBLIC_NAME as PUBLIC_NAME
@@ -45,10 +49,6 @@ OWN_WIDTH_SITES: tuple[SiteName, ...] = ("o_in", "down_in")
 """Sites whose features are not the hidden dimensions."""
 BLOCK: Final = "block"
 BLOCK_SITES: tuple[SiteName, ...] = ("attn_in", "mlp_in")
-
-STORE_PATTERN = r"^(s3://[^/@?#]+(/[^?#]*)?|file:///[^?#]+)$"
-"""`publish_to` as a JSON schema can say it, so that a Prefect server refuses a URL with a login before it keeps the run's
-parameters. It lets through every URL that StudySpec accepts; StudySpec refuses more."""
 
 FORMAT_VERSION = 1
 """Of the capture on disk; part of capture_id."""
@@ -277,7 +277,8 @@ class StudySpec(Part):
     compute: ComputeSpec = Field(default_factory=ComputeSpec, description="the machine")
     publish_to: str | None = Field(
         None,
-        description="artifact store: s3://bucket/prefix or file:///folder (default: results stay in the workspace)",
+        description="artifact store: s3://bucket/prefix, hf://datasets/ORG/NAME/prefix or file:///folder (default: results stay "
+        "in the workspace)",
     )
     label: str | None = Field(
         None,
@@ -294,20 +295,7 @@ class StudySpec(Part):
     def _plain_url(cls, url: str | None) -> str | None:
         if url is None:
             return None
-        parts = urlsplit(url)
-        if has_login(url):
-            raise ValueError(
-                "a URL must not carry a user or password: keys come from the environment (AWS_ACCESS_KEY_ID)"
-            )
-        if parts.scheme not in ("file", "s3"):
-            raise ValueError(f"'{url}' is not s3://bucket/prefix or file:///folder")
-        if parts.query or parts.fragment:
-            raise ValueError(f"'{url}' has a query or fragment; give s3://bucket/prefix or file:///folder")
-        if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/") or parts.path == "/"):
-            raise ValueError(f"'{url}' is not file:///folder (three slashes and a full path)")
-        if parts.scheme == "s3" and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", parts.netloc):
-            raise ValueError(f"'{url}' has no valid bucket name: s3://bucket/prefix")
-        return url.rstrip("/")
+        return check_target_url(url)
 
     @model_validator(mode="after")
     def _consistent(self) -> StudySpec:

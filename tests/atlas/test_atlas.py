@@ -256,7 +256,7 @@ def test_the_command_makes_page_and_table(own, tmp_path):
     ("arguments", "words"),
     [
         (["nowhere"], "is not there, or is not a folder"),
-        (["http://example.org/a"], "is s3://bucket/prefix or file:///folder"),
+        (["http://example.org/a"], "is s3://bucket/prefix, hf://datasets/ORG/NAME/prefix or file:///folder"),
         (["STORE", "--reading", "mean"], "--reading mean is not known"),
         (["STORE", "--reading", "pooled,legacy"], "--reading legacy never decides, so no study is of it"),
         (["STORE", "--magnitude", "six"], "'six' is not a magnitude: a number above 0"),

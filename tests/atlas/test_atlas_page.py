@@ -170,13 +170,56 @@ def test_a_chart_says_which_studies_it_can_not_show(store, tmp_path):
         "Share of layers by active parameters 7 of 9 studies",
         "Share of layers by perplexity 5 of 9 studies",
     ]
-    # the reference is drawn alone
-    assert said[8] == "Features by perplexity measured by no study here (--perplexity)"
-    assert charts_of(html)[8][1:] == ({}, len(PAPER))
+    # of two that are alone, each beside the reference: by parameters, and no chart of the reference by itself
+    assert said[6:] == ["Features by parameters", "Share of layers by parameters"] * 2
+    assert [(len(dots), paper) for _, dots, paper in charts_of(html)[6:]] == [(1, len(PAPER))] * 4
+
+
+def test_what_no_study_has_is_told_and_not_drawn(tmp_path):
+    """Dense models alone: their active parameters are all parameters. None measured its perplexity."""
     quick_store(tmp_path, [study(1, MODELS[0], magnitude=3.0), study(2, MODELS[1], magnitude=3.0, features=0)])
     html = render(read_atlas(f"file://{tmp_path}"))
-    assert len(charts_of(html)) == 4
-    assert captions(html)[5] == "Share of layers by perplexity measured by no study here (--perplexity)"
+    assert captions(html) == ["Features by parameters", "Share of layers by parameters 1 of 2 studies"]
+    assert "Not drawn: by perplexity: measured by no study here (--perplexity)." in Page(html).text
+    none = tmp_path / "none"
+    quick_store(none, [study(n, MODELS[n], magnitude=3.0, features=0) for n in (1, 2)])
+    html = render(read_atlas(f"file://{none}"))
+    assert captions(html) == ["Features by parameters"]
+    assert "share of layers: no study here has a systematic feature" in Page(html).text
+    alone = tmp_path / "alone"
+    quick_store(alone, [study(1, MODELS[0], magnitude=3.0)])
+    html = render(read_atlas(f"file://{alone}"))
+    assert captions(html) == []
+    assert "One study, and nothing published under these criteria to set it against: no chart." in Page(html).text
+
+
+def test_both_axes_are_labelled_and_points_have_names(store):
+    html = render(read_atlas(store))
+    svg = re.findall(r'<svg class="chart".*?</svg>', html, re.DOTALL)
+    labels = [re.findall(r'<text class="label mid"[^>]*>([^<]*)</text>', chart) for chart in svg]
+    assert labels[0] == ["parameters (total), log scale", "systematic features"]
+    assert labels[3] == ["parameters (total), log scale", "share of layers"]
+    assert labels[2][0] == "perplexity (better to the right), log scale"
+    assert all(len(own) == 2 for own in labels)
+    rows = dict(enumerate((row for own in groups(read_atlas(store).rows) for row in own), 1))
+    written = re.findall(r'<text class="number" x="[\d.]+" y="[\d.]+">(\d+)(?: ([^<]*))?</text>', svg[0])
+    assert len(written) == 8
+    # a name is the model's own, and most points of this chart have room for it
+    assert {int(n): name for n, name in written if name}.items() <= {
+        n: row.model.rpartition("/")[2].removeprefix("builtin:") for n, row in rows.items()
+    }.items()
+    assert sum(bool(name) for _, name in written) >= 6
+
+
+def test_texts_of_a_chart_do_not_lie_on_each_other(store):
+    """By the boxes that a browser of 9 units gives: 5.4 a character at most, 9 high."""
+    for svg in re.findall(r'<svg class="chart".*?</svg>', render(read_atlas(store)), re.DOTALL):
+        texts = re.findall(r'<text class="(?:number|paper-name)" x="([\d.]+)" y="([\d.]+)">([^<]*)</text>', svg)
+        boxes = [(float(x), float(y) - 8, float(x) + 5.3 * len(t), float(y) - 0.3, t) for x, y, t in texts]
+        for number, one in enumerate(boxes):
+            for other in boxes[:number]:
+                apart = one[0] >= other[2] or other[0] >= one[2] or one[1] >= other[3] or other[1] >= one[3]
+                assert apart, (one, other)
 
 
 def test_ticks_of_the_axes_stand_where_their_numbers_are(tmp_path):

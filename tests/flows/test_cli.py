@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -51,7 +52,10 @@ REFUSED = [
         ("study", *TINY, "--sites", "attn_in,attention"),
         "--sites: Input should be 'attn_in', 'mlp_in', 'o_in', 'down_in' or 'resid'",
     ),
-    (("study", *TINY, "--publish-to", "http://host/bucket"), "is not s3://bucket/prefix or file:///folder"),
+    (
+        ("study", *TINY, "--publish-to", "http://host/bucket"),
+        "is not s3://bucket/prefix, hf://datasets/ORG/NAME/prefix or file:///folder",
+    ),
     (("study", *TINY, "--publish-to", "s3://me:secret@bucket/x"), "must not carry a user or password"),
     (("study", *TINY, "--publish-to", "file:///proc/no/atlas"), "/proc/no"),
     (("study", *TINY, "--workspace", "/proc/no"), "the workspace /proc/no can't be written"),
@@ -287,6 +291,34 @@ def test_a_second_run_is_answered_without_prefect(place, finished):
     assert done.stderr.strip().splitlines()[-1] == "False False"
     again = json.loads(done.stdout)
     assert again == outcome | {"cached": True}
+
+
+@pytest.mark.servers
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow-skinny is not installed")
+def test_a_finished_study_is_tracked_or_says_that_it_is_not(place, finished):
+    asked = (
+        "study",
+        *TINY,
+        "--sites",
+        "attn_in,mlp_in,resid",
+        "--dtype",
+        "bfloat16",
+        "--publish-to",
+        f"file://{place}/atlas",
+    )
+    uri = f"file://{place}/runs".replace(" ", "%20")
+    done = run(place, *asked, "--track", f"mlflow:{uri}", "--json", MLFLOW_ALLOW_FILE_STORE="true")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["tracked"].startswith(uri)
+    assert told["not_tracked"] is None
+    gone = run(place, *asked, "--track", "mlflow:http://127.0.0.1:9", "--json")
+    assert gone.returncode == 3
+    assert "finished and not tracked" in gone.stderr
+    told = json.loads(gone.stdout)
+    assert told["tracked"] is None
+    assert told["study_id"] == finished[1]["study_id"]
+    assert run(place, *asked, "--track", "mlflow:http://me:secret@host").returncode == 2
 
 
 @pytest.mark.servers

@@ -270,7 +270,10 @@ def test_studies_stand_side_by_side(finished, two):
     ("arguments", "words"),
     [
         (["list", "file:///nowhere/at/all"], "is not there, or is not a folder"),
-        (["list", "ftp://a/b"], "an artifact store is s3://bucket/prefix or file:///folder"),
+        (
+            ["list", "ftp://a/b"],
+            "an artifact store is s3://bucket/prefix, hf://datasets/ORG/NAME/prefix or file:///folder",
+        ),
         (["list", "MODEL"], "is the folder of one model; give the store it is in, file:///"),
         (["list", "STUDY"], "is one study; give the store it is in, file:///"),
         (["compare", "0"], "give two or more"),
@@ -300,3 +303,25 @@ def test_an_empty_workspace_has_nothing_to_list(tmp_path):
     done = runs(open_workspace(tmp_path), "list")
     assert done.returncode == 2
     assert "there is no finished study" in done.stderr
+
+
+@pytest.mark.servers
+def test_a_card_from_wherever_the_study_is(finished, tmp_path):
+    workspace, prepared, url = finished
+
+    def card(*words):
+        return run_command(tmp_path, "card", *words, "--workspace", workspace.root, environment=os.environ)
+
+    made = [card(), card(prepared.study_id), card(url), card(str(workspace.study(prepared.study_id)))]
+    assert {(done.returncode, done.stderr, done.stdout) for done in made} == {(0, "", made[0].stdout)}
+    assert made[0].stdout.startswith("---\ntags:\n- outlier-features\n")
+    assert "**1 systematic outlier feature** by the reading `pooled` at `block`" in made[0].stdout
+    assert str(workspace.root) not in made[0].stdout
+    (tmp_path / "README.md").write_text("mine")
+    refused = card("--out", "README.md")
+    assert (refused.returncode, (tmp_path / "README.md").read_text()) == (2, "mine")
+    assert "--force" in refused.stderr
+    assert card("--out", "README.md", "--force").returncode == 0
+    assert (tmp_path / "README.md").read_text() == made[0].stdout
+    told = json.loads(card("--json").stdout)
+    assert f"---\n{told['front_matter']}---\n\n{told['body']}" == made[0].stdout

@@ -17,10 +17,10 @@ from outliers.publish.manifest import read_manifest, write_manifest
 from outliers.publish.publish import check_target, fetch, model_slug, publish, published_manifest
 from outliers.publish.stores.open import opened
 from tests.support.cases import first_here
-from tests.support.publishing import Objects, other, results, s3, start_publisher, target
+from tests.support.publishing import Objects, hub, other, results, s3, start_publisher, target
 from tests.support.results_folder import SLUG, STUDY_ID, finish, make_results
 
-__all__ = ["other", "results", "s3", "target"]  # fixtures, found by name
+__all__ = ["hub", "other", "results", "s3", "target"]  # fixtures, found by name
 pytestmark = pytest.mark.servers
 
 NOISE = np.random.default_rng(0).bytes(5_000)
@@ -109,7 +109,7 @@ class TestRefusals:
             lambda folder: (folder / "tokens.json").write_text("{}"),
         ],
     )
-    @pytest.mark.parametrize("target", first_here(["file", "s3"]), indirect=True)
+    @pytest.mark.parametrize("target", first_here(["file", "s3", "hf"]), indirect=True)
     def test_folder_that_is_not_its_manifest(
         self, target: str, results: Path, change: Callable[[Path], object]
     ) -> None:
@@ -127,7 +127,7 @@ class TestRefusals:
             lambda folder: (folder / "report.html").unlink(),
         ],
     )
-    @pytest.mark.parametrize("target", first_here(["file", "s3"]), indirect=True)
+    @pytest.mark.parametrize("target", first_here(["file", "s3", "hf"]), indirect=True)
     def test_what_is_rendered_is_rendered_again(
         self, target: str, results: Path, change: Callable[[Path], object]
     ) -> None:
@@ -153,7 +153,7 @@ class TestRefusals:
             publish(results, target, SLUG)
 
     @pytest.mark.parametrize("data", [b"{", b"{}", b""])
-    @pytest.mark.parametrize("target", first_here(["file", "s3"]), indirect=True)
+    @pytest.mark.parametrize("target", first_here(["file", "s3", "hf"]), indirect=True)
     def test_malformed_publication(self, target: str, results: Path, data: bytes) -> None:
         Objects(target).put(f"{SLUG}/{STUDY_ID}/manifest.json", data)
         for act in (lambda: publish(results, target, SLUG), lambda: published_manifest(target, SLUG, STUDY_ID)):
@@ -162,7 +162,7 @@ class TestRefusals:
         assert Objects(target).read(f"{SLUG}/{STUDY_ID}/manifest.json") == data
 
     @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden"])
-    @pytest.mark.parametrize("target", first_here(["file", "s3"]), indirect=True)
+    @pytest.mark.parametrize("target", first_here(["file", "s3", "hf"]), indirect=True)
     def test_names_that_lead_elsewhere(self, target: str, name: str) -> None:
         with pytest.raises(BadInput):
             published_manifest(target, name, STUDY_ID)
@@ -171,7 +171,24 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         "url",
-        ["", "atlas", "http://x/y", "s3:///x", "file:///", "file://host/x", "s3://key:secret@bucket/x", "s3://b/x?y=1"],
+        [
+            *(
+                "",
+                "atlas",
+                "http://x/y",
+                "s3:///x",
+                "file:///",
+                "file://host/x",
+                "s3://key:secret@bucket/x",
+                "s3://b/x?y=1",
+            ),
+            *("hf://datasets/lab", "hf://lab/studies", "hf://datasets/lab/studies@main", "hf://datasets/lab/a/../b"),
+            *(
+                "hf://user:secret@datasets/lab/studies",
+                "hf://models/lab/studies",
+                "hf://datasets/lab/studies?token=secret",
+            ),
+        ],
     )
     def test_urls_that_are_no_target(self, url: str) -> None:
         with pytest.raises(TargetError) as caught:
@@ -205,7 +222,7 @@ class TestFetch:
             fetch(target, SLUG, STUDY_ID, tmp_path / "back")
 
     @pytest.mark.parametrize("path", ["../../escaped", "/tmp/escaped", "plots/../../escaped.png", "manifest.json"])
-    @pytest.mark.parametrize("target", first_here(["file", "s3"]), indirect=True)
+    @pytest.mark.parametrize("target", first_here(["file", "s3", "hf"]), indirect=True)
     def test_manifest_that_leads_elsewhere(self, target: str, results: Path, tmp_path: Path, path: str) -> None:
         manifest = read_manifest(results)
         assert manifest is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 
@@ -40,6 +41,10 @@ class Page(HTMLParser):
 FORBIDDEN = {"script", "iframe", "object", "embed", "base", "frame", "applet", "form", "portal", "link"}
 
 
+LINK = re.compile(r"#\S*|(?:https?|file)://[^\s\"<>]+|[A-Za-z0-9%._~-]+(?:/[A-Za-z0-9%._~-]+)*")
+"""An address of the page's own, one of the web or of this disk, or one relative to the page, which has no scheme."""
+
+
 def check_harmless(html: str) -> None:
     """The page runs, frames and loads nothing, and says so to the browser."""
     page = Page(html)
@@ -53,5 +58,7 @@ def check_harmless(html: str) -> None:
         assert tag not in FORBIDDEN, tag
         for name, value in own.items():
             assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href", "background"):
+            if (tag, name) == ("a", "href"):  # followed by a person alone: no scheme that runs anything
+                assert LINK.fullmatch(value or ""), (tag, name, value)
+            elif name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href", "background"):
                 assert (value or "").startswith(("#", "data:image/png;base64,")), (tag, name, value)

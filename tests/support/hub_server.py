@@ -6,6 +6,7 @@ What was asked is written down, with the bytes of each answer.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import json
@@ -16,8 +17,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from urllib.parse import unquote, urlsplit
+from fnmatch import fnmatch
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
+WRITES = re.compile(r"/api/datasets/([^/]+/[^/]+)/(preupload|commit)/([^/]+)")
 LARGE = 1_000_000
 """Files from here on are kept as the hub keeps large ones: known by their sha256, served after a redirect."""
 
@@ -41,6 +44,12 @@ class Repo:
     """Whom a gated or private repository lets in."""
     listed: bool = True
     """Whether its info lists its files."""
+    writers: tuple[str, ...] = ()
+    """Whose commits it takes."""
+    large: str = ""
+    """Names of files (a pattern) that it keeps as large ones whatever their size, as .gitattributes says on the hub."""
+    modified: float = 1_750_000_000.0
+    """When the newest commit was made, by the hub's clock."""
 
     def commit(self, revision: str) -> str | None:
         return self.branches.get(revision, revision if revision in self.commits else None)
@@ -59,6 +68,8 @@ class Fault:
     """Bytes of the body after which nothing more comes, until the client is gone."""
     replace: bytes | None = None
     """Another body of the same length."""
+    lost: bool = False
+    """A commit is carried out, and the connection closed without an answer."""
     after: int = 0
     times: int = 1
 
@@ -81,6 +92,10 @@ class Hub:
     repos: list[Repo] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
+    uploaded: dict[str, bytes] = field(default_factory=dict)
+    """Large files by their sha256, which commits name."""
+    page: int = 1000
+    """Names in one answer of a tree; further ones are linked."""
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -135,12 +150,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.given = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.do_GET()
+
+    do_PUT = do_POST
 
     def route(self, path):
         if cdn := re.fullmatch(r"/cdn/([0-9a-f]{64})", path):
-            return self.large(cdn[1])
+            return self.upload(cdn[1]) if self.command == "PUT" else self.large(cdn[1])
+        if self.command == "POST" and (written := WRITES.fullmatch(path)):
+            return self.write(*written.groups())
+        if self.command == "POST" and (
+            batch := re.fullmatch(r"/datasets/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path)
+        ):
+            return self.batch(batch[1])
         if api := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/(.+))?)?", path):
             return self.api(*api.groups())
         if file := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -156,6 +179,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.refuse(401, None, "Invalid credentials in Authorization header")
         if repo is None or (repo.private and self.token() not in repo.tokens):
             return self.refuse(401 if not self.token() else 404, "RepoNotFound")
+        if what == "auth-check" and rest == "write":
+            return self.json({}) if self.token() in repo.writers else self.refuse(403, None, "no write access")
         if what == "auth-check":
             return self.gate(repo) or self.json({})
         revision, _, folder = (rest or "main").partition("/") if what == "tree" else (rest or "main", "", "")
@@ -164,8 +189,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound")
         files = repo.commits[commit]
         if what == "tree":
-            return self.gate(repo) or self.json(self.tree(files, folder))
+            return self.gate(repo) or self.pages(repo, files, folder)
         info = {"id": repo.id, "sha": commit, "private": repo.private, "gated": repo.gated}
+        info["lastModified"] = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(repo.modified))
         if repo.listed:
             info["siblings"] = [self.sibling(path, data) for path, data in files.items()]
         return self.json(info)
@@ -177,7 +203,85 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return True
         return False
 
-    def tree(self, files, folder):
+    def pages(self, repo, files, folder):
+        """A page of a tree, with a link to the next one."""
+        if folder and not any(path.startswith(f"{folder}/") for path in files):
+            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        found, asked = self.tree(repo, files, folder), parse_qs(urlsplit(self.path).query)
+        begin = int(asked.get("cursor", ["0"])[0])
+        more = {}
+        if begin + self.hub.page < len(found):
+            query = urlencode({name: value[0] for name, value in asked.items()} | {"cursor": begin + self.hub.page})
+            more = {"Link": f'<{self.hub.url}{urlsplit(self.path).path}?{query}>; rel="next"'}
+        body = json.dumps(found[begin : begin + self.hub.page]).encode()
+        return self.answer(200, body, {"Content-Type": "application/json", **more})
+
+    def write(self, name, what, revision):
+        """What a commit takes: how each file is to be uploaded, then all of it at once upon the head that it names."""
+        repo = self.hub.find("datasets", name)
+        if repo is None or (repo.private and self.token() not in repo.tokens):
+            return self.refuse(401 if not self.token() else 404, "RepoNotFound")
+        if self.token() not in repo.writers:
+            return self.refuse(403, None, "Forbidden: pass create_pr=1 as a query parameter to create a Pull Request")
+        with self.hub.lock:
+            return self.preupload(repo) if what == "preupload" else self.commit(repo, revision)
+
+    def preupload(self, repo):
+        head = repo.commits[repo.branches["main"]]
+        rules = [line.strip() for line in head.get(".gitignore", b"").decode().splitlines() if line.strip()]
+        told = []
+        for file in json.loads(self.given)["files"]:
+            path = file["path"]
+            known = {"oid": git_id(head[path])} if path in head and not self.is_large(repo, path, head[path]) else {}
+            ignored = any(fnmatch(path.rpartition("/")[2], rule) for rule in rules)
+            mode = "lfs" if file["size"] >= LARGE or (repo.large and re.search(repo.large, path)) else "regular"
+            told.append({"path": path, "uploadMode": mode, "shouldIgnore": ignored, **known})
+        return self.json({"files": told})
+
+    def commit(self, repo, revision):
+        lines = [json.loads(line) for line in self.given.splitlines() if line.strip()]
+        head, parent = repo.branches[revision], lines[0]["value"].get("parentCommit")
+        if parent is not None and parent != head:
+            return self.refuse(412, None, "A commit has happened since. Please refresh and try again.")
+        files = dict(repo.commits[head])
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                if value["oid"] not in self.hub.uploaded:
+                    return self.refuse(400, None, "LFS pointer pointed to a file that does not exist")
+                files[value["path"]] = self.hub.uploaded[value["oid"]]
+            elif files.pop(value["path"], None) is None:
+                return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        made = commit_id(f"{head} {self.given.decode()}")
+        repo.commits[made], repo.branches[revision], repo.modified = files, made, time.time()
+        if self.fault and self.fault.lost:
+            self.close_connection = True  # it is done, and no answer says so
+            return self.connection.close()
+        url = f"{self.hub.url}/datasets/{repo.id}/commit/{made}"
+        return self.json({"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""})
+
+    def batch(self, name):
+        """Where large files go, as the LFS protocol says it."""
+        repo = self.hub.find("datasets", name)
+        if repo is None or self.token() not in repo.writers:
+            return self.refuse(403, None)
+        objects = []
+        for item in json.loads(self.given)["objects"]:
+            place = {"upload": {"href": f"{self.hub.url}/cdn/{item['oid']}?Signature=secret"}}
+            objects.append(item | ({} if item["oid"] in self.hub.uploaded else {"actions": place}))
+        return self.json({"transfer": "basic", "objects": objects})
+
+    def upload(self, digest):
+        assert sha256(self.given) == digest
+        self.hub.uploaded[digest] = self.given
+        return self.answer(200, b"", {})
+
+    def is_large(self, repo, path, data):
+        return len(data) >= LARGE or bool(repo.large and re.search(repo.large, path))
+
+    def tree(self, repo, files, folder):
         recursive = "recursive=true" in self.path.lower()
         prefix, found = f"{folder}/" if folder else "", {}
         for path, data in sorted(files.items()):
@@ -189,7 +293,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 found[name] = {"type": "directory", "path": name, "oid": commit_id(name), "size": 0}
             if recursive or len(parts) == 1:
                 entry = {"type": "file", "path": path, "size": len(data), "oid": git_id(data)}
-                if len(data) >= LARGE:
+                if self.is_large(repo, path, data):
                     entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 134}
                 found[path] = entry
         return list(found.values())
@@ -211,7 +315,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = repo.commits[commit].get(path)
         if data is None:
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", **headers})
-        if len(data) < LARGE:
+        if not self.is_large(repo, path, data):
             return self.body(data, {**headers, "ETag": f'"{git_id(data)}"'})
         linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{sha256(data)}"'}
         # another name, as the hub's large files lie on another host: no token is sent there
@@ -221,7 +325,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def large(self, digest):
         assert "Authorization" not in self.headers
         files = (data for repo in self.hub.repos for commit in repo.commits.values() for data in commit.values())
-        data = next(data for data in files if len(data) >= LARGE and sha256(data) == digest)
+        kept = self.hub.uploaded.get(digest)
+        data = kept if kept is not None else next(d for d in files if len(d) >= LARGE and sha256(d) == digest)
         return self.body(data, {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"})
 
     def body(self, data, headers):

@@ -13,11 +13,15 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from huggingface_hub import constants
 
 from outliers.publish.stores.base import Stored
 from outliers.publish.stores.open import opened
+from tests.support.hub_server import Hub, Repo, commit_id, hub_server
 from tests.support.results_folder import SLUG, make_results
 from tests.support.s3 import BUCKET, S3Server, environment
+
+DATASET, WRITER = "lab/studies", "hf_theWriterOfTheTests"
 
 PUBLISHER = """
 import sys
@@ -71,10 +75,28 @@ def s3(s3_server: S3Server) -> Iterator[str]:
         yield f"s3://{BUCKET}/{uuid4().hex}/atlas"
 
 
-@pytest.fixture(params=["s3", "file"])
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with the data set DATASET, this process being its writer. It keeps Parquet files as large ones, as the hub does."""
+    first = {".gitattributes": b"*.parquet filter=lfs\n", "README.md": b"# Studies\n"}
+    repo = Repo("datasets", DATASET, {commit_id("first"): first}, {"main": commit_id("first")})
+    repo.writers, repo.large = (WRITER,), r"\.parquet$"
+    with hub_server(repo) as running:
+        # of this process, which has imported the library, and of those that it starts
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name, value in {"HF_ENDPOINT": running.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": WRITER}.items():
+            monkeypatch.setenv(name, value)
+        yield running
+
+
+@pytest.fixture(params=["s3", "file", "hf"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         return str(request.getfixturevalue("s3"))
+    if request.param == "hf":
+        request.getfixturevalue("hub")
+        return f"hf://datasets/{DATASET}/atlas"
     return f"file://{tmp_path}/atlas"
 
 

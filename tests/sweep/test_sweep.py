@@ -169,7 +169,11 @@ def test_every_mistake_is_told_once():
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({"publish_to": "demo/atlas"}, {}, "publish_to: 'demo/atlas' is not s3://bucket/prefix or file:///folder"),
+        (
+            {"publish_to": "demo/atlas"},
+            {},
+            "publish_to: 'demo/atlas' is not s3://bucket/prefix, hf://datasets/ORG/NAME/prefix or file:///folder",
+        ),
         ({"compute": {"workspace": ""}, "label": "a b"}, {}, "label: "),
         ({}, {"parallel": "99"}, "parallel: Input should be less than or equal to 64 (given: '99')"),
         ({}, {"parallel": "two"}, "parallel: Input should be a valid integer"),
@@ -304,10 +308,10 @@ def test_which_studies_share_a_capture(change, shared):
 # ready-made files
 
 
-@pytest.mark.parametrize("name", ["moe", "qwen3-dense", "offline"])
+@pytest.mark.parametrize("name", ["moe", "qwen3-dense", "maximum-activations", "offline"])
 def test_a_ready_made_file_is_read(name):
     sweep = read_sweep(ROOT / "sweeps" / f"{name}.toml")
-    assert len(sweep.studies) == {"moe": 7, "qwen3-dense": 5, "offline": 5}[name]
+    assert len(sweep.studies) == {"moe": 7, "qwen3-dense": 5, "maximum-activations": 23, "offline": 5}[name]
     rented = {study.spec.compute.provider for study in sweep.studies} == {"sky"}
     assert rented == (name != "offline")
     if rented:

@@ -6,8 +6,11 @@ succeeds, and no reader ever sees part of an object. Every failure is an error o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+from outliers.errors import StoreUnavailable
 
 MAX_OBJECT_BYTES = 8_000_000
 """No published file is larger (`allowlist.MAX_FILE_BYTES`)."""
@@ -52,6 +55,12 @@ class Store(Protocol):
     def create(self, key: str, data: bytes) -> bool:
         """Write an object if its key is free; else return False and change nothing."""
 
+    def create_with(self, files: Mapping[str, bytes], key: str, data: bytes) -> bool:
+        """Put `files`, see that they are there, then create `key`, which names them; False where that key is taken.
+
+        A reader who sees the key sees the files. Where it is taken, some of `files` may be there, which no one names.
+        """
+
     def list(self, prefix: str) -> dict[str, Stored]:
         """Every object below `prefix` (a key that ends in a slash). Raises PublishRefused for more than LISTED_BELOW."""
 
@@ -63,6 +72,22 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Close the connections."""
+
+
+def create_in_order(store: Store, files: Mapping[str, bytes], key: str, data: bytes) -> bool:
+    """`create_with` of a store whose objects are written one by one: the files, a look at them, then the key."""
+    for name in sorted(files):
+        store.put(name, files[name])
+    folders = {name.rpartition("/")[0] for name in files}
+    stored = {name: found for folder in folders for name, found in store.list(f"{folder}/").items()}
+    for name, content in files.items():
+        there = stored.get(name)
+        if there is None or there.size_bytes != len(content):
+            size = "absent" if there is None else f"{there.size_bytes:,} bytes"
+            raise StoreUnavailable(
+                f"{store.url}/{name} was written with {len(content):,} bytes and is {size}; run it again"
+            )
+    return store.create(key, data)
 
 
 def too_many(url: str) -> str:

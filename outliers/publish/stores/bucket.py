@@ -13,7 +13,7 @@ import contextlib
 import http.client
 import os
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,7 +27,7 @@ from fsspec.exceptions import FSTimeoutError
 
 from outliers.errors import AccessDenied, OutliersError, PublishRefused, StoreUnavailable, TargetError
 from outliers.files.beneath import LISTED
-from outliers.publish.stores.base import LISTED_BELOW, MAX_OBJECT_BYTES, Children, Stored, too_many
+from outliers.publish.stores.base import LISTED_BELOW, MAX_OBJECT_BYTES, Children, Stored, create_in_order, too_many
 
 CONNECT_SECONDS = 4
 READ_SECONDS = 5
@@ -145,6 +145,9 @@ class BucketStore:
         except _ExistsError:
             return False
         return True
+
+    def create_with(self, files: Mapping[str, bytes], key: str, data: bytes) -> bool:
+        return create_in_order(self, files, key, data)
 
     def list(self, prefix: str) -> dict[str, Stored]:
         found: dict[str, Stored] = {}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from outliers.errors import AccessDenied, BadInput, OutliersError, PublishRefused, StoreUnavailable, TargetError
 from outliers.files.atomic import temporary_for, unfinished_name, write_new
 from outliers.files.beneath import LISTED, REFUSED, read_beneath, remove_beneath, write_beneath
-from outliers.publish.stores.base import LISTED_BELOW, MAX_OBJECT_BYTES, Children, Stored, too_many
+from outliers.publish.stores.base import LISTED_BELOW, MAX_OBJECT_BYTES, Children, Stored, create_in_order, too_many
 
 
 class FolderStore:
@@ -61,6 +61,9 @@ class FolderStore:
             except FileExistsError:
                 return False
             return True
+
+    def create_with(self, files: Mapping[str, bytes], key: str, data: bytes) -> bool:
+        return create_in_order(self, files, key, data)
 
     def list(self, prefix: str) -> dict[str, Stored]:
         found: dict[str, Stored] = {}
