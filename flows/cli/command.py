@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         "captures": others.captures_command,
         "verify": others.verify_command,
         "runs": others.runs_command,
+        "report": others.report_command,
         "export": others.export_command,
         "atlas": others.atlas_command,
         "merge": merge_command,

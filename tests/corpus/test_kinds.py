@@ -55,10 +55,10 @@ def test_marks_of_a_text_in_pieces():
     )
     corpus = Corpus(
         info=info,
-        token_ids=np.array([[1, 5, 6, 7, 8, 9, 10, 11, 12, 1]], np.int32),
+        ids=np.array([[1, 5, 6, 7, 8, 9, 10, 11, 12, 1]], np.int32),
         lengths=np.array([9], np.int32),
         starts=np.array([starts], np.int32),
-        sequence_texts=(text,),
+        texts=(text,),
         names=TokenNames(special={1: "<s>"}, fragments={12: "<0xF0>"}),
     )
     marks = corpus.marks()
