@@ -160,20 +160,20 @@ def massive_surface(summary: StudySummary) -> Plot | None:
     features = sorted(list(dict.fromkeys(row.feature for row in rows))[:MAX_SURFACE_FEATURES])
     places = sorted(list(dict.fromkeys((row.sequence, row.position) for row in rows))[:MAX_SURFACE_TOKENS])
     shown = [row for row in rows if row.feature in features and (row.sequence, row.position) in places]
-    figure = new_figure(4.6)
+    figure = new_figure(3.9 if look().narrow else 4.6)
     axes: Any = figure.add_subplot(projection="3d")
     _bars_3d(axes, shown, features, places)
     names = {(row.sequence, row.position): _token_name(row) for row in shown}
     axes.set_xticks(range(len(places)), [names[place] for place in places], rotation=60, ha="right", va="center")
     axes.set_yticks(range(len(features)), [str(feature) for feature in features])
-    axes.set_zlabel("abs(x) (no unit)", fontsize=pt(9), color=INK, labelpad=pt(8))
+    axes.set_zlabel("abs(x) (no unit)", fontsize=pt(9), color=INK, labelpad=pt(3 if look().narrow else 8))
     axes.set_ylabel("feature", fontsize=pt(9), color=INK, labelpad=pt(6))
     axes.zaxis.set_major_formatter(lambda value, _: number(value))
     axes.tick_params(labelsize=pt(7.5), colors=INK, pad=pt(1))
     below = f"at resid of layer {layer}, the {len(shown)} largest of {len(rows):,} listed there"
     # constrained layout takes the box of a solid for flat and leaves half of the figure empty
     figure.set_layout_engine("none")
-    axes.set_position((0.02, 0.09, 0.94, 0.82) if look().titled else (0.04, 0.1, 0.76, 0.9))
+    axes.set_position((0.02, 0.09, 0.94, 0.82) if look().titled else (0.03, 0.08, 0.75, 0.95))
     entitle(figure, None, summary.model.id, "massive activations", below)
     peak = shown[0]
     return finish(
