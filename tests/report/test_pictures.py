@@ -149,7 +149,7 @@ def test_figures_for_a_paper(plain):
 def test_letters_of_a_narrow_figure_can_be_read(plain):
     """The least letters on one column of 3.4 inches are of 5.5 points or more."""
     svg = make_figures(read_files(plain), ("svg",))["heatmap.svg"].decode()
-    sizes = [float(size) for size in re.findall(r"font: (?:bold |)([\d.]+)px", svg)]
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
     assert len(sizes) > 20
     assert min(sizes) >= 5.5, "of an SVG in points a px is a point"
 
