@@ -149,6 +149,8 @@ def read_publishable(folder: Path, show: Callable[[Numbers], Shown | None] | Non
     check_listing(folder)
     numbers = read_numbers(folder)
     named = {file["path"]: (file["size"], file["sha256"]) for file in manifest["files"]}
+    if missing := [name for name in OPTIONAL if name in named and name not in numbers.files]:
+        raise PublishRefused(f"{folder} has no {missing[0]}, which its manifest names; write the study's results again")
     for path, data in numbers.files.items():
         found = (len(data), hashlib.sha256(data).hexdigest())
         if named.get(path) != found:
