@@ -37,7 +37,7 @@ SPECS = [
             "reading": "union",
         },
         "formats": {"formats": ["int8_token", "nvfp4"]},
-        "label": "it's mine",
+        "label": "mine.v2",
     },
 ]
 

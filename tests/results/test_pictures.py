@@ -112,7 +112,7 @@ def test_a_summary_of_before_has_no_kinds(finished):
         (lambda d: d["features"].extend([{"feature": 99, "values": {}}] * 2), "there twice"),
         (lambda d: d["kinds"].update(tokens=81), "other tokens"),
         (lambda d: d["kinds"]["features"][0].update(feature=0), "other tokens or features"),
-        (lambda d: d["kinds"]["features"][0]["kinds"].update(digit=3), "more tokens of a kind"),
+        (lambda d: d["kinds"]["features"][0]["kinds"].update(digit=3, word_start=13), "more tokens of a kind"),
         (lambda d: d["kinds"]["kinds"].update(delimiter=80), "tokens by kind"),
         (lambda d: d.update(activations=[1.0]), "Extra inputs"),
         (lambda d: d["features"][0]["values"]["block"].__setitem__(0, "x"), "valid number"),
