@@ -262,7 +262,7 @@ def measure_kernels(data: Data, rounds: int) -> dict[str, float]:
     layers = min(8, frame.num_layers)
 
     def compiled() -> None:
-        tally.count(Span(0, 0, one.shape[0], np.zeros((2, one.shape[0]), np.bool_)), range(layers), tiles, rows)
+        tally.count(Span(0, 0, one.shape[0], np.zeros((5, one.shape[0]), np.bool_)), range(layers), tiles, rows)
 
     ways = {
         "numpy": lambda: counting.by_numpy(one, other, peaks),

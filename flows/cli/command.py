@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         "captures": others.captures_command,
         "verify": others.verify_command,
         "runs": others.runs_command,
+        "report": others.report_command,
         "export": others.export_command,
         "atlas": others.atlas_command,
         "card": others.card_command,

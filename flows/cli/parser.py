@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   outliers plan  --model Qwen/Qwen3-30B-A3B --num-sequences 4
   outliers models inspect Qwen/Qwen3-30B-A3B
   outliers runs show STUDY --feature 247
+  outliers report STUDY --figures svg,pdf
   outliers probe STUDY --check
   outliers advise STUDY --budget 0.05
   outliers sweep sweeps/moe.toml --dry-run
@@ -49,6 +50,9 @@ COMMANDS = {
         "flows.cli.captures:add_verify_parser",
     ),
     "runs": Command("read finished studies: list, show, compare", "flows.cli.runs:add_runs_parsers"),
+    "report": Command(
+        "say where a study's report is, or write its pictures for a paper", "flows.cli.report:add_report_parser"
+    ),
     "export": Command(
         "write a finished study for a quantizer; no model is loaded, and nothing is published",
         "flows.cli.export:add_export_parser",

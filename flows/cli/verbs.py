@@ -99,6 +99,15 @@ def advise_command(arguments: argparse.Namespace, console: Console, argv: list[s
     return DONE
 
 
+def report_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
+    """`outliers report`."""
+    from flows.cli.report import report_command as report
+    from outliers.workspace import open_workspace
+
+    report(open_workspace(arguments.workspace), arguments, console)
+    return DONE
+
+
 def export_command(arguments: argparse.Namespace, console: Console, argv: list[str]) -> int:
     """`outliers export`."""
     from flows.cli.export import export_command as export

@@ -99,7 +99,8 @@ def extract(
             result = capture.in_pass(windows) if isinstance(windows, PassWindows) else capture.rolling(windows)
         if result["sequences"]:
             with (folder / "extractions.jsonl").open("a") as record:
-                record.write(json.dumps(result) + "\n")
+                # a person reads in the report when the model was run
+                record.write(json.dumps(result | {"date": time.strftime("%Y-%m-%d", time.gmtime())}) + "\n")
         return result
 
 

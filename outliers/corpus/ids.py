@@ -15,7 +15,6 @@ import json
 import logging
 import shutil
 import tempfile
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from outliers.corpus.kinds import DELIMITER, KINDS, OTHER, SPECIAL, in_word, is_delimiter, kind_of
 from outliers.corpus.rows import IntRows, RowFile, TextRows, Texts
 from outliers.errors import CorpusError
 from outliers.files.sealed import changed_files, read_sealed
@@ -35,7 +35,7 @@ INFO = "corpus.json"
 ARRAYS = ("token_ids", "lengths", "starts")
 TEXTS, NAMES = "sequence_texts.json", "token_names.json"
 KNOWN_PIECES = 1 << 18
-"""Distinct texts of tokens that are remembered while delimiters are looked for."""
+"""Distinct texts of tokens that are remembered while their kinds are looked for."""
 FILES = (*(f"{name}.npy" for name in ARRAYS), TEXTS, NAMES)
 
 
@@ -129,31 +129,42 @@ class Corpus:
         number = self.token_id(sequence, position)
         if number in self.names.special or number in self.names.fragments:
             return False
-        return _is_delimiter(self._text(sequence, position))
+        return is_delimiter(self._text(sequence, position))
 
     def delimiters(self, rows: range | None = None) -> NDArray[np.bool_]:
         """(sequence, position) bool, see `is_delimiter`; False for padding. rows: consecutive sequences (default: all)."""
+        return np.asarray(self.kinds(rows) == DELIMITER)
+
+    def kinds(self, rows: range | None = None) -> NDArray[np.int8]:
+        """(sequence, position) int8: an index into `kinds.KINDS`, or OTHER, also for padding. rows: consecutive sequences
+        (default: all).
+
+        The first token of a sequence follows no character: where a document was cut within a word it is a word's start.
+        """
         rows = range(len(self.lengths)) if rows is None else rows
-        marks = np.zeros((len(rows), self.ids.shape[1]), np.bool_)
-        named = {*self.names.special, *self.names.fragments}
-        known: dict[str, bool] = {}
+        found = np.full((len(rows), self.ids.shape[1]), OTHER, np.int8)
+        fragments = self.names.fragments
+        known: dict[tuple[str, bool], int] = {}
         for row, sequence in enumerate(rows):
             length, text, own = int(self.lengths[sequence]), self.texts[sequence], slice(sequence, sequence + 1)
             ids, starts = self.ids[own][0, :length].tolist(), self.starts[own][0, :length].tolist()
             for position, (number, start, stop) in enumerate(zip(ids, starts, [*starts[1:], len(text)], strict=True)):
-                if number in named:
+                if number in fragments or number in self.names.special:
                     continue
                 piece = text[start:stop] or self.names.unseen.get(number, "")
-                if piece not in known:
-                    known[piece] = _is_delimiter(piece)
-                marks[row, position] = known[piece]
+                key = piece, start > 0 and in_word(text[start - 1])
+                if key not in known:
+                    known[key] = kind_of(piece, joined=key[1])
+                found[row, position] = known[key]
             if len(known) > KNOWN_PIECES:
                 known.clear()
-        return marks
+        found[self.specials(rows)] = SPECIAL
+        return found
 
     def marks(self, rows: range | None = None) -> NDArray[np.bool_]:
-        """(sequence, kind, position) bool: the delimiters and the special tokens. rows: consecutive sequences (default: all)."""
-        return np.stack([self.delimiters(rows), self.specials(rows)], axis=1)
+        """(sequence, kind, position) bool, the kinds in the order of `kinds.KINDS`. rows: consecutive sequences (default:
+        all)."""
+        return np.asarray(self.kinds(rows)[:, None] == np.arange(len(KINDS), dtype=np.int8)[:, None])
 
     def specials(self, rows: range | None = None) -> NDArray[np.bool_]:
         """(sequence, position) bool, see `is_special`; False for padding. rows: consecutive sequences (default: all)."""
@@ -161,10 +172,6 @@ class Corpus:
         ids, chosen = np.array(sorted(self.names.special), np.int64), slice(rows.start, rows.stop)
         padding = np.arange(self.ids.shape[1])[None] >= self.lengths[chosen, None]
         return np.asarray(np.isin(self.ids[chosen], ids) & ~padding)
-
-
-def _is_delimiter(text: str) -> bool:
-    return bool(text) and all(unicodedata.category(character).startswith("P") for character in text.strip())
 
 
 def token_hash(token_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> str:

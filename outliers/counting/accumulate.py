@@ -91,7 +91,7 @@ class LayerCounts:
 class Span:
     """Some positions of a sequence, and what is counted of them so far.
 
-    marks: (kind, position) bool, the delimiters and the special tokens. shares: calls of `Tally.count` that its layers are
+    marks: (kind, position) bool, see `Corpus.marks`. shares: calls of `Tally.count` that its layers are
     split into. keys: site -> (W, position), see `arguments.KEY_SHIFT`; touched: site -> (W,) bool, the features that have a
     key. Once closed, union: site -> (W,) int64, tokens with a hit in any layer; legacy_union: (W,) int64, the same by the
     legacy rule.
@@ -331,6 +331,8 @@ class Tally:
             total.position_tokens += bins
             total.delimiter_tokens += marked[0]
             total.special_tokens += marked[1]
+            if total.kind_tokens is not None:
+                total.kind_tokens += marked[2:]
             total.first_tokens += firsts
             if not cells.size:
                 return

@@ -18,6 +18,8 @@ from outliers.counting.kernels.arguments import Totals
 from outliers.errors import SummaryMismatch
 from outliers.spec import BLOCK, has_block
 
+TEXT_KINDS = ("digit", "word_start", "word_piece")
+"""Kinds of tokens that are counted besides delimiters and special ones: those of `corpus.kinds.KINDS` after these two."""
 TOP_TOKENS = 16
 """Tokens of largest magnitude that are kept for each feature."""
 MASSIVE_MAGNITUDE = 100.0
@@ -158,12 +160,14 @@ RESULTS = (
     "first_tokens",
     "delimiter_tokens",
     "special_tokens",
+    "kind_tokens",
     "top",
     "massive",
     "massive_cells",
     "massive_by_token",
 )
-"""The arrays of a Summary that are results; `fine` and `fine_windows` lead to the medians of float32 values."""
+"""The arrays of a Summary that are results, of which older ones lack `kind_tokens`; `fine` and `fine_windows` lead to the medians
+of float32 values."""
 
 
 @dataclass
@@ -172,7 +176,9 @@ class Summary:
 
     sequences: sorted ids. tokens: how many tokens they have. position_tokens: (bins, W) int64, tokens with a hit in any layer of
     the deciding site by position; first_tokens, delimiter_tokens and special_tokens: (W,) int64, those that are the first of
-    their sequence, delimiters, or special ones. top: CELL, the deciding site's tokens of largest magnitude for each feature.
+    their sequence, delimiters, or special ones; kind_tokens: (kind, W) int64, those of TEXT_KINDS, None where some of the
+    sequences were counted by an earlier version, which did not. top: CELL, the deciding site's tokens of largest magnitude for
+    each feature.
     massive: CELL, candidates at resid; massive_cells: (L,) int64, how many values exceed 100 there; massive_by_token: (L,) int64,
     how many of those are massive by their own token's median. fine: FINE, of float32 values at resid those that round to a bin of
     fine_windows, (L, 2, 2) int64: the first and last bin about the median, and about 1,000 times it (`second_look`).
@@ -186,6 +192,7 @@ class Summary:
     first_tokens: NDArray[np.int64]
     delimiter_tokens: NDArray[np.int64]
     special_tokens: NDArray[np.int64]
+    kind_tokens: NDArray[np.int64] | None
     top: NDArray[Any]
     massive: NDArray[Any]
     massive_cells: NDArray[np.int64]
@@ -206,6 +213,7 @@ class Summary:
             first_tokens=np.zeros(width, np.int64),
             delimiter_tokens=np.zeros(width, np.int64),
             special_tokens=np.zeros(width, np.int64),
+            kind_tokens=np.zeros((len(TEXT_KINDS), width), np.int64),
             top=np.zeros(0, CELL),
             massive=np.zeros(0, CELL),
             massive_cells=np.zeros(frame.num_layers, np.int64),
@@ -231,6 +239,7 @@ def merge(a: Summary, b: Summary) -> Summary:
         first_tokens=a.first_tokens + b.first_tokens,
         delimiter_tokens=a.delimiter_tokens + b.delimiter_tokens,
         special_tokens=a.special_tokens + b.special_tokens,
+        kind_tokens=None if a.kind_tokens is None or b.kind_tokens is None else a.kind_tokens + b.kind_tokens,
         top=largest(np.concatenate([a.top, b.top]), "feature", TOP_TOKENS),
         massive=largest(np.concatenate([a.massive, b.massive]), "layer", MASSIVE_KEPT),
         massive_cells=a.massive_cells + b.massive_cells,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outliers.counting.sequence_counts import SequenceCounts as SequenceCounts
-from outliers.counting.summary import RESULTS, Frame, SiteTotals, Summary
+from outliers.counting.summary import RESULTS, TEXT_KINDS, Frame, SiteTotals, Summary
 from outliers.errors import CaptureError, CorruptCapture
 from outliers.experts.totals_files import EXPERTS
 from outliers.files.sealed import check_folder, seal_folder
@@ -137,13 +137,15 @@ def _one(arrays: dict[str, NDArray[Any]], index: int, frame: Frame) -> SequenceC
     )
 
 
-_WHOLE = (*RESULTS, "fine", "fine_windows")
+_WHOLE = (*(name for name in RESULTS if name != "kind_tokens"), "fine", "fine_windows")
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
     """Write the totals, and last the checksums of all files."""
     arrays: dict[str, NDArray[Any]] = {name: getattr(summary, name) for name in _WHOLE}
     arrays["tokens"] = np.array(summary.tokens)
+    if summary.kind_tokens is not None:
+        arrays["kind_tokens"] = summary.kind_tokens
     arrays["frame"] = np.array(json.dumps(summary.frame.__dict__))
     for site, totals in summary.sites.items():
         arrays |= {f"{site}.{name}": value for name, value in totals.__dict__.items() if name != "histogram"}
@@ -185,6 +187,7 @@ def read_summary(folder: Path) -> Summary:
                 totals.histogram[layer, pattern] = count
             for name in _WHOLE:
                 setattr(summary, name, stored[name])
+            summary.kind_tokens = _kind_tokens(frame, stored)
             summary.tokens = int(stored["tokens"])
             return summary
     except UNREADABLE as error:
@@ -201,3 +204,14 @@ def _check_frame(frame: Frame, stored: Any) -> None:
         wanted = (len(frame.ladder), layers, frame.width(site))
         if stored[f"{site}.hits"].shape != wanted:
             raise ValueError(f"its frame has {wanted} counts at {site}, its arrays {stored[f'{site}.hits'].shape}")
+
+
+def _kind_tokens(frame: Frame, stored: Any) -> NDArray[np.int64] | None:
+    """Tokens by kind; None in summaries that were written before they were counted. ValueError for another shape."""
+    if "kind_tokens" not in stored:
+        return None
+    found: NDArray[np.int64] = stored["kind_tokens"]
+    wanted = (len(TEXT_KINDS), frame.width(frame.site))
+    if found.shape != wanted:
+        raise ValueError(f"it has tokens of {wanted} kinds and features, its arrays {found.shape}")
+    return found

@@ -18,7 +18,7 @@ from outliers.experts.inputs import add_inputs
 from outliers.experts.sums import ExpertSums
 from outliers.experts.sums_files import load_sums
 from outliers.experts.table import ExpertShapes
-from outliers.experts.totals import OUTPUT, OUTPUTS_KEPT, WEIGHT_UNITS, ExpertTotals, largest_outputs
+from outliers.experts.totals import KINDS, OUTPUT, OUTPUTS_KEPT, WEIGHT_UNITS, ExpertTotals, largest_outputs
 from outliers.store.chunks import ChunkFiles
 from outliers.study.expert_shapes import SUMS
 from outliers.study.layout import Layout
@@ -116,7 +116,7 @@ def _add_sequence(
         return np.bincount(chosen.ravel(), minlength=size).reshape(layers, everyone)
 
     found = counted(keys)
-    for kind, chosen in enumerate((np.arange(length) == 0, *marks)):
+    for kind, chosen in enumerate((np.arange(length) == 0, *marks[: len(KINDS) - 1])):
         totals.by_kind[kind] += counted(keys[:, chosen])
         totals.kinds[kind] += int(chosen.sum())
     _add_weights(totals, table["expert_weight"].ravel(), keys.ravel())

@@ -25,13 +25,15 @@ MAX_STUDY_BYTES = 16_000_000
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
 QUANTIZATION = "quantization.parquet"
 EXPERTS, ROUTER = "experts.parquet", "router.parquet"
+PICTURES = "pictures.json"
 REPORT, LOG, MANIFEST = "report.html", "run.log", "manifest.json"
 ADVICE = "advice.json"
 """Of a probe, beside its own manifest (`publish.probes`)."""
 NUMBERS = (SUMMARY, TOKENS, FEATURES)
 """The files that a machine makes and a study must have."""
-OPTIONAL = (QUANTIZATION, EXPERTS, ROUTER)
-"""Numbers of some studies: the errors of number formats where they are asked for, and what the experts of a mixture do."""
+OPTIONAL = (QUANTIZATION, EXPERTS, ROUTER, PICTURES)
+"""Numbers of some studies: the errors of number formats where they are asked for, what the experts of a mixture do, and what the
+pictures need besides, which studies made before it lack."""
 
 _NAMES = frozenset({*NUMBERS, *OPTIONAL, REPORT, LOG, MANIFEST})
 _PLOT = re.compile(r"plots/[a-z0-9_-]{1,100}\.png")
@@ -82,6 +84,8 @@ def check_numbers(files: Mapping[str, bytes]) -> Numbers:
         path = ROUTER
         contents.check_router(files.get(ROUTER), summary)
         contents.check_agreement(files.get(EXPERTS), files.get(ROUTER))
+        path = PICTURES
+        contents.check_pictures(files.get(PICTURES), summary)
     except contents.NotAllowedError as error:
         raise _forbidden(path, str(error)) from error
     kept = {name: bytes(files[name]) for name in names}

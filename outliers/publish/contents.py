@@ -31,6 +31,7 @@ from outliers.results.schema import (
     MOMENT_COLUMNS,
     NULLABLE_COLUMNS,
     SENSITIVITY_SCHEMA,
+    Pictures,
     Probes,
     SensitivityRecord,
     StudySummary,
@@ -70,6 +71,42 @@ def check_tokens(data: bytes, summary: StudySummary) -> None:
     study_id = _checked_json(data, Tokens).study_id
     if study_id != summary.study_id:
         raise NotAllowedError(f"is of the study {study_id}, summary.json of {summary.study_id}")
+
+
+def check_pictures(data: bytes | None, summary: StudySummary) -> None:
+    """pictures.json, of the same study as `summary`, where a study has one."""
+    if data is None:
+        return
+    found = _checked_json(data, Pictures)
+    if found.study_id != summary.study_id:
+        raise NotAllowedError(f"is of the study {found.study_id}, summary.json of {summary.study_id}")
+    try:
+        _check_pictures(found, summary)
+    except ValueError as error:
+        raise NotAllowedError(f"is not the JSON that is published: {error}") from error
+
+
+def _check_pictures(found: Pictures, summary: StudySummary) -> None:
+    """Raise ValueError where the extremes are not those of the summary's layers, sites and features."""
+    rows = {(row.site, row.layer): row.max_magnitude for row in summary.layers}
+    own = {(row.site, row.layer): row for row in found.layers}
+    if own.keys() != rows.keys():
+        raise ValueError("its layers are not those of summary.json")
+    for (site, layer), most in rows.items():
+        sizes = [abs(item.value) for item in own[site, layer].largest]
+        if sizes != sorted(sizes, reverse=True) or (sizes[0] if sizes else None) != most:
+            raise ValueError(f"the largest values at {site} of layer {layer} are {sizes}, summary.json has {most}")
+    read, width = len({layer for _, layer in rows}), summary.max_width
+    numbers = [item.feature for row in found.layers for item in row.largest] + [row.feature for row in found.features]
+    if any(number >= width for number in numbers):
+        raise ValueError(f"feature {max(numbers)} of a model with at most {width} a site")
+    for shown in found.features:
+        if any(len(values) != read or site not in summary.readings for site, values in shown.values.items()):
+            raise ValueError(f"feature {shown.feature} has other sites or layers than were read")
+    if (kinds := found.kinds) is not None:
+        passing = {row.feature for row in summary.systematic}
+        if kinds.tokens != summary.corpus.num_tokens or any(row.feature not in passing for row in kinds.features):
+            raise ValueError("its kinds of tokens are of other tokens or features than summary.json's")
 
 
 def _checked_json(data: bytes, model: type[_Model]) -> _Model:

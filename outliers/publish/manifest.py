@@ -104,7 +104,8 @@ def results_digest(results: Path) -> str:
     Covers summary.json and tokens.json as parsed, and the integer and selection columns of features.parquet in row
     order; not the moments, which agree to 1e-12 only. quantization.parquet, where there is one, counts whole: its sums do not
     depend on the number of threads. So do experts.parquet and router.parquet, which hold no sum of floats; what summary.json
-    attributes to experts is left out, as moments are. Raises PublishRefused where a file is missing or unreadable.
+    attributes to experts is left out, as moments are, and so is pictures.json, which is no answer. Raises PublishRefused where a
+    file is missing or unreadable.
     """
     try:
         return digest_of({name: read_beneath(results, name, MAX_FILE_BYTES) for name in numbers_in(results)})

@@ -39,7 +39,7 @@ from outliers.publish.manifest import build_manifest, dump_manifest, read_manife
 from outliers.publish.probes import Probed, count_probes, newest_probe
 
 if TYPE_CHECKING:
-    from outliers.report.plots import Plot
+    from outliers.report.figures import Plot
     from outliers.report.shown import Shown
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def make_publishable(
     Raises ForbiddenFile where it is too large or its numbers can't be drawn, PublishRefused where `spec` or `provenance` are
     more than metadata.
     """
-    files = dict(numbers.files) | render_files(numbers, provenance, beside, shown)
+    files = dict(numbers.files) | render_files(numbers, provenance, beside, shown, spec)
     if log is not None:
         files[LOG] = log
     for path, data in files.items():
@@ -91,7 +91,11 @@ def make_publishable(
 
 
 def render_files(
-    numbers: Numbers, provenance: Mapping[str, Any], beside: Path | None = None, shown: Shown | None = None
+    numbers: Numbers,
+    provenance: Mapping[str, Any],
+    beside: Path | None = None,
+    shown: Shown | None = None,
+    spec: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
     """`report.html` and `plots/*.png` by path. ForbiddenFile where no page can be made of the numbers."""
     from outliers.advice.advise import verdict_words
@@ -107,7 +111,7 @@ def render_files(
             words = probe.advice.paragraph if names is None else verdict_words(probe.probes, probe.advice, names)
             advice = probe.advice.model_copy(update={"paragraph": words})
             section = probe_section(probe.probes, advice, count_probes(probe.folder) - 1)
-        page = make_page(numbers.files, plots, provenance, section, shown)
+        page = make_page(numbers.files, plots, provenance, section, shown, spec)
     except _BAD_NUMBERS as error:
         raise ForbiddenFile(
             f"no report can be made of these numbers ({type(error).__name__}: {str(error)[:200]})"
@@ -145,6 +149,8 @@ def read_publishable(folder: Path, show: Callable[[Numbers], Shown | None] | Non
     check_listing(folder)
     numbers = read_numbers(folder)
     named = {file["path"]: (file["size"], file["sha256"]) for file in manifest["files"]}
+    if missing := [name for name in OPTIONAL if name in named and name not in numbers.files]:
+        raise PublishRefused(f"{folder} has no {missing[0]}, which its manifest names; write the study's results again")
     for path, data in numbers.files.items():
         found = (len(data), hashlib.sha256(data).hexdigest())
         if named.get(path) != found:

@@ -22,6 +22,7 @@ from outliers.publish.allowlist import (
     MAX_FILE_BYTES,
     NUMBERS,
     OPTIONAL,
+    PICTURES,
     QUANTIZATION,
     ROUTER,
     SUMMARY,
@@ -79,7 +80,7 @@ def receive_study(
 def asked_of(prepared: Prepared) -> tuple[str, ...]:
     """The optional numbers that a study asks for."""
     formats = (QUANTIZATION,) if prepared.spec.formats.formats else ()
-    return (*formats, EXPERTS, ROUTER) if _shapes(prepared) else formats
+    return (*formats, EXPERTS, ROUTER, PICTURES) if _shapes(prepared) else (*formats, PICTURES)
 
 
 def check_received(files: dict[str, bytes], prepared: Prepared, workspace: Workspace) -> Numbers:
@@ -109,6 +110,8 @@ def written_anew(numbers: Numbers) -> Numbers:
         if name in numbers.files:
             own = read_parquet(numbers.files[name]).cast(schema)
             files[name] = parquet_bytes(own.replace_schema_metadata(None))
+    if PICTURES in numbers.files:
+        files[PICTURES] = json_bytes(json.loads(numbers.files[PICTURES]))
     return check_numbers(files)
 
 

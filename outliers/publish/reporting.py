@@ -27,7 +27,7 @@ from outliers.events.stream import Reporter
 from outliers.files.atomic import NO_ROOM, write_atomic
 from outliers.files.sealed import check_folder, drop_folder, read_sealed, seal_folder, write_sealed
 from outliers.locks import locked
-from outliers.publish.allowlist import Numbers, numbers_in, read_numbers, read_regular
+from outliers.publish.allowlist import PICTURES, Numbers, numbers_in, read_numbers, read_regular
 from outliers.publish.finished import read_finished
 from outliers.publish.manifest import digest_of
 from outliers.publish.own import show_own
@@ -124,6 +124,8 @@ def has_numbers(prepared: Prepared, workspace: Workspace) -> bool:
     if not check_folder(folder):
         return False
     try:
+        # numbers that an earlier version left here have no pictures: they are written again
+        read_regular(folder, PICTURES)
         digest = digest_of({name: read_regular(folder, name) for name in numbers_in(folder)})
     except PublishRefused:
         return False

@@ -11,8 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from outliers.report.figures import DECIDING, INK, MUTED, dress, entitle, new_figure, number, percent, png
-from outliers.report.plots import DRAWING, Floats, Plot
+from outliers.report.content import Floats
+from outliers.report.figures import (
+    DECIDING,
+    DRAWING,
+    INK,
+    MUTED,
+    Plot,
+    dress,
+    entitle,
+    finish,
+    legend,
+    new_figure,
+    number,
+    percent,
+    pt,
+)
 from outliers.results.schema import ExpertsBlock, FeatureExperts, FeatureLayer, SuperExpert
 
 if TYPE_CHECKING:
@@ -64,11 +78,11 @@ def _load_map(model: str, block: ExpertsBlock, experts: Rows) -> Plot:
     unknown = int(np.isnan(values).sum())
     figure, axes = _map(block.layers, values, "load (1: the mean)", about_one=True)
     entitle(figure, axes, model, "load of the experts", below=_unreached(unknown, values.size))
-    return Plot(
+    return finish(
         LOAD_PLOT,
         f"Heat map of the load of {values.shape[0]} experts in {values.shape[1]} layers: from {number(float(np.nanmin(values)))} "
         f"to {number(float(np.nanmax(values)))} of the mean; {unknown} of {values.size} were reached by no token.",
-        png(figure),
+        figure,
     )
 
 
@@ -94,12 +108,12 @@ def _output_map(model: str, block: ExpertsBlock, experts: Rows) -> Plot | None:
         "largest output of the experts",
         below=f"{below}; hatched: unknown, {unknown:,} of {values.size:,}" if unknown else below,
     )
-    return Plot(
+    return finish(
         OUTPUT_PLOT,
         f"Heat map of the largest output of {values.shape[0]} experts in {values.shape[1]} layers: from "
         f"{number(float(known.min()))} to {number(float(known.max()))}; {count} super experts are marked, {unknown} "
         "experts are unknown.",
-        png(figure),
+        figure,
     )
 
 
@@ -118,7 +132,7 @@ def _mark(axes: Axes, layers: Sequence[int], supers: Sequence[SuperExpert], expe
             textcoords="offset points",
             ha="right" if left else "left",
             va="center",
-            fontsize=8,
+            fontsize=pt(8),
             fontweight="bold",
             color=DECIDING,
             bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
@@ -143,7 +157,7 @@ def _map(layers: Sequence[int], values: Floats, label: str, *, about_one: bool) 
         np.ma.masked_invalid(logs),
         aspect="auto",
         interpolation="nearest",
-        cmap="RdBu_r" if about_one else "viridis",
+        cmap="RdBu_r" if about_one else "YlGnBu",
         norm=norm,
     )
     dress(axes, "layer (0-based)", "expert")
@@ -155,8 +169,8 @@ def _map(layers: Sequence[int], values: Floats, label: str, *, about_one: bool) 
     sides = ((ends[0], 0.0), (0.0, ends[2])) if about_one else ((low, high),)
     bar.set_ticks(sorted({tick for side in sides for tick in _log_ticks(*side)}))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(10**value)))
-    bar.set_label(label, fontsize=9, color=INK)
-    bar.ax.tick_params(labelsize=8, colors=MUTED, length=2)
+    bar.set_label(label, fontsize=pt(9), color=INK)
+    bar.ax.tick_params(labelsize=pt(8), colors=MUTED, length=2)
     bar.outline.set_visible(False)
     return figure, axes
 
@@ -198,14 +212,14 @@ def _entropy(model: str, block: ExpertsBlock, routers: Rows) -> Plot | None:
         under.plot(x, shares, line, color=colour, linewidth=1.4, marker=".", markersize=4, label=label)
     dress(under, "layer (0-based)", "% of experts")
     under.set_ylim(bottom=0, top=max(1.0, under.get_ylim()[1]))
-    under.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5, frameon=False)
+    legend(under)
     _layer_ticks(under, layers)
     least = int(np.argmin(entropy))
-    return Plot(
+    return finish(
         ENTROPY_PLOT,
         f"Entropy of the load over {len(layers)} layers: least in layer {layers[least]} with {number(entropy[least])}. Below, "
         f"the share of experts with few tokens; {percent(block.never_reached)} have none.",
-        png(figure),
+        figure,
     )
 
 
@@ -221,8 +235,8 @@ def _givers(model: str, block: ExpertsBlock) -> Plot | None:
     for axes, one in zip(panels, shown, strict=True):
         _giver_row(axes, one, layers)
     _layer_ticks(panels[-1], layers)
-    panels[-1].set_xlabel("layer (0-based)", fontsize=9.5, color=INK)
-    figure.supylabel("share of the squares at the feature, %", fontsize=9.5, color=INK)
+    panels[-1].set_xlabel("layer (0-based)", fontsize=pt(9.5), color=INK)
+    figure.supylabel("share of the squares at the feature, %", fontsize=pt(9.5), color=INK)
     entitle(
         figure,
         panels[0],
@@ -231,9 +245,7 @@ def _givers(model: str, block: ExpertsBlock) -> Plot | None:
         below="coloured: the four experts of the largest shares, the largest at the bottom; ▼ the layer that gives most",
     )
     names = ", ".join(str(one.feature) for one in shown)
-    return Plot(
-        GIVERS_PLOT, f"Bars of the experts that give features {names}, by layer. {_said(shown[0])}", png(figure)
-    )
+    return finish(GIVERS_PLOT, f"Bars of the experts that give features {names}, by layer. {_said(shown[0])}", figure)
 
 
 def _strongest(one: FeatureExperts) -> FeatureLayer:
@@ -273,6 +285,6 @@ def _giver_row(axes: Axes, one: FeatureExperts, layers: Sequence[int]) -> None:
             f"feature {one.feature}\nL{row.layer}E{row.experts[0]}\n{percent(row.shares[0])}",
             transform=axes.transAxes,
             va="center",
-            fontsize=8.5,
+            fontsize=pt(8.5),
             color=INK,
         )

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from outliers.report.figures import INK, MUTED, entitle, new_figure, png
-from outliers.report.plots import DRAWING, Plot
+from outliers.report.figures import DRAWING, INK, MUTED, Plot, entitle, finish, new_figure, pt
 from outliers.results.format_lines import format_lines
 from outliers.spec import SITES
 
@@ -91,22 +90,20 @@ def format_maps(model: str, layers: Sequence[int], rows: Sequence[dict[str, Any]
         known = values[np.isfinite(values)]
         low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
         for axes, name, cells in zip(panels, names, values, strict=True):
-            image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=low, vmax=max(high, low + 1e-3))
-            axes.set_title(name, loc="left", fontsize=8.5, color=INK, pad=3)
+            image = axes.imshow(cells, aspect="auto", cmap="YlGnBu", vmin=low, vmax=max(high, low + 1e-3))
+            axes.set_title(name, loc="left", fontsize=pt(8.5), color=INK, pad=3)
             axes.set_yticks(range(len(sites)), sites)
-            axes.tick_params(labelsize=7.5, colors=INK, length=2)
+            axes.tick_params(labelsize=pt(7.5), colors=INK, length=2)
             axes.spines[:].set_visible(False)
         step = -(-len(layers) // 24)
         panels[-1].set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-        panels[-1].set_xlabel("layer (0-based)", fontsize=9.5, color=INK)
+        panels[-1].set_xlabel("layer (0-based)", fontsize=pt(9.5), color=INK)
         bar = figure.colorbar(image, ax=list(panels), pad=0.02, aspect=30)
-        bar.set_label("SQNR (dB); more is less error", fontsize=9, color=INK)
-        bar.ax.tick_params(labelsize=8, colors=MUTED, length=2)
+        bar.set_label("SQNR (dB); more is less error", fontsize=pt(9), color=INK)
+        bar.ax.tick_params(labelsize=pt(8), colors=MUTED, length=2)
         bar.outline.set_visible(False)
         first = panels[0].get_title(loc="left")
         entitle(figure, panels[0], model, "error of number formats", below=first)
-        content = png(figure)
-    shown = f"{low:.1f} to {high:.1f} dB" if known.size else "no number"
-    return Plot(
-        FORMATS_PLOT, f"Heat maps of {len(names)} number formats over {len(layers)} layers: SQNR from {shown}.", content
-    )
+        shown = f"{low:.1f} to {high:.1f} dB" if known.size else "no number"
+        alt = f"Heat maps of {len(names)} number formats over {len(layers)} layers: SQNR from {shown}."
+        return finish(FORMATS_PLOT, alt, figure)

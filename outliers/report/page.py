@@ -6,7 +6,9 @@ is on a page.
 
 from __future__ import annotations
 
+import base64
 import functools
+import struct
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,9 +44,16 @@ def _template(name: str, filters: tuple[tuple[str, Callable[..., Any]], ...]) ->
         "value": format_aligned,
         "printable": printable,
         "clip": clip,
+        "tall": is_tall,
     }
     house.filters |= {"count": "{:,}".format, "s": plural} | dict(filters)
     return house.get_template(name)
+
+
+def is_tall(picture: str) -> bool:
+    """Whether a PNG, as base64, is higher than three quarters of its width: on paper such a picture needs most of a page."""
+    width, height = struct.unpack(">II", base64.b64decode(picture[:32])[16:24])
+    return bool(4 * height > 3 * width)
 
 
 def printable(text: object) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from outliers.report.figures import Plot
 from outliers.report.page import render_template
 from outliers.report.probe_plots import causes, draw_experts, draw_probe, formats
 from outliers.results.schema import Advice, Change, Probes
@@ -61,6 +62,12 @@ def probe_section(probes: Probes, advice: Advice, others: int = 0) -> ProbeSecti
     found = (causes(probes), draw_experts(probes), formats(probes, advice))
     plots = tuple((CAPTIONS[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in found if plot)
     return ProbeSection(probes, advice, plots, tuple(prefix_rows(probes)), others)
+
+
+def probe_figures(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: Advice) -> tuple[tuple[Plot, str], ...]:
+    """The pictures of a probe with their captions, each under the name `probe_...`, in the look of now."""
+    drawn = draw_probe(probes, rows, advice)
+    return tuple((replace(plot, name=f"probe_{plot.name}"), CAPTIONS[plot.name]) for plot in drawn)
 
 
 def prefix_rows(probes: Probes) -> list[PrefixRow]:

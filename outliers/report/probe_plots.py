@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from outliers.report.figures import DECIDING, INK, dress, entitle, new_figure, number, plain_log, png
-from outliers.report.plots import Plot
+from outliers.report.figures import DECIDING, INK, Plot, dress, entitle, finish, new_figure, number, plain_log, pt
 from outliers.results.schema import Advice, Change, Probes
 from outliers.spec import SITES
 
@@ -74,7 +73,7 @@ def _perplexities(probes: Probes, changes: list[Change], title: str, name: str) 
     plain_log(axes, "x")
     worst = max(changes, key=lambda change: change.perplexity)
     alt = f"Bars of {len(changes)} changes; the largest perplexity is {number(worst.perplexity)}, {_label(worst)}."
-    return Plot(name, alt, png(figure))
+    return finish(name, alt, figure)
 
 
 def formats(probes: Probes, advice: Advice) -> Plot | None:
@@ -98,7 +97,7 @@ def formats(probes: Probes, advice: Advice) -> Plot | None:
     dress(axes, "KL to the untouched model, nats a token (log scale)", "")
     plain_log(axes, "x")
     alt = f"Bars of {len(changes)} formats; the costliest is {_label(changes[0])} with KL {number(changes[0].kl)}."
-    return Plot("formats.png", alt, png(figure))
+    return finish("formats.png", alt, figure)
 
 
 def sensitivity(probes: Probes, rows: Sequence[Mapping[str, Any]]) -> Plot | None:
@@ -119,8 +118,8 @@ def sensitivity(probes: Probes, rows: Sequence[Mapping[str, Any]]) -> Plot | Non
     norm = LogNorm(floor, max(float(np.nanmax(values)), floor * 10))
     image = axes.imshow(np.maximum(values, floor), aspect="auto", cmap="YlOrRd", norm=norm, interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=12)
-    bar.set_label("KL, nats a token", fontsize=9, color=INK)
-    bar.ax.tick_params(labelsize=8, colors=INK, length=2)
+    bar.set_label("KL, nats a token", fontsize=pt(9), color=INK)
+    bar.ax.tick_params(labelsize=pt(8), colors=INK, length=2)
     bar.outline.set_visible(False)
     entitle(figure, axes, probes.model, f"{measured[0]['format']} at one place alone", _measured(probes))
     dress(axes, "layer (0-based)", "")
@@ -133,7 +132,7 @@ def sensitivity(probes: Probes, rows: Sequence[Mapping[str, Any]]) -> Plot | Non
         f"Heat map of {len(sites)} sites over {len(layers)} layers; the largest KL is {number(worst['kl'])}, at {worst['site']} "
         f"of layer {worst['layer']}."
     )
-    return Plot("sensitivity.png", alt, png(figure))
+    return finish("sensitivity.png", alt, figure)
 
 
 def draw_expert_map(probes: Probes) -> Plot | None:
@@ -156,7 +155,7 @@ def draw_expert_map(probes: Probes) -> Plot | None:
     dress(axes, "KL, nats a token (log scale)", "")
     axes.set_xscale("log")
     alt = f"Bars of {len(shown)} experts; the largest KL is {number(shown[0].kl)}, expert {shown[0].experts[0]}."
-    return Plot("expert_map.png", alt, png(figure))
+    return finish("expert_map.png", alt, figure)
 
 
 def _bars(axes: Axes, values: Sequence[float], spans: Sequence[Sequence[float] | None], colours: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +18,17 @@ from pydantic import ValidationError
 
 from outliers.errors import BadInput, WorkspaceError
 from outliers.files.atomic import write_atomic
-from outliers.report.expert_plots import ENTROPY_PLOT, GIVERS_PLOT, LOAD_PLOT, OUTPUT_PLOT, draw_experts
+from outliers.report.captions import ALL_TEXTS, EXPERT_TEXTS, FORMAT_TEXTS, MASSIVE_PLOTS
+from outliers.report.content import Cells, Content, captured_layers
+from outliers.report.expert_plots import draw_experts
 from outliers.report.experts import expert_values
-from outliers.report.formats import FORMATS_PLOT, format_maps, format_rows, measured_sites
+from outliers.report.figures import DRAWING, Plot
+from outliers.report.formats import format_maps, format_rows, measured_sites
+from outliers.report.kinds import KIND_WORDS, OTHER_WORD, kind_table
 from outliers.report.page import render_template
-from outliers.report.plots import MASSIVE_RULE, MAX_POSITION_ROWS, Cells, Plot, captured_layers, draw
+from outliers.report.plots import draw
 from outliers.report.probe_page import FILTERS, VERDICTS, ProbeSection
+from outliers.report.reproduce import UNITS, cited, days, reproduce_command
 from outliers.report.rows import (
     MAX_CONTEXTS,
     MAX_FEATURE_ROWS,
@@ -39,79 +45,16 @@ from outliers.report.rows import (
     reading_rows,
 )
 from outliers.report.shown import Shown, shown_summary, shown_tokens
+from outliers.report.token_plots import MASSIVE_RULE
 from outliers.results.answer import crowded, share_words
-from outliers.results.schema import StudySummary, Tokens, first_error, other_version
+from outliers.results.schema import Pictures, StudySummary, Tokens, first_error, other_version
 from outliers.units import clip
 
 SUMMARY, TOKENS, FEATURES = "summary.json", "tokens.json", "features.parquet"
 QUANTIZATION = "quantization.parquet"
 EXPERTS, ROUTER = "experts.parquet", "router.parquet"
-PLOT_TEXTS = {
-    "heatmap.png": (
-        "Layers and features",
-        "Signed value of the largest magnitude at the deciding site: the systematic features (◆, above the line), then "
-        "those that reach furthest. A grey cell has no hit.",
-    ),
-    "layer_curves.png": (
-        "Layer by layer",
-        "Above: the largest magnitude of each layer; a thin line is a quantile of all its magnitudes. Below: the Pearson "
-        "kurtosis of all its values.",
-    ),
-    "magnitudes.png": (
-        "All magnitudes",
-        "Every finite value, by magnitude, on two log axes; from the dashed line on they are hits. The leftmost bin "
-        "holds whatever is smaller, too.",
-    ),
-    "sweep.png": (
-        "Threshold sweep",
-        "How many features pass at the deciding site when another magnitude is asked for, by each reading. A thin line "
-        "leaves out the first token of each sequence; it is drawn where that changes a number.",
-    ),
-    "positions.png": (
-        "Positions",
-        f"The systematic features, the first {MAX_POSITION_ROWS} at most: tokens with a hit in any layer, by position "
-        "in the sequence. Counts stand on the right; each row has its own scale.",
-    ),
-    "massive_positions.png": (
-        "Positions of massive activations",
-        f"The features of the massive activations, the first {MAX_POSITION_ROWS} at most: tokens by position in the "
-        "sequence. Counts stand on the right; each row has its own scale.",
-    ),
-}
-"""Heading and caption of every plot there may be, by file name, in the order of the page."""
-FORMAT_TEXTS = {
-    FORMATS_PLOT: (
-        "Error by site and layer",
-        "Every feature is quantized; static formats have the range of the whole corpus.",
-    ),
-}
-"""The same of plots that stand below the heading of the number formats, of studies that have these."""
-EXPERT_TEXTS = {
-    LOAD_PLOT: (
-        "Load",
-        "Tokens of each routed expert over the mean of its layer, on a log scale: red above the mean, blue below. A hatched "
-        "expert was reached by no token.",
-    ),
-    OUTPUT_PLOT: (
-        "Largest output",
-        "Largest magnitude of each routed expert's output over its tokens, on a log scale. A ring is a super expert by the "
-        "reading over all tokens. A hatched expert is unknown.",
-    ),
-    ENTROPY_PLOT: (
-        "Entropy and coverage by layer",
-        "Above: entropy of the experts' shares of tokens over ln E. Below: the share of the layer's experts with few tokens.",
-    ),
-    GIVERS_PLOT: (
-        "Who gives a feature",
-        "Share of each layer's sum of squares of weighted outputs at the feature's channel, by expert; cross terms between "
-        "experts are ignored. Grey: all other experts.",
-    ),
-}
-"""The same of plots that stand below the heading of the experts, of mixtures."""
-MASSIVE_PLOTS = ("massive_positions.png",)
-"""Plots that stand below the heading of the massive activations."""
-
-Parsed = TypeVar("Parsed", StudySummary, Tokens)
+PICTURES = "pictures.json"
+Parsed = TypeVar("Parsed", StudySummary, Tokens, Pictures)
 
 READING_MEANINGS = {
     "pooled": "layers with a hit anywhere; hits over all (layer, token) pairs",
@@ -131,12 +74,12 @@ def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path,
     files = {name: _read(results / name) for name in (SUMMARY, TOKENS, FEATURES)}
     if (results / QUANTIZATION).exists():
         files[QUANTIZATION] = _read(results / QUANTIZATION)
-    files |= {name: _read(results / name) for name in (EXPERTS, ROUTER) if (results / name).exists()}
+    files |= {name: _read(results / name) for name in (EXPERTS, ROUTER, PICTURES) if (results / name).exists()}
     plots = make_plots(files)
     page = make_page(files, plots, provenance)
     folder = results / "plots"
     folder.mkdir(exist_ok=True)
-    for stale in (PLOT_TEXTS | FORMAT_TEXTS | EXPERT_TEXTS).keys() - {plot.name for plot in plots}:
+    for stale in ALL_TEXTS.keys() - {plot.name for plot in plots}:
         (folder / stale).unlink(missing_ok=True)
     contents = {folder / plot.name: plot.png for plot in plots} | {results / "report.html": page}
     for path, content in contents.items():
@@ -145,17 +88,27 @@ def write_report(results: Path, provenance: Mapping[str, object]) -> tuple[Path,
 
 
 def make_plots(files: Mapping[str, bytes], shown: Shown | None = None) -> tuple[Plot, ...]:
-    """The pictures of a study, from the bytes of its three files by name. Raises as `write_report`.
+    """The pictures of a study in the look of now (`figures.look`), from the bytes of its files by name. Raises as
+    `write_report`.
 
-    shown: what the study is called here (default: as it is published). No picture has text of a corpus.
+    shown: what the study is called here (default: as it is published). A picture has no text of a corpus but what the numbers
+    hold.
     """
-    tokens = _parsed(files, TOKENS, Tokens)
+    content = read_content(files, None if shown is None else replace(shown, texts={}))
+    summary, name = content.summary, content.summary.model.id
+    with DRAWING:
+        plots = draw(content)
+        maps = format_maps(name, captured_layers(summary), _table(files, QUANTIZATION))
+        plots = plots if maps is None else (*plots, maps)
+        return (*plots, *draw_experts(name, summary.experts, _table(files, EXPERTS), _table(files, ROUTER)))
+
+
+def read_content(files: Mapping[str, bytes], shown: Shown | None = None) -> Content:
+    """What pictures and page are made from. shown: as in `make_page`. Raises as `write_report`."""
     summary = shown_summary(_parsed(files, SUMMARY, StudySummary), shown)
-    name = summary.model.id
-    plots = draw(summary, tokens, _cells(files[FEATURES], summary.criteria.site))
-    maps = format_maps(name, captured_layers(summary), _table(files, QUANTIZATION))
-    plots = plots if maps is None else (*plots, maps)
-    return (*plots, *draw_experts(name, summary.experts, _table(files, EXPERTS), _table(files, ROUTER)))
+    tokens = shown_tokens(_parsed(files, TOKENS, Tokens), shown)
+    pictures = _parsed(files, PICTURES, Pictures) if PICTURES in files else None
+    return Content(summary, tokens, _cells(files[FEATURES], summary.criteria.site), pictures)
 
 
 def make_page(
@@ -164,31 +117,29 @@ def make_page(
     provenance: Mapping[str, object],
     probe: ProbeSection | None = None,
     shown: Shown | None = None,
+    spec: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """report.html of a study, from the bytes of its files by name, its pictures, and what a probe of it says.
+    """report.html of a study, from the bytes of its files by name, its pictures, what a probe of it says, and the spec in its
+    manifest.
 
     shown: what the study is called here, and its text (default: as it is published). Raises as `write_report`.
     """
-    numbers = _parsed(files, SUMMARY, StudySummary)
-    summary, tokens = shown_summary(numbers, shown), shown_tokens(_parsed(files, TOKENS, Tokens), shown)
-    cells = _cells(files[FEATURES], summary.criteria.site)
+    numbers, content = _parsed(files, SUMMARY, StudySummary), read_content(files, shown)
     ids = [
         (name, number)
         for name, number, called in (
-            ("model", numbers.model.id, summary.model.id),
-            ("corpus", numbers.corpus.source, summary.corpus.source),
+            ("model", numbers.model.id, content.summary.model.id),
+            ("corpus", numbers.corpus.source, content.summary.corpus.source),
         )
         if number != called
     ]
-    said = {"published": "" if shown is None else shown.published, "ids": ids}
-    page = render(summary, tokens, cells, plots, provenance, _table(files, QUANTIZATION), probe, said)
+    said = {"published": "" if shown is None else shown.published, "ids": ids, "command": reproduce_command(spec)}
+    page = render(content, plots, provenance, _table(files, QUANTIZATION), probe, said)
     return page.encode("utf-8", "replace")
 
 
 def render(
-    summary: StudySummary,
-    tokens: Tokens,
-    cells: Cells,
+    content: Content,
     plots: Sequence[Plot],
     provenance: Mapping[str, object],
     errors: Sequence[dict[str, Any]] = (),
@@ -197,10 +148,12 @@ def render(
 ) -> str:
     """The page as text; the plots are in it as base64. errors: the rows of quantization.parquet.
 
-    said: `published`, what is published in the place of names and text, and `ids`, those that names stand for.
+    said: `published`, what is published in the place of names and text, `ids`, those that names stand for, and `command`, which
+    makes the study again.
     """
-    texts = PLOT_TEXTS | FORMAT_TEXTS | EXPERT_TEXTS
-    shown = [(plot.name, *texts[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
+    summary, tokens, cells = content.summary, content.tokens, content.cells
+    kinds = None if content.pictures is None else content.pictures.kinds
+    shown = [(plot.name, *ALL_TEXTS[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
     values = {
         "summary": summary,
         "published": "",
@@ -223,7 +176,7 @@ def render(
         "has_legacy": any(found.legacy for found in summary.readings.values()),
         "nonfinite": [row for row in summary.layers if row.nonfinite][:MAX_FEATURE_ROWS],
         "nonfinite_total": sum(row.nonfinite for row in summary.layers),
-        "plots": [plot[1:] for plot in shown if plot[0] not in (*MASSIVE_PLOTS, *FORMAT_TEXTS, *EXPERT_TEXTS)],
+        "plots": [plot for plot in shown if plot[0] not in (*MASSIVE_PLOTS, *FORMAT_TEXTS, *EXPERT_TEXTS)],
         "format_plots": [plot[1:] for plot in shown if plot[0] in FORMAT_TEXTS],
         "experts": expert_values(summary.experts),
         "expert_plots": [plot[1:] for plot in shown if plot[0] in EXPERT_TEXTS],
@@ -239,6 +192,12 @@ def render(
         "massive": massive_rows(summary, tokens),
         "massive_rule": MASSIVE_RULE,
         "notes": [clip(note, MAX_TEXT_CHARACTERS) for note in summary.notes],
+        "kind_words": (*KIND_WORDS.values(), OTHER_WORD),
+        "kind_rows": [] if kinds is None else kind_table(kinds),
+        "command": None,
+        "days": days(provenance),
+        "units": UNITS,
+        "bibtex": cited(summary, probed=probe is not None),
         "provenance": provenance_rows(provenance),
     } | dict(said or {})
     return render_template("report.html", values, FILTERS)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from outliers.report.content import Cells, captured_layers, captured_sites
 from outliers.report.figures import number, percent
-from outliers.report.plots import Cells, captured_layers, captured_sites
 from outliers.results.answer import disagreement, perplexity_words, range_words, reading_counts, resampled
 from outliers.results.schema import LayerRow, Legacy, MassiveRow, MassiveToken, StudySummary, Tokens, TopToken
 from outliers.spec import BLOCK, BLOCK_SITES, OWN_WIDTH_SITES, READINGS, AnySiteName, ReadingName

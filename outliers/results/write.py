@@ -1,5 +1,5 @@
 """A Summary -> what may be published: summary.json, features.parquet, tokens.json; quantization.parquet with `--formats`;
-experts.parquet and router.parquet of a mixture of experts.
+experts.parquet and router.parquet of a mixture of experts; pictures.json, which holds what the pictures need besides.
 
 The contents hold no clock, path or host, so that two runs of one study can be compared byte for byte.
 """
@@ -29,6 +29,7 @@ from outliers.results.ladders import QUANTILES, layer_rows, magnitude_bins, thre
 from outliers.results.lists import readings_at, rules_of, shortened, sizes
 from outliers.results.notes import ROWS_LEFT_OUT, notes, perplexity_notes
 from outliers.results.per_sequence import PerSequence, count_per_sequence
+from outliers.results.pictures import describe_pictures
 from outliers.results.scale import ladder
 from outliers.results.schema import (
     CorpusBlock,
@@ -75,6 +76,7 @@ def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = 
             content.experts = experts_block(prepared, experts, content, corpus)
             content.notes += expert_notes(experts)
         tokens = describe_tokens(prepared, found.summary, content, corpus)
+        pictures = describe_pictures(prepared, found.summary, content, corpus)
     except ValidationError as error:
         raise ForbiddenFile(
             f"the results of {prepared.study_id} are not what is published: {error.title}: {first_error(error)}"
@@ -92,6 +94,7 @@ def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = 
     (folder / "manifest.json").unlink(missing_ok=True)
     write_atomic(folder / "summary.json", json_bytes(content))
     write_atomic(folder / "tokens.json", json_bytes(tokens))
+    write_atomic(folder / "pictures.json", json_bytes(pictures))
     write_parquet(private / "features.parquet", table)
     write_parquet(folder / "features.parquet", rows)
     if errors is not None:

@@ -61,7 +61,7 @@ def sequences_there(prepared, workspace):
 def files_of(prepared, workspace):
     """The results, byte for byte."""
     folder = workspace.study(prepared.study_id)
-    names = ("summary.json", "tokens.json", "features.parquet", "experts.parquet", "router.parquet")
+    names = ("summary.json", "tokens.json", "features.parquet", "experts.parquet", "router.parquet", "pictures.json")
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 

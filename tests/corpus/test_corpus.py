@@ -229,9 +229,11 @@ def test_special_tokens_and_parts_of_characters_are_no_delimiters(workspace, mod
     assert shown[14:18] == [",", " ", "a", "\n"]
     assert found.sequence_texts[0].startswith("龍馬。😀, a\n")
     both = found.marks()
-    assert both.shape == (1, 2, 22)
+    assert both.shape == (1, 5, 22)
     assert (both[:, 0] == found.delimiters()).all()
     assert (both[:, 1] == found.specials()).all()
+    assert np.flatnonzero(both[0, 3]).tolist() == [16], "`a` begins a word; the bytes of 龍 are of no kind"
+    assert both[0, :, 1:14].sum() == 0
 
 
 def test_the_text_around_a_token_has_whole_characters(workspace, models, texts):

@@ -96,7 +96,7 @@ def test_one_tensor_for_both_sites_is_counted_twice(way):
 @pytest.mark.parametrize("way", sorted(WAYS))
 def test_what_does_not_belong_to_the_batch_is_refused(way):
     frame, shape = frame_and_shape(None, 1, 1 << 23)
-    marks = BatchMarks(range(1), (4,), lambda: np.zeros((1, 2, 4), np.bool_))
+    marks = BatchMarks(range(1), (4,), lambda: np.zeros((1, 5, 4), np.bool_))
     good = torch.zeros((1, 4, 8), dtype=torch.bfloat16)
     with WAYS[way](frame, shape) as counter:
         counter.begin(marks)
@@ -124,7 +124,7 @@ def test_an_error_of_a_thread_ends_the_pass():
 
     good = torch.zeros((1, 4, 8), dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="broken"), Broken(frame, shape) as counter:
-        counter.begin(BatchMarks(range(1), (4,), lambda: np.zeros((1, 2, 4), np.bool_)))
+        counter.begin(BatchMarks(range(1), (4,), lambda: np.zeros((1, 5, 4), np.bool_)))
         for layer in range(2):
             for site in ("attn_in", "mlp_in"):
                 counter.submit((None, site, layer), good)
@@ -138,7 +138,7 @@ def test_a_tensor_may_change_once_it_was_submitted():
         found = []
         for overwrite in (False, True):
             with way(frame, shape) as counter:
-                counter.begin(BatchMarks(range(1), (4,), lambda: np.zeros((1, 2, 4), np.bool_)))
+                counter.begin(BatchMarks(range(1), (4,), lambda: np.zeros((1, 5, 4), np.bool_)))
                 for layer in range(2):
                     for site in ("attn_in", "mlp_in"):
                         tensor = torch.full((1, 4, 8), 7.0, dtype=torch.bfloat16)

@@ -25,7 +25,7 @@ from outliers.capture.extract import extract
 from outliers.errors import BadInput, ForbiddenFile
 from outliers.experts.totals_files import read_totals
 from outliers.files.parquet import parquet_bytes, read_parquet
-from outliers.publish.allowlist import EXPERTS, ROUTER, SUMMARY, check_numbers, read_numbers
+from outliers.publish.allowlist import EXPERTS, PICTURES, ROUTER, SUMMARY, check_numbers, read_numbers
 from outliers.publish.manifest import digest_of
 from outliers.publish.received import asked_of, check_received
 from outliers.publish.reporting import numbers_folder, write_numbers, write_study
@@ -62,7 +62,7 @@ def study(tmp_path_factory):
 
 def test_the_tables_are_numbers_of_the_study(study):
     made, workspace, files = study
-    assert asked_of(made) == (EXPERTS, ROUTER)
+    assert asked_of(made) == (EXPERTS, ROUTER, PICTURES)
     numbers = check_received(files, made, workspace)
     assert dict(numbers.files) == files
     block = numbers.summary["experts"]

@@ -87,7 +87,7 @@ def test_a_finished_study_shows_them(finished):
     folder = workspace.study(prepared.study_id)
     assert {"quantization.parquet", "plots/formats.png"} <= {str(p.relative_to(folder)) for p in folder.rglob("*")}
     page = (folder / "report.html").read_text()
-    assert "<h2>Number formats</h2>" in page and "without first tokens" in page and "had16+nvfp4" in page
+    assert '<h2 id="formats">Number formats</h2>' in page and "without first tokens" in page and "had16+nvfp4" in page
     text = shown(workspace)
     assert "SQNR in dB over 32 tokens in 4 sequences" in text
     assert "had16+nvfp4" in text and "no first tokens" in text

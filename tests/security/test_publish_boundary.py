@@ -18,7 +18,7 @@ from flows.cli.run_show import read_run
 from outliers.errors import BadInput, DigestConflict, JobFailed, PublishRefused
 from outliers.files.parquet import open_parquet, parquet_bytes, read_parquet
 from outliers.machines.local import LocalMachine
-from outliers.publish.allowlist import NUMBERS
+from outliers.publish.allowlist import NUMBERS, PICTURES
 from outliers.publish.manifest import digest_of, dump_manifest, file_list, folder_of, headline_of, read_manifest
 from outliers.publish.outcome import find_outcome
 from outliers.publish.publish import fetch, model_slug, publish
@@ -96,7 +96,7 @@ def test_the_machine_writes_numbers_alone(made):
     workspace, study, _ = made
     assert not workspace.study(study.study_id).exists()
     names = {path.name for path in (workspace.summary(study.capture_id, study.study_id) / "numbers").iterdir()}
-    assert names == {*NUMBERS, "provenance.json", "checksums.json"}
+    assert names == {*NUMBERS, PICTURES, "provenance.json", "checksums.json"}
     assert run_state(study, workspace, Silent())["results"]
 
 
@@ -219,7 +219,7 @@ def test_a_refusal_shows_no_control_characters(case):
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", [*NUMBERS, "provenance.json"])
+@pytest.mark.parametrize("name", [*NUMBERS, PICTURES, "provenance.json"])
 @pytest.mark.parametrize("how", ["missing", "a folder", "too large", "torn", "not UTF-8", "nested", "empty"])
 def test_files_that_are_none_are_refused(case, name, how):
     path = case.numbers / name

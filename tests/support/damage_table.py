@@ -25,7 +25,7 @@ from outliers.dispatch.transfer import send_study
 from outliers.errors import OutliersError
 from outliers.jobs import jobs
 from outliers.machines.local import LocalMachine
-from outliers.publish.allowlist import MANIFEST, NUMBERS
+from outliers.publish.allowlist import MANIFEST, NUMBERS, PICTURES
 from outliers.publish.manifest import results_digest
 from outliers.publish.outcome import find_finished, find_outcome, make_outcome
 from outliers.publish.publish import model_slug, publish
@@ -47,6 +47,7 @@ KINDS: tuple[tuple[str, str, str, int], ...] = (
     ("results: summary.json", r"results/[^/]+/summary\.json", "json", 0),
     ("results: tokens.json", r"results/[^/]+/tokens\.json", "json", 0),
     ("results: features.parquet", r"results/[^/]+/features\.parquet", "", 0),
+    ("results: pictures.json", r"results/[^/]+/pictures\.json", "json", 0),
     ("results: report.html", r"results/[^/]+/report\.html", "", 0),
     ("results: plots", r"results/[^/]+/plots/.*\.png", "", 0),
     ("results: run.log", r"results/[^/]+/run\.log", "", 0),
@@ -198,7 +199,7 @@ class World:
         elif before != (after := _dates(folder)):
             how = "fetched again" if self.spec.publish_to else "written again"
             changed = {Path(path).name for path, date in after.items() if before.get(path) != date}
-            if changed - {MANIFEST} and not changed & set(NUMBERS):
+            if changed - {MANIFEST} and not changed & {*NUMBERS, PICTURES}:
                 how = "rendered again"
         assert outcome.systematic == json.loads((folder / "summary.json").read_bytes())["systematic"]
         return _numbers(folder), how

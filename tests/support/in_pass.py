@@ -23,10 +23,13 @@ def frame_and_shape(frame, batch, chunk_bytes, aliases=None):
 
 
 def marks_of(sequence, positions):
-    """(kind, position): what `synthetic` has for delimiters and special tokens, of a corpus of these positions a sequence."""
+    """(kind, position): what `synthetic` has for each kind of token, of a corpus of these positions a sequence; its words are
+    starts of words."""
     ids = sequence * positions + np.arange(positions)
     special = np.isin(ids, (1, 3))
-    return np.stack([(np.arange(positions) % 5 == 0) & ~special, special])
+    delimiter = (np.arange(positions) % 5 == 0) & ~special
+    none = np.zeros(positions, np.bool_)
+    return np.stack([delimiter, special, none, ~delimiter & ~special, none])
 
 
 def feed(way, frame, shape, acts, lengths, *, stop=0, **options):

@@ -240,7 +240,39 @@ def write_results(folder: Path, acts: Acts, model: str = "SmolLM2", reading: str
     folder.mkdir(parents=True, exist_ok=True)
     rewrite(folder, summary, tokens)
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / "features.parquet")
+    (folder / "pictures.json").write_text(json.dumps(pictures_of(flat, deciding, chosen, sequences * length)))
     return summary
+
+
+KINDS = ("word_start", "delimiter", "digit")
+
+
+def pictures_of(flat: Acts, deciding: str, chosen: list[int], tokens: int) -> dict[str, Any]:
+    """pictures.json; the kind of token t is KINDS[t % 4], and none where there is no such one."""
+
+    def extreme(x: np.ndarray) -> float:
+        return float(max(x.tolist(), key=lambda value: (abs(value), value)))
+
+    def by_kind(where: np.ndarray) -> dict[str, int]:
+        return {kind: int((where % 4 == index).sum()) for index, kind in enumerate(KINDS)}
+
+    own, width = flat[deciding], flat[deciding].shape[-1]
+    reach = np.abs(own).max(axis=(0, 1))
+    others = sorted(range(width), key=lambda j: (-reach[j], j))
+    listed = list(dict.fromkeys([*chosen, *others]))[:24]
+    hits = np.abs(own) >= 6
+    where = {j: np.flatnonzero(hits[:, :, j].any(axis=0)) for j in chosen}
+    return {
+        "schema_version": 1, "study_id": "5" * 64,
+        "layers": [{"site": site, "layer": layer, "largest": sorted(
+                       ({"feature": j, "value": extreme(x[layer, :, j])} for j in range(width)),
+                       key=lambda row: (-abs(row["value"]), row["feature"]))[:3]}
+                   for site, x in flat.items() if site != "block" for layer in range(len(x))],
+        "features": [{"feature": j, "values": {site: [extreme(x[layer, :, j]) for layer in range(len(x))]
+                                               for site, x in flat.items()}} for j in listed],
+        "kinds": {"tokens": tokens, "kinds": by_kind(np.arange(tokens)),
+                  "features": [{"feature": j, "tokens": len(at), "kinds": by_kind(at)} for j, at in where.items()][:24]},
+    }  # fmt: skip
 
 
 SCHEMA = pa.schema(

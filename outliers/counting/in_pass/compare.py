@@ -25,7 +25,7 @@ def first_difference(one: Summary, other: Summary) -> str | None:
     for name in RESULTS:
         mine, theirs = getattr(one, name), getattr(other, name)
         if not np.array_equal(mine, theirs):
-            return f"{name} ({mine.size} and {theirs.size} entries)"
+            return f"{name} ({np.size(mine)} and {np.size(theirs)} entries)"
     return None
 
 

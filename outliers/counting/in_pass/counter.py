@@ -49,8 +49,8 @@ class PassShape:
 class BatchMarks:
     """The sequences of one forward pass.
 
-    sequences: their numbers. lengths: tokens of each that are not padding. marks: gives (sequence, kind, position) bool, the
-    delimiters and the special tokens; called once the pass is queued, for finding them takes time.
+    sequences: their numbers. lengths: tokens of each that are not padding. marks: gives (sequence, kind, position) bool, see
+    `Corpus.marks`; called once the pass is queued, for finding them takes time.
     """
 
     sequences: range

@@ -1,5 +1,5 @@
 """The exact form of what a study gives: summary.json, tokens.json, features.parquet, quantization.parquet, experts.parquet,
-router.parquet. Each is described once.
+router.parquet, pictures.json. Each is described once.
 
 The writer builds these models. The boundary of publishing validates by them, and checks that the parts of a summary agree
 (`StudySummary.check_consistent`). Readers validate by the same models with `extra="ignore"`. Arrow schemas and the tables of
@@ -53,6 +53,14 @@ from outliers.results.schema.layers import (
     Perplexity,
     Sweep,
 )
+from outliers.results.schema.pictures import (
+    FeatureKinds,
+    LargeFeature,
+    LargestRow,
+    Pictures,
+    ShownFeature,
+    TokenKinds,
+)
 from outliers.results.schema.probes import (
     SENSITIVITY_SCHEMA,
     Change,
@@ -104,6 +112,7 @@ __all__ = [
     "ExpertRecord",
     "ExpertsBlock",
     "FeatureExperts",
+    "FeatureKinds",
     "FeatureLayer",
     "FeatureRecord",
     "FeatureRow",
@@ -116,6 +125,8 @@ __all__ = [
     "IntervalCounts",
     "KindBlock",
     "KindExpert",
+    "LargeFeature",
+    "LargestRow",
     "LayerRow",
     "Legacy",
     "MassiveExperts",
@@ -124,6 +135,7 @@ __all__ = [
     "MassiveToken",
     "ModelBlock",
     "Perplexity",
+    "Pictures",
     "Place",
     "Positions",
     "Probes",
@@ -135,12 +147,14 @@ __all__ = [
     "Repair",
     "RouterRecord",
     "SensitivityRecord",
+    "ShownFeature",
     "StudySummary",
     "SuperExpert",
     "SuperReading",
     "SuperWeight",
     "Sweep",
     "TokenFeature",
+    "TokenKinds",
     "Tokens",
     "TopToken",
     "first_error",
