@@ -7,7 +7,6 @@ published, so that nothing private can be in a card. It knows no store and no fo
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 
 from outliers.report.card_metadata import front_matter
 from outliers.report.figures import number, percent
+from outliers.report.reproduce import command_of
 from outliers.results.answer import (
     crowded,
     disagreement,
@@ -28,16 +28,13 @@ from outliers.results.answer import (
 from outliers.results.citations import citations
 from outliers.results.expert_words import expert_lines
 from outliers.results.schema import Advice, CriteriaBlock, FormatVerdict, StudySummary
-from outliers.spec import BLOCK, DTYPE_ALIASES, StudySpec
-from outliers.spec.options import study_words
+from outliers.spec import BLOCK, DTYPE_ALIASES, LOCAL_PREFIX, StudySpec
 from outliers.units import plural
 from outliers.untrusted.visible import code, markdown
 
 MAX_FEATURES = 20
 """Rows of the table of features; a card is read beside others."""
 MAX_FORMATS = 16
-LOCAL = "local:"
-"""A model or text of somebody's own, by the hash of its content."""
 VERSIONS = ("outlier-features", "torch", "transformers")
 
 
@@ -77,7 +74,7 @@ def make_card(
         _reproduce(spec, manifest, asked=asked),
         *_ids(summary, manifest, advice, link),
         "### References",
-        "```bibtex\n" + "\n\n".join(citations(summary, weights=_has_weights(advice))) + "\n```",
+        "```bibtex\n" + "\n\n".join(citations(summary, advice)) + "\n```",
     ]
     return Card(front_matter(summary, part, advice, link), "\n\n".join(parts) + "\n")
 
@@ -224,10 +221,6 @@ def _format_row(item: FormatVerdict) -> str:
     return f"| {code(item.format)} | {weights} | {item.confirmed_kl:.3g}{span} | {perplexity} | {item.verdict or '–'} |"
 
 
-def _has_weights(advice: Advice | None) -> bool:
-    return advice is not None and any(cause.kind == "weight" for cause in advice.causes)
-
-
 def _notes(summary: StudySummary) -> list[str]:
     return ["\n".join(f"- Note: {markdown(text)}" for text in summary.notes)] if summary.notes else []
 
@@ -237,10 +230,8 @@ def _reproduce(spec: StudySpec, manifest: Mapping[str, Any], *, asked: bool) -> 
     own = {
         field: "./YOUR-MODEL" if field[0] == "model" else "./YOUR-TEXT"
         for field, name in ((("model", "id"), spec.model.id), (("corpus", "source"), spec.corpus.source))
-        if name.startswith(LOCAL)
+        if name.startswith(LOCAL_PREFIX)
     }
-    if not _on_hub(spec.model.id):  # a revision there is a hash, which no option takes
-        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"revision": None})})
     versions = manifest["provenance"].get("versions")
     known = [] if not isinstance(versions, Mapping) else [f"{n} {versions[n]}" for n in VERSIONS if n in versions]
     said = [f"Made with {markdown(', '.join(known))}."] if known else []
@@ -251,11 +242,11 @@ def _reproduce(spec: StudySpec, manifest: Mapping[str, Any], *, asked: bool) -> 
     if own:
         said.append("What the command calls YOUR is not public: the ids below say whether yours is the same.")
     said.append("Equal inputs give equal ids, and an equal `results_digest`.")
-    return f"```sh\n{shlex.join(study_words(spec, own))}\n```\n\n{' '.join(said)}"
+    return f"```sh\n{command_of(spec, own)}\n```\n\n{' '.join(said)}"
 
 
 def _on_hub(name: str) -> bool:
-    return not name.startswith((LOCAL, "builtin:"))
+    return not name.startswith((LOCAL_PREFIX, "builtin:"))
 
 
 def _ids(summary: StudySummary, manifest: Mapping[str, Any], advice: Advice | None, link: str | None) -> Sequence[str]:

@@ -28,7 +28,7 @@ from outliers.report.kinds import KIND_WORDS, OTHER_WORD, kind_table
 from outliers.report.page import render_template
 from outliers.report.plots import draw
 from outliers.report.probe_page import FILTERS, VERDICTS, ProbeSection
-from outliers.report.reproduce import UNITS, cited, days, reproduce_command
+from outliers.report.reproduce import UNITS, days, reproduce_command
 from outliers.report.rows import (
     MAX_CONTEXTS,
     MAX_FEATURE_ROWS,
@@ -47,6 +47,7 @@ from outliers.report.rows import (
 from outliers.report.shown import Shown, shown_summary, shown_tokens
 from outliers.report.token_plots import MASSIVE_RULE
 from outliers.results.answer import crowded, share_words
+from outliers.results.citations import citations
 from outliers.results.schema import Pictures, StudySummary, Tokens, first_error, other_version
 from outliers.units import clip
 
@@ -197,7 +198,7 @@ def render(
         "command": None,
         "days": days(provenance),
         "units": UNITS,
-        "bibtex": cited(summary, probed=probe is not None),
+        "bibtex": "\n\n".join(citations(summary, None if probe is None else probe.advice)),
         "provenance": provenance_rows(provenance),
     } | dict(said or {})
     return render_template("report.html", values, FILTERS)

@@ -8,9 +8,8 @@ import pytest
 
 from flows.cli.options import read_spec
 from flows.cli.parser import build_parser
-from outliers.report.reproduce import cited, days, reproduce_command
+from outliers.report.reproduce import days, reproduce_command
 from outliers.spec import StudySpec
-from tests.support import results_folder
 
 SPECS = [
     {"model": {"id": "Qwen/Qwen3-0.6B"}},
@@ -76,15 +75,3 @@ def test_what_is_no_spec_of_ours_gives_no_command(spec):
 )
 def test_the_days_of_the_runs(runs, said):
     assert days({"extraction": runs}) == said
-
-
-def test_what_is_cited_is_what_the_page_uses():
-    from outliers.results.schema import StudySummary
-
-    summary = StudySummary.model_validate(results_folder.summary())
-    plain = cited(summary.model_copy(update={"massive": None}), probed=False)
-    assert "2208.07339" in plain and "2306.12929" in plain
-    assert "2402.17762" not in plain and "2411.07191" not in plain
-    assert "2402.17762" in cited(summary.model_copy(update={"massive": []}), probed=False)
-    assert "2411.07191" in cited(summary, probed=True)
-    assert plain.count("@misc{") == plain.count("\n}") == 2
