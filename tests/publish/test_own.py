@@ -110,7 +110,7 @@ def test_what_is_published_is_rendered_of_the_numbers_alone(made, home):
     manifest = read_study(place.as_uri()).manifest
     files = place / manifest["folder"]
     there = {path.relative_to(files).as_posix(): data for path, data in published(files).items()}
-    alone = render_files(read_numbers(folder), manifest["provenance"], folder)
+    alone = render_files(read_numbers(folder), manifest["provenance"], folder, spec=manifest["spec"])
     for name in alone:
         assert there[name] == alone[name], name
     # a title is drawn, and not written: pictures of the owner differ

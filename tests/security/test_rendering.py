@@ -132,7 +132,7 @@ def test_equal_numbers_are_rendered_to_equal_bytes_in_every_process(tmp_path):
         "import sys, hashlib; from pathlib import Path; from outliers.publish.allowlist import read_numbers\n"
         "from outliers.publish.publishable import render_files\n"
         "spec = {'model': {'id': 'Qwen/Qwen3-0.6B'}}\n"
-        "for path, data in sorted(render_files(read_numbers(Path(sys.argv[1])), {'seconds': 1.5}, None, spec).items()):\n"
+        "for path, data in sorted(render_files(read_numbers(Path(sys.argv[1])), {'seconds': 1.5}, spec=spec).items()):\n"
         "    print(path, hashlib.sha256(data).hexdigest())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "MPLBACKEND": "svg", "LC_ALL": "C", "TZ": "Asia/Tokyo"}
