@@ -238,15 +238,19 @@ def _results_exist(prepared: Prepared, workspace: Workspace) -> bool:
 
 
 def capture_exists(prepared: Prepared, workspace: Workspace) -> bool:
-    """Whether the study's capture is complete, the sums of its experts included, or counted and freed; a damaged one is not."""
+    """Whether the study's capture is complete, or counted and freed; a damaged one is not. Complete: with the losses, where the
+    study asks for perplexity, and with the sums of experts.
+    """
     from outliers.experts.sums_files import has_sums
-    from outliers.store.chunks import is_complete
+    from outliers.store.chunks import has_losses, is_complete
     from outliers.store.fingerprint import layout_from, read_fingerprint
 
     folder = workspace.capture(prepared.capture_id)
     try:
         whole = is_complete(folder) and not _is_rolling(prepared, workspace)
         if not (whole or is_rolled(prepared, workspace)) or (fingerprint := read_fingerprint(folder)) is None:
+            return False
+        if whole and prepared.spec.capture.perplexity and not has_losses(folder):
             return False
         layout = layout_from(fingerprint)
         shapes = layout.experts

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from outliers.corpus.tokens import Corpus, load_corpus
@@ -160,7 +161,13 @@ def summarize_study(prepared: Prepared, found: Findings, corpus: Corpus) -> Stud
         "notes": notes(prepared, summary, massive, cut),
     }
     if prepared.spec.capture.perplexity:
-        content["perplexity"] = perplexity(found.per_sequence.nll, found.per_sequence.nll_tokens)
+        measured, predicted = found.per_sequence.nll_tokens, int(np.maximum(corpus.lengths - 1, 0).sum(dtype=np.int64))
+        if measured != predicted:
+            raise CaptureError(
+                f"the losses of {measured:,} of {predicted:,} tokens were measured: the capture was made without --perplexity. "
+                "Extract again, which measures the rest, and analyze again"
+            )
+        content["perplexity"] = perplexity(found.per_sequence.nll, measured)
         content["notes"] += perplexity_notes(prepared, content["perplexity"])
     return StudySummary.model_validate(content | _massive_lists(prepared, corpus, massive))
 
@@ -203,8 +210,10 @@ def perplexity(nll: float, tokens: int) -> Perplexity:
     """exp of the mean negative log-likelihood of a token, from their sum in nats.
 
     `loss` is that mean, None where the logits are not finite; `tokens` are those that were predicted, all but the first of
-    each sequence. A finite loss may be too large for `value`.
+    each sequence, 0 where none has a second. A finite loss may be too large for `value`.
     """
+    if not tokens:
+        return Perplexity(value=None, loss=None, tokens=0)
     loss = nll / tokens
     known = math.isfinite(loss)
     value = math.exp(loss) if known and loss < LARGEST_LOSS else None

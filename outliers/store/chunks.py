@@ -369,6 +369,12 @@ def hold(folder: Path) -> Iterator[None]:
         yield
 
 
+def has_losses(folder: Path) -> bool:
+    """Whether the loss of every journaled sequence was measured: the capture of a study without perplexity has none."""
+    journal = Journal.open(folder / "journal.jsonl", keep=lambda line: {"nll": line["nll"]} if "nll" in line else {})
+    return all("nll" in line for line in journal.done.values())
+
+
 def is_complete(folder: Path) -> bool:
     """Whether every sequence of the capture in `folder` is journaled."""
     fingerprint = read_fingerprint(folder)
