@@ -1,4 +1,4 @@
-"""The text of a corpus: CPython's own documentation, a file, a folder, or a data set of the hub.
+"""The text of a corpus on this machine: CPython's own documentation, a file, or a folder. `hub_data` has data sets of the hub.
 
 Each source has a public name, an identity (which changes when its text would), and its documents in an order that the seed
 fixes. The order is made here and not by `datasets`: the same seed means different orders in its versions 4 and 5. Nothing
@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from outliers.corpus.text_files import LONG_BYTES, LongText, TextFile, classify, find_files
 from outliers.corpus.text_rows import check_table, texts_of
 from outliers.errors import CorpusError
-from outliers.hub.client import Patience, Resolved, plain, refusals, resolve, use_patient_client
 from outliers.spec import CorpusSpec
-
-log = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER = 1_000
 """Rows of a data set in the shuffle buffer: a larger one mixes better and starts later."""
@@ -40,11 +33,6 @@ class DocumentSource:
     identity: tuple[str, ...]
     public: bool
     texts: Callable[[CorpusSpec], Iterator[str] | Iterator[str | LongText]]
-
-
-def find_documents(spec: CorpusSpec) -> DocumentSource:
-    """The source that `spec` names, checked. Raises CorpusError if it can't be read, HubUnavailable."""
-    return find_local(spec) or _hub(spec)
 
 
 def find_local(spec: CorpusSpec) -> DocumentSource | None:
@@ -143,96 +131,8 @@ def _tables(path: Path, files: Sequence[TextFile]) -> DocumentSource:
     def texts(spec: CorpusSpec) -> Iterator[str]:
         return shuffled(rows(spec.seed), spec.seed, SHUFFLE_BUFFER)
 
-    identity = ("table", content, *_ORDER)
+    identity = ("table", content, *ORDER)
     return DocumentSource(name=f"local:{content[:12]}", identity=identity, public=False, texts=texts)
 
 
-def _hub(spec: CorpusSpec) -> DocumentSource:
-    found = resolve("dataset", spec.source, spec.corpus_revision, CorpusError)
-
-    def texts(spec: CorpusSpec) -> Iterator[str]:
-        use_patient_client()
-        data_set = _open_hub(spec, found)
-        return shuffled(_rows(data_set, spec, spec.source), spec.seed, SHUFFLE_BUFFER)
-
-    identity = ("hub", spec.source, found.commit, str(spec.subset), spec.split, *_ORDER)
-    return DocumentSource(name=spec.source, identity=identity, public=found.public, texts=texts)
-
-
-_ORDER = ("shuffled", str(SHUFFLE_VERSION), str(SHUFFLE_BUFFER))
-
-
-def _open(path: str, **options: Any) -> Any:
-    """A data set that is streamed; only its schema is read at first."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise CorpusError("a data set needs: pip install 'outlier-features[flows]'") from error
-    # Offline it would use what it has prepared before, of any revision: give it an empty folder.
-    with tempfile.TemporaryDirectory() as empty:
-        return load_dataset(path, streaming=True, cache_dir=empty, **options)
-
-
-def _open_hub(spec: CorpusSpec, found: Resolved) -> Any:
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        raise CorpusError(f"no ids were made of {spec.source} before, and the hub is switched off (HF_HUB_OFFLINE)")
-    patience = Patience(f"the data set {spec.source}")
-    while True:
-        try:
-            with _reading(spec.source):
-                return _open(spec.source, name=spec.subset, split=spec.split, revision=found.commit)
-        except _cuts() as error:
-            patience.wait(plain(error))
-
-
-def _rows(data_set: Any, spec: CorpusSpec, place: str) -> Iterator[str]:
-    """The text column, shard by shard in the order that the seed fixes; a shard whose connection breaks is continued."""
-    shards = int(data_set.num_shards)
-    for index in in_order([str(number) for number in range(shards)], spec.seed):
-        taken, patience = 0, Patience(f"part {index + 1} of {shards} of {place}")
-        while True:
-            try:
-                with _reading(place):
-                    for row in itertools.islice(data_set.shard(num_shards=shards, index=index), taken, None):
-                        yield _text(row, place)
-                        taken += 1
-                        patience.progress()
-                break
-            except _cuts() as error:
-                log.warning("%s was cut off after %d rows of part %d of %d", place, taken, index + 1, shards)
-                patience.wait(plain(error))
-
-
-def _text(row: dict[str, Any], place: str) -> str:
-    if "text" not in row:
-        raise CorpusError(f"{place} has no column 'text'; its columns: {', '.join(sorted(row))}")
-    text = row["text"]
-    if text is None:
-        return ""  # a row without text is a document without tokens
-    if not isinstance(text, str):
-        raise CorpusError(f"the column 'text' of {place} holds {type(text).__name__} and no text")
-    return text
-
-
-def _cuts() -> tuple[type[Exception], ...]:
-    """Errors of a connection that breaks while reading; `outliers.hub` handles the hub's answers."""
-    from outliers.hub.http import httpx
-
-    return (httpx.TransportError, ConnectionError, TimeoutError)
-
-
-@contextmanager
-def _reading(place: str) -> Iterator[None]:
-    """Turn what `datasets` raises inside the block into CorpusError with its message, which lists subsets and splits."""
-    try:
-        with refusals("dataset", place, "this revision", CorpusError):
-            yield
-    except _cuts():
-        raise
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-        hint = "; code of a data set is never run, but --corpus-revision refs/convert/parquet may have its rows"
-        script = "scripts are no longer supported" in str(error)
-        # a high limit: the message may list the subsets of a large data set
-        raise CorpusError(f"the data set {place} can't be read: {plain(error, 4000)}{hint * script}") from error
+ORDER = ("shuffled", str(SHUFFLE_VERSION), str(SHUFFLE_BUFFER))

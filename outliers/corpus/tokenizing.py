@@ -16,7 +16,6 @@ from typing import Any
 from outliers.corpus.ids import TokenNames
 from outliers.corpus.text_files import LongText
 from outliers.errors import CorpusError, OutliersError, UnknownModel
-from outliers.hub.client import plain
 from outliers.model.pretrained import load_tokenizer
 from outliers.model.source import ModelSource
 from outliers.workspace import Workspace
@@ -52,6 +51,8 @@ def _library(name: str) -> Iterator[None]:
     except (OutliersError, httpx.HTTPError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
+        from outliers.hub.client import plain
+
         kind = type(error).__name__
         raise UnknownModel(
             f"the tokenizer of {name} can't be used: {kind}: {plain(error)}; fetch its tokenizer.json and "

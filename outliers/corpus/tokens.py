@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outliers.corpus.documents import DocumentSource, find_documents
+from outliers.corpus.documents import DocumentSource
 from outliers.corpus.ids import (
     Corpus,
     CorpusInfo,
@@ -66,7 +66,10 @@ def prepare_corpus(
     Raises CorpusError where the text can't be read or gives fewer tokens than asked, UnknownModel for a tokenizer that can't
     be used or is of another model.
     """
-    documents = documents or find_documents(spec)
+    if documents is None:
+        from outliers.corpus.hub_data import find_documents
+
+        documents = find_documents(spec)
     key = digest(
         {
             "version": CORPUS_VERSION,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outliers.counting.accumulate import LayerCounts, Span
 from outliers.counting.summary import Frame, Summary
+
+if TYPE_CHECKING:
+    # the loops are compiled code: whoever reads a summary does without
+    from outliers.counting.accumulate import LayerCounts, Span
 
 
 @dataclass

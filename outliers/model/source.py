@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict
 from outliers.errors import UnknownModel
 from outliers.files.atomic import sha256_file
 from outliers.files.sealed import read_sealed, write_sealed
-from outliers.hub.client import resolve
 from outliers.model.folder import check_folder, model_files
 from outliers.model.foreign import reason
 from outliers.spec import BUILTIN_NAMES, ModelSpec, path_name
@@ -132,6 +131,8 @@ def _folder(path: Path, workspace: Workspace, weights: bool) -> ModelSource:
 
 
 def _hub(spec: ModelSpec) -> ModelSource:
+    from outliers.hub.client import resolve  # its client takes long to import, and a model may be here
+
     commit = resolve("model", spec.id, spec.revision, UnknownModel).commit
     return ModelSource(kind="hub", id=spec.id, name=spec.id.rsplit("/", 1)[-1], revision=commit, path=spec.id)
 

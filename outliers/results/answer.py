@@ -67,9 +67,14 @@ def massive_words(summary: StudySummary) -> str | None:
     more = f" and {len(features) - MAX_NAMED:,} more" if len(features) > MAX_NAMED else ""
     listed = "" if total == len(rows) else f" of the largest {len(rows):,}"
     return (
-        f"{total:,} massive activation{'' if total == 1 else 's'} at resid, the largest {largest.value:,.4g} in feature "
+        f"{total:,} massive activation{'' if total == 1 else 's'} at resid, the largest {_signed(largest.value)} in feature "
         f"{largest.feature} at layer {largest.layer}; feature{'' if len(features) == 1 else 's'}{listed}: {named}{more}"
     )
+
+
+def _signed(value: float) -> str:
+    """A value with four digits, thousands separated: -11.51, 25,824."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def resampled(summary: StudySummary) -> tuple[int, int] | None:

@@ -92,7 +92,7 @@ def clean(hub):
 SCRIPT = """
 import json, logging, sys
 logging.basicConfig(level=logging.WARNING)
-from outliers.corpus.documents import find_documents
+from outliers.corpus.hub_data import find_documents
 from outliers.errors import OutliersError
 from outliers.hub.client import tries_in_a_row
 from outliers.spec import CorpusSpec
@@ -192,7 +192,7 @@ def test_the_documents_are_the_same_whatever_goes_wrong(hub, tmp_path, undisturb
 
 def test_a_shard_that_was_cut_for_good_is_opened_again_after_its_rows(tmp_path):
     """Not the hub's: a connection that no library mends. The rows that were taken are not taken twice."""
-    from outliers.corpus.documents import _rows
+    from outliers.corpus.hub_data import _rows
     from outliers.spec import CorpusSpec
 
     class Torn:

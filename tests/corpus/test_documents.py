@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import feather
 
-from outliers.corpus.documents import find_documents
+from outliers.corpus.hub_data import find_documents
 from outliers.corpus.text_files import LONG_BYTES, classify
 from outliers.errors import CorpusError
 from outliers.spec import CorpusSpec

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from outliers.corpus.documents import find_documents
+from outliers.corpus.hub_data import find_documents
 from outliers.model.gguf_header import read_header
 from outliers.model.gguf_tokenizer import make_tokenizer
 from outliers.model.pretokenizers import PRE_TOKENIZERS

@@ -126,7 +126,7 @@ def _import_bare() -> None:
     import requests  # noqa: F401
     import torch  # noqa: F401
 
-    import outliers.corpus.documents
+    import outliers.corpus.hub_data
     import outliers.hub.download  # noqa: F401
 
 
