@@ -1,6 +1,6 @@
 """What --store rolling takes of the disk and the memory while a corpus grows, and how long it takes compared with the full store.
 
-    python -m benchmarks.rolling                       a few minutes
+    python -m benchmarks.rolling                       ten million tokens, a quarter of an hour or more
     python -m benchmarks.rolling --tokens 1000000      shorter
     python -m benchmarks.rolling --full-tokens 0       without the full store
 
@@ -223,9 +223,9 @@ def main() -> None:
     parser.add_argument(
         "--full-tokens", type=int, default=1_000_000, help="tokens of the comparison with the full store"
     )
-    parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
+    parser.add_argument("--length", type=int, default=2_048, help="tokens in a sequence")
     parser.add_argument("--hidden", type=int, default=16, help="features of the model")
-    parser.add_argument("--batch", type=int, default=64, help="sequences in a pass")
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a pass")
     parser.add_argument("--scratch", type=Path, help="where the captures go (default: the system's temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--study", help=argparse.SUPPRESS)
