@@ -10,7 +10,7 @@ import logging
 from typing import Any
 
 from prefect import State
-from prefect.exceptions import FailedRun
+from prefect.exceptions import FailedRun, MissingContextError
 from prefect.logging import get_run_logger
 from prefect.states import Failed
 
@@ -54,6 +54,10 @@ def failed_with(error: OutliersError) -> State[Any]:
 
     To be returned by the flow. Who called the flow in this process gets the error itself.
     """
-    get_run_logger().error("%s", error)
-    get_run_logger().debug("where it was raised:", exc_info=(type(error), error, error.__traceback__))
+    try:
+        logger = get_run_logger()
+    except MissingContextError:  # no run: the flow's function was called by itself
+        raise error from None
+    logger.error("%s", error)
+    logger.debug("where it was raised:", exc_info=(type(error), error, error.__traceback__))
     return Failed(message=str(error), data=error)

@@ -48,7 +48,7 @@ def test_a_name_of_a_persons_own_stays(name):
 @pytest.mark.parametrize(
     ("model", "corpus", "title"),
     [
-        ("builtin:smollm2", "builtin:python-docs", "smollm2 16x2048 python-docs"),
+        ("builtin:smollm2", "builtin:python-docs", "SmolLM2-135M-Instruct 16x2048 python-docs"),
         ("Qwen/Qwen3-30B-A3B", {"num_sequences": 8, "sequence_length": 512}, "Qwen3-30B-A3B 8x512 fineweb-edu"),
         ("/models/mine/", {"source": "/texts/book.txt"}, "mine 16x2048 book.txt"),
     ],

@@ -98,7 +98,7 @@ def test_the_ways_that_are_compared_count_the_same():
     frame = Frame("x", "bfloat16", (("attn_in", 64), ("mlp_in", 64)), 1, 130, 6.0, counting.LADDER, "block")
     tally = Tally(frame)
     tiles = lambda layer: iter([{"attn_in": one.copy(), "mlp_in": other.copy()}])  # noqa: E731
-    tally.count(Span(0, 0, 130, np.zeros((2, 130), np.bool_)), range(1), tiles, 130)
+    tally.count(Span(0, 0, 130, np.zeros((5, 130), np.bool_)), range(1), tiles, 130)
     for number, site in enumerate(("attn_in", "mlp_in", "block")):
         totals = tally.summary.sites[site]
         np.testing.assert_array_equal(mine["hits"][number], totals.hits[:, 0])

@@ -31,7 +31,7 @@ def study(tmp_path_factory):
 
 def test_it_is_one_of_the_numbers(study):
     prepared, workspace, files = study
-    assert set(files) == {SUMMARY, "tokens.json", "features.parquet", QUANTIZATION}
+    assert set(files) == {SUMMARY, "tokens.json", "features.parquet", "pictures.json", QUANTIZATION}
     assert has_numbers(prepared, workspace)
     numbers = check_received(files, prepared, workspace)
     assert numbers.files[QUANTIZATION] == files[QUANTIZATION]

@@ -127,7 +127,7 @@ class TestManifest:
     def test_content(self, results: Path) -> None:
         made = read_manifest(results)
         assert made is not None
-        plots = ("heatmap", "layer_curves", "magnitudes", "massive_positions", "positions", "sweep")
+        plots = ("heatmap", "largest_by_layer", "layer_curves", "magnitudes", "massive_positions", "positions", "sweep")
         paths = ["features.parquet", *(f"plots/{name}.png" for name in plots)]
         paths += ["report.html", "summary.json", "tokens.json"]
         assert [file["path"] for file in made["files"]] == paths

@@ -87,7 +87,7 @@ class TestServerGone:
     @pytest.mark.studies
     def test_killed_between_two_objects(self, own_server: S3Server, tmp_path: Path) -> None:
         results = make_results(tmp_path / "many")
-        publisher = start_publisher(results, self.TARGET, more=90)
+        publisher = start_publisher(results, self.TARGET, more=80)
         deadline = time.monotonic() + 120
         with opened(self.TARGET) as store:
             while len(store.list("")) < 10:
@@ -98,14 +98,14 @@ class TestServerGone:
         assert output.startswith("StoreUnavailable"), output
         own_server.start()
         half = answered(Objects(self.TARGET).seen)
-        assert 10 <= len(half) < 90
+        assert 10 <= len(half) < 80
         assert answered(lambda: published_manifest(self.TARGET, SLUG, STUDY_ID)) is None
         answered(lambda: publish(results, self.TARGET, SLUG))
         assert fetch(self.TARGET, SLUG, STUDY_ID, tmp_path / "back") == read_manifest(results)
 
     def test_readers_see_all_or_nothing(self, own_server: S3Server, tmp_path: Path) -> None:
         results = make_results(tmp_path / "many")
-        publisher = start_publisher(results, self.TARGET, more=90)
+        publisher = start_publisher(results, self.TARGET, more=80)
         early = 0
         while published_manifest(self.TARGET, SLUG, STUDY_ID) is None:
             early += 1

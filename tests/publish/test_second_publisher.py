@@ -8,6 +8,7 @@ from pathlib import Path
 import outliers.publish.publish as publishing
 from outliers.publish.publish import publish_study
 from outliers.publish.publishable import read_publishable
+from outliers.publish.stores.base import create_in_order
 from outliers.publish.stores.open import opened
 from tests.support.results_folder import SLUG, STUDY_ID, finish, make_results
 
@@ -24,6 +25,9 @@ class Late:
     def create(self, key, data):
         self._other()
         return self._store.create(key, data)
+
+    def create_with(self, files, key, data):
+        return create_in_order(self, files, key, data)
 
 
 def test_what_was_put_too_late_is_taken_back(tmp_path, monkeypatch):

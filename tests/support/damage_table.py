@@ -76,6 +76,8 @@ KINDS: tuple[tuple[str, str, str, int], ...] = (
     ("studies: what a step is given", r"studies/.*\.json", "json", 3),
     ("jobs: how they ended", r"jobs/[^/]+/\d+/(exit|error|cancel|started|job|result)\.json", "json", 3),
     ("jobs: events, locks", r"jobs/.*", "", 3),
+    ("own: what pages were rendered with", r"own/[^/.]+\.page\.json", "json", 0),
+    ("own: names", r"own/[^/.]+\.json", "json", 0),
     ("workspace.json", r"workspace\.json", "json", 0),
     ("instance: the name of this disk", r"instance", "", 3),
     ("Prefect's own", r"prefect/.*", "", 0),
