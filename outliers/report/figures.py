@@ -167,15 +167,17 @@ def dress(axes: Axes, x_label: str, y_label: str) -> None:
 
 def plain_log(axes: Axes, which: str) -> None:
     """A log axis whose ticks read 1, 10, 1,000 instead of powers."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log", nonpositive="clip") if which == "x" else axes.set_yscale("log", nonpositive="clip")
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_view_interval()
     axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    # each tick is an object to draw and to place: at 2 and 5 they are enough to read a log axis by
+    axis.set_minor_locator(LogLocator(subs=(2, 3, 5) if high < low * 100 else (2, 5), numticks=99))
     axis.set_minor_formatter(NullFormatter())
     if high < low * 100:  # the powers of ten alone would leave an axis of one tick
-        axis.set_minor_formatter(FuncFormatter(lambda value, _: _short(value) if f"{value:e}"[0] in "235" else ""))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: _short(value)))
     axis.set_tick_params(which="minor", labelsize=pt(8), length=2)
 
 

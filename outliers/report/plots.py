@@ -60,6 +60,8 @@ def draw(content: Content) -> tuple[Plot, ...]:
 
 def magnitudes(summary: StudySummary) -> Plot | None:
     """Share of the values whose magnitude is at least x, log-log, a line a site; None where no value was counted."""
+    from matplotlib.ticker import LogLocator
+
     known = {site: summary.histogram[site] for site in SITES if site in summary.histogram}
     lines = {site: tail(np.asarray(bins.counts), np.asarray(bins.lower_edges)) for site, bins in known.items()}
     lines = {site: line for site, line in lines.items() if line[0].size}
@@ -74,6 +76,7 @@ def magnitudes(summary: StudySummary) -> Plot | None:
     mark_magnitude(axes, magnitude)
     plain_log(axes, "x")
     axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5), numticks=99))
     axes.set(xlim=axes.get_xlim(), ylim=(axes.get_ylim()[0], 1.5))
     axes.axvspan(magnitude, max(axes.get_xlim()[1], magnitude), color=DECIDING, alpha=0.05, linewidth=0)
     legend(axes)

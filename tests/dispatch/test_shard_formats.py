@@ -94,6 +94,7 @@ def quick(monkeypatch):
     monkeypatch.setattr("outliers.dispatch.shard_formats.LOOK_SECONDS", 0.01)
 
 
+@pytest.mark.studies
 def test_shards_wait_for_each_other_and_go_on_where_a_run_was_ended(tmp_path, quick):
     world = World(tmp_path, [2, 4])
     spread, home = Spread(world, 3), world.home

@@ -293,6 +293,7 @@ def test_a_second_run_is_answered_without_prefect(place, finished):
     assert again == outcome | {"cached": True}
 
 
+@pytest.mark.studies
 @pytest.mark.servers
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow-skinny is not installed")
 def test_a_finished_study_is_tracked_or_says_that_it_is_not(place, finished):
@@ -361,6 +362,7 @@ rm "$BALLAST"
 """
 
 
+@pytest.mark.studies
 @pytest.mark.servers
 def test_a_full_disk_in_the_middle_is_one_clear_error_and_then_a_resume(place, tmp_path):
     """A small tmpfs in a namespace of its own: the writers fail, the step says so, and with room the journal's work stays."""

@@ -45,6 +45,7 @@ def set_up(prefect_home, address: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.studies
 def test_a_run_that_fails_is_told_once_and_one_that_is_done_is_not(prefect_home, webhook, tmp_path):
     address, heard = webhook
     for word in ("made", "replaced"):

@@ -192,6 +192,7 @@ def test_a_study_asked_for_under_another_name_is_called_by_it(made, copy, home, 
     assert own_names(workspace, again.study_id).model == "Umbenannt"
 
 
+@pytest.mark.studies
 def test_given_names_are_published_and_are_a_study_of_their_own(made, home):
     named = run(spec_of(home, model={"name": "Acme 7B"}, corpus={"name": "Acme manuals (2024)"}), home)
     other = prepare(spec_of(home, model={"name": "Acme 8B"}), named[1])

@@ -105,7 +105,7 @@ class TestServerGone:
 
     def test_readers_see_all_or_nothing(self, own_server: S3Server, tmp_path: Path) -> None:
         results = make_results(tmp_path / "many")
-        publisher = start_publisher(results, self.TARGET, more=80)
+        publisher = start_publisher(results, self.TARGET, more=40)
         early = 0
         while published_manifest(self.TARGET, SLUG, STUDY_ID) is None:
             early += 1

@@ -124,6 +124,7 @@ def test_positions_are_shares_of_the_tokens_there(plain):
     assert sum(position_shares(ragged, content.tokens.features[0])) == pytest.approx(100)
 
 
+@pytest.mark.studies
 def test_figures_for_a_paper(plain):
     """As wide as asked for, with text as text, no date and no program's name, in equal bytes; the page's look comes back."""
     made = make_figures(read_files(plain), ("svg", "pdf", "png"), 3.4)
