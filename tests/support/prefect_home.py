@@ -204,7 +204,9 @@ class PrefectHome:
 
 @pytest.fixture(scope="module")
 def prefect_home(tmp_path_factory, s3_server):
-    """One server and worker for the tests of a file, with the keys of the S3 server's writer. They end with the file: a server that
-    nobody asks takes a sixth of a core, for as long as the other tests last."""
+    """One server and worker for the tests of a file, with the keys of the S3 server's writer.
+
+    They end with the file: a server that nobody asks takes a sixth of a core, for as long as the other tests last.
+    """
     with PrefectHome(tmp_path_factory.mktemp("prefect"), s3_server.environment()) as running:
         yield running
