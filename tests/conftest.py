@@ -23,6 +23,7 @@ for name in ("OUTLIERS_WORKSPACE", "OUTLIERS_PROVIDER", "OUTLIERS_EVENTS", "OUTL
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+import hypothesis
 import pytest
 
 from outliers.workspace import Workspace, open_workspace
@@ -35,6 +36,10 @@ from tests.support.prefect_ui import browser, logged_in
 from tests.support.s3 import s3_server
 from tests.support.smollm2 import smollm2_workspace
 from tests.support.times import SLOW, function_of
+
+# no test is timed: a busy machine takes ten times as long for an example
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 __all__ = [
     "browser",
