@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.answers import Answers
-from outliers.events.event import Event
+from outliers.events.event import LEVELS, Event
 from outliers.units import clip, format_seconds
 from outliers.untrusted.visible import visible
 
@@ -58,11 +58,8 @@ def busy(console: Console, text: str) -> Iterator[None]:
 @contextlib.contextmanager
 def library_lines(console: Console) -> Iterator[None]:
     """Show the library's own log lines while the block runs: for instance, what is damaged and made again."""
-    from rich.logging import RichHandler
-
     logger = logging.getLogger("outliers")
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
-    handler.setFormatter(_Visible("%(message)s"))
+    handler = LineHandler(console)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -71,11 +68,22 @@ def library_lines(console: Console) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-class _Visible(logging.Formatter):
-    """Formats a record without control characters: the library names files and models, and quotes other programs."""
+class LineHandler(logging.Handler):
+    """Prints log records on a console without control characters: they name files and models, and quote other programs."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        print_line(self._console, self.format(record), record.levelno)
+
+
+def print_line(console: Console, text: str, level: int) -> None:
+    """Print one line of a log, from a warning on in yellow. A terminal breaks it between words; a file gets one line."""
+    style = "yellow" if level > logging.INFO else ""
+    console.print(Text(visible(text), style=style), soft_wrap=not console.is_terminal)
 
 
 def _phase_line(console: Console) -> Progress:
@@ -85,7 +93,7 @@ def _phase_line(console: Console) -> Progress:
 
 
 class Remaining(ProgressColumn):
-    """The time that is left, once a step has run long enough for a rate: what the first tenth of a minute promises is wrong."""
+    """The time that is left, once a step has run for RATE_SECONDS: an estimate from its first moments is far off."""
 
     max_refresh = 0.5
 
@@ -136,7 +144,7 @@ class Steps:
     def listen(self, step: str, event: Event) -> None:
         """One event of a job; a listener for `StudyRun.listen`."""
         if event.kind == "log":
-            self.console.print(Text(f"  {step}: {event.message}", style="" if event.level == "info" else "yellow"))
+            print_line(self.console, f"  {step}: {event.message}", LEVELS[event.level])
             self._say(f"{step}: {event.message}")
         elif event.kind == "progress" and event.total:
             # a bar that is full says nothing of what follows it
@@ -154,7 +162,8 @@ class Steps:
                 self._phase.remove_task(self._now)
                 self._now = None
             if text is not None and self.console.is_terminal:
-                self._now = self._phase.add_task(clip(visible(text), self.console.width - PHASE_COLUMNS), total=None)
+                room = max(PHASE_COLUMNS, self.console.width - PHASE_COLUMNS)
+                self._now = self._phase.add_task(clip(visible(text), room), total=None)
 
     def _bar(self, event: Event) -> None:
         if event.step not in self._bars:

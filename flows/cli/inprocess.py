@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.cli import interrupt
-from flows.cli.console import Steps, busy
+from flows.cli.console import LineHandler, Steps, busy
 from flows.server import password as server_password
 from flows.server.own import OwnServer, door, is_decided, settle_home
 from flows.server.reach import check_server, check_settings
@@ -89,10 +89,7 @@ def _library_lines(console: Console) -> Iterator[None]:
     """Show the library's own log lines: a machine that is found, deployed to, lost, answers again, is released."""
     import logging
 
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
-    handler.setLevel(logging.INFO)
+    handler = LineHandler(console)
     names = ("outliers.machines", "outliers.leases", "outliers.own_server", "outliers.progress")
     loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:

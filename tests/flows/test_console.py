@@ -40,6 +40,15 @@ def test_a_phase_without_a_count_shows_its_message_and_its_time():
     assert drawn and max(map(len, drawn)) <= 80
 
 
+def test_a_message_is_one_line_where_there_is_no_terminal():
+    shown = io.StringIO()
+    console = Console(file=shown, markup=False, emoji=False)
+    steps, message = Steps(console), "one pass over 16 sequences " * 8
+    with steps.shown():
+        steps.listen("extract", Event(0, "log", message=message.strip()))
+    assert shown.getvalue() == f"  extract: {message.strip()}\n"
+
+
 def test_no_time_is_left_before_there_is_a_rate():
     clock = [0.0]
     bars = Progress(Remaining(), get_time=lambda: clock[0], disable=True)
