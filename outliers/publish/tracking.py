@@ -19,9 +19,10 @@ from urllib.parse import urlsplit
 
 from outliers.deadline import within
 from outliers.errors import BadInput, OutliersError
-from outliers.publish.allowlist import REPORT, SUMMARY
+from outliers.publish.allowlist import MANIFEST, REPORT, SUMMARY
 from outliers.publish.probes import newest_probe
 from outliers.publish.publishable import Publishable, read_publishable
+from outliers.publish.stores.links import web_link
 from outliers.report.card import make_card
 from outliers.results.schema import Advice, StudySummary
 from outliers.spec import has_login
@@ -43,11 +44,13 @@ SETTINGS = {
 MAX_PARAM = 500
 """Characters of a parameter: the least that any server takes."""
 MAX_NOTE = 5_000
+UNPROBED = "none"
+"""The tag `probe_id` of a study without a probe: a search can't ask for a tag that is absent."""
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """What came of it: the address of the run, or why there is none."""
+    """The result of logging a study: `url` is the address of its run, or `why` says why there is no run."""
 
     url: str | None
     why: str | None = None
@@ -73,16 +76,18 @@ def tracking_uri(given: str) -> str:
 
 
 def track(results: Path, uri: str, published: str | None, seconds: float = SECONDS) -> Tracked:
-    """Log a finished study at the tracking server `uri`. A study that is there with the same numbers is not logged again.
+    """Log a finished study at the tracking server `uri`, unless it is there with the same numbers and the same newest probe.
 
-    results: its folder. published: the URL of its manifest. Raises nothing that a tracker or a folder does.
+    results: its folder. published: the URL of its manifest; a file:// URL stays here, since it is a path of this machine. Raises
+    nothing that a tracker or a folder does.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     began = time.time()
     try:
         study = read_publishable(results)
-        return Tracked(within(seconds, lambda: _log(study, _advice(results), uri, published, began)))
+        advice = _advice(results, study.manifest["study_id"])
+        return Tracked(within(seconds, lambda: _log(study, advice, uri, published, began)))
     except TimeoutError:
         why = f"the tracking server did not answer within {seconds:.0f} s"
     # MlflowException, and what HTTP libraries and file systems raise, have no common base but this
@@ -91,9 +96,10 @@ def track(results: Path, uri: str, published: str | None, seconds: float = SECON
     return Tracked(None, visible_line(" ".join(why.split()), 700))
 
 
-def _advice(results: Path) -> Advice | None:
+def _advice(results: Path, study_id: str) -> Advice | None:
+    """The verdict of the study's newest probe; None without one. Raises DamagedResults."""
     found = newest_probe(results)
-    return None if found is None else found.advice
+    return found.advice if found is not None and found.advice.study_id == study_id else None
 
 
 def _log(study: Publishable, advice: Advice | None, uri: str, published: str | None, began: float) -> str:
@@ -103,23 +109,24 @@ def _log(study: Publishable, advice: Advice | None, uri: str, published: str | N
     client, manifest = MlflowClient(tracking_uri=uri), study.manifest
     summary = StudySummary.model_validate_json(study.files[SUMMARY], extra="ignore")
     experiment = _experiment(client)
-    digest = manifest["results_digest"]
-    there = client.search_runs(
-        [experiment],
-        f"tags.study_id = '{summary.study_id}' and tags.results_digest = '{digest}' and attributes.status = 'FINISHED'",
-        max_results=1,
-    )
+    known = {
+        "study_id": summary.study_id,
+        "results_digest": manifest["results_digest"],
+        "probe_id": UNPROBED if advice is None else advice.probe_id,
+    }
+    same = [f"tags.{name} = '{value}'" for name, value in known.items()]
+    there = client.search_runs([experiment], " and ".join([*same, "attributes.status = 'FINISHED'"]), max_results=1)
     if there:
         return _address(uri, experiment, there[0].info.run_id)
-    card = make_card(summary, manifest, advice, published)
+    public = None if published is None or published.startswith("file:") else published
+    card = make_card(summary, manifest, advice, public and web_link(public.removesuffix(f"/{MANIFEST}")))
     tags = {
-        "study_id": summary.study_id,
+        **known,
         "capture_id": summary.capture_id,
-        "results_digest": digest,
         "mlflow.note.content": card.body[:MAX_NOTE],
-        **({} if published is None else {"published": published}),
+        **({} if public is None else {"published": public}),
     }
-    name = f"{summary.model.id} {summary.corpus.num_sequences}x{summary.corpus.sequence_length}"
+    name = f"{summary.model.called} {summary.corpus.num_sequences}x{summary.corpus.sequence_length}"
     run = client.create_run(experiment, start_time=int(began * 1000), tags=tags, run_name=name).info.run_id
     try:
         client.log_batch(run, params=list(_params(manifest["spec"])), metrics=list(_metrics(summary, advice)))

@@ -13,7 +13,9 @@ import pytest
 
 from outliers.errors import BadInput
 from outliers.publish.manifest import read_manifest
+from outliers.publish.probes import place_probe
 from outliers.publish.tracking import Tracked, track, tracking_uri
+from tests.support.probed import change, probes
 from tests.support.results_folder import STUDY_ID, make_results
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow-skinny is not installed")
@@ -61,6 +63,28 @@ def test_a_run_has_what_was_asked_the_answer_and_the_page(store, results):
         assert "home of a person" not in path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("published", "tag", "link"),
+    [
+        ("file:///home/anna/atlas/m/s/manifest.json", None, None),
+        ("s3://bucket/atlas/m/s/manifest.json", "s3://bucket/atlas/m/s/manifest.json", None),
+        (
+            "hf://datasets/lab/a/m/s/manifest.json",
+            "hf://datasets/lab/a/m/s/manifest.json",
+            "<https://huggingface.co/datasets/lab/a/tree/main/m/s>",
+        ),
+    ],
+)
+def test_where_a_study_is_published_is_logged_and_no_folder_of_this_machine(store, results, published, tag, link):
+    track(results, store, published)
+    (run,) = runs_of(store)
+    assert run.data.tags.get("published") == tag
+    assert "/home/anna" not in str(run.data.tags)
+    card = (Path(run.info.artifact_uri.removeprefix("file://")) / "card.md").read_text()
+    assert ("The whole study: " in card) == (link is not None)
+    assert link is None or link in card
+
+
 def test_a_study_that_is_there_is_not_logged_again(store, results):
     first = track(results, store, None)
     assert track(results, store, None) == first
@@ -74,6 +98,28 @@ def test_another_experiment_and_other_numbers(store, results, tmp_path, monkeypa
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     track(results, store, None)
     assert len(runs_of(store, "mine")) == 1
+
+
+def test_a_study_that_is_probed_later_is_logged_with_its_verdict(store, results, workspace):
+    """Its numbers are the same: results_digest does not cover a probe."""
+    track(results, store, None)
+    probed = probes(change("int8", format="int8_token", kl=0.03), study_id=STUDY_ID)
+    place_probe(probed, [], results / "probes" / probed.probe_id, workspace)
+    assert track(results, store, None) == track(results, store, None)
+    newest, first = runs_of(store)
+    assert newest.data.metrics["kl.int8_token"] == 0.03
+    assert newest.data.tags["probe_id"] == probed.probe_id
+    assert "kl.int8_token" not in first.data.metrics
+    assert first.data.tags["probe_id"] == "none"
+
+
+def test_the_probe_of_another_study_is_not_logged(store, results, workspace):
+    other = probes(change("int8", format="int8_token"))
+    place_probe(other, [], results / "probes" / other.probe_id, workspace)
+    track(results, store, None)
+    (run,) = runs_of(store)
+    assert "kl.int8_token" not in run.data.metrics
+    assert "What can be quantized" not in run.data.tags["mlflow.note.content"]
 
 
 def test_a_file_store_that_the_client_refuses_is_a_warning(store, results, monkeypatch):
