@@ -9,6 +9,7 @@ huggingface_hub; it stands in no URL and no message. Knows nothing of studies.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Moved(PublishRefused):
 
 @dataclass(frozen=True)
 class Head:
-    """The newest commit of a repository, and when it was made, in seconds since 1970 by the hub's clock."""
+    """The newest commit of a repository, and when it was made, in seconds since 1970 by the hub's clock; inf: not known."""
 
     commit: str
     modified: float
@@ -59,7 +60,8 @@ class DatasetRepo:
             found = api.dataset_info(self.repo, revision=BRANCH, timeout=SECONDS, expand=["sha", "lastModified"])
             if not found.sha:
                 raise TargetError(f"the data set {self.repo} has no commit yet: add a README.md to it on the hub")
-            return Head(str(found.sha), found.last_modified.timestamp() if found.last_modified else 0.0)
+            # where the hub does not say when, nothing counts as old
+            return Head(str(found.sha), found.last_modified.timestamp() if found.last_modified else math.inf)
 
         return self._call("read", "", ask)
 
@@ -78,7 +80,7 @@ class DatasetRepo:
         self._call("write", "", ask)
 
     def read(self, path: str, commit: str, max_bytes: int) -> bytes | None:
-        """A file at a commit; None if there is none. Raises PublishRefused for more bytes."""
+        """The bytes of the file `path` at `commit`; None if that commit has no such file. Raises PublishRefused for more bytes."""
         from huggingface_hub.errors import EntryNotFoundError
 
         # documented there, and not marked as exported for a type checker
@@ -149,9 +151,9 @@ class DatasetRepo:
         return self._call("write", "", ask, self._seconds + size / SLOWEST_BYTES_PER_SECOND)
 
     def _call(self, doing: str, path: str, ask: Callable[[Any], _Answer], seconds: float = 0) -> _Answer:
-        """What `ask` answers within `seconds` (0: those of every call); its errors become those of the tree.
+        """Return what `ask` returns within `seconds` (0: the limit of every call). Its errors become errors of `outliers.errors`.
 
-        What huggingface_hub and Xet's client do inside can't be ended from outside: a call that is late is left behind.
+        What huggingface_hub and Xet's client do can't be interrupted: a call that is late goes on in its own thread.
         """
         from huggingface_hub import HfApi, constants
 
@@ -199,10 +201,8 @@ def _translated(what: str, repo: str) -> Iterator[None]:
         raise _refusal(what, error) from error
     except silent as error:
         raise StoreUnavailable(f"{what}: the hub did not answer ({plain(error)}); run the same again") from error
-    except (
-        ValueError,
-        RuntimeError,
-    ) as error:  # a malformed answer, a refusal of the storage of large files, Xet's client
+    # a malformed answer, a refusal of the storage of large files, Xet's client, a token file that can't be read
+    except (ValueError, RuntimeError, OSError) as error:
         raise StoreUnavailable(f"{what}: {plain(error)}; run the same again") from error
 
 

@@ -154,6 +154,31 @@ def test_a_hub_that_fails_leaves_nothing_half(hub, results):
     publish(results, TARGET, SLUG)
 
 
+@pytest.mark.parametrize(("modified", "kept"), [(1_000_000_000.0, False), (None, True)])
+def test_a_folder_without_a_manifest_is_removed_only_where_it_is_known_to_be_old(hub, results, modified, kept):
+    publish(results, TARGET, SLUG)
+    orphan = f"{SLUG}/{STUDY_ID}/{'f' * 12}/summary.json"
+    Objects(TARGET).put(orphan, b"x")
+    repo_of(hub).modified = modified
+    publish(results, TARGET, SLUG)
+    assert (Objects(TARGET).read(orphan) is not None) == kept
+
+
+def test_a_store_that_was_listed_sees_what_it_writes(hub):
+    with opened(TARGET) as store:
+        assert store.children("").folders == []
+        assert store.create("a/manifest.json", b"x")
+        assert store.read("a/manifest.json") == b"x"
+        assert store.children("").folders == ["a"]
+
+
+def test_a_token_file_that_can_not_be_read_is_an_error_of_ours(hub, results, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))  # a folder
+    with pytest.raises(StoreUnavailable, match="data set lab/studies"):
+        check_target(TARGET)
+
+
 def test_commits_that_never_fit_are_given_up(hub, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     hub.faults.append(Fault(COMMIT, status=412, times=99))

@@ -48,8 +48,8 @@ class Repo:
     """Whose commits it takes."""
     large: str = ""
     """Names of files (a pattern) that it keeps as large ones whatever their size, as .gitattributes says on the hub."""
-    modified: float = 1_750_000_000.0
-    """When the newest commit was made, by the hub's clock."""
+    modified: float | None = 1_750_000_000.0
+    """When the newest commit was made, by the hub's clock; None: it does not say."""
 
     def commit(self, revision: str) -> str | None:
         return self.branches.get(revision, revision if revision in self.commits else None)
@@ -191,7 +191,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if what == "tree":
             return self.gate(repo) or self.pages(repo, files, folder)
         info = {"id": repo.id, "sha": commit, "private": repo.private, "gated": repo.gated}
-        info["lastModified"] = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(repo.modified))
+        if repo.modified is not None:
+            info["lastModified"] = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(repo.modified))
         if repo.listed:
             info["siblings"] = [self.sibling(path, data) for path, data in files.items()]
         return self.json(info)

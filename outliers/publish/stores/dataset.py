@@ -40,10 +40,11 @@ class DatasetStore:
         self._prefix = f"{prefix}/" if prefix else ""
         self._lock = threading.Lock()
         self._head: Head | None = None
-        self._names: dict[str, int] | None = None
+        self._names: tuple[str, dict[str, int]] | None = None
+        """A commit, and every file below the prefix at it: size in bytes by path."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no connection is kept."""
 
     def check(self) -> None:
         head = self._at()
@@ -53,7 +54,7 @@ class DatasetStore:
     def read(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes | None:
         head = self._at()
         names = self._names
-        if names is not None and self._prefix + key not in names:
+        if names is not None and names[0] == head.commit and self._prefix + key not in names[1]:
             return None
         return self._repo.read(self._prefix + key, head.commit, max_bytes)
 
@@ -107,16 +108,17 @@ class DatasetStore:
 
     def _listed(self) -> dict[str, int]:
         """Every file below the prefix: one listing answers for all folders, which are many in a store."""
-        head = self._at()
+        commit = self._at().commit
         with self._lock:
-            if self._names is None:
-                self._names = self._repo.tree(self._prefix.rstrip("/"), head.commit, MAX_LISTED)
-            return self._names
+            # another thread may have written since: names are kept with their commit
+            if self._names is None or self._names[0] != commit:
+                self._names = commit, self._repo.tree(self._prefix.rstrip("/"), commit, MAX_LISTED)
+            return self._names[1]
 
-    def _forget(self, head: Head | None = None) -> Head | None:
+    def _forget(self) -> None:
+        """Read the newest commit from now on."""
         with self._lock:
-            self._head, self._names = head, None
-        return head
+            self._head, self._names = None, None
 
     def _commit(
         self, files: Mapping[str, bytes], remove: Sequence[str], message: str, *, free: str | None = None
