@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from outliers.errors import CorpusError
 
 BLOCK_BYTES = 1 << 20
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
+"""A string of JSON. Possessive: nothing is kept to go back to, which takes fifteen times the memory of a text of escapes."""
 
 
 class IntRows(Protocol):
@@ -105,7 +106,7 @@ class TextRows:
 
 def _strings(path: Path) -> Iterator[tuple[int, int, int]]:
     """Where each string of a JSON list begins, its bytes with the quotation marks, and their checksum."""
-    held, place, between = b"", 0, b""
+    held, place, between = b"", 0, bytearray()  # bytes would be copied with each string: minutes for a million
     with path.open("rb") as file:
         # as much again as is held: a string of many blocks is not looked through anew with each of them
         while block := file.read(max(BLOCK_BYTES, len(held))):

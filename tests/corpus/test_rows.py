@@ -96,7 +96,8 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
 def test_memory_does_not_grow_with_the_file(tmp_path):
     path = saved(tmp_path / "a.npy", np.zeros((4_000, 2_048), np.int32))  # 33 MB
     texts = tmp_path / "texts.json"
-    texts.write_text(json.dumps(["word " * 4_000] * 1_000))  # 20 MB
+    # 20 MB, and 2.4 MB of escapes: what is not ASCII is written as such
+    texts.write_text(json.dumps(["word " * 4_000] * 1_000 + ["é" * 400_000]))
     tracemalloc.start()
     found, words = RowFile(path), TextRows(texts)
     assert found[3_999:].shape == (1, 2_048) and len(words[999]) == 20_000
