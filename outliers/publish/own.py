@@ -134,18 +134,26 @@ def is_shown(prepared: Prepared, workspace: Workspace) -> bool:
 
 
 def private_words(prepared: Prepared) -> dict[str, str]:
-    """The names that are not published, each with what is published for it."""
+    """The names that are not published, each with what is published for it.
+
+    Whole paths are among them: `runlog.scrub` sees where a path ends only if no folder in it has a blank in its name.
+    """
     found: dict[str, str] = {}
     source = prepared.model.source
     if source.id.startswith(LOCAL_PREFIX):
-        names = (source.name, prepared.spec.model.id, Path(source.path).name, path_name(prepared.spec.model.id))
+        path = prepared.spec.model.id
+        names = (source.name, path, _full(path), source.path, Path(source.path).name, path_name(path))
         found |= dict.fromkeys(names, prepared.public_model)
     if prepared.corpus.source.startswith(LOCAL_PREFIX):
         path = prepared.spec.corpus.source
-        found |= dict.fromkeys((path, path_name(path)), prepared.public_corpus)
+        found |= dict.fromkeys((path, _full(path), path_name(path)), prepared.public_corpus)
     shown = {visible_name(name): public for name, public in found.items()}
     public = {prepared.public_model, prepared.public_corpus, source.id, prepared.corpus.source}
     return {name: said for name, said in (found | shown).items() if name and name not in public}
+
+
+def _full(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def own_verdict(prepared: Prepared, probes: Probes, advice: Advice) -> str:

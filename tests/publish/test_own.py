@@ -19,7 +19,7 @@ from outliers.publish.finished import read_finished
 from outliers.publish.outcome import find_outcome
 from outliers.publish.own import names_of_captures, own_names, private_words, published_line
 from outliers.publish.publishable import render_files
-from outliers.publish.runlog import rename
+from outliers.publish.runlog import rename, scrub
 from outliers.publish.shelf import read_study
 from outliers.spec import StudySpec
 from outliers.study.prepare import prepare
@@ -246,6 +246,29 @@ def test_a_log_has_public_names_in_whole_words(made):
     assert rename(f"loaded {MODEL} on cpu", words) == f"loaded {model} on cpu"
     assert rename(f"{made[0].spec.corpus.source} is read", words) == f"{corpus} is read"
     assert rename("a model, modelled", {"model": "local:0", "a": "local:1"}) == "a local:0, modelled"
+
+
+def test_a_log_has_no_folder_above_a_model_or_text_whose_name_has_a_blank(made, monkeypatch):
+    """The log names the whole path, whatever was typed."""
+    prepared, workspace, _ = made
+    place = Path("/srv/Kunde Meier")
+    monkeypatch.chdir("/srv")
+    spec, source = prepared.spec, prepared.model.source.model_copy(update={"path": f"{place}/m"})
+    moved = prepared.model_copy(
+        update={
+            "model": prepared.model.model_copy(update={"source": source}),
+            "spec": spec.model_copy(
+                update={
+                    "model": spec.model.model_copy(update={"id": "Kunde Meier/m"}),
+                    "corpus": spec.corpus.model_copy(update={"source": "./Kunde Meier/t.txt"}),
+                }
+            ),
+        }
+    )
+    text = f"loaded {place}/m/config.json, {place}/t.txt and 'Kunde Meier/m'"
+    shown = scrub(rename(text, private_words(moved)), workspace.root)
+    assert "Meier" not in shown and "Kunde" not in shown
+    assert f"{source.id}/config.json" in shown and prepared.corpus.source in shown
 
 
 @pytest.mark.servers
