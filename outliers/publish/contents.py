@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,7 +40,8 @@ from outliers.results.schema import (
     first_error,
 )
 from outliers.results.schema.fields import check_unique
-from outliers.spec import BLOCK
+from outliers.results.schema.pictures import MAX_SHOWN
+from outliers.spec import BLOCK, BLOCK_SITES
 from outliers.spec.formats import parse_format
 from outliers.untrusted.visible import visible_values
 
@@ -87,26 +89,55 @@ def check_pictures(data: bytes | None, summary: StudySummary) -> None:
 
 
 def _check_pictures(found: Pictures, summary: StudySummary) -> None:
-    """Raise ValueError where the extremes are not those of the summary's layers, sites and features."""
-    rows = {(row.site, row.layer): row.max_magnitude for row in summary.layers}
+    """Raise ValueError where the extremes or kinds are not those of the summary's layers, sites and features."""
+    most = {(row.site, row.layer): row.max_magnitude for row in summary.layers}
     own = {(row.site, row.layer): row for row in found.layers}
-    if own.keys() != rows.keys():
+    if own.keys() != most.keys():
         raise ValueError("its layers are not those of summary.json")
-    for (site, layer), most in rows.items():
-        sizes = [abs(item.value) for item in own[site, layer].largest]
-        if sizes != sorted(sizes, reverse=True) or (sizes[0] if sizes else None) != most:
-            raise ValueError(f"the largest values at {site} of layer {layer} are {sizes}, summary.json has {most}")
-    read, width = len({layer for _, layer in rows}), summary.max_width
+    for (site, layer), limit in most.items():
+        items = own[site, layer].largest
+        sizes = [abs(item.value) for item in items]
+        ordered = sorted(items, key=lambda item: (-abs(item.value), item.feature))
+        if items != ordered or (sizes[0] if sizes else None) != limit:
+            raise ValueError(f"the largest values at {site} of layer {layer} are {sizes}, summary.json has {limit}")
+    width = summary.max_width
     numbers = [item.feature for row in found.layers for item in row.largest] + [row.feature for row in found.features]
     if any(number >= width for number in numbers):
         raise ValueError(f"feature {max(numbers)} of a model with at most {width} a site")
+    passing = [row.feature for row in summary.systematic][:MAX_SHOWN]
+    if [row.feature for row in found.features][: len(passing)] != passing:
+        raise ValueError("its features do not begin with the systematic ones of summary.json")
+    _check_shown(found, summary, most)
+    if (kinds := found.kinds) is not None and (
+        kinds.tokens != summary.corpus.num_tokens or [row.feature for row in kinds.features] != passing
+    ):
+        raise ValueError("its kinds of tokens are of other tokens or features than summary.json's")
+
+
+def _check_shown(found: Pictures, summary: StudySummary, most: Mapping[tuple[str, int], float | None]) -> None:
+    """Raise ValueError where a feature of the heat map has values that summary.json rules out.
+
+    most: the largest magnitude of each captured site and layer, None where no value is finite.
+    """
+    layers, decides = sorted({layer for _, layer in most}), summary.criteria.site
+    reach = {row.feature: row.max_magnitude for row in summary.systematic}
     for shown in found.features:
-        if any(len(values) != read or site not in summary.readings for site, values in shown.values.items()):
+        sites = shown.values.keys()
+        if decides not in sites or not sites <= summary.readings.keys():
             raise ValueError(f"feature {shown.feature} has other sites or layers than were read")
-    if (kinds := found.kinds) is not None:
-        passing = {row.feature for row in summary.systematic}
-        if kinds.tokens != summary.corpus.num_tokens or any(row.feature not in passing for row in kinds.features):
-            raise ValueError("its kinds of tokens are of other tokens or features than summary.json's")
+        for site, values in shown.values.items():
+            if len(values) != len(layers):
+                raise ValueError(f"feature {shown.feature} has other sites or layers than were read")
+            parts = BLOCK_SITES if site == BLOCK else (site,)
+            for layer, value in zip(layers, values, strict=True):
+                limit = max((size for part in parts if (size := most.get((part, layer))) is not None), default=None)
+                if value is not None and (limit is None or abs(value) > limit):
+                    raise ValueError(
+                        f"feature {shown.feature} is {value} at {site} of layer {layer}, more than any there"
+                    )
+        largest = max((abs(value) for value in shown.values[decides] if value is not None), default=None)
+        if largest != reach.get(shown.feature, largest):
+            raise ValueError(f"feature {shown.feature} is {largest} at most, summary.json has {reach[shown.feature]}")
 
 
 def _checked_json(data: bytes, model: type[_Model]) -> _Model:

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
 
 from outliers.results.schema.arrow import arrow_type, field_names
+from outliers.results.schema.pictures import KindName
 
 _PLAIN = {str: "text", int: "integer", float: "number", bool: "true or false"}
 
@@ -62,4 +63,6 @@ def json_type(annotation: Any) -> str:
 
 def _key(annotation: Any) -> str:
     """What the keys of an object are."""
+    if annotation == KindName:
+        return "kind"
     return "site" if "block" in get_args(annotation) else "reading"

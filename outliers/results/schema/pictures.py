@@ -46,6 +46,11 @@ class LargestRow(Strict):
         description="at most three, the largest first; of equal ones the lower number"
     )
 
+    @model_validator(mode="after")
+    def _unique(self) -> LargestRow:
+        check_unique((item.feature for item in self.largest), f"feature at {self.site} of layer {self.layer}")
+        return self
+
 
 class ShownFeature(Strict):
     """One feature of the heat map, in every layer that was read, whether it is a hit or not."""
@@ -80,8 +85,10 @@ class TokenKinds(Strict):
         for tokens, kinds in ((self.tokens, self.kinds), *((row.tokens, row.kinds) for row in self.features)):
             if sum(kinds.values()) > tokens:
                 raise ValueError(f"{sum(kinds.values())} tokens by kind of {tokens}")
+        rest = self.tokens - sum(self.kinds.values())
         for row in self.features:
-            if any(count > self.kinds.get(kind, 0) for kind, count in row.kinds.items()):
+            of_none = row.tokens - sum(row.kinds.values())
+            if of_none > rest or any(count > self.kinds.get(kind, 0) for kind, count in row.kinds.items()):
                 raise ValueError(f"feature {row.feature} has more tokens of a kind than the corpus")
         return self
 
