@@ -45,6 +45,11 @@ def sweep_name() -> str:
     return _given() or made
 
 
+def reap_name() -> str:
+    """`reap`, or the name that was given."""
+    return _given() or "reap"
+
+
 def short_name(model: ModelSpec | str | dict[str, Any]) -> str:
     """`SmolLM2-135M`, from the parameters alone: nothing is looked up for a name."""
     return short_model_name(model if isinstance(model, str) else ModelSpec.model_validate(model).id)

@@ -105,8 +105,13 @@ def sweep(
     quiet_tracebacks()
     try:
         planned = planned_sweep(file, study, defaults, matrix, parallel, stagger_seconds, publish_to, workspace)
+        return run_sweep(planned, children, deployment)
     except OutliersError as error:
         return failed_with(error)
+
+
+def run_sweep(planned: Sweep, children: str, deployment: str) -> Any:
+    """The studies of the flow, and its state or result."""
     board = Board(planned, on_sweep.get())
     ended = run_studies(planned, _starter(planned, children, deployment), board.tell)
     failed = [end for end in ended if end.state != "done"]

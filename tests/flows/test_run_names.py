@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prefect.utilities.names import generate_slug
 
-from flows.run_names import described, is_generated
+from flows.run_names import described, is_generated, reap_name, study_name, sweep_name
 from outliers.spec import StudySpec
 
 
@@ -55,3 +55,16 @@ def test_a_name_of_a_persons_own_stays(name):
 )
 def test_a_study_is_described_by_its_model_shape_and_corpus(model, corpus, title):
     assert described(StudySpec.model_validate({"model": model, "corpus": corpus})) == title
+
+
+@pytest.mark.parametrize("named", [study_name, sweep_name, reap_name])
+def test_every_flow_keeps_a_name_that_was_given(monkeypatch, named):
+    # what Prefect has for tests of functions that read the run
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__NAME", "mine, of {today}")
+    assert named() == "mine, of {today}"
+
+
+@pytest.mark.parametrize(("named", "made"), [(sweep_name, "sweep of 0"), (reap_name, "reap")])
+def test_a_name_of_prefects_is_replaced(monkeypatch, named, made):
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__NAME", "happy-jackal")
+    assert named() == made
