@@ -80,7 +80,7 @@ class DatasetRepo:
         self._call("write", "", ask)
 
     def read(self, path: str, commit: str, max_bytes: int) -> bytes | None:
-        """The bytes of the file `path` at `commit`; None if that commit has no such file. Raises PublishRefused for more bytes."""
+        """The bytes of the file `path` at `commit`; None if it has no such file. Raises PublishRefused for more bytes."""
         from huggingface_hub.errors import EntryNotFoundError
 
         # documented there, and not marked as exported for a type checker
