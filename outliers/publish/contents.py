@@ -90,7 +90,7 @@ def check_pictures(data: bytes | None, summary: StudySummary) -> None:
 
 def _check_pictures(found: Pictures, summary: StudySummary) -> None:
     """Raise ValueError where the extremes or kinds are not those of the summary's layers, sites and features."""
-    most = {(row.site, row.layer): row.max_magnitude for row in summary.layers}
+    most: dict[tuple[str, int], float | None] = {(row.site, row.layer): row.max_magnitude for row in summary.layers}
     own = {(row.site, row.layer): row for row in found.layers}
     if own.keys() != most.keys():
         raise ValueError("its layers are not those of summary.json")
