@@ -40,7 +40,7 @@ from outliers.results.schema import (
     first_error,
 )
 from outliers.results.schema.fields import check_unique
-from outliers.results.schema.pictures import MAX_SHOWN
+from outliers.results.schema.pictures import MAX_SHOWN, LargestRow
 from outliers.spec import BLOCK, BLOCK_SITES
 from outliers.spec.formats import parse_format
 from outliers.untrusted.visible import visible_values
@@ -91,7 +91,7 @@ def check_pictures(data: bytes | None, summary: StudySummary) -> None:
 def _check_pictures(found: Pictures, summary: StudySummary) -> None:
     """Raise ValueError where the extremes or kinds are not those of the summary's layers, sites and features."""
     most: dict[tuple[str, int], float | None] = {(row.site, row.layer): row.max_magnitude for row in summary.layers}
-    own = {(row.site, row.layer): row for row in found.layers}
+    own: dict[tuple[str, int], LargestRow] = {(row.site, row.layer): row for row in found.layers}
     if own.keys() != most.keys():
         raise ValueError("its layers are not those of summary.json")
     for (site, layer), limit in most.items():
