@@ -118,8 +118,7 @@ def _end(children: list[Child]) -> None:
 def _tried(step: Callable[[], None]) -> None:
     try:
         step()
-    except Exception:
-        # of one study, and the others are still to be ended
+    except Exception:  # of one study, and the others are still to be ended
         log.exception("a study could not be ended")
 
 
@@ -127,8 +126,7 @@ def _polled(study: SweepStudy, child: Child) -> Ended | None:
     """How a child ended. One that can't be polled is ended, and has failed with that error."""
     try:
         return child.poll()
-    except Exception as error:
-        # of one study, and it must not end the others
+    except Exception as error:  # of one study, and it must not end the others
         log.warning("%s can't be polled", study.name, exc_info=True)
         _end([child])
         return _failed(study, error)
@@ -151,8 +149,7 @@ def _begin(
         # a machine is paid while it waits: only for a study that will come
         kept = kept_for_next(study)
         return start(kept if kept is not study and _has_next(study, waiting, look) else study)
-    except Exception as error:
-        # of one study: it has failed with this, and the others go on
+    except Exception as error:  # of one study: it has failed with this, and the others go on
         if not isinstance(error, OutliersError):
             log.warning("%s can't be started", study.name, exc_info=True)
         return _failed(study, error)

@@ -52,7 +52,7 @@ def card_command(workspace: Workspace, arguments: argparse.Namespace, console: C
     """`outliers card`. Raises BadInput where there is no such study or the file can't be written, PublishRefused."""
     from flows.cli.run_show import study_with_summary
     from outliers.atlas.read import read_summary
-    from outliers.atlas.row import best_advice
+    from outliers.atlas.verdict import best_advice
     from outliers.errors import BadInput
     from outliers.files.atomic import write_atomic
     from outliers.publish.stores.links import web_link

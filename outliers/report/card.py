@@ -33,7 +33,7 @@ from outliers.units import plural
 from outliers.untrusted.visible import code, markdown
 
 MAX_FEATURES = 20
-"""Rows of the table of features; a card is read beside others."""
+"""Rows of the table of features; a card is short."""
 MAX_FORMATS = 16
 VERSIONS = ("outlier-features", "torch", "transformers")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from outliers.advice.advise import advise
-from outliers.atlas.row import verdict_columns
+from outliers.atlas.verdict import verdict_columns
 from tests.support.probed import STUDY, change, probes
 
 

@@ -10,7 +10,7 @@ HUB = "https://huggingface.co"
 def web_link(url: str, *, file: bool = False) -> str | None:
     """The page of a folder in a store, or with `file` of a file, by its URL there; None for s3://, file:// and folders here.
 
-    hf://datasets/ORG/NAME/... has a page on the hub, whichever endpoint this process is told to use.
+    hf://datasets/ORG/NAME/... has a page on the hub, whichever endpoint this process uses.
     """
     if url.startswith(("https://", "http://")):
         return url
