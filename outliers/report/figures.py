@@ -10,6 +10,7 @@ the size in which they are printed, and no title, for a paper has captions (`loo
 from __future__ import annotations
 
 import contextlib
+import base64
 import io
 import re
 import threading
@@ -33,8 +34,8 @@ LOWER = 0.75
 """Height of a narrow figure over that of the page's."""
 PAPER_LETTERS = 0.79
 """9.5 points, the labels of the page, become 7.5; the smallest, 7.5, become 5.9."""
-DPI = 200
-"""1,440 pixels wide: sharp on a phone and in print, and far below 150 KB (48 layers, four sites)."""
+DPI = 180
+"""1,296 pixels wide: sharp on a phone and in print, and far below 150 KB (48 layers, four sites)."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,10 @@ def _vector(figure: Figure, kind: str) -> bytes:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG of 256 colours, a third of the bytes of full colour; no date and no program's name in it."""
+    """The figure as a PNG with a palette, a third of the bytes of full colour; no date and no program's name in it.
+
+    Lines, bars and letters have 64 colours, which is not visible; a figure with a scale of colours has 256.
+    """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
@@ -243,6 +247,18 @@ def png(figure: Figure) -> bytes:
     full = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     # of Pillow's ways MAXCOVERAGE alone leaves no step in the colour bar: 5 of 255 at most, MEDIANCUT 32
     small = io.BytesIO()
-    image = full.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    scaled = any(axes.get_label() == "<colorbar>" for axes in figure.axes)
+    image = full.quantize(256 if scaled else 64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(small, "PNG", optimize=True, dpi=(figure.get_dpi(), figure.get_dpi()))
     return small.getvalue()
+
+
+def page_image(picture: bytes) -> str:
+    """A PNG as a page holds it: the same pixels as lossless WebP, 30% smaller, in base64."""
+    from PIL import Image
+
+    small = io.BytesIO()
+    with Image.open(io.BytesIO(picture)) as image:
+        # of the slower settings the slowest is 3% smaller, in fifty times the time
+        image.convert("RGB").save(small, "WEBP", lossless=True, quality=75, method=3)
+    return base64.b64encode(small.getvalue()).decode()

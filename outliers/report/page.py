@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import functools
-import struct
+import io
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,8 +51,11 @@ def _template(name: str, filters: tuple[tuple[str, Callable[..., Any]], ...]) ->
 
 
 def is_tall(picture: str) -> bool:
-    """Whether a PNG, as base64, is higher than three quarters of its width: on paper such a picture needs most of a page."""
-    width, height = struct.unpack(">II", base64.b64decode(picture[:32])[16:24])
+    """Whether a picture of `page_image` is higher than three quarters of its width: on paper it then needs most of a page."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        width, height = image.size
     return bool(4 * height > 3 * width)
 
 

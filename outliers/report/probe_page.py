@@ -3,12 +3,11 @@ depends on. Both load nothing."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from outliers.report.figures import Plot
+from outliers.report.figures import Plot, page_image
 from outliers.report.page import render_template
 from outliers.report.probe_plots import causes, draw_experts, draw_probe, formats
 from outliers.results.schema import Advice, Change, Probes
@@ -60,7 +59,7 @@ class ProbeSection:
 def probe_section(probes: Probes, advice: Advice, others: int = 0) -> ProbeSection:
     """The section of the report about a probe. others: how many more probes the study has."""
     found = (causes(probes), draw_experts(probes), formats(probes, advice))
-    plots = tuple((CAPTIONS[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in found if plot)
+    plots = tuple((CAPTIONS[plot.name], plot.alt, page_image(plot.png)) for plot in found if plot)
     return ProbeSection(probes, advice, plots, tuple(prefix_rows(probes)), others)
 
 
@@ -98,10 +97,7 @@ def _without_prefix(change: Change) -> str:
 
 def make_probe_page(probes: Probes, rows: Sequence[Mapping[str, Any]], advice: Advice, published: str = "") -> bytes:
     """probe.html from the checked numbers of a probe and its verdict. published: what is published in the place of names."""
-    plots = [
-        (CAPTIONS[plot.name], plot.alt, base64.b64encode(plot.png).decode())
-        for plot in draw_probe(probes, rows, advice)
-    ]
+    plots = [(CAPTIONS[plot.name], plot.alt, page_image(plot.png)) for plot in draw_probe(probes, rows, advice)]
     values = {
         "probes": probes,
         "advice": advice,

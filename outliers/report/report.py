@@ -7,7 +7,6 @@ nothing.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from outliers.report.captions import ALL_TEXTS, EXPERT_TEXTS, FORMAT_TEXTS, MASS
 from outliers.report.content import Cells, Content, captured_layers
 from outliers.report.expert_plots import draw_experts
 from outliers.report.experts import expert_values
-from outliers.report.figures import DRAWING, Plot
+from outliers.report.figures import DRAWING, Plot, page_image
 from outliers.report.formats import format_maps, format_rows, measured_sites
 from outliers.report.kinds import KIND_WORDS, OTHER_WORD, kind_table
 from outliers.report.page import render_template
@@ -154,7 +153,7 @@ def render(
     """
     summary, tokens, cells = content.summary, content.tokens, content.cells
     kinds = None if content.pictures is None else content.pictures.kinds
-    shown = [(plot.name, *ALL_TEXTS[plot.name], plot.alt, base64.b64encode(plot.png).decode()) for plot in plots]
+    shown = [(plot.name, *ALL_TEXTS[plot.name], plot.alt, page_image(plot.png)) for plot in plots]
     values = {
         "summary": summary,
         "published": "",

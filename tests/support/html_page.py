@@ -61,4 +61,4 @@ def check_harmless(html: str) -> None:
             if (tag, name) == ("a", "href"):  # followed by a person alone: no scheme that runs anything
                 assert LINK.fullmatch(value or ""), (tag, name, value)
             elif name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href", "background"):
-                assert (value or "").startswith(("#", "data:image/png;base64,")), (tag, name, value)
+                assert (value or "").startswith(("#", "data:image/webp;base64,")), (tag, name, value)
