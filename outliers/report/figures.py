@@ -9,8 +9,8 @@ the size in which they are printed, and no title, for a paper has captions (`loo
 
 from __future__ import annotations
 
-import contextlib
 import base64
+import contextlib
 import io
 import re
 import threading
