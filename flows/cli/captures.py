@@ -77,9 +77,11 @@ def list_command(workspace: Workspace, arguments: argparse.Namespace, console: C
         table.add_column(name)
     for item, part in held:
         name = item.capture_id if part is None else f"{item.capture_id} part {part}"
-        freed = f", {item.counted} counted and freed" if item.counted else ""
+        also = f", {item.counted} counted and freed" if item.counted else ""
+        if item.of_layer_batches:
+            also += f"; by layers {item.layer_batches * 100 // item.of_layer_batches}%"
         model = names.get(item.capture_id, public_name(item.model))
-        table.add_row(name, Text(visible(model)), f"{item.done} of {item.of_sequences}{freed}", size(item.bytes))
+        table.add_row(name, Text(visible(model)), f"{item.done} of {item.of_sequences}{also}", size(item.bytes))
     if held:
         Answers(arguments).table(table)
     else:

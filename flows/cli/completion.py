@@ -76,6 +76,7 @@ def _add_completers(parser: argparse.ArgumentParser) -> None:
             for own in dict.fromkeys(action.choices.values()):
                 _add_completers(own)
         elif (completer := _completer(action)) is not None:
+            # the attribute is argcomplete's; argparse's class has none of that name
             action.completer = completer  # type: ignore[attr-defined]
 
 

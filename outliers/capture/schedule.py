@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from outliers.capture.by_layers.record import FOLDER
 from outliers.capture.devices import Devices, choose_devices
 from outliers.errors import PlanRefused
 from outliers.hardware import available_ram_bytes
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
+from outliers.store.captures import LAYERS
 from outliers.study.demand import demand_of
 from outliers.study.schedule import by_layers, check_schedule, why_by_layers, with_schedule
 from outliers.units import amounts
@@ -35,7 +35,7 @@ def decide(spec: StudySpec, info: ModelInfo, capture: Path, free_bytes: int | No
     layered = by_layers(demand_of(spec, info))
     if layered is None:
         return whole, choose_devices(whole, info, several=True)
-    if (capture / FOLDER / "plan.json").exists():
+    if (capture / LAYERS / "plan.json").exists():
         log.info("this capture was begun a layer at a time, and goes on so (--schedule whole begins what is left anew)")
         return layered.spec, choose_devices(layered.spec, info)
     try:

@@ -97,7 +97,10 @@ class _Capture(_Answer):
     capture_id: Name
     model: Name
     done: Count
+    counted: Count = 0
     of_sequences: Count
+    layer_batches: Count = 0
+    of_layer_batches: Count = 0
     bytes: Count
 
 

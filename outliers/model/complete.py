@@ -210,6 +210,7 @@ def silent() -> Iterator[None]:
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity(logging.CRITICAL)
+    # transformers has no types for these two
     theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield

@@ -187,6 +187,7 @@ def build_empty(config: Any, dtype: str, name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     with foreign(f"{name}: transformers can't build its config"), torch.device("meta"):
+        # transformers has no types for it
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)  # type: ignore[no-untyped-call]
 
 

@@ -45,6 +45,7 @@ def rename(text: str, words: Mapping[str, str]) -> str:
     shown = {_plain(name): public for name, public in words.items()} | dict(words)
     for name in sorted(shown, key=len, reverse=True):
         if len(name) > 1:
+            # mypy infers no type for a lambda with a default
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _, public=shown[name]: public, text)  # type: ignore[misc]
     return text
 

@@ -137,5 +137,6 @@ def kinds_of(totals: ExpertTotals) -> list[KindBlock]:
             )
             for layer, expert in places[:MAX_BY_KIND]
         ]
+        # the keys of the counts are the kinds; mypy knows them as strings
         found.append(KindBlock(kind=kind, tokens=of_kind, experts=rows))  # type: ignore[arg-type]
     return found

@@ -10,10 +10,16 @@ from pydantic import BaseModel, ConfigDict
 
 from outliers.errors import BadInput, CaptureError
 from outliers.files.atomic import held_bytes
+from outliers.files.sealed import read_sealed
 from outliers.names import nearest
 from outliers.store.chunks import ARRAYS, Journal, hold
 from outliers.store.fingerprint import layout_from, read_fingerprint
 from outliers.workspace import Workspace
+
+LAYERS, LAYER_PLAN, LAYER_LINES = "layers", "plan.json", "layers.jsonl"
+"""Folder and files of a capture by layers (outliers/capture/by_layers/record.py)."""
+LAYER_VERSION = 1
+"""Version of its plan."""
 
 
 class Held(BaseModel):
@@ -27,6 +33,10 @@ class Held(BaseModel):
     counted: int = 0
     """Sequences that were counted and freed (--store rolling)."""
     of_sequences: int
+    layer_batches: int = 0
+    """Pairs of a layer and a batch that are done, while a model is read a layer at a time (--schedule layers)."""
+    of_layer_batches: int = 0
+    """Of how many; 0 where no such capture was begun, and once its sequences are journaled."""
     bytes: int
 
 
@@ -36,6 +46,7 @@ def list_captures(workspace: Workspace) -> tuple[Held, ...]:
     for name in _ids(workspace):
         folder = workspace.capture(name)
         model, done, counted, total = "damaged", 0, 0, 0
+        layers: dict[str, int] = {}
         try:
             fingerprint = read_fingerprint(folder)
             if fingerprint is None and (folder / "summaries").is_dir() and not (folder / ARRAYS).exists():
@@ -44,11 +55,24 @@ def list_captures(workspace: Workspace) -> tuple[Held, ...]:
                 journal = Journal.open(folder / "journal.jsonl", keep=lambda line: {})
                 done, counted = len(journal.done), len(journal.freed)
                 model, total = str(fingerprint["fixed"].get("model", "?")), layout_from(fingerprint).num_sequences
+                layers = _of_layers(folder / LAYERS)
         except CaptureError:
             pass  # listed as damaged, so that a person can examine or remove it
-        facts = {"done": done, "counted": counted, "of_sequences": total, "bytes": held_bytes(folder)}
+        facts = {"done": done, "counted": counted, "of_sequences": total, "bytes": held_bytes(folder)} | layers
         found.append(Held.model_validate({"capture_id": name, "model": model, **facts}))
     return tuple(found)
+
+
+def _of_layers(folder: Path) -> dict[str, int]:
+    """How far a capture by layers is; empty where none was begun. Raises CorruptCapture for a damaged line."""
+    plan = read_sealed(folder / LAYER_PLAN)
+    if plan is None or plan.get("version") != LAYER_VERSION:
+        return {}
+    try:
+        done = Journal.open(folder / LAYER_LINES, keep=lambda line: {}).done
+    except FileNotFoundError:
+        return {}  # the capture was journaled meanwhile, and its folder went
+    return {"layer_batches": len(done), "of_layer_batches": plan["layers"] * len(plan["batches"])}
 
 
 def find_capture(workspace: Workspace, name: str) -> Path:

@@ -10,12 +10,12 @@ import sys
 
 import pytest
 
-from outliers.capture.by_layers.record import FOLDER
 from outliers.capture.by_layers.seams import WANTED, find_seams
 from outliers.capture.extract import extract
 from outliers.capture.schedule import decide
 from outliers.errors import CorruptCapture, PlanRefused, UnknownModel
 from outliers.spec import StudySpec
+from outliers.store.captures import LAYERS, list_captures
 from outliers.store.chunks import is_complete
 from outliers.store.verify import verify
 from outliers.study.demand import demand_of
@@ -124,10 +124,16 @@ def test_an_interrupted_capture_goes_on_in_either_order(tmp_path, moe, text, who
         extract(study_of(workspace, moe, text, "layers"), workspace, Silent(), on_step=stop_at(name, times))
     study = study_of(workspace, moe, text, then)
     folder = workspace.capture(study.capture_id)
-    assert (folder / FOLDER).is_dir()
+    assert (folder / LAYERS).is_dir()
     assert not is_complete(folder)
+    held = list_captures(workspace)[0]
+    layers, batches = study.model.num_layers, 3
+    assert held.of_layer_batches == layers * batches
+    if name == "layer 1 is journaled":
+        assert (held.done, held.layer_batches) == (0, 2 * batches)
     loaded = []
     extract(study, workspace, Silent(), on_step=lambda done: loaded.append(done) if "loaded" in done else None)
+    assert list_captures(workspace)[0].of_layer_batches == 0
     assert files_of(workspace, study) == whole
     if name == "layer 1 is on the disk" and then == "layers":
         assert loaded == ["layer 1 is loaded", "layer 2 is loaded"]
@@ -152,7 +158,7 @@ def test_a_torn_line_is_cut_off(tmp_path, moe, text, whole):
     with pytest.raises(Stopped):
         extract(study_of(workspace, moe, text, "layers"), workspace, Silent(), on_step=stop_at("layer 1 is journaled"))
     study = study_of(workspace, moe, text, "layers")
-    lines = workspace.capture(study.capture_id) / FOLDER / "layers.jsonl"
+    lines = workspace.capture(study.capture_id) / LAYERS / "layers.jsonl"
     lines.write_bytes(lines.read_bytes()[:-40])
     extract(study, workspace, Silent())
     assert files_of(workspace, study) == whole
@@ -164,7 +170,7 @@ def test_a_changed_file_between_layers_is_refused(tmp_path, moe, text, file):
     with pytest.raises(Stopped):
         extract(study_of(workspace, moe, text, "layers"), workspace, Silent(), on_step=stop_at("layer 1 is done"))
     study = study_of(workspace, moe, text, "layers")
-    path = workspace.capture(study.capture_id) / FOLDER / file
+    path = workspace.capture(study.capture_id) / LAYERS / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -298,8 +304,8 @@ def test_auto_takes_layers_where_the_whole_does_not_fit(tmp_path, llama, text, w
     assert "whole needs" in caplog.text
     assert "a layer at a time" in caplog.text
     # what was begun by layers goes on so
-    (tmp_path / FOLDER).mkdir()
-    (tmp_path / FOLDER / "plan.json").write_text("{}")
+    (tmp_path / LAYERS).mkdir()
+    (tmp_path / LAYERS / "plan.json").write_text("{}")
     assert decide(spec, info, tmp_path, free_bytes=needed)[0].compute.schedule == "layers"
     assert decide(with_schedule(spec, "whole"), info, tmp_path, free_bytes=0)[0].compute.schedule == "whole"
 

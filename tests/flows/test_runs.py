@@ -13,6 +13,7 @@ import pytest
 
 from flows.cli.run_show import read_run
 from outliers.counting.analyze import analyze
+from outliers.publish.own import keep_names
 from outliers.publish.publish import model_slug, publish
 from outliers.steps import run_report
 from outliers.workspace import open_workspace
@@ -91,6 +92,26 @@ def test_one_feature_layer_by_layer(finished):
     assert [(row["feature"], row["max"]) for row in only["features"]] == [(3, -7.1875)]
     nothing = show(workspace, prepared.study_id, "--feature", "5")
     assert "no row with a hit for feature 5" in nothing.stdout
+
+
+@pytest.mark.servers
+def test_studies_of_ones_own_files_are_compared_by_their_names(finished, two, tmp_path):
+    """The names are those of this machine; of what was published, the published ones."""
+    workspace, prepared, url = finished
+    shutil.copytree(workspace.root, tmp_path / "workspace")
+    own = open_workspace(tmp_path / "workspace")
+    source = prepared.model.source.model_copy(update={"name": "my-tuned-7b"})
+    keep_names(prepared.model_copy(update={"model": prepared.model.model_copy(update={"source": source})}), own)
+
+    def model_of(*studies):
+        done = runs(own, "compare", *studies)
+        assert done.returncode == 0, done.stderr
+        return next(row for row in done.stdout.splitlines() if row.startswith("model "))
+
+    assert "my-tuned-7b" in model_of(prepared.study_id, two[1][2])
+    published = model_of(url, two[1][2])
+    assert "my-tuned-7b" not in published
+    assert "local:synthetic" in published
 
 
 @pytest.mark.servers

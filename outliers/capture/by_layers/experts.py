@@ -85,6 +85,7 @@ class LayerTable:
     def save(self) -> None:
         """Return when the disk has every row that was put."""
         for field, array in self._arrays.items():
+            # the arrays are memory maps, which the dictionary's type does not say
             array.flush()  # type: ignore[attr-defined]
             with self._path(field).open("rb") as file:
                 os.fsync(file.fileno())

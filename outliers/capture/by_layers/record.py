@@ -19,10 +19,9 @@ from typing import Any
 
 from outliers.errors import CorruptCapture
 from outliers.files.sealed import read_sealed, write_sealed
+from outliers.store.captures import LAYER_LINES, LAYER_PLAN, LAYER_VERSION, LAYERS
 from outliers.store.chunks import Journal
 
-FOLDER = "layers"
-VERSION = 1
 Chunks = list[tuple[int, int]]
 """(crc32, bytes) of each chunk of one sequence in one layer of one site."""
 
@@ -46,7 +45,7 @@ class Plan:
     def content(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
-            "version": VERSION,
+            "version": LAYER_VERSION,
             "asked": [self.asked.start, self.asked.stop],
             "batches": [[run.start, run.stop, read] for run, read in self.batches],
             "layers": self.layers,
@@ -64,11 +63,11 @@ class LayerRecord:
     @classmethod
     def begin(cls, capture: Path, plan: Plan) -> LayerRecord:
         """Go on with a record of the same plan, or begin one. Raises CorruptCapture for a damaged line."""
-        folder = capture / FOLDER
-        if read_sealed(folder / "plan.json") != plan.content():
+        folder = capture / LAYERS
+        if read_sealed(folder / LAYER_PLAN) != plan.content():
             discard(capture)
             folder.mkdir()
-            write_sealed(folder / "plan.json", plan.content())
+            write_sealed(folder / LAYER_PLAN, plan.content())
         return cls(folder, plan, _lines(folder, _lean))
 
     @classmethod
@@ -77,9 +76,9 @@ class LayerRecord:
 
         Raises CorruptCapture for a damaged line.
         """
-        folder = capture / FOLDER
-        content = read_sealed(folder / "plan.json")
-        if content is None or content.get("version") != VERSION or content["asked"] != [asked.start, asked.stop]:
+        folder = capture / LAYERS
+        content = read_sealed(folder / LAYER_PLAN)
+        if content is None or content.get("version") != LAYER_VERSION or content["asked"] != [asked.start, asked.stop]:
             return None
         plan = Plan(
             asked,
@@ -122,7 +121,7 @@ class LayerRecord:
 
 
 def _lines(folder: Path, keep: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Journal:
-    path = folder / "layers.jsonl"
+    path = folder / LAYER_LINES
     try:
         return Journal.open(path, repair=True, keep=keep)
     except CorruptCapture as error:
@@ -131,8 +130,8 @@ def _lines(folder: Path, keep: Callable[[dict[str, Any]], dict[str, Any]] | None
 
 def discard(capture: Path) -> None:
     """Remove what a capture by layers has left, if there is any; the plan first, so that nothing half removed is believed."""
-    folder = capture / FOLDER
-    (folder / "plan.json").unlink(missing_ok=True)
+    folder = capture / LAYERS
+    (folder / LAYER_PLAN).unlink(missing_ok=True)
     if folder.is_dir():
         shutil.rmtree(folder)
 

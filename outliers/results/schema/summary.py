@@ -140,6 +140,7 @@ class StudySummary(Strict):
         placed = [(row.sequence, row.position, row.feature) for row in found.massive or ()]
         largest = [found.largest_output] if found.largest_output else []
         listed = found.super_experts.experts if found.super_experts else []
+        # mypy gives rows of two classes the class that both extend, which has no places
         placed += [(row.sequence, row.position, row.channel) for row in (*listed, *largest)]  # type: ignore[misc]
         for sequence, position, channel in placed:
             if sequence is None or not sequence < corpus.num_sequences or not position < corpus.sequence_length:
