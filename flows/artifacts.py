@@ -147,5 +147,5 @@ def _places(outcome: Outcome) -> list[str]:
     lines.append(
         f"The page with every plot and list is a file of the machine that ran this: {code(outcome.report)}. Open it there."
     )
-    lines += ["", f"The probe beside it: {code(outcome.probe)}"] if outcome.probe else []
+    lines += ["", f"Its newest probe: {code(outcome.probe)}"] if outcome.probe else []
     return lines

@@ -99,7 +99,7 @@ def sweep(
         stagger_seconds: at least so long between the starts of two models of the hub (default: the file's, else 15)
         publish_to: artifact store of all: s3://bucket/prefix, hf://datasets/ORG/NAME or file:///folder (default: the file's)
         workspace: folder for captures, results and jobs (default: the file's, else $OUTLIERS_WORKSPACE, else ~/.outliers)
-        children: deployment: each study is a run of a deployment; process: a process beside the sweep's own
+        children: deployment: each study is a run of a deployment; process: a process next to the sweep's own
         deployment: which deployment, for children: deployment
     """
     quiet_tracebacks()

@@ -191,7 +191,7 @@ def run_report(
 
 
 def run_probe(prepared: Prepared, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
-    """Make or finish the probe of a study; its numbers lie beside the capture."""
+    """Make or finish the probe of a study; its numbers lie next to the capture."""
     from outliers.probe.run import probe
 
     return probe(prepared, workspace, reporter)

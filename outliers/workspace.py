@@ -90,7 +90,7 @@ class Workspace:
         return self.root / "asked" / f"{study_id}.json"
 
     def own(self, study_id: str) -> Path:
-        """What a study is called on this machine alone; beside it the text of its page (`publish.own`)."""
+        """What a study is called on this machine alone; next to it the text of its page (`publish.own`)."""
         return self.root / "own" / f"{study_id}.json"
 
     def summary(self, capture_id: str, study_id: str) -> Path:

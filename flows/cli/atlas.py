@@ -148,8 +148,8 @@ def _filter(arguments: argparse.Namespace) -> Filter:
     ):
         if name == "reading" and LEGACY in given:
             raise BadInput(
-                f"--reading {LEGACY} never decides, so no study is of it: it is counted at block beside the reading that does, "
-                f"and the page sets it beside the earlier pipeline; those that decide: {', '.join(known)}"
+                f"--reading {LEGACY} never decides, so no study is of it: it is counted at block with the reading that does, "
+                f"and the page compares it with the earlier pipeline; those that decide: {', '.join(known)}"
             )
         strange = [value for value in given if value not in known]
         if strange:

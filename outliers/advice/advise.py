@@ -237,7 +237,7 @@ def _not_tried(probes: Probes, rows: Sequence[Mapping[str, Any]], formats: Seque
         }
         found += [f"{words[kind]}: {command}" for kind, command in ways.items() if kind not in tried]
     if not any(change.weights for change in probes.changes):
-        found.append("quantized weights: --weights FORMAT beside --quantize")
+        found.append("quantized weights: --weights FORMAT with --quantize")
     if "down_in" not in probes.sites:
         found.append("the input of the MLP's second projection: a study with --sites attn_in,mlp_in,o_in,down_in")
     return found

@@ -1,6 +1,6 @@
 """Where a row of the atlas leads: the study's own page, by an address that a browser opens from where the atlas lies.
 
-A page beside its store has relative links, so that both can be copied or served together. It reads nothing.
+A page next to its store has relative links, so that both can be copied or served together. It reads nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The largest activations of 27 checkpoints as others published them (arXiv 2605.15572), and ours of the same models.
 
 The published numbers are copied, never computed. They are over more text and more places than a study's `resid`, so that
-ours of the same model can only be said to be near them or below; in what a study differs is said beside each.
+ours of the same model can only be said to be near them or below; in what a study differs is said with each.
 """
 
 from __future__ import annotations

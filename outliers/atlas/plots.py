@@ -131,7 +131,7 @@ def charts(rows: Sequence[AtlasRow], first_number: int, mark: Callable[[AtlasRow
     """The charts of one group of identical criteria; its rows are numbered from `first_number` on.
 
     Each of features and of shares of layers, by parameters, by active ones where a model has others, and by perplexity. A study
-    that is alone is drawn by its parameters only, beside the reference; without one there is nothing to set it against.
+    that is alone is drawn by its parameters only, with the reference; without one there is nothing to set it against.
 
     mark: a class of the page's style that all that is drawn of a row has; empty: none.
     """

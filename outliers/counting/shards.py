@@ -86,7 +86,7 @@ def is_here(part: Shard, prepared: Prepared, workspace: Workspace) -> bool:
 
 
 def place_beside(part: Shard, prepared: Prepared, workspace: Workspace, made: Path, name: str) -> None:
-    """Move a folder beside a shard's summary, under `name`, in one step. Call it under the study's lock."""
+    """Move a folder next to a shard's summary, under `name`, in one step. Call it under the study's lock."""
     target = folder_of(part, prepared, workspace) / name
     drop_folder(target)
     made.rename(target)

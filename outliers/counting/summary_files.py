@@ -30,7 +30,7 @@ MAX_LAYERS, MAX_FEATURES, MAX_MAGNITUDES = 1_024, 1 << 17, 33
 """The limits of summary.json (`results.schema`, which is not imported because it loads Arrow)."""
 COUNTS = "sequences"
 FORMATS = "formats"
-"""Folder beside the totals with the errors of number formats (`results.format_errors`), sealed by itself."""
+"""Folder next to the totals with the errors of number formats (`results.format_errors`), sealed by itself."""
 TOTALS = "totals.npz"
 STUDY = "study.json"
 BATCH_SEQUENCES = 64

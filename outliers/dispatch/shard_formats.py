@@ -107,7 +107,7 @@ def _next(run: StudyRun, part: Shard) -> tuple[bool, _Round | None]:
 
 
 def _measure(work: ShardAtWork, next_round: _Round) -> float:
-    """One round on the shard's machine, and what it gives brought beside the shard's summary here; the seconds it took."""
+    """One round on the shard's machine, and what it gives brought next to the shard's summary here; the seconds it took."""
     run, part, prepared = work.run, work.part, work.run.prepared
     place = f"captures/{prepared.capture_id}/whole/{prepared.study_id}"
     with tempfile.TemporaryDirectory() as made:
@@ -189,6 +189,6 @@ def join_shard_formats(run: StudyRun, folders: list[Path], whole: Path) -> None:
     for folder in folders:
         drop_folder(folder / FORMATS)
     raise SummaryMismatch(
-        f"the {missing} of formats of some parts were measured beside other counts than those that are here: a part was made "
+        f"the {missing} of formats of some parts were measured with other counts than those that are here: a part was made "
         "again on other hardware. Run the same again: the parts measure again"
     )

@@ -151,7 +151,7 @@ class _Inputs:
         slots = (self.own.slots, self.own.places, self.own.starts)
         largest = (self.largest.tops, self.largest.columns)
         tile = np.empty((2, bits.shape[1]), np.int16 if bits.itemsize == 2 else np.int32)
-        add_inputs(bits, kind, limits_of(kind), *slots, *self.piece, tile, *self.arrays, self.counted, *largest)
+        add_inputs(self.bits, limits_of(kind), slots, self.piece, tile, *self.arrays, self.counted, largest)
 
     def merge(self) -> None:
         """Add the piece's histogram to the layer's."""
@@ -168,12 +168,13 @@ def _outputs(
     pieces: int,
 ) -> Work:
     """Work that adds outputs. counted: energy (E, H), and rows that are not finite (E,)."""
-    bits, kind = bits_of(values)
+    bits = bits_of(values)
 
     def added(piece: tuple[int, int]) -> Callable[[], None]:
         def run() -> None:
             slots = (own.slots, own.places, own.starts)
-            add_outputs(bits, kind, INFINITY[kind], factors, *slots, *piece, *counted, largest.tops, largest.columns)
+            tops = (largest.tops, largest.columns)
+            add_outputs(bits, INFINITY[bits[1]], factors, slots, piece, counted, tops)
 
         return run
 

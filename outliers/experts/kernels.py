@@ -24,16 +24,19 @@ LANES = 64
 
 
 @compiled
-def add_inputs(
-    bits, kind, limits, slots, places, starts, first, last, tile, sums, extremes, counts, histogram, tops, columns
-):
-    """Add the inputs of experts `first` to `last` (exclusive).
+def add_inputs(values, limits, order, span, tile, sums, extremes, counts, histogram, largest):
+    """Add the inputs of a span of experts. Arguments that belong together are plain tuples: numba takes those fastest.
 
-    bits: (R, I). limits: (1 + K,) int64, bits of infinity and of each magnitude. slots, places, starts: as `order_slots` sets
-    them. tile: (2, I) int16 or int32, overwritten. sums: total and squares, (E, I) float64 each. extremes: low and high, (E, I)
-    float32 each. counts: nonfinite, (E,), and hits, (K, E), int64. histogram: (65536,) unsigned. tops, columns: (T x k,) float32
-    and uint16, set for each slot.
+    values: bits, (R, I), and their kind. limits: (1 + K,) int64, bits of infinity and of each magnitude. order: slots, places
+    and starts, as `order_slots` sets them. span: the first expert and the one behind the last. tile: (2, I) int16 or int32,
+    overwritten. sums: total and squares, (E, I) float64 each. extremes: low and high, (E, I) float32 each. counts: nonfinite,
+    (E,), and hits, (K, E), int64. histogram: (65536,) unsigned. largest: magnitudes and columns, (T x k,) float32 and uint16,
+    set for each slot.
     """
+    bits, kind = values
+    slots, places, starts = order
+    first, last = span
+    tops, columns = largest
     width = bits.shape[1]
     floats = np.empty((GROUP, width), np.float32)
     ordered = np.empty((2, width), bits.dtype)
@@ -69,12 +72,17 @@ def add_inputs(
 
 
 @compiled
-def add_outputs(bits, kind, infinity, weights, slots, places, starts, first, last, energy, lost, tops, columns):
-    """Add the squares of the weighted outputs of experts `first` to `last` (exclusive).
+def add_outputs(values, infinity, weights, order, span, counted, largest):
+    """Add the squares of the weighted outputs of a span of experts.
 
-    bits: (R, H). weights: (T x k,) float32. energy: (E, H) float64. lost: (E,) int64, rows with a value that is not finite. The
-    others as in `add_inputs`.
+    values: bits, (R, H), and their kind. weights: (T x k,) float32. counted: energy, (E, H) float64, and rows with a value that
+    is not finite, (E,) int64. The others as in `add_inputs`.
     """
+    bits, kind = values
+    slots, places, starts = order
+    first, last = span
+    energy, lost = counted
+    tops, columns = largest
     width = bits.shape[1]
     floats = np.empty((GROUP, width), np.float32)
     factors = np.empty(GROUP, np.float64)

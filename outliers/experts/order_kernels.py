@@ -44,12 +44,16 @@ def order_slots(experts, rows, lengths, positions, starts, slots, places):
 
 
 @compiled
-def order_rows(experts, expert, tokens, picks, lengths, positions, places, slots, filled):
+def order_rows(experts, expert, rows, batch, order, filled):
     """Note the rows of one expert, and sort its slots but those of padding by token behind the first `filled` of `slots`.
 
-    experts: (T, k) int64. tokens, picks: (R,) int64, which slot of which token each row is. lengths: (sequence,) int64. places:
-    (T x k,) int64, -1 where a slot has no row yet. Returns where the slots end; -1 if a row is another expert's, or comes twice.
+    experts: (T, k) int64. rows: tokens and picks, (R,) int64, which slot of which token each row is. batch: lengths,
+    (sequence,) int64, and positions. order: places, (T x k,) int64, -1 where a slot has no row yet, and slots. Returns where the
+    slots end; -1 if a row is another expert's, or comes twice.
     """
+    tokens, picks = rows
+    lengths, positions = batch
+    places, slots = order
     count, k = experts.shape
     found = np.empty(tokens.size, np.int64)
     end = 0

@@ -90,9 +90,8 @@ class ExpertStream:
         expert = self._expert_of(int(places[0]), int(picks[0]))
         own, filled = self._own, int(self._own.starts[self._next])
         own.starts[self._next : expert + 1] = filled
-        end = order_rows(
-            self._chosen, expert, places, picks, self._lengths, self._positions, own.places, own.slots, filled
-        )
+        rows_of, order = (places, picks), (own.places, own.slots)
+        end = order_rows(self._chosen, expert, rows_of, (self._lengths, self._positions), order, filled)
         if end < 0:
             raise self._wrong(f"rows of expert {expert} that are not of its tokens, or come twice")
         own.starts[expert + 1] = end
@@ -138,12 +137,12 @@ class ExpertStream:
         slots = (self._own.slots, self._own.places, self._own.starts)
         tops = [(largest.tops, largest.columns) for largest in self._largest]
         for one in experts:
-            first, last = one.number, one.number + 1
+            span = (one.number, one.number + 1)
             bits, kind = one.inputs
             tile = np.empty((2, bits.shape[1]), np.int16 if bits.itemsize == 2 else np.int32)
-            add_inputs(bits, kind, limits_of(kind), *slots, first, last, tile, *self._arrays, patterns, *tops[0])
-            bits, kind = one.outputs
-            add_outputs(bits, kind, INFINITY[kind], self._weights, *slots, first, last, *self._counted, *tops[1])
+            add_inputs(one.inputs, limits_of(kind), slots, span, tile, *self._arrays, patterns, tops[0])
+            infinity = INFINITY[one.outputs[1]]
+            add_outputs(one.outputs, infinity, self._weights, slots, span, self._counted, tops[1])
 
     def _wrong(self, what: str) -> SiteError:
         return SiteError(

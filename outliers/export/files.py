@@ -31,9 +31,9 @@ def check_out(out: Path, workspace: Workspace, *, force: bool) -> None:
 
 
 def write_export(made: Exported, out: Path, *, force: bool) -> list[Path]:
-    """Write the file and what belongs beside it; their paths. The caller has called `check_out`.
+    """Write the file and what belongs next to it; their paths. The caller has called `check_out`.
 
-    Raises BadInput where a file beside it is there already, or where the place can't be written; DiskFull.
+    Raises BadInput where a file next to it is there already, or where the place can't be written; DiskFull.
     """
     place = out.expanduser().absolute()
     files = {place.with_name(place.stem + ending): data for ending, data in made.beside.items()} | {place: made.content}

@@ -120,7 +120,9 @@ def _recipe(study: Study, request: ExportRequest, skips: Skips) -> Exported:
     text, ranges = recipes.recipe(study, skips, request.scheme, strength)
     if not ranges:
         return Exported(text.encode())
-    lines = ["the ranges of the norms that SmoothQuant divides are beside it (docs/export.md says how they get in)"]
+    lines = [
+        "the ranges of the norms that SmoothQuant divides are in a file next to it (docs/export.md says how they get in)"
+    ]
     layers = study.prepared.model.anatomy.moe_layers
     if layers:
         lines.append(f"not smoothed: the input of the experts in {len(layers)} layers, which routers read too")
@@ -140,7 +142,7 @@ def _modelopt(study: Study, request: ExportRequest, skips: Skips) -> Exported:
     made = _json(config)
     if amax:
         made.beside[".amax.safetensors"] = safetensors_bytes(amax)
-        made.lines.append("the range of each input is beside it (docs/export.md says how it gets in)")
+        made.lines.append("the range of each input is in a file next to it (docs/export.md says how it gets in)")
     if unknown:
         kinds = dict.fromkeys(reader.name.rpartition(".")[2] for reader in unknown)
         made.lines.append(f"without a range, and to be calibrated: {', '.join(kinds)}")

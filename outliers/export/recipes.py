@@ -1,7 +1,7 @@
 """A recipe of llm-compressor, and the quantization_config of compressed-tensors: schemes, and what to leave alone.
 
 SmoothQuant in llm-compressor takes the range of a norm's output, column by column, from a calibration of its own. A study has
-that range: it is written beside the recipe. Source: llm-compressor 0.14, modifiers/transform/smoothquant/base.py; the schemes
+that range: it is written next to the recipe. Source: llm-compressor 0.14, modifiers/transform/smoothquant/base.py; the schemes
 are presets of compressed-tensors 0.20, quantization/quant_scheme.py.
 """
 

@@ -1,6 +1,6 @@
 """A study as exports read it: its description, the modules that read its sites, and the statistics of each column.
 
-Statistics come from the private summary, which is beside the capture and is never published. What a format needs and the
+Statistics come from the private summary, which is next to the capture and is never published. What a format needs and the
 study lacks is refused here, with the option that captures it. It knows no format.
 """
 
@@ -161,7 +161,7 @@ def open_study(workspace: Workspace, study_id: str, capture_id: str) -> Study:
 
 
 def _experts(private: Path, prepared: Prepared) -> ExpertTotals | None:
-    """The totals of experts beside a summary; None where the study keeps none. Raises CorruptCapture."""
+    """The totals of experts next to a summary; None where the study keeps none. Raises CorruptCapture."""
     if not has_totals(private):
         return None
     totals = read_totals(private)
@@ -171,7 +171,7 @@ def _experts(private: Path, prepared: Prepared) -> ExpertTotals | None:
 
 
 def described(workspace: Workspace, study_id: str, capture_id: str, private: Path | None = None) -> Prepared:
-    """The description of a study: beside its summary in `private`, or as it was sent to the machine that ran it.
+    """The description of a study: next to its summary in `private`, or as it was sent to the machine that ran it.
 
     Raises BadInput where there is none, CorruptCapture.
     """
@@ -192,7 +192,7 @@ def described(workspace: Workspace, study_id: str, capture_id: str, private: Pat
             "computer that started the study, with its workspace"
         )
     if (found.study_id, found.capture_id) != (study_id, capture_id):
-        raise CorruptCapture(f"the description beside {study_id} is of the study {found.study_id}: analyze again")
+        raise CorruptCapture(f"the description next to {study_id} is of the study {found.study_id}: analyze again")
     return found
 
 

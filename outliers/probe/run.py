@@ -1,7 +1,7 @@
 """The step `probe`: reads some sequences of a captured study again, with changes, and writes what they do to the model.
 
     <capture>/probes/<probe_id>/begun.json          the conditions that a resumed probe must match; sealed
-    <capture>/probes/<probe_id>/statistics.npz      what the untouched pass shows of each site, with its seal beside it
+    <capture>/probes/<probe_id>/statistics.npz      what the untouched pass shows of each site, with its seal next to it
     <capture>/probes/<probe_id>/journal.jsonl       a line for each (change, sequence)
     <capture>/probes/<probe_id>/numbers/            probes.json, sensitivity.parquet, and their checksums
     <capture>/probes/<probe_id>/lock                held by the process that measures

@@ -28,7 +28,7 @@ EXPERTS, ROUTER = "experts.parquet", "router.parquet"
 PICTURES = "pictures.json"
 REPORT, LOG, MANIFEST = "report.html", "run.log", "manifest.json"
 ADVICE = "advice.json"
-"""Of a probe, beside its own manifest (`publish.probes`)."""
+"""Of a probe, next to its own manifest (`publish.probes`)."""
 NUMBERS = (SUMMARY, TOKENS, FEATURES)
 """The files that a machine makes and a study must have."""
 OPTIONAL = (QUANTIZATION, EXPERTS, ROUTER, PICTURES)

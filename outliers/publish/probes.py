@@ -1,4 +1,4 @@
-"""The results of a probe: brought home, checked, kept beside the study's, and published beside them.
+"""The results of a probe: brought home, checked, kept next to the study's, and published with them.
 
     <results>/probes/<probe_id>/probes.json            what each change did to the model's predictions
     <results>/probes/<probe_id>/sensitivity.parquet    what each place and format costs
@@ -289,7 +289,7 @@ def find_probe(prepared: Prepared, workspace: Workspace, target: str | None, slu
 
 
 def publish_probe(folder: Path, target: str, slug: str, names: tuple[str, str] | None = None) -> str:
-    """Publish a probe beside its study; the URL of its manifest. One that is there with the same numbers stays.
+    """Publish a probe next to its study; the URL of its manifest. One that is there with the same numbers stays.
 
     Verdict and page are made anew from the numbers: those in `folder` name the files of this machine. names: as in
     `place_probe`. Raises DigestConflict where it is there with others, DamagedResults, and the errors of stores.

@@ -84,7 +84,7 @@ def publish(results: Path, target: str, model_slug: str) -> str:
     study = read_publishable(results)
     if not is_written(results, study):
         _log.warning(
-            "what lies in %s beside the numbers is not what is rendered of them here: it is written again", results
+            "what lies in %s next to the numbers is not what is rendered of them here: it is written again", results
         )
         write_publishable(results, study)
     return publish_study(study, target, model_slug)
@@ -112,7 +112,7 @@ def publish_study(study: Publishable, target: str, model_slug: str) -> str:
         if there["results_digest"] != manifest["results_digest"]:
             raise DigestConflict(
                 f"{url} is published with other numbers: its results_digest is {there['results_digest']}, this one's "
-                f"{manifest['results_digest']}. Nothing was changed; give --label NAME to publish this one beside it"
+                f"{manifest['results_digest']}. Nothing was changed; give --label NAME to publish this one as well"
             )
         _collect_orphans(store, place, there["folder"])
     return url

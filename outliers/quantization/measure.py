@@ -1,4 +1,4 @@
-"""A finished capture and its summary -> the errors of number formats beside the summary; the model is never loaded.
+"""A finished capture and its summary -> the errors of number formats next to the summary; the model is never loaded.
 
 Ranges come from the summary, which has the whole corpus; those that it lacks (of rotated values, and without first tokens) from
 one pass over all chunks. Errors come from a sample of whole sequences. A unit is one layer of one sequence, all sites: one
@@ -55,7 +55,7 @@ _Found = TypeVar("_Found")
 def measure_formats(
     prepared: Prepared, workspace: Workspace, reporter: Reporter, *, workers: int | None = None
 ) -> FormatErrors:
-    """Measure the errors of a study's formats, and write them beside its summary.
+    """Measure the errors of a study's formats, and write them next to its summary.
 
     Raises CaptureError where the summary is not there or not of the whole corpus, CorruptCapture where bytes changed.
     """
@@ -86,7 +86,7 @@ def measure_part(
     *,
     workers: int | None = None,
 ) -> str:
-    """Measure what is missing of some sequences of a study, and write it beside their summary; `ranges` or `errors`.
+    """Measure what is missing of some sequences of a study, and write it next to their summary; `ranges` or `errors`.
 
     whole: folder with the summary of the whole corpus, and with the ranges that it lacks, once all parts have measured them.
     Those ranges come first, where formats need any; the same call with them measures the errors. What is there already for

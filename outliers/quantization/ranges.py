@@ -125,7 +125,7 @@ class Ranges:
 
 
 def write_ranges(summary: Path, ranges: Ranges) -> None:
-    """Write ranges beside the summary in a folder, and their checksum last."""
+    """Write ranges next to the summary in a folder, and their checksum last."""
     folder = summary / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -142,7 +142,7 @@ def write_ranges(summary: Path, ranges: Ranges) -> None:
 
 
 def read_ranges(summary: Path, plan: FormatPlan) -> Ranges | None:
-    """The ranges beside the summary in a folder; None where there are none, or those of another plan.
+    """The ranges next to the summary in a folder; None where there are none, or those of another plan.
 
     Raises CorruptCapture where they can't be read, or are no ranges.
     """

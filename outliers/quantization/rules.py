@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,13 +84,5 @@ class Rule:
         errors: NDArray[np.float64],
     ) -> None:
         """Add a tile's squared errors to `errors`, see `kernels.tile.add_errors`."""
-        where: tuple[Any, ...] = (
-            self.kind,
-            self.scope,
-            self.amax,
-            self.channel,
-            self.added,
-            self.block,
-            self.factor,
-        )
-        add_errors(values, good, held, width, *where, scratch, errors)
+        rule = (self.kind, self.scope, self.amax, self.channel, self.added, self.block, self.factor)
+        add_errors(values, good, held, width, rule, scratch, errors)

@@ -49,7 +49,7 @@ class Look:
 
     @property
     def narrow(self) -> bool:
-        """Whether there is no room for a legend beside the axes."""
+        """Whether there is no room for a legend next to the axes."""
         return self.width_inches < NARROW_INCHES
 
 

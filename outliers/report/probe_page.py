@@ -37,7 +37,7 @@ MAX_PREFIX_ROWS = 40
 
 @dataclass(frozen=True)
 class PrefixRow:
-    """A change beside the same change with tokens before each sequence, which is the second of each pair."""
+    """A change, and the same change with tokens before each sequence, which is the second of each pair."""
 
     name: str
     tokens: str

@@ -1,4 +1,4 @@
-"""Sums of the error of number formats by sequence, on disk beside the private summary, and the published table of them.
+"""Sums of the error of number formats by sequence, on disk next to the private summary, and the published table of them.
 
     <summary>/formats/errors.npz       the sums
     <summary>/formats/checksums.json   its checksum, written last: it marks them as complete
@@ -66,7 +66,7 @@ _ARRAYS = ("sequences", "lengths", "tokens", "squares", "errors")
 
 
 def write_errors(summary: Path, found: FormatErrors) -> None:
-    """Write the sums beside the summary in a folder, and their checksum last."""
+    """Write the sums next to the summary in a folder, and their checksum last."""
     folder = summary / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -79,12 +79,12 @@ def write_errors(summary: Path, found: FormatErrors) -> None:
 
 
 def has_errors(summary: Path) -> bool:
-    """Whether there are sums beside the summary in a folder, as they were written."""
+    """Whether there are sums next to the summary in a folder, as they were written."""
     return (summary / FOLDER / ERRORS).exists() and check_folder(summary / FOLDER)
 
 
 def read_errors(summary: Path, prepared: Prepared) -> FormatErrors:
-    """The sums of the whole sample beside the summary in a folder.
+    """The sums of the whole sample next to the summary in a folder.
 
     Raises CaptureError where there are none, or those of a part of the corpus; CorruptCapture for others.
     """

@@ -87,7 +87,7 @@ def write_results(prepared: Prepared, workspace: Workspace, into: Path | None = 
     if left_out:
         content.notes.append(
             f"{ROWS_LEFT_OUT}{rows.num_rows:,} of the {rows.num_rows + left_out:,} rows with a hit: those of the "
-            "systematic features, then the largest; the whole table stays beside the capture"
+            "systematic features, then the largest; the whole table stays next to the capture"
         )
     folder = workspace.study(prepared.study_id) if into is None else into
     folder.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ class ProbeSpec(Part):
         (),
         max_length=256,
         description="experts of a mixture to silence: LAYER.EXPERT such as 1.68, or super for those that the study found; each "
-        "beside a random one and one of equal load in its layer",
+        "and, to compare, a random one and one of equal load in its layer",
     )
     map: str | None = Field(
         None,

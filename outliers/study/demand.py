@@ -222,7 +222,7 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
     experts, counting, private = _experts_bytes(spec, layout), _counting_bytes(layout), _private_bytes(spec, layout)
     # with --store rolling or none the process that captures counts as well
     beside = writers + experts + (counting_bytes(spec, layout) + counting if spec.capture.store != "full" else 0)
-    counted = PROCESS_BYTES + private + counting if counting else 0  # with the totals of the columns beside them
+    counted = PROCESS_BYTES + private + counting if counting else 0  # and the totals of the columns
     return Demand(
         spec=spec,
         model=info,

@@ -10,11 +10,11 @@ from outliers.study.layout import Layout
 
 PATTERNS = 65_536
 WORKERS, SPARE_SLOTS = 4, 2
-"""`in_pass.host`: threads that count on a processor, at most, and slots beside theirs."""
+"""`in_pass.host`: threads that count on a processor, at most, and slots besides theirs."""
 
 
 def host_pass_bytes(spec: StudySpec, layout: Layout) -> int:
-    """Of main memory, where a processor computes, beside the totals (`counting_memory`): slots of tensors, the keys of each
+    """Of main memory, where a processor computes, besides the totals (`counting_memory`): slots of tensors, the keys of each
     thread, and of each span of a batch hits and moments."""
     batch, captured = spec.capture.batch_sequences, sum(layout.widths.values())
     counts = batch * layout.position_chunks * len(layout.layers) * captured * (2 * 8 + 4 * 8)

@@ -147,7 +147,7 @@ def _too_small(parts: tuple[int, ...], totals: tuple[int, ...], work_bytes: int)
     if len(totals) == 1:
         needed, has, free = in_gb(sum(parts) + work_bytes, totals[0], usable(totals[0]))
         return (
-            f"the study needs {needed} on one GPU, the largest has {has} ({free} usable beside the context): choose a larger one "
+            f"the study needs {needed} on one GPU, the largest has {has} ({free} usable besides the context): choose a larger "
             "(--min-vram), or --gpu-count 0 to compute without"
         )
     each = f"{len(totals)} GPUs of {' and '.join(f'{total / GB:.0f} GB' for total in sorted(set(totals)))}"

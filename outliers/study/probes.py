@@ -93,7 +93,7 @@ def count_passes(spec: StudySpec, layers: int, *, has_experts: bool = False, exp
     if has_experts:
         found += len(set(formats)) if spec.capture.experts != "off" else 0  # at the experts' inputs alone
         wants_super = "super" in probe.experts or (probe.probe == "check" and spec.capture.experts != "off")
-        # each beside two controls, and all super experts together beside theirs
+        # each with two controls, and all super experts together with theirs
         found += 3 * (len([name for name in probe.experts if name != "super"]) + (1 + CHECKED_EXPERTS) * wants_super)
     if probe.map is not None:
         found += layers * len(spec.capture.sites) / 2

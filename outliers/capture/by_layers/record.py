@@ -55,7 +55,7 @@ class Plan:
 
 
 class LayerRecord:
-    """The lines of one plan. `folder`: with the spool beside them."""
+    """The lines of one plan. `folder`: with the spool in it."""
 
     def __init__(self, folder: Path, plan: Plan, journal: Journal) -> None:
         self.folder, self.plan, self._journal = folder, plan, journal

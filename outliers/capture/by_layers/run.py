@@ -161,7 +161,7 @@ class _Layers:
     def _prepared(self, layer: int) -> Iterator[None]:
         """Bring a layer's weights to this machine and into its cache of files while the block runs, if it is to run.
 
-        From a file that was in no cache, six reads of 120 MB beside products of matrices took 5.1 s instead of 9.6, once, on two
+        From a file that was in no cache, six reads of 120 MB during products of matrices took 5.1 s instead of 9.6, once, on two
         cores that others used too.
         """
         if layer >= self.plan.layers or not self.record.left(layer):

@@ -18,7 +18,7 @@ _WAY_OUT = "give --schedule whole"
 
 
 class Elsewhere:
-    """In the place of what a layer that does not run would return beside the hidden state."""
+    """In the place of what a layer that does not run would return besides the hidden state."""
 
 
 _ELSEWHERE = Elsewhere()

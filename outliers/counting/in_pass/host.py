@@ -27,7 +27,7 @@ from outliers.counting.summary import Frame, Summary
 MAX_WORKERS = 4
 """Threads that count: each holds the keys of a batch. Two count faster than two cores compute a model of any size."""
 SPARE_SLOTS = 2
-"""Slots beside those that are counted: one that is filled, one to go on with."""
+"""Slots besides those that are counted: one that is filled, one to go on with."""
 
 Keys = tuple[dict[str, NDArray[Any]], dict[str, NDArray[np.bool_]]]
 

@@ -71,13 +71,14 @@ def add_squares(values, good, squares):
 
 
 @compiled
-def add_errors(values, good, held, width, kind, scope, amax, channel, added, block, factor, scratch, errors):
+def add_errors(values, good, held, width, rule, scratch, errors):
     """Add the squared errors of the measured tokens by one format to `errors`, (padded feature,) float64.
 
     held: (padded feature,) float32, 0 for the features that are held out, else 1; their own columns of `errors` mean nothing.
-    width: features without padding. kind to added: as `rules.quantize_row`. block, factor: of the rotation, 0 for none.
-    scratch: (3, padded feature) float32, overwritten.
+    width: features without padding. rule: kind, scope, amax, channel and added, as `rules.quantize_row` takes them, then block
+    and factor of the rotation, 0 for none. scratch: (3, padded feature) float32, overwritten.
     """
+    kind, scope, amax, channel, added, block, factor = rule
     out = scratch[1]
     copied = block > 0 or held[:width].min() == np.float32(0)
     for r in range(values.shape[0]):

@@ -13,7 +13,7 @@ from outliers.results.schema.fields import Count, Name, Strict
 RANGES = ("all", "without_first_tokens")
 """Of what tokens a static scale knows the largest magnitude."""
 MAX_FORMATS = 64
-"""Formats of a study: those asked for, and the rotated ones beside them."""
+"""Formats of a study: those asked for, and the rotated ones that are measured with them."""
 
 
 class QuantizationRecord(BaseModel):
