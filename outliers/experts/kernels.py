@@ -60,6 +60,10 @@ def add_inputs(values, limits, order, span, tile, sums, extremes, counts, histog
                 _extremes(bits[rows[0]], bits[rows[1]], bits[rows[2]], bits[rows[3]], tile)
                 if kind == BFLOAT16:
                     _add_bfloat16(bits[rows[0]], bits[rows[1]], bits[rows[2]], bits[rows[3]], total, squares)
+                elif kind == FLOAT32:
+                    a, b = bits[rows[0]].view(np.float32), bits[rows[1]].view(np.float32)
+                    c, d = bits[rows[2]].view(np.float32), bits[rows[3]].view(np.float32)
+                    _add(a, b, c, d, total, squares)
                 else:
                     for n in range(GROUP):
                         _convert(bits[rows[n]], kind, floats[n])
@@ -101,6 +105,10 @@ def add_outputs(values, infinity, weights, order, span, counted, largest):
             if several == GROUP and finite:
                 if kind == BFLOAT16:
                     _energy_bfloat16(bits[rows[0]], bits[rows[1]], bits[rows[2]], bits[rows[3]], factors, energy[e])
+                elif kind == FLOAT32:
+                    a, b = bits[rows[0]].view(np.float32), bits[rows[1]].view(np.float32)
+                    c, d = bits[rows[2]].view(np.float32), bits[rows[3]].view(np.float32)
+                    _energy(a, b, c, d, factors, energy[e])
                 else:
                     for n in range(GROUP):
                         _convert(bits[rows[n]], kind, floats[n])

@@ -69,18 +69,38 @@ class ExpertStream:
         self._threads = threads or torch.get_num_threads()
         counter = counter_of(size * sums.shapes.width)
         self._patterns = [np.zeros(PATTERNS, counter) for _ in range(self._threads)]
-        self._waiting: list[_Expert] = []
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._next = self._rows = self._held = 0
 
     def add(self, slots: torch.Tensor, tokens: torch.Tensor, down_in: torch.Tensor, output: torch.Tensor) -> None:
         """Add one expert. slots, tokens: (R,) int64, which slot of which token each row is. down_in: (R, I). output: (R, H).
 
-        The tensors are the model's own; they are read before `add` returns, or before that of a later expert does, or `finish`.
-        Raises SiteError for an expert that comes out of order, and rows that are not its own.
+        The tensors are the model's own. They are looked at and read before `add` returns, or before that of a later expert does,
+        or `finish`: what is done for some experts together finds its code in the processor's caches. Raises SiteError for an
+        expert that comes out of order, and rows that are not its own.
         """
-        rows, shapes = tokens.numel(), self._shapes
-        if not rows:
+        if not tokens.numel():
             return
+        self._waiting.append((slots, tokens, down_in, output))
+        self._held += down_in.nbytes + output.nbytes
+        if self._held >= WAITING_BYTES * (1 + self._threads):
+            self._count()
+
+    def finish(self) -> tuple[Slots, tuple[Largest, Largest]]:
+        """All experts are added: their slots, and the largest input and output of each. Raises SiteError where rows lack."""
+        self._count()
+        if self._rows != self._chosen.size:
+            raise self._wrong(f"{self._rows} rows for {self._chosen.size} slots of its tokens")
+        self._own.starts[self._next :] = self._own.starts[self._next]
+        for patterns in self._patterns:
+            self._histogram += patterns.astype(np.int64)
+        return self._own, self._largest
+
+    def _ordered(
+        self, slots: torch.Tensor, tokens: torch.Tensor, down_in: torch.Tensor, output: torch.Tensor
+    ) -> _Expert:
+        """An expert whose slots have their places in the order of all."""
+        rows, shapes = tokens.numel(), self._shapes
         if down_in.shape != (rows, shapes.width) or output.shape != (rows, shapes.hidden):
             raise self._wrong(
                 f"{rows} rows of {tuple(down_in.shape)} inputs and {tuple(output.shape)} outputs, not {shapes.width} and "
@@ -96,21 +116,7 @@ class ExpertStream:
             raise self._wrong(f"rows of expert {expert} that are not of its tokens, or come twice")
         own.starts[expert + 1] = end
         self._next, self._rows = expert + 1, self._rows + rows
-        one = _Expert(expert, bits_of(down_in), bits_of(output))
-        self._waiting.append(one)
-        self._held += one.inputs[0].nbytes + one.outputs[0].nbytes
-        if self._held >= WAITING_BYTES * (1 + self._threads):
-            self._count()
-
-    def finish(self) -> tuple[Slots, tuple[Largest, Largest]]:
-        """All experts are added: their slots, and the largest input and output of each. Raises SiteError where rows lack."""
-        if self._rows != self._chosen.size:
-            raise self._wrong(f"{self._rows} rows for {self._chosen.size} slots of its tokens")
-        self._count()
-        self._own.starts[self._next :] = self._own.starts[self._next]
-        for patterns in self._patterns:
-            self._histogram += patterns.astype(np.int64)
-        return self._own, self._largest
+        return _Expert(expert, bits_of(down_in), bits_of(output))
 
     def _expert_of(self, token: int, slot: int) -> int:
         tokens, slots = self._chosen.shape
@@ -121,7 +127,8 @@ class ExpertStream:
 
     def _count(self) -> None:
         """Count the experts that wait, each in one thread."""
-        waiting, self._waiting, self._held = self._waiting, [], 0
+        waiting = [self._ordered(*one) for one in self._waiting]
+        self._waiting, self._held = [], 0
         if self._threads == 1:
             self._count_some(waiting, self._patterns[0])
             return

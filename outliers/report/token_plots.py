@@ -108,7 +108,7 @@ def _position_row(axes: Axes, row: TokenFeature | MassiveFeature, summary: Study
     edges = np.arange(len(shares) + 1) * row.positions.bin_tokens
     dress(axes, "", "")
     axes.stairs(shares, edges, fill=True, color=SITE_COLOURS["attn_in"])
-    axes.set(xlim=(0, min(edges[-1], summary.corpus.sequence_length)), ylim=(0, max(shares) * 1.08))
+    axes.set(xlim=(0, max(1, min(edges[-1], summary.corpus.sequence_length))), ylim=(0, max(shares) * 1.08))
     label: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 10}
     axes.set_ylabel(str(row.feature), fontsize=pt(9.5), fontweight="bold", color=INK, **label)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=2, min_n_ticks=1))
