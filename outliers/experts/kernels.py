@@ -21,6 +21,8 @@ GROUP = 4
 """Rows that are added together: the sums of a column stay in registers."""
 LANES = 64
 """Columns that are searched together."""
+ROUNDED_UP = 0x7F7F8000
+"""Bits of the least finite float32 that is infinite when it is rounded to bfloat16."""
 
 
 @compiled
@@ -40,6 +42,7 @@ def add_inputs(values, limits, order, span, tile, sums, extremes, counts, histog
     width = bits.shape[1]
     floats = np.empty((GROUP, width), np.float32)
     ordered = np.empty((2, width), bits.dtype)
+    patterns = np.empty(width, np.uint16)
     rows = np.empty(GROUP, np.int64)
     for e in range(first, last):
         if starts[e] == starts[e + 1]:
@@ -52,7 +55,7 @@ def add_inputs(values, limits, order, span, tile, sums, extremes, counts, histog
             for n in range(several):
                 slot = slots[start + n]
                 rows[n] = places[slot]
-                top = _tally(bits[rows[n]], kind, limits, counts, e, histogram)
+                top = _tally(bits[rows[n]], kind, limits, counts, e, histogram, patterns)
                 finite = finite and top < limits[0]
                 _place_top(bits[rows[n]], kind, limits[0], top, slot, tops, columns)
             total, squares = sums[0][e], sums[1][e]
@@ -187,8 +190,11 @@ def _magnitude(top, kind):
 
 
 @compiled
-def _tally(row, kind, limits, counts, e, histogram):
-    """Count the hits, patterns and values of a row that are not finite; returns the bits of its largest magnitude."""
+def _tally(row, kind, limits, counts, e, histogram, patterns):
+    """Count the hits, patterns and values of a row that are not finite; returns the bits of its largest magnitude.
+
+    patterns: (I,) uint16, overwritten.
+    """
     top = _largest(row)
     if top >= limits[0]:
         _tally_finite(row, kind, limits, counts, e, histogram)
@@ -197,7 +203,15 @@ def _tally(row, kind, limits, counts, e, histogram):
         if top < limits[k + 1]:
             break  # the magnitudes ascend
         counts[1][k, e] += _at_least(row, limits[k + 1])
-    if kind == FLOAT32:
+    if kind == FLOAT32 and top < ROUNDED_UP:
+        # in two loops, of which the first takes many values at once; no sum leaves 32 bits
+        for j in range(row.size):
+            u = np.uint32(row[j])
+            even = np.uint32(np.uint32(u >> np.uint32(16)) & np.uint32(1))
+            patterns[j] = np.uint16(np.uint32(u + np.uint32(0x7FFF) + even) >> np.uint32(16))
+        for j in range(row.size):
+            histogram[patterns[j]] += np.uint32(1)
+    elif kind == FLOAT32:
         for j in range(row.size):
             histogram[_pattern(row[j])] += np.uint32(1)
     else:

@@ -200,11 +200,15 @@ def test_an_expert_without_tokens_has_no_extremes_and_nothing_to_count():
     assert not (table["expert"] == E - 1).any() and (sums.rows[0] == 0).all()
 
 
-def test_largest_finite_float32_is_counted_as_the_largest_bfloat16():
+@pytest.mark.parametrize("bits", [0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_largest_finite_float32_is_counted_as_the_largest_bfloat16(bits, sign):
+    """Also what bfloat16 would round to infinity, which is the second and the third."""
     routed = made(0, torch.float32, (4,), 4)
-    routed.down_in[:] = torch.finfo(torch.float32).max
+    routed.down_in[:] = sign * torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     sums, _ = added(shapes_of(), [routed], (4,), 4)
-    assert sums.histogram[1, 0x7F7F] == routed.down_in.numel() and sums.histogram[1].sum() == routed.down_in.numel()
+    pattern = 0x7F7F if sign > 0 else 0xFF7F
+    assert sums.histogram[1, pattern] == routed.down_in.numel() and sums.histogram[1].sum() == routed.down_in.numel()
 
 
 @pytest.mark.parametrize("what", ["a row twice", "a row beyond", "an expert beyond", "fewer rows", "other positions"])
