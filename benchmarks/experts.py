@@ -172,7 +172,9 @@ def tell(implementation: str, clocks: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 512")
+    parser.add_argument(
+        "--hidden", type=int, default=2048, help="hidden size, a multiple of 512 (2048: that of Qwen3-30B-A3B)"
+    )
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512, help=f"of a pass, in {SEQUENCES} sequences")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,6 +1,6 @@
 """What --store rolling takes of the disk and the memory while a corpus grows, and how long it takes compared with the full store.
 
-    python -m benchmarks.rolling                       ten million tokens, a quarter of an hour or more
+    python -m benchmarks.rolling                       ten million tokens, some minutes
     python -m benchmarks.rolling --tokens 1000000      shorter
     python -m benchmarks.rolling --full-tokens 0       without the full store
 

@@ -21,17 +21,17 @@ from outliers.units import amounts
 Choice = Literal["auto", "checkpoint", "none"]
 """--quantization: none makes weights plain, checkpoint keeps them as they are stored, auto makes plain what can be."""
 
-_KERNELS = "kernels>=0.16.0,<0.17.0"
-"""The versions that transformers 5.17 takes; it fetches compiled code from the hub when the model is loaded or first run."""
+_KERNELS = "kernels"
+"""It fetches compiled code from the hub when the model is loaded or first run. `required` has the versions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """What a method needs.
 
-    `plain`: transformers dequantizes its weights while it loads them. `packages`: requirements that must be installed to compute
-    with the weights as they are; None if nothing here can. `capability`: the least that each GPU must have. A GPU is
-    always needed: on a processor transformers dequantizes what it can, without a warning.
+    `plain`: transformers dequantizes its weights while it loads them. `packages`: requirements (see `required`) that must be
+    installed to compute with the weights as they are; None if nothing here can. `capability`: the least that each GPU must have.
+    A GPU is always needed: on a processor transformers dequantizes what it can, without a warning.
     """
 
     plain: bool = False
@@ -106,7 +106,7 @@ def refusal(method: str | None, place: Place) -> Refusal | None:
     if known.packages is None:
         return Refusal("can neither be computed with here nor be made plain on loading", "checkpoint")
     weak = [f"{name} has {written(has)}" for name, has in place.gpus if has is not None and has < known.capability]
-    missing = tuple(text for text in known.packages if not _installed(text, place.packages))
+    missing = tuple(text for text in map(required, known.packages) if not _installed(text, place.packages))
     needed = []
     if not place.gpus:
         least = f" of compute capability {written(known.capability)}" if known.capability > (0, 0) else ""
@@ -130,6 +130,15 @@ def _installed(text: str, packages: Mapping[str, str] | None) -> bool:
     wanted = Requirement(text)
     found = (packages or {}).get(wanted.name)
     return found is not None and wanted.specifier.contains(found, prereleases=True)
+
+
+def required(text: str) -> str:
+    """A requirement of the table, with the versions that the installed transformers names where they change with it."""
+    if text != _KERNELS:
+        return text
+    from transformers.utils import import_utils
+
+    return f"kernels>={import_utils.KERNELS_MIN_VERSION},<{import_utils.KERNELS_MAX_VERSION}"
 
 
 def installed_packages() -> dict[str, str]:

@@ -101,16 +101,19 @@ def render_files(
     from outliers.advice.advise import verdict_words
     from outliers.report.probe_page import probe_section
     from outliers.report.report import make_page
+    from outliers.report.shown import shown_probes
+    from outliers.results.schema import StudySummary
 
     probe = None if beside is None else _probe_of(numbers, beside)
     try:
         plots = _plots(shown, *(numbers.files.get(name) for name in (*NUMBERS, *OPTIONAL)))
         section = None
         if probe is not None:
-            names = None if shown is None else (shown.model, shown.corpus)
-            words = probe.advice.paragraph if names is None else verdict_words(probe.probes, probe.advice, names)
+            summary = StudySummary.model_validate(numbers.summary, extra="ignore")
+            probes = shown_probes(probe.probes, shown, (summary.model.called, summary.corpus.called))
+            words = verdict_words(probes, probe.advice, (probes.model, probes.corpus))
             advice = probe.advice.model_copy(update={"paragraph": words})
-            section = probe_section(probe.probes, advice, count_probes(probe.folder) - 1)
+            section = probe_section(probes, advice, count_probes(probe.folder) - 1)
         page = make_page(numbers.files, plots, provenance, section, shown, spec)
     except _BAD_NUMBERS as error:
         raise ForbiddenFile(

@@ -10,7 +10,7 @@ from typing import Any
 from outliers.report.figures import Plot, page_image
 from outliers.report.page import render_template
 from outliers.report.probe_plots import causes, draw_experts, draw_probe, formats
-from outliers.results.schema import Advice, Change, Probes
+from outliers.results.schema import Advice, Change, FormatVerdict, Probes
 
 CAPTIONS = {
     "formats.png": "KL of the model's predictions where a format is used at all sites, dark, and with what repairs it, light; "
@@ -33,6 +33,8 @@ VERDICTS = {
 }
 MAX_ROWS = 200
 MAX_PREFIX_ROWS = 40
+MAX_NAMED = 4
+"""Formats that the line among the contents names."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,25 @@ class ProbeSection:
     plots: tuple[tuple[str, str, str], ...]
     prefixes: tuple[PrefixRow, ...]
     others: int
+
+    @property
+    def line(self) -> str:
+        """The answer in one line: which formats are within the budget, alone and at all sites that were tried."""
+        tried = [one for one in self.advice.formats if one.verdict is not None]
+        good = [_format_name(one) for one in tried if one.verdict in ("within", "indistinguishable")]
+        if not tried:
+            return "no format was tried at all sites."
+        budget = f"within {self.advice.budget:g} nats a token"
+        if not good:
+            return f"no format that was tried is {budget}."
+        more = f" and {len(good) - MAX_NAMED} more" if len(good) > MAX_NAMED else ""
+        beyond = len(tried) - len(good)
+        rest = {0: ", all that were tried", 1: "; one more that was tried is not"}
+        return f"{', '.join(good[:MAX_NAMED])}{more} {budget}{rest.get(beyond, f'; {beyond} more that were tried are not')}."
+
+
+def _format_name(one: FormatVerdict) -> str:
+    return one.format if one.weights is None else f"{one.format} with {one.weights} weights"
 
 
 def probe_section(probes: Probes, advice: Advice, others: int = 0) -> ProbeSection:

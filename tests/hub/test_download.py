@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ from tests.support import tiny
 from tests.support.cases import first_here
 from tests.support.commands import run_program
 from tests.support.hub_server import Fault, Repo, client_environment, commit_id, hub_server, sha256, wait_until
+
+BEGINS_ANEW = int(metadata.version("huggingface_hub").split(".")[0]) >= 2
+"""Version 2 begins a file anew that another process has begun; version 1 goes on in it."""
 
 pytestmark = pytest.mark.servers
 
@@ -212,6 +216,9 @@ def test_a_killed_download_goes_on_from_what_it_wrote(hub, tmp_path, files):
     found, _ = fetch(hub, tmp_path)
     assert contents(cache(tmp_path)) == {name: files[name] for name in NEEDED}
     weights = sum(len(files[name]) for name in NEEDED if name.endswith(".safetensors"))
+    if BEGINS_ANEW:
+        assert hub.sent("GET /cdn/") == weights
+        return
     assert hub.sent("GET /cdn/") == weights - 4 * 10 * 1024 * 1024
     assert {asked.range for asked in hub.requests("GET /cdn/")} == {f"bytes={2 * 10 * 1024 * 1024}-"}
     assert all(done >= 4 * 10 * 1024 * 1024 for done, _ in found["steps"])
@@ -254,7 +261,7 @@ def test_parts_of_other_bytes_are_noticed_and_fetched_anew(hub, tmp_path, files)
     (blobs / f"{sha256(second)}.incomplete").write_bytes(second + b"too much")
     _, log = fetch(hub, tmp_path)
     assert contents(cache(tmp_path)) == {name: files[name] for name in NEEDED}
-    assert "other bytes than the hub's after going on from a part" in log
+    assert BEGINS_ANEW or "other bytes than the hub's after going on from a part" in log
 
 
 def test_a_commit_is_fetched_though_its_branch_moved(hub, tmp_path, files):

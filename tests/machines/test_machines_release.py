@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def test_a_broken_record_is_nothing_to_who_releases_another(outliers, held, work
     assert (code, json.loads(out)["failed"]) == (0, [])
 
 
+@pytest.mark.skipif(importlib.util.find_spec("sky") is None, reason="SkyPilot is not installed")
 def test_a_rented_machine_of_another_workspace_is_released_by_its_name(outliers, workspace, tmp_path, monkeypatch):
     """No record here tells of it; its name does. Only where SkyPilot was ever used, and for names of ours."""
     cloud = Cloud(None, workspace)

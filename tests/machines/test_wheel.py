@@ -60,8 +60,10 @@ def test_it_installs_as_a_wheel_should(tmp_path):
     wheel = build_wheel()
     (tmp_path / wheel.name).write_bytes(wheel.data)
     target = tmp_path / "site"
-    install = [UV, "pip", "install", "--quiet", "--no-deps", "--offline", "--target", target, tmp_path / wheel.name]
-    subprocess.run(install, check=True, timeout=60)
+    installer = [UV, "pip", "install", "--offline"] if UV else [sys.executable, "-m", "pip", "install", "--no-index"]
+    subprocess.run(
+        [*installer, "--quiet", "--no-deps", "--target", target, tmp_path / wheel.name], check=True, timeout=60
+    )
     code = (
         "import outliers.machines.agent as a, importlib.metadata as m; print(a.__file__, m.version('outlier-features'))"
     )

@@ -17,7 +17,7 @@ from outliers.hardware import GB, Facts, Gpu, capability_of, find_gpus, parse_gp
 from outliers.machines.answers import read_facts
 from outliers.machines.base import Offer
 from outliers.model.describe import describe_model, method_of, quantization_of
-from outliers.model.quantization import METHODS, Place, kept_as_stored, refusal
+from outliers.model.quantization import METHODS, Place, kept_as_stored, refusal, required
 from outliers.model.source import find_model
 from outliers.planning.offers import check_plan
 from outliers.planning.plan import make_plan
@@ -30,7 +30,7 @@ from tests.support import tiny
 
 CONFIGS = Path(__file__).parents[1] / "support" / "configs"
 ALL = {
-    "kernels": "0.16.1",
+    "kernels": import_utils.KERNELS_MIN_VERSION,
     "triton": "3.5.0",
     "gptqmodel": "7.7",
     "optimum": "2.0",
@@ -108,7 +108,7 @@ def test_what_runs_where_with_every_package(method, runs, fails):
 def test_the_table_is_what_the_installed_transformers_asks():
     """Read from its own constants and messages: a newer transformers that asks for more fails here."""
     kernels = f"kernels>={import_utils.KERNELS_MIN_VERSION},<{import_utils.KERNELS_MAX_VERSION}"
-    assert METHODS["mxfp4"].packages[0] == METHODS["fp8"].packages[0] == kernels
+    assert required(METHODS["mxfp4"].packages[0]) == required(METHODS["fp8"].packages[0]) == kernels
     assert METHODS["bitsandbytes"].packages == (f"bitsandbytes>={import_utils.BITSANDBYTES_MIN_VERSION}",)
     least = import_utils.COMPRESSED_TENSORS_MIN_VERSION
     assert METHODS["compressed-tensors"].packages == (f"compressed-tensors>={least}",)
@@ -320,9 +320,8 @@ def test_weights_that_were_asked_to_stay_are_refused_where_they_can_not(tmp_path
     """On a machine whose environment is made for it before anything is asked; here GPU by GPU, with a remedy that passes."""
     with pytest.raises(PlanRefused) as refused:
         model_info(real("gpt-oss-20b", tmp_path, "checkpoint"), workspace, weights=False)
-    assert "which needs kernels>=0.16.0,<0.17.0 and triton>=3.4.0 (which are not in the environment" in str(
-        refused.value
-    )
+    kernels = f"kernels>={import_utils.KERNELS_MIN_VERSION},<{import_utils.KERNELS_MAX_VERSION}"
+    assert f"which needs {kernels} and triton>=3.4.0 (which are not in the environment" in str(refused.value)
     assert "--quantization none computes in bfloat16, with 41.83 GB of weights instead of 13.76 GB" in str(
         refused.value
     )

@@ -76,6 +76,7 @@ def test_the_report_has_the_verdict_the_bars_and_what_a_prefix_does(study):
         advice["paragraph"].replace("hub/model", "synthetic", 1).replace("builtin:python-docs", prepared.corpus_name, 1)
     )
     assert HEADING in page.text and " ".join(own.split()) in page.text
+    assert f"{HEADING}: no format that was tried is within 0.05 nats a token." in page.text
     assert f"probes/{'1' * 16}/probe.html" in page.text and "more probe" not in page.text
     (verdict,) = [cells for cells in page.rows if cells and cells[0] == "int8_tensor" and "beyond" in cells[1]]
     assert verdict[2] == "0.9"
@@ -102,7 +103,8 @@ def test_the_newest_is_shown_and_the_others_are_counted(study):
     render_again(prepared, workspace)
     text = page_of(folder)[1].text
     assert f"probes/{'2' * 16}/probe.html, and 1 more probe beside it." in text
-    assert "fp8_token" in text and "What a prefix does" not in text
+    assert f"{HEADING}: fp8_token within 0.05 nats a token, all that were tried." in text
+    assert "What a prefix does" not in text
     # written again from the summary it says the same
     page = (folder / "report.html").read_bytes()
     write_study(prepared, workspace, synthetic.Silent())
