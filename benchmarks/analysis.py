@@ -44,6 +44,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import counting
+from outliers.corpus.kinds import KINDS
 from outliers.corpus.tokens import load_corpus
 from outliers.counting.analyze import TILE_BYTES, WorkItem, layout_of_capture, summarize
 from outliers.counting.summary import Frame
@@ -171,7 +172,7 @@ def random_capture(
             entry["crc32"][site], entry["sizes"][site] = [c for c, _ in chunks], [n for _, n in chunks]
         unsynced.sync()
         journal.append([entry])
-    return Data(name, part_of(folder, layout, rng.random((sequences, 2, length)) < 0.1, scratch), layout)
+    return Data(name, part_of(folder, layout, rng.random((sequences, len(KINDS), length)) < 0.1, scratch), layout)
 
 
 def read(data: Data) -> None:
@@ -262,7 +263,9 @@ def measure_kernels(data: Data, rounds: int) -> dict[str, float]:
     layers = min(8, frame.num_layers)
 
     def compiled() -> None:
-        tally.count(Span(0, 0, one.shape[0], np.zeros((5, one.shape[0]), np.bool_)), range(layers), tiles, rows)
+        tally.count(
+            Span(0, 0, one.shape[0], np.zeros((len(KINDS), one.shape[0]), np.bool_)), range(layers), tiles, rows
+        )
 
     ways = {
         "numpy": lambda: counting.by_numpy(one, other, peaks),

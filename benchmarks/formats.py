@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from outliers.corpus.kinds import KINDS
 from outliers.counting.accumulate import Span, Tally
 from outliers.counting.analyze import TILE_BYTES as COUNT_BYTES
 from outliers.counting.summary import Frame
@@ -128,7 +129,7 @@ def counter(bits: NDArray[np.uint16]) -> Callable[[], object]:
     widths = dict.fromkeys(SITES, bits.shape[1])
     frame = Frame("benchmark", "bfloat16", tuple(widths.items()), 1, len(bits), 6.0, criteria.magnitudes, "block")
     tally, rows = Tally(frame), max(4, COUNT_BYTES // (2 * bits.shape[1]) // 4 * 4)
-    marks = np.zeros((2, len(bits)), np.bool_)
+    marks = np.zeros((len(KINDS), len(bits)), np.bool_)
     own = bits.copy()  # what is not finite is set to 0 there
 
     def tiles(layer: int) -> Iterator[dict[str, NDArray[Any]]]:

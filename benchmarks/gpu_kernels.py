@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from outliers.corpus.kinds import KINDS
 from outliers.counting.summary import Frame
 
 SITES = ("attn_in", "mlp_in", "resid")
@@ -46,7 +47,7 @@ def measure(
     )
     shape = PassShape(sequences, positions, positions)
     acts = _activations(hidden, positions, layers, sequences, dtype)
-    marks = np.zeros((sequences, 2, positions), np.bool_)
+    marks = np.zeros((sequences, len(KINDS), positions), np.bool_)
     batch = BatchMarks(range(sequences), (positions,) * sequences, lambda: marks)
 
     def counted(counter: Any, where: torch.device, passes: int) -> tuple[Any, float]:

@@ -58,12 +58,13 @@ import json
 import numpy as np
 from outliers.counting.accumulate import Span, Tally, is_compiled
 from outliers.counting.kernels import hits, spans, tile, totals
+from outliers.corpus.kinds import KINDS
 from outliers.counting.summary import Frame
 before = is_compiled()
 frame = Frame("x", "bfloat16", (("attn_in", 64), ("mlp_in", 64)), 1, 40, 6.0, (6.0,), "block")
 values = np.full((40, 64), 0x40E0, np.uint16)
 tiles = lambda layer: iter([{"attn_in": values, "mlp_in": values}])
-Tally(frame).count(Span(0, 0, 40, np.zeros((2, 40), np.bool_)), range(1), tiles, 40)
+Tally(frame).count(Span(0, 0, 40, np.zeros((len(KINDS), 40), np.bool_)), range(1), tiles, 40)
 entries = [tile._count_tile, totals._flush, totals._flush_block, spans._count_union, spans._find_top_tokens]
 print(json.dumps([before, is_compiled(), *[sum(e.stats.cache_misses.values()) for e in entries]]))
 """
