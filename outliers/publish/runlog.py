@@ -16,6 +16,8 @@ from pathlib import Path
 from outliers.events.event import Event
 
 NAME = "run.log"
+ORDINARY = frozenset({"model", "models", "text", "texts", "corpus", "data", "checkpoint", "weights", "tokens"})
+"""Names of files and folders that are words of the steps' own lines."""
 _HEAD_BYTES = 200
 """Room for the line that says what is left out."""
 _CONTINUED = re.compile(rb"\A[\x80-\xbf]{1,3}")
@@ -40,11 +42,12 @@ def append(folder: Path, lines: Iterable[str], workspace: Path, words: Mapping[s
 def rename(text: str, words: Mapping[str, str]) -> str:
     """The text with names that are not published replaced by what is; whole words alone.
 
-    words: name -> what stands for it. A name of one letter stays: it would blot out ordinary words, and tells nothing.
+    words: name -> what stands for it. A name of one letter stays, and so does one of ORDINARY: they tell nothing, and without
+    them no line could be read.
     """
     shown = {_plain(name): public for name, public in words.items()} | dict(words)
     for name in sorted(shown, key=len, reverse=True):
-        if len(name) > 1:
+        if len(name) > 1 and name.lower() not in ORDINARY:
             # mypy infers no type for a lambda with a default
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _, public=shown[name]: public, text)  # type: ignore[misc]
     return text

@@ -245,7 +245,9 @@ def test_a_log_has_public_names_in_whole_words(made):
     model, corpus = made[0].model.source.id, made[0].corpus.source
     assert rename(f"loaded {MODEL} on cpu", words) == f"loaded {model} on cpu"
     assert rename(f"{made[0].spec.corpus.source} is read", words) == f"{corpus} is read"
-    assert rename("a model, modelled", {"model": "local:0", "a": "local:1"}) == "a local:0, modelled"
+    assert rename("a falcon, falconry", {"falcon": "local:0", "a": "local:1"}) == "a local:0, falconry"
+    # a folder called `model` tells nothing, and lines say the word
+    assert rename("the model, as loaded", {"model": "local:0"}) == "the model, as loaded"
 
 
 def test_a_log_has_no_folder_above_a_model_or_text_whose_name_has_a_blank(made, monkeypatch):
