@@ -110,7 +110,7 @@ def test_the_words_say_what_was_measured_and_what_was_not_tried():
         assert part in found.paragraph
     for command in (
         "rotation: --quantize had64+mxfp4_even",
-        "quantized weights: --weights FORMAT beside --quantize",
+        "quantized weights: --weights FORMAT with --quantize",
         "which places cost most: --map int8_token",
         "the input of the MLP's second projection: a study with --sites attn_in,mlp_in,o_in,down_in",
     ):
