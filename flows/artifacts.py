@@ -28,6 +28,8 @@ PICTURES = {
 }
 """Pictures of a study's results that its page shows, by their file's name."""
 KEY_CHARS = 60
+HUB = "hf://datasets/"
+"""A data set of the hub begins so; its folders have pages there."""
 _WORDS = re.compile(r"[A-Za-z0-9_,: ]+")
 _NOT_IN_KEYS = re.compile(r"[^a-z0-9]+")
 _OPENS = re.compile(r"https?://[^\s<>()\[\]]+")
@@ -133,11 +135,22 @@ def _read(prepared: Prepared) -> list[str]:
     return [head, "|:--|:--|", *rest]
 
 
+def _opens(published: str) -> str | None:
+    """The address at which a browser shows what is published; None where none does."""
+    if published.startswith(HUB):
+        from huggingface_hub import constants
+
+        # ORG, NAME, then the folder of the study, which holds manifest.json
+        parts = published.removeprefix(HUB).split("/")[:-1]
+        published = "/".join([constants.ENDPOINT, "datasets", *parts[:2], "tree", "main", *parts[2:]])
+    return published if _OPENS.fullmatch(published) else None
+
+
 def _places(outcome: Outcome) -> list[str]:
     """Where the report is: a link where a browser can follow it, else what to do."""
     lines = []
-    if outcome.published and _OPENS.fullmatch(outcome.published):
-        lines += [f"[{plain(outcome.published)}]({outcome.published})", ""]
+    if outcome.published and (address := _opens(outcome.published)):
+        lines += [f"[{plain(outcome.published)}]({address})", ""]
     elif outcome.published:
         command = f"outliers runs show {shlex.quote(outcome.published)}"
         lines += [

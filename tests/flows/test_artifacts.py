@@ -6,6 +6,7 @@ import base64
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from prefect.types.names import ArtifactKey
 from pydantic import TypeAdapter
 
@@ -68,6 +69,14 @@ def test_pictures_are_within_the_page_and_those_that_are_not_there_are_not_misse
     [
         ("https://atlas.example.org/s/manifest.json", "](https://atlas.example.org/s/manifest.json)"),
         ("s3://atlas/my runs/s/manifest.json", "`outliers runs show 's3://atlas/my runs/s/manifest.json'`"),
+        (
+            "hf://datasets/lab/studies/atlas/my-model/0123/manifest.json",
+            f"]({constants.ENDPOINT}/datasets/lab/studies/tree/main/atlas/my-model/0123)",
+        ),
+        (
+            "hf://datasets/lab/stud)ies/0123/manifest.json",
+            "`outliers runs show 'hf://datasets/lab/stud)ies/0123/manifest.json'`",
+        ),
         ("file:///atlas/s/manifest.json", "`outliers runs show file:///atlas/s/manifest.json`"),
         # what would end a link of Markdown early is no link
         (
@@ -80,5 +89,5 @@ def test_pictures_are_within_the_page_and_those_that_are_not_there_are_not_misse
 def test_what_a_browser_can_open_is_a_link_and_all_else_says_what_to_do(prepared, tmp_path, published, said):
     page = study_page(outcome(prepared, published=published), prepared, tmp_path)
     assert said in page
-    assert ("](http" in page) == (published == "https://atlas.example.org/s/manifest.json")
+    assert ("](http" in page) == said.startswith("]")
     assert "`/work/results/s/report.html`" in page
