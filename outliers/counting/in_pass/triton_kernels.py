@@ -3,7 +3,8 @@
 `count_tile` takes a tile of 32 x 64 values of both sites: extremes, hits at every magnitude of the ladder, histogram, keys. All
 of it are integers, added or compared by atomic operations, so their order does not matter. `add_moments` adds the float64 sums
 of a column row after row, as the compiled loops of `kernels.tile` do: no float is added by an atomic operation, and products
-are not fused with sums. Values come as the integers of their bits. Knows pointers and strides.
+are not fused with sums. Values come as the integers of their bits. Knows pointers and strides. A kernel is started with each
+pointer and number by itself, so the lists are long; `triton_ops` alone writes them.
 
 Compiled for sm_80 and sm_90 a tile of 64 x 64 does not fit the registers. The histogram is one of 64-bit counters a layer in
 the device's cache: Triton gives a program no memory of its own that it could address.
