@@ -16,6 +16,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows.run_names import corpus_name
 from outliers.publish.outcome import Outcome
+from outliers.publish.stores.links import web_link
 from outliers.study.prepare import Prepared
 from outliers.units import plural
 from outliers.untrusted.visible import code
@@ -28,8 +29,6 @@ PICTURES = {
 }
 """Pictures of a study's results that its page shows, by their file's name."""
 KEY_CHARS = 60
-HUB = "hf://datasets/"
-"""A data set of the hub begins so; its folders have pages there."""
 _WORDS = re.compile(r"[A-Za-z0-9_,: ]+")
 _NOT_IN_KEYS = re.compile(r"[^a-z0-9]+")
 _OPENS = re.compile(r"https?://[^\s<>()\[\]]+")
@@ -137,13 +136,8 @@ def _read(prepared: Prepared) -> list[str]:
 
 def _opens(published: str) -> str | None:
     """The address at which a browser shows what is published; None where none does."""
-    if published.startswith(HUB):
-        from huggingface_hub import constants
-
-        # ORG, NAME, then the folder of the study, which holds manifest.json
-        parts = published.removeprefix(HUB).split("/")[:-1]
-        published = "/".join([constants.ENDPOINT, "datasets", *parts[:2], "tree", "main", *parts[2:]])
-    return published if _OPENS.fullmatch(published) else None
+    address = web_link(published.rpartition("/")[0] if published.startswith("hf://") else published)
+    return address if address and _OPENS.fullmatch(address) else None
 
 
 def _places(outcome: Outcome) -> list[str]:

@@ -127,8 +127,8 @@ class ExpertStream:
 
     def _count(self) -> None:
         """Count the experts that wait, each in one thread."""
-        waiting = [self._ordered(*one) for one in self._waiting]
-        self._waiting, self._held = [], 0
+        given, self._waiting, self._held = self._waiting, [], 0
+        waiting = [self._ordered(*one) for one in given]
         if self._threads == 1:
             self._count_some(waiting, self._patterns[0])
             return

@@ -138,7 +138,8 @@ def required(text: str) -> str:
         return text
     from transformers.utils import import_utils
 
-    return f"kernels>={import_utils.KERNELS_MIN_VERSION},<{import_utils.KERNELS_MAX_VERSION}"
+    below = getattr(import_utils, "KERNELS_MAX_VERSION", None)  # transformers 5.0 has no upper bound
+    return f"kernels>={import_utils.KERNELS_MIN_VERSION}" + (f",<{below}" if below else "")
 
 
 def installed_packages() -> dict[str, str]:

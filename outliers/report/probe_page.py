@@ -60,17 +60,37 @@ class ProbeSection:
     @property
     def line(self) -> str:
         """The answer in one line: which formats are within the budget, alone and at all sites that were tried."""
-        tried = [one for one in self.advice.formats if one.verdict is not None]
-        good = [_format_name(one) for one in tried if one.verdict in ("within", "indistinguishable")]
-        if not tried:
-            return "no format was tried at all sites."
-        budget = f"within {self.advice.budget:g} nats a token"
-        if not good:
-            return f"no format that was tried is {budget}."
-        more = f" and {len(good) - MAX_NAMED} more" if len(good) > MAX_NAMED else ""
-        beyond = len(tried) - len(good)
-        rest = {0: ", all that were tried", 1: "; one more that was tried is not"}
-        return f"{', '.join(good[:MAX_NAMED])}{more} {budget}{rest.get(beyond, f'; {beyond} more that were tried are not')}."
+        return _answer_line(self.advice)
+
+
+def _answer_line(advice: Advice) -> str:
+    tried = [one for one in advice.formats if one.verdict is not None]
+    if not tried:
+        return "no format was tried at all sites together."
+    good = [one for one in tried if _fits(advice, one.verdict, one.confirmed_kl)]
+    others = [one for one in tried if one not in good]
+    beyond = sum(one.verdict == "beyond" for one in others)
+    close = len(others) - beyond
+    budget = f"within {advice.budget:g} nats a token"
+    names = [_format_name(one) for one in good[:MAX_NAMED]]
+    more = f" and {len(good) - MAX_NAMED} more" if len(good) > MAX_NAMED else ""
+    said = [f"{', '.join(names)}{more} {budget}" if good else f"no format alone is {budget}"]
+    if good and not others:
+        said[0] += ", all that were tried"
+    # the first repair is the best one
+    mended = [one for one in others if one.repairs and _fits(advice, one.repairs[0].verdict, one.repairs[0].kl)]
+    if mended:
+        said.append(f"{_format_name(mended[0])} is with {mended[0].repairs[0].what}")
+    if good and beyond:
+        said.append(f"{beyond} more {'is' if beyond == 1 else 'are'} beyond it")
+    if close:
+        said.append(f"{close} too close to tell")
+    return "; ".join(said) + "."
+
+
+def _fits(advice: Advice, verdict: str | None, kl: float | None) -> bool:
+    """Whether a format is within the budget. What can't be told from rounding is, where its KL is."""
+    return verdict == "within" or (verdict == "indistinguishable" and kl is not None and kl <= advice.budget)
 
 
 def _format_name(one: FormatVerdict) -> str:

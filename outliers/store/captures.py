@@ -52,10 +52,11 @@ def list_captures(workspace: Workspace) -> tuple[Held, ...]:
             if fingerprint is None and (folder / "summaries").is_dir() and not (folder / ARRAYS).exists():
                 model = "(summaries alone)"
             if fingerprint is not None:
+                # before the journal: a capture that is finished meanwhile is then seen as finished
+                layers = _of_layers(folder / LAYERS)
                 journal = Journal.open(folder / "journal.jsonl", keep=lambda line: {})
                 done, counted = len(journal.done), len(journal.freed)
                 model, total = str(fingerprint["fixed"].get("model", "?")), layout_from(fingerprint).num_sequences
-                layers = _of_layers(folder / LAYERS)
         except CaptureError:
             pass  # listed as damaged, so that a person can examine or remove it
         facts = {"done": done, "counted": counted, "of_sequences": total, "bytes": held_bytes(folder)} | layers

@@ -164,6 +164,18 @@ def test_a_torn_line_is_cut_off(tmp_path, moe, text, whole):
     assert files_of(workspace, study) == whole
 
 
+def test_a_damaged_record_of_layers_is_listed_as_damaged(tmp_path, moe, text):
+    workspace = open_workspace(tmp_path)
+    with pytest.raises(Stopped):
+        extract(study_of(workspace, moe, text, "layers"), workspace, Silent(), on_step=stop_at("layer 1 is journaled"))
+    study = study_of(workspace, moe, text, "layers")
+    lines = workspace.capture(study.capture_id) / LAYERS / "layers.jsonl"
+    assert list_captures(workspace)[0].model != "damaged"
+    lines.write_bytes(lines.read_bytes().replace(b"{", b"[", 1))
+    held = list_captures(workspace)[0]
+    assert (held.model, held.of_sequences, held.of_layer_batches) == ("damaged", 0, 0)
+
+
 @pytest.mark.parametrize("file", ["hidden-2-1.bin", "table-0-expert.npy", "sums-0.npz"])
 def test_a_changed_file_between_layers_is_refused(tmp_path, moe, text, file):
     workspace = open_workspace(tmp_path)

@@ -83,6 +83,14 @@ def test_rows_that_are_not_the_experts_own_are_refused():
         stream.finish()
 
     run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "WAITING_BYTES", 0)  # nothing waits: the very `add` raises
+        stream = ExpertStream(
+            ExpertSums.zero(shapes_of()), 1, Routing(1, routed.experts, routed.weights), lengths, positions, 1
+        )
+        stream.add(*experts[1])
+        with pytest.raises(SiteError, match="behind expert"):
+            stream.add(*experts[0])
     with pytest.raises(SiteError, match="rows for 16 slots"):
         run(lambda found: found[1:])
     with pytest.raises(SiteError, match="behind expert"):

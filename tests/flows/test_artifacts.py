@@ -6,12 +6,12 @@ import base64
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
 from prefect.types.names import ArtifactKey
 from pydantic import TypeAdapter
 
 from flows.artifacts import page_key, study_page
 from outliers.publish.outcome import Outcome
+from outliers.publish.stores.links import HUB
 from tests.support import results_folder
 from tests.support.synthetic import prepared_for
 
@@ -70,13 +70,10 @@ def test_pictures_are_within_the_page_and_those_that_are_not_there_are_not_misse
         ("https://atlas.example.org/s/manifest.json", "](https://atlas.example.org/s/manifest.json)"),
         ("s3://atlas/my runs/s/manifest.json", "`outliers runs show 's3://atlas/my runs/s/manifest.json'`"),
         (
-            "hf://datasets/lab/studies/atlas/my-model/0123/manifest.json",
-            f"]({constants.ENDPOINT}/datasets/lab/studies/tree/main/atlas/my-model/0123)",
+            "hf://datasets/lab/studies/my atlas #1/my-model/0123/manifest.json",
+            f"]({HUB}/datasets/lab/studies/tree/main/my%20atlas%20%231/my-model/0123)",
         ),
-        (
-            "hf://datasets/lab/stud)ies/0123/manifest.json",
-            "`outliers runs show 'hf://datasets/lab/stud)ies/0123/manifest.json'`",
-        ),
+        ("hf://datasets/lab/manifest.json", "`outliers runs show hf://datasets/lab/manifest.json`"),
         ("file:///atlas/s/manifest.json", "`outliers runs show file:///atlas/s/manifest.json`"),
         # what would end a link of Markdown early is no link
         (

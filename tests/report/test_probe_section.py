@@ -13,7 +13,8 @@ from outliers.publish.probes import place_probe
 from outliers.publish.publish import fetch, publish
 from outliers.publish.publishable import read_publishable
 from outliers.publish.reporting import render_again, write_study
-from outliers.report.probe_page import prefix_rows
+from outliers.report.probe_page import ProbeSection, prefix_rows
+from outliers.results.schema import Advice, FormatVerdict, Repair
 from outliers.steps import run_analyze
 from tests.quantization.test_measure import made
 from tests.support import synthetic
@@ -76,7 +77,7 @@ def test_the_report_has_the_verdict_the_bars_and_what_a_prefix_does(study):
         advice["paragraph"].replace("hub/model", "synthetic", 1).replace("builtin:python-docs", prepared.corpus_name, 1)
     )
     assert HEADING in page.text and " ".join(own.split()) in page.text
-    assert f"{HEADING}: no format that was tried is within 0.05 nats a token." in page.text
+    assert f"{HEADING}: no format alone is within 0.05 nats a token." in page.text
     assert f"probes/{'1' * 16}/probe.html" in page.text and "more probe" not in page.text
     (verdict,) = [cells for cells in page.rows if cells and cells[0] == "int8_tensor" and "beyond" in cells[1]]
     assert verdict[2] == "0.9"
@@ -150,3 +151,45 @@ def test_a_prefix_is_compared_with_the_same_change_without_it():
     )
     rows = prefix_rows(found)
     assert [(one.name, one.tokens, one.kl) for one in rows] == [("nvfp4", "5, 6", (0.3, 0.2))]
+
+
+def verdict(name, kl, said, *repairs):
+    """A format as a verdict has it. repairs: (what, KL, verdict)."""
+    facts = {"kl_interval": None, "perplexity": 20.0, "helps": True}
+    tried = [Repair(kind="rotate", what=what, kl=lower, verdict=how, **facts) for what, lower, how in repairs]
+    parts = {"weights": None, "predicted_kl": None, "confirmed_interval": None, "perplexity": 20.0, "leave_alone": None}
+    return FormatVerdict(format=name, confirmed_kl=kl, verdict=said, repairs=tried, **parts)
+
+
+@pytest.mark.parametrize(
+    ("formats", "line"),
+    [
+        ([], "no format was tried at all sites together."),
+        ([verdict("a", None, None)], "no format was tried at all sites together."),
+        ([verdict("a", 0.01, "within")], "a within 0.05 nats a token, all that were tried."),
+        (
+            [verdict("a", 0.01, "within"), verdict("b", 0.05, "unclear"), verdict("c", 0.9, "beyond")],
+            "a within 0.05 nats a token; 1 more is beyond it; 1 too close to tell.",
+        ),
+        ([verdict("a", 0.05, "unclear")], "no format alone is within 0.05 nats a token; 1 too close to tell."),
+        (
+            [verdict("a", 0.9, "beyond", ("had64+a", 0.01, "within"), ("other", 0.02, "within"))],
+            "no format alone is within 0.05 nats a token; a is with had64+a.",
+        ),
+        ([verdict("a", 0.9, "beyond", ("had64+a", 0.2, "beyond"))], "no format alone is within 0.05 nats a token."),
+        # what can't be told from rounding is within the budget only where its KL is
+        ([verdict("a", 0.001, "indistinguishable")], "a within 0.05 nats a token, all that were tried."),
+        (
+            [verdict("a", 0.06, "indistinguishable")],
+            "no format alone is within 0.05 nats a token; 1 too close to tell.",
+        ),
+        (
+            [verdict(name, 0.01, "within") for name in "abcdef"]
+            + [verdict("g", 1.0, "beyond"), verdict("h", 1.0, "beyond")],
+            "a, b, c, d and 2 more within 0.05 nats a token; 2 more are beyond it.",
+        ),
+    ],
+)
+def test_the_answer_in_one_line(formats, line):
+    advice = Advice.model_construct(formats=formats, budget=0.05)
+    assert ProbeSection(None, advice, (), (), 0).line == line
