@@ -14,7 +14,7 @@ from outliers.errors import PlanRefused
 from outliers.hardware import available_ram_bytes
 from outliers.model.describe import ModelInfo
 from outliers.spec import StudySpec
-from outliers.store.captures import LAYERS
+from outliers.store.captures import LAYER_PLAN, LAYERS
 from outliers.study.demand import demand_of
 from outliers.study.schedule import by_layers, check_schedule, why_by_layers, with_schedule
 from outliers.units import amounts
@@ -35,7 +35,7 @@ def decide(spec: StudySpec, info: ModelInfo, capture: Path, free_bytes: int | No
     layered = by_layers(demand_of(spec, info))
     if layered is None:
         return whole, choose_devices(whole, info, several=True)
-    if (capture / LAYERS / "plan.json").exists():
+    if (capture / LAYERS / LAYER_PLAN).exists():
         log.info("this capture was begun a layer at a time, and goes on so (--schedule whole begins what is left anew)")
         return layered.spec, choose_devices(layered.spec, info)
     try:

@@ -69,18 +69,18 @@ def _answer_line(advice: Advice) -> str:
         return "no format was tried at all sites together."
     good = [one for one in tried if _fits(advice, one.verdict, one.confirmed_kl)]
     others = [one for one in tried if one not in good]
-    beyond = sum(one.verdict == "beyond" for one in others)
-    close = len(others) - beyond
+    # the first repair is the best one
+    mended = [one for one in others if one.repairs and _fits(advice, one.repairs[0].verdict, one.repairs[0].kl)]
+    left = [one for one in others if one not in mended]
+    beyond = sum(one.verdict == "beyond" for one in left)
+    close = len(left) - beyond
     budget = f"within {advice.budget:g} nats a token"
     names = [_format_name(one) for one in good[:MAX_NAMED]]
     more = f" and {len(good) - MAX_NAMED} more" if len(good) > MAX_NAMED else ""
     said = [f"{', '.join(names)}{more} {budget}" if good else f"no format alone is {budget}"]
     if good and not others:
         said[0] += ", all that were tried"
-    # the first repair is the best one
-    mended = [one for one in others if one.repairs and _fits(advice, one.repairs[0].verdict, one.repairs[0].kl)]
-    if mended:
-        said.append(f"{_format_name(mended[0])} is with {mended[0].repairs[0].what}")
+    said += [f"{_format_name(one)} is with {one.repairs[0].what}" for one in mended[:MAX_NAMED]]
     if good and beyond:
         said.append(f"{beyond} more {'is' if beyond == 1 else 'are'} beyond it")
     if close:

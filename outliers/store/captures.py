@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from outliers.errors import BadInput, CaptureError
+from outliers.errors import BadInput, CaptureError, CorruptCapture
 from outliers.files.atomic import held_bytes
 from outliers.files.sealed import read_sealed
 from outliers.names import nearest
@@ -65,7 +65,7 @@ def list_captures(workspace: Workspace) -> tuple[Held, ...]:
 
 
 def _of_layers(folder: Path) -> dict[str, int]:
-    """How far a capture by layers is; empty where none was begun. Raises CorruptCapture for a damaged line."""
+    """How far a capture by layers is; empty where none was begun. Raises CorruptCapture for a damaged line, or another plan."""
     plan = read_sealed(folder / LAYER_PLAN)
     if plan is None or plan.get("version") != LAYER_VERSION:
         return {}
@@ -73,7 +73,11 @@ def _of_layers(folder: Path) -> dict[str, int]:
         done = Journal.open(folder / LAYER_LINES, keep=lambda line: {}).done
     except FileNotFoundError:
         return {}  # the capture was journaled meanwhile, and its folder went
-    return {"layer_batches": len(done), "of_layer_batches": plan["layers"] * len(plan["batches"])}
+    try:
+        units = int(plan["layers"]) * len(plan["batches"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCapture(f"{folder / LAYER_PLAN} is not the plan of a capture by layers") from error
+    return {"layer_batches": len(done), "of_layer_batches": units}
 
 
 def find_capture(workspace: Workspace, name: str) -> Path:

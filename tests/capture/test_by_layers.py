@@ -14,6 +14,7 @@ from outliers.capture.by_layers.seams import WANTED, find_seams
 from outliers.capture.extract import extract
 from outliers.capture.schedule import decide
 from outliers.errors import CorruptCapture, PlanRefused, UnknownModel
+from outliers.files.sealed import write_sealed
 from outliers.spec import StudySpec
 from outliers.store.captures import LAYERS, list_captures
 from outliers.store.chunks import is_complete
@@ -174,6 +175,10 @@ def test_a_damaged_record_of_layers_is_listed_as_damaged(tmp_path, moe, text):
     lines.write_bytes(lines.read_bytes().replace(b"{", b"[", 1))
     held = list_captures(workspace)[0]
     assert (held.model, held.of_sequences, held.of_layer_batches) == ("damaged", 0, 0)
+    # a plan that is sealed and is none
+    lines.unlink()
+    write_sealed(lines.with_name("plan.json"), {"version": 1, "layers": "many"})
+    assert list_captures(workspace)[0].model == "damaged"
 
 
 @pytest.mark.parametrize("file", ["hidden-2-1.bin", "table-0-expert.npy", "sums-0.npz"])

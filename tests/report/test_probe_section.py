@@ -176,6 +176,16 @@ def verdict(name, kl, said, *repairs):
             [verdict("a", 0.9, "beyond", ("had64+a", 0.01, "within"), ("other", 0.02, "within"))],
             "no format alone is within 0.05 nats a token; a is with had64+a.",
         ),
+        # what a repair brings within the budget is not said to be beyond it as well
+        (
+            [
+                verdict("a", 0.01, "within"),
+                verdict("b", 0.9, "beyond", ("had64+b", 0.01, "within")),
+                verdict("c", 0.05, "unclear", ("had64+c", 0.01, "within")),
+                verdict("d", 0.9, "beyond", ("had64+d", 0.5, "beyond")),
+            ],
+            "a within 0.05 nats a token; b is with had64+b; c is with had64+c; 1 more is beyond it.",
+        ),
         ([verdict("a", 0.9, "beyond", ("had64+a", 0.2, "beyond"))], "no format alone is within 0.05 nats a token."),
         # what can't be told from rounding is within the budget only where its KL is
         ([verdict("a", 0.001, "indistinguishable")], "a within 0.05 nats a token, all that were tried."),
