@@ -27,6 +27,7 @@ from tests.model.test_fp8 import quantized
 from tests.model.test_quantized import gpt_oss
 from tests.support import tiny
 from tests.support.captured import prepared
+from tests.support.commands import run_command
 from tests.support.layered import Stopped, captured, files_of, stop_at, study_of, texts
 from tests.support.synthetic import Silent
 
@@ -165,13 +166,15 @@ def test_a_torn_line_is_cut_off(tmp_path, moe, text, whole):
     assert files_of(workspace, study) == whole
 
 
-def test_a_damaged_record_of_layers_is_listed_as_damaged(tmp_path, moe, text):
+@pytest.mark.servers
+def test_the_record_of_layers_is_listed_and_a_damaged_one_as_damaged(tmp_path, moe, text):
     workspace = open_workspace(tmp_path)
     with pytest.raises(Stopped):
         extract(study_of(workspace, moe, text, "layers"), workspace, Silent(), on_step=stop_at("layer 1 is journaled"))
     study = study_of(workspace, moe, text, "layers")
     lines = workspace.capture(study.capture_id) / LAYERS / "layers.jsonl"
-    assert list_captures(workspace)[0].model != "damaged"
+    done = run_command(tmp_path, "captures", "list", "--workspace", workspace.root, environment=os.environ)
+    assert "0 of 5; by layers 66%" in done.stdout, done.stderr
     lines.write_bytes(lines.read_bytes().replace(b"{", b"[", 1))
     held = list_captures(workspace)[0]
     assert (held.model, held.of_sequences, held.of_layer_batches) == ("damaged", 0, 0)

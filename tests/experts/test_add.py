@@ -211,6 +211,15 @@ def test_largest_finite_float32_is_counted_as_the_largest_bfloat16(bits, sign):
     assert sums.histogram[1, pattern] == routed.down_in.numel() and sums.histogram[1].sum() == routed.down_in.numel()
 
 
+@pytest.mark.parametrize(("bits", "pattern"), [(0x3F808000, 0x3F80), (0x3F818000, 0x3F82), (0x3F808001, 0x3F81)])
+def test_a_float32_between_two_bfloat16_is_counted_as_the_even_one(bits, pattern):
+    """Halfway between two it goes to the even one, above that up."""
+    routed = made(0, torch.float32, (4,), 4)
+    routed.down_in[:] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    sums, _ = added(shapes_of(), [routed], (4,), 4)
+    assert sums.histogram[1, pattern] == routed.down_in.numel() == sums.histogram[1].sum()
+
+
 @pytest.mark.parametrize("what", ["a row twice", "a row beyond", "an expert beyond", "fewer rows", "other positions"])
 def test_rows_that_are_not_each_slot_once_are_refused(what):
     routed, positions = made(0, torch.float32, (4, 2), 4), 4

@@ -9,11 +9,11 @@ import shutil
 import pytest
 
 from outliers.publish.outcome import find_finished
-from outliers.publish.probes import place_probe
+from outliers.publish.probes import newest_probe, place_probe
 from outliers.publish.publish import fetch, publish
 from outliers.publish.publishable import read_publishable
 from outliers.publish.reporting import render_again, write_study
-from outliers.report.probe_page import ProbeSection, prefix_rows
+from outliers.report.probe_page import ProbeSection, prefix_rows, probe_section
 from outliers.results.schema import Advice, FormatVerdict, Repair
 from outliers.steps import run_analyze
 from tests.quantization.test_measure import made
@@ -86,6 +86,12 @@ def test_the_report_has_the_verdict_the_bars_and_what_a_prefix_does(study):
         ["int8_tensor", "0", "0.9", "0.2", "30.4", "19.2"],
         ["nothing else", "0", "", "0.001", "16", "16.02"],
     ]
+    # the title of a picture is the name on the page
+    found = newest_probe(folder)
+    named = found.probes.model_copy(update={"model": "synthetic"})
+    drawn = [data for _, _, data in probe_section(named, found.advice).plots]
+    assert drawn and all(data in html for data in drawn)
+    assert not any(data in html for _, _, data in probe_section(found.probes, found.advice).plots)
     images = [own["alt"] for tag, own in page.tags if tag == "img"]
     assert [alt for alt in images if alt.startswith(("Bars of 2", "Bars of 3"))] == [
         "Bars of 2 changes; the largest perplexity is 56, zero 3 <b>.",
