@@ -25,6 +25,7 @@ from outliers.experts.record import Give
 from outliers.experts.routed import Routed, Routing
 from outliers.experts.routing import add_routing
 from outliers.experts.stream import ExpertStream
+from outliers.experts.stream_kernels import add_experts
 from outliers.experts.sums import ExpertSums
 from outliers.experts.sums_files import choose, read_sums, sums_path, write_sums
 from outliers.experts.table import FIELDS, ExpertShapes
@@ -34,6 +35,7 @@ from outliers.study.layout import Layout
 
 log = logging.getLogger(__name__)
 
+COMPILING = "compiling the loops that add up experts: once on this machine, about half a minute"
 SAVE_SECONDS = 30.0
 SAVE_SHARE = 20
 """The sums are saved at most every SAVE_SECONDS, and at most every SAVE_SHARE times as long as saving them took."""
@@ -136,11 +138,12 @@ class ExpertPass:
         """kept: None where routing alone is read."""
         if layout.experts is None:
             raise ValueError("the capture reads no experts")
-        self.shapes, self.layout, self.kept = layout.experts, layout, kept
+        self.shapes, self.layout, self.kept, self._told = layout.experts, layout, kept, False
         if not self.shapes.values:
             info = info.model_copy(update={"watch": "routing", "reason": "by choice"})
         elif not is_cached(add_outputs):
-            log.info("compiling the loops that add up experts: once on this machine, about half a minute")
+            log.info(COMPILING)
+            self._told = True
         self._index = {layer: number for number, layer in enumerate(self.shapes.layers)}
         begin = self._begin_layer if kept is not None else None
         self._watch = ExpertWatch(base, info, self.shapes.layers, self._take, begin)
@@ -184,6 +187,9 @@ class ExpertPass:
         """What takes the experts of a layer one by one."""
         batch = self._running()
         sums, index = self._into(routing.layer)
+        if not self._told and not is_cached(add_experts):
+            log.info(COMPILING)
+        self._told = True
         self._stream = ExpertStream(sums, index, routing, batch.lengths, batch.positions)
         return self._stream.add
 

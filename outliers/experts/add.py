@@ -214,12 +214,16 @@ def _squares(energy: NDArray[np.float64], values: torch.Tensor, valid: NDArray[n
 
 def _run(work: Work, threads: int) -> None:
     """Do all pieces, in this thread and others; then join their histograms."""
-    if threads == 1:
-        for piece in work:
+    left = iter(work)
+
+    def run() -> None:
+        for piece in left:
             piece()
-    else:
-        for done in [pool_of(threads).submit(piece) for piece in work]:
-            done.result()
+
+    others = [pool_of(threads).submit(run) for _ in range(1, min(threads, len(work)))]
+    run()
+    for other in others:
+        other.result()
     for piece in work:
         if isinstance(piece, _Inputs):
             piece.merge()

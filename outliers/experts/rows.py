@@ -100,10 +100,15 @@ def numpy_of(values: Any) -> NDArray[Any]:
     return np.ascontiguousarray((own if own.device.type == "cpu" else own.cpu()).numpy())
 
 
+def no_kind(dtype: torch.dtype) -> SiteError:
+    """The error for a dtype that is not counted."""
+    return SiteError(f"experts compute in {dtype}, which is not one of {', '.join(map(str, KINDS))}")
+
+
 def bits_of(values: torch.Tensor) -> tuple[NDArray[Any], int]:
     """(bits, kind) of a tensor, a view where it is contiguous and in host memory."""
     if values.dtype not in KINDS:
-        raise SiteError(f"experts compute in {values.dtype}, which is not one of {', '.join(map(str, KINDS))}")
+        raise no_kind(values.dtype)
     whole = values.dtype == torch.float32
     own = values.detach()
     # each call of a method of a tensor costs a microsecond, and there are thousands of experts

@@ -7,34 +7,31 @@ expert are added in the order of their tokens, so the bits are those of `add.add
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from outliers.errors import SiteError
-from outliers.experts.kernels import add_inputs, add_outputs
-from outliers.experts.order_kernels import order_rows
+from outliers.experts.kernels import FLOAT32
 from outliers.experts.routed import Routing
-from outliers.experts.rows import INFINITY, Largest, Slots, bits_of, counter_of, limits_of, numpy_of, pool_of
+from outliers.experts.rows import INFINITY, KINDS, Largest, Slots, counter_of, limits_of, no_kind, numpy_of, pool_of
+from outliers.experts.stream_kernels import NOT_ITS_OWN, OUT_OF_ORDER, add_experts, order_experts
 from outliers.experts.sums import PATTERNS, ExpertSums
 
 WAITING_BYTES = 4_000_000
 """Values for each thread, and once more, that are held until they are counted together. The sums and the histogram, 256 KB, leave
 a core's cache while the model computes, and come back once for all that wait; these values still lie in the last cache."""
 
-_Bits = tuple[NDArray[Any], int]
-
-
-@dataclass
-class _Expert:
-    """One expert that waits: its number, and the bits of its inputs and outputs."""
-
-    number: int
-    inputs: _Bits
-    outputs: _Bits
+_Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""slots, tokens, down_in, output of an expert."""
+PIECES = 4
+"""Pieces of work for each thread. A thread of torch that waits for its next product takes half of a core from one of ours; the
+other takes what is left."""
+EMPTY = {kind: np.empty(0, np.uint32 if kind == FLOAT32 else np.uint16) for kind in INFINITY}
+"""Arrays of the dtype of bits: how a compiled loop is told of it."""
 
 
 class ExpertStream:
@@ -59,6 +56,7 @@ class ExpertStream:
         self._lengths, self._positions = np.array(lengths, np.int64), positions
         self._own = Slots(np.zeros(experts + 1, np.int64), np.empty(size, np.int64), np.full(size, -1, np.int64))
         self._largest = (Largest.none(size), Largest.none(size))
+        self._state = np.zeros(3, np.int64)
         self._arrays = (
             (sums.total[index], sums.squares[index]),
             (sums.low[index], sums.high[index]),
@@ -69,8 +67,9 @@ class ExpertStream:
         self._threads = threads or torch.get_num_threads()
         counter = counter_of(size * sums.shapes.width)
         self._patterns = [np.zeros(PATTERNS, counter) for _ in range(self._threads)]
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._next = self._rows = self._held = 0
+        self._waiting: list[_Given] = []
+        self._dtypes = (torch.float32, torch.float32)
+        self._held = 0
 
     def add(self, slots: torch.Tensor, tokens: torch.Tensor, down_in: torch.Tensor, output: torch.Tensor) -> None:
         """Add one expert. slots, tokens: (R,) int64, which slot of which token each row is. down_in: (R, I). output: (R, H).
@@ -81,6 +80,9 @@ class ExpertStream:
         """
         if not tokens.numel():
             return
+        if self._dtypes != (down_in.dtype, output.dtype):
+            self._count()
+            self._dtypes = (down_in.dtype, output.dtype)
         self._waiting.append((slots, tokens, down_in, output))
         self._held += down_in.nbytes + output.nbytes
         if self._held >= WAITING_BYTES * (1 + self._threads):
@@ -89,70 +91,114 @@ class ExpertStream:
     def finish(self) -> tuple[Slots, tuple[Largest, Largest]]:
         """All experts are added: their slots, and the largest input and output of each. Raises SiteError where rows lack."""
         self._count()
-        if self._rows != self._chosen.size:
-            raise self._wrong(f"{self._rows} rows for {self._chosen.size} slots of its tokens")
-        self._own.starts[self._next :] = self._own.starts[self._next]
+        following, rows, _ = self._state
+        if rows != self._chosen.size:
+            raise self._wrong(f"{rows} rows for {self._chosen.size} slots of its tokens")
+        self._own.starts[following:] = self._own.starts[following]
         for patterns in self._patterns:
             self._histogram += patterns.astype(np.int64)
         return self._own, self._largest
 
-    def _ordered(
+    def _count(self) -> None:
+        """Count the experts that wait, each in one thread."""
+        kept, self._waiting, self._held = [self._readable(*one) for one in self._waiting], [], 0
+        if not kept:
+            return
+        given = np.array([_described(*one) for one in kept], np.int64)
+        numbers = self._ordered(given)
+        pieces = iter(_pieces(len(kept), PIECES * self._threads if self._threads > 1 else 1))
+        others = [
+            pool_of(self._threads).submit(self._count_pieces, worker, pieces, kept, given, numbers)
+            for worker in range(1, self._threads)
+        ]
+        self._count_pieces(0, pieces, kept, given, numbers)
+        for other in others:
+            other.result()
+
+    def _readable(
         self, slots: torch.Tensor, tokens: torch.Tensor, down_in: torch.Tensor, output: torch.Tensor
-    ) -> _Expert:
-        """An expert whose slots have their places in the order of all."""
-        rows, shapes = tokens.numel(), self._shapes
+    ) -> _Given:
+        """An expert whose tensors a compiled loop can read by their addresses."""
+        rows, shapes = tokens.shape[0], self._shapes
         if down_in.shape != (rows, shapes.width) or output.shape != (rows, shapes.hidden):
             raise self._wrong(
                 f"{rows} rows of {tuple(down_in.shape)} inputs and {tuple(output.shape)} outputs, not {shapes.width} and "
                 f"{shapes.hidden} values each"
             )
-        places, picks = numpy_of(tokens), numpy_of(slots)
-        expert = self._expert_of(int(places[0]), int(picks[0]))
-        own, filled = self._own, int(self._own.starts[self._next])
-        own.starts[self._next : expert + 1] = filled
-        rows_of, order = (places, picks), (own.places, own.slots)
-        end = order_rows(self._chosen, expert, rows_of, (self._lengths, self._positions), order, filled)
-        if end < 0:
+        if slots.shape != (rows,) or tokens.shape != (rows,) or not slots.dtype == tokens.dtype == torch.int64:
+            raise self._wrong(f"{rows} rows of {tuple(slots.shape)} {slots.dtype} slots and {tokens.dtype} tokens")
+        return slots.cpu(), tokens.cpu(), _plain(down_in), _plain(output)
+
+    def _ordered(self, given: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers of some experts, whose slots have their places in the order of all."""
+        numbers, own = np.empty(len(given), np.int64), self._own
+        order = (own.starts, own.places, own.slots)
+        found = order_experts(self._chosen, given, (self._lengths, self._positions), order, self._state, numbers)
+        expert = int(numbers[self._state[2]])
+        if found == OUT_OF_ORDER:
+            raise self._wrong(f"expert {expert} behind expert {self._state[0] - 1} of {self._shapes.experts}")
+        if found == NOT_ITS_OWN:
             raise self._wrong(f"rows of expert {expert} that are not of its tokens, or come twice")
-        own.starts[expert + 1] = end
-        self._next, self._rows = expert + 1, self._rows + rows
-        return _Expert(expert, bits_of(down_in), bits_of(output))
+        return numbers
 
-    def _expert_of(self, token: int, slot: int) -> int:
-        tokens, slots = self._chosen.shape
-        expert = int(self._chosen[token, slot]) if 0 <= token < tokens and 0 <= slot < slots else -1
-        if not self._next <= expert < self._shapes.experts:
-            raise self._wrong(f"expert {expert} behind expert {self._next - 1} of {self._shapes.experts}")
-        return expert
-
-    def _count(self) -> None:
-        """Count the experts that wait, each in one thread."""
-        given, self._waiting, self._held = self._waiting, [], 0
-        waiting = [self._ordered(*one) for one in given]
-        if self._threads == 1:
-            self._count_some(waiting, self._patterns[0])
-            return
-        pool = pool_of(self._threads)
-        shares = [
-            pool.submit(self._count_some, waiting[number :: self._threads], patterns)
-            for number, patterns in enumerate(self._patterns)
-        ]
-        for share in shares:
-            share.result()
-
-    def _count_some(self, experts: list[_Expert], patterns: NDArray[Any]) -> None:
-        slots = (self._own.slots, self._own.places, self._own.starts)
-        tops = [(largest.tops, largest.columns) for largest in self._largest]
-        for one in experts:
-            span = (one.number, one.number + 1)
-            bits, kind = one.inputs
-            tile = np.empty((2, bits.shape[1]), np.int16 if bits.itemsize == 2 else np.int32)
-            add_inputs(one.inputs, limits_of(kind), slots, span, tile, *self._arrays, patterns, tops[0])
-            infinity = INFINITY[one.outputs[1]]
-            add_outputs(one.outputs, infinity, self._weights, slots, span, self._counted, tops[1])
+    def _count_pieces(
+        self,
+        worker: int,
+        pieces: Iterator[tuple[int, int]],
+        kept: list[_Given],
+        given: NDArray[np.int64],
+        numbers: NDArray[np.int64],
+    ) -> None:
+        """Count pieces until none is left. kept: the tensors, which live until this has ended, whatever the others do."""
+        kinds = [KINDS[dtype] for dtype in self._dtypes]
+        values = tuple((EMPTY[kind], kind, limits_of(kind)) for kind in kinds)
+        tile = np.empty((2, self._shapes.width), np.int16 if values[0][0].itemsize == 2 else np.int32)
+        order = (self._own.slots, self._own.places, self._own.starts)
+        tops = tuple((largest.tops, largest.columns) for largest in self._largest)
+        for piece in pieces:
+            add_experts(
+                given,
+                numbers,
+                piece,
+                values,
+                tile,
+                order,
+                self._weights,
+                self._arrays,
+                self._patterns[worker],
+                self._counted,
+                tops,
+            )
+        del kept
 
     def _wrong(self, what: str) -> SiteError:
         return SiteError(
             f"the experts of layer {self._layer} can't be added up as they are computed: {what}; --experts routing or --experts "
             "off reads less"
         )
+
+
+def _pieces(count: int, pieces: int) -> list[tuple[int, int]]:
+    """Ranges of about equal lengths, none empty."""
+    return list(pairwise(sorted({count * n // pieces for n in range(pieces + 1)})))
+
+
+def _described(slots: torch.Tensor, tokens: torch.Tensor, down_in: torch.Tensor, output: torch.Tensor) -> list[int]:
+    """What `order_experts` and `add_experts` are given of an expert."""
+    return [
+        tokens.shape[0],
+        tokens.data_ptr(),
+        tokens.stride(0),
+        slots.data_ptr(),
+        slots.stride(0),
+        down_in.data_ptr(),
+        output.data_ptr(),
+    ]
+
+
+def _plain(values: torch.Tensor) -> torch.Tensor:
+    """The values in host memory, row by row; raises SiteError for a dtype without a kind."""
+    if values.dtype not in KINDS:
+        raise no_kind(values.dtype)
+    own = values if values.is_contiguous() else values.contiguous()
+    return own if own.is_cpu else own.cpu()

@@ -69,6 +69,35 @@ def test_a_stream_gives_the_bits_of_the_whole_layer_at_once(seed, dtype, lengths
         assert values.tobytes() == other[name].tobytes(), name
 
 
+def test_tensors_that_do_not_lie_row_by_row_and_dtypes_that_change_give_the_same_sums():
+    """Slices of wider tensors, every second of some numbers, and an expert whose values are of another dtype than the others'."""
+    lengths, positions = (4, 2), 4
+    routed = made(3, torch.bfloat16, lengths, positions)
+    given = list(experts_of(routed))
+
+    def sums_of(change):
+        sums = ExpertSums.zero(shapes_of())
+        stream = ExpertStream(sums, 1, Routing(1, routed.experts, routed.weights), lengths, positions, 2)
+        for number, one in enumerate(given):
+            stream.add(*change(number, *one))
+        stream.finish()
+        return [getattr(sums, field.name).tobytes() for field in fields(ExpertSums) if field.name != "shapes"]
+
+    def strided(_, slots, tokens, down_in, output):
+        wide = [torch.cat([values, values + 1], 1)[:, : values.shape[1]] for values in (down_in, output)]
+        both = torch.stack([slots, tokens, slots - 7], 1)
+        assert not wide[0].is_contiguous() and both[:, 0].stride() == (3,)
+        return both[:, 0], both[:, 1], *wide
+
+    def wider(number, slots, tokens, down_in, output):
+        """float32 holds the same values; their patterns, rounded to bfloat16, are the same."""
+        return slots, tokens, down_in.float() if number % 2 else down_in, output.float() if number == 1 else output
+
+    plain = sums_of(lambda _, *one: one)
+    assert sums_of(strided) == plain
+    assert sums_of(wider) == plain
+
+
 def test_rows_that_are_not_the_experts_own_are_refused():
     lengths, positions = (4, 2), 4
     routed = made(3, torch.float32, lengths, positions)
@@ -103,6 +132,12 @@ def test_rows_that_are_not_the_experts_own_are_refused():
         run(lambda found: [tuple(torch.cat([x, y]) for x, y in zip(*found[:2], strict=True)), *found[2:]])
     with pytest.raises(SiteError, match="values each"):
         run(lambda found: [(*found[0][:2], found[0][3], found[0][2]), *found[1:]])
+    with pytest.raises(SiteError, match="int32 tokens"):
+        run(lambda found: [(found[0][0], found[0][1].int(), *found[0][2:]), *found[1:]])
+    with pytest.raises(SiteError, match="int64 tokens"):
+        run(lambda found: [(found[0][0][:, None], *found[0][1:]), *found[1:]])
+    with pytest.raises(SiteError, match="float64, which is not one of"):
+        run(lambda found: [(*found[0][:3], found[0][3].double()), *found[1:]])
     with pytest.raises(SiteError, match="8 tokens in a pass of 2 x 5"):
         run(tokens=5)
 

@@ -67,7 +67,10 @@ def compile_experts() -> None:
         sums = ExpertSums.zero(shapes)
         add_layer(sums, table, 0, routed, (2,), 2)
         stream = ExpertStream(sums, 0, Routing(0, index, routed.weights), (2,), 2)
-        stream.add(torch.tensor([0]), torch.tensor([0]), values[:1], values[:1])
+        for token in range(2):
+            row = slice(token, token + 1)
+            stream.add(torch.tensor([0]), torch.tensor([token]), values[row], values[row])
+        stream.finish()
     add_token_squares(np.zeros((2, 4)), np.ones((2, 1, 4), np.float32), np.zeros((2, 1), np.uint16))
 
 
