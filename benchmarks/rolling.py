@@ -3,13 +3,15 @@
     python -m benchmarks.rolling                       ten million tokens, some minutes
     python -m benchmarks.rolling --tokens 1000000      shorter
     python -m benchmarks.rolling --full-tokens 0       without the full store
+    python -m benchmarks.rolling --model sweeps/offline-models/smollm2-moe --tokens 51200 --full-tokens 5120 --length 256
 
-A random model of two layers in float32, made by code, reads a text of random words. The window is a fiftieth of the corpus. Each
-study runs in a process of its own, whose memory and disk are looked at all the while:
+A random model of two layers in float32, made by code, or the model of a folder, reads a text of random words. The window is a
+fiftieth of the corpus. Each study runs in a process of its own, whose memory and disk are looked at all the while:
 
     disk     the largest size of the capture's folder with all that is in it, and of that what the chunks of activations take
     memory   resident memory of the process in all (pages of files that it reads among it), and what is its own
     at 1/4   the largest of these until a quarter of the corpus was counted; at 4/4 until the end
+    results  bytes of tokens.json, of the page, and of all that is published
 
 Flat is what is the same at 1/4 and at 4/4. Some bytes a sequence stay in any case: ids, and the counts of each sequence. The
 full store reads the first --full-tokens of the same text, and so does a rolling one: their seconds and results are compared.
@@ -36,7 +38,8 @@ from outliers.files.atomic import held_bytes
 from outliers.spec import StudySpec
 
 WINDOWS = 50
-LAYERS, SITES, ITEM_BYTES = 2, 2, 4
+LAYERS, SITES = 2, 2
+SAMPLE_WORDS = 2_000
 WORDS = 4_000
 DOCUMENT_WORDS = 3_000
 POLL_SECONDS = 0.1
@@ -68,6 +71,8 @@ class Watched:
     results_digest: str = ""
     quarter: Peaks = field(default_factory=Peaks)
     whole: Peaks = field(default_factory=Peaks)
+    results: dict[str, int] = field(default_factory=dict)
+    """Bytes of each file of the results."""
     report: Peaks = field(default_factory=Peaks)
     """While the results were written and drawn: that does not depend on the store."""
 
@@ -96,29 +101,38 @@ def make_model(folder: Path, arguments: argparse.Namespace) -> None:
     save_tokenizer(folder)
 
 
-def make_text(folder: Path, tokens: int) -> None:
-    """Documents of random words, a byte a token."""
+def make_text(folder: Path, tokens: int, model: Path) -> None:
+    """Documents of random words: as many as the model's tokenizer makes that many tokens of, and some more."""
+    import transformers
+
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(WORDS)]
+    sample = " ".join(words[:SAMPLE_WORDS])
+    letters_of_token = len(sample) / len(transformers.AutoTokenizer.from_pretrained(model)(sample)["input_ids"])
     folder.mkdir()
     written, number = 0, 0
-    while written < tokens * 1.02 + 10_000:
+    while written < tokens * letters_of_token * 1.05 + 10_000:
         text = " ".join(words[n] for n in rng.integers(0, WORDS, DOCUMENT_WORDS)) + ".\n"
         (folder / f"{number:06d}.txt").write_text(text)
         written, number = written + len(text), number + 1
 
 
 def spec_of(place: Path, arguments: argparse.Namespace, store: str, tokens: int) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(arguments.model)
     sequences = tokens // arguments.length
-    each = arguments.length * SITES * LAYERS * arguments.hidden * ITEM_BYTES
+    features = SITES * config.num_hidden_layers * config.hidden_size
+    each = arguments.length * features * (config.dtype or torch.float32).itemsize
     window = sequences * each / WINDOWS / GB
     rolling = {"store_sequences": arguments.batch, "disk_window": window} if store == "rolling" else {}
     return {
-        "model": str(place / "model"),
+        "model": str(arguments.model),
         "corpus": {"source": str(place / "text"), "num_sequences": sequences, "sequence_length": arguments.length},
         "capture": {"store": store, "batch_sequences": arguments.batch, **rolling},
-        "criteria": {"magnitude": 3.0},
+        "criteria": {"magnitude": arguments.magnitude},
         "compute": {"workspace": str(place / f"workspace-{store}-{tokens}"), "gpu_count": 0},
     }
 
@@ -146,7 +160,8 @@ def run_study(spec: dict[str, Any]) -> None:
     run_extract(prepared, workspace, reporter)
     run_analyze(prepared, workspace, reporter)
     digest = run_report(prepared, workspace, reporter)["results_digest"]
-    print(json.dumps({"results_digest": digest}), flush=True)
+    results = {file.name: file.stat().st_size for file in (workspace.results / prepared.study_id).iterdir()}
+    print(json.dumps({"results_digest": digest, "results": results}), flush=True)
 
 
 def look(process: int, capture: Path, *, walk: bool) -> Peaks:
@@ -180,7 +195,7 @@ def watch(place: Path, arguments: argparse.Namespace, store: str, tokens: int) -
                     state["share"] = told["done"] / told["total"]
                 if "prepared" in told:
                     state.update(capture=Path(told["prepared"]), began=time.monotonic())
-                state.update({name: value for name, value in told.items() if name == "results_digest"})
+                state.update({name: value for name, value in told.items() if name.startswith("results")})
 
         reader = threading.Thread(target=read)
         reader.start()
@@ -198,18 +213,24 @@ def watch(place: Path, arguments: argparse.Namespace, store: str, tokens: int) -
             f"the study with --store {store} failed: python -m benchmarks.rolling --study {json.dumps(spec)!r}"
         )
     found.seconds = time.monotonic() - state["began"]
-    found.results_digest = str(state["results_digest"])
+    found.results_digest, found.results = str(state["results_digest"]), state["results"]
     found.capture_bytes = held_bytes(state["capture"])
     shutil.rmtree(spec["compute"]["workspace"])
     return found
 
 
 def show(found: Watched) -> None:
-    line = f"{found.store:<8} {found.tokens:>12,} tokens  {found.seconds:7.1f} s"
+    kb = {name: size / 1e3 for name, size in found.results.items()}
+    print(
+        f"{found.store:<8} {found.tokens:>12,} tokens  {found.seconds:7.1f} s  capture {found.capture_bytes / MB:8.1f} MB"
+    )
+    print(
+        f"    results  tokens.json {kb['tokens.json']:.1f} KB, report.html {kb['report.html']:.1f} KB, "
+        f"all {len(kb)} files {sum(kb.values()):.1f} KB",
+        flush=True,
+    )
     if found.store == "full":
-        print(f"{line}  capture {found.capture_bytes / MB:8.1f} MB")
         return
-    print(line)
     for name, at in (("1/4", found.quarter), ("4/4", found.whole)):
         print(
             f"    at {name}  disk {at.disk / MB:8.1f} MB, of it chunks {at.chunks / MB:8.1f}   "
@@ -224,8 +245,10 @@ def main() -> None:
         "--full-tokens", type=int, default=1_000_000, help="tokens of the comparison with the full store"
     )
     parser.add_argument("--length", type=int, default=2_048, help="tokens in a sequence")
-    parser.add_argument("--hidden", type=int, default=16, help="features of the model")
+    parser.add_argument("--hidden", type=int, default=16, help="features of the random model")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a pass")
+    parser.add_argument("--model", type=Path, help="folder of a model (default: a random one of two layers is made)")
+    parser.add_argument("--magnitude", type=float, help="of an outlier feature (default: 1.5 for the random model, 6)")
     parser.add_argument("--scratch", type=Path, help="where the captures go (default: the system's temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--study", help=argparse.SUPPRESS)
@@ -236,8 +259,11 @@ def main() -> None:
     figures = []
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="rolling-") as name:
         place = Path(name)
-        make_model(place / "model", arguments)
-        make_text(place / "text", max(arguments.tokens, arguments.full_tokens))
+        arguments.magnitude = arguments.magnitude or (6.0 if arguments.model else 1.5)
+        if arguments.model is None:
+            arguments.model = place / "model"
+            make_model(arguments.model, arguments)
+        make_text(place / "text", max(arguments.tokens, arguments.full_tokens), arguments.model)
         for store, tokens in (
             ("full", arguments.full_tokens),
             ("rolling", arguments.full_tokens),
