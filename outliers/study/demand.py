@@ -30,8 +30,14 @@ from outliers.study.window import held_bytes
 from outliers.untrusted.bounds import RECEIVED_BYTES
 
 PROCESS_BYTES = 1_000_000_000
-"""For the process itself: a forward pass of a tiny Llama took 0.37 GB here (ru_maxrss, torch 2.13, transformers 5.17), kernels
-that are made for each new shape of an expert's share another 0.1, and the rest is a margin that was chosen, not measured."""
+"""For the process itself: a forward pass of a tiny Llama took 0.37 GB here (ru_maxrss, torch 2.13, transformers 5.17), and the
+rest is a margin that was chosen, not measured."""
+PRODUCT_BYTES = 850_000
+"""Code and memory that torch keeps on a CPU for a product of 16-bit matrices with a number of rows that is new: 0.61 to 0.82 MB,
+measured with torch 2.13 on a processor with AMX for weights of 64 x 32 to 1,536 x 2,048. In float32 it keeps nothing."""
+KEPT_PRODUCTS = 1024
+"""How many of them it keeps. Experts get other numbers of rows in each pass: a tiny mixture of 8 experts in bfloat16 grew from
+0.28 GB to 1.14 GB in 2.4 million tokens, and no further than that."""
 GPU_PROCESS_BYTES = 4_000_000_000
 """The same where GPUs compute, with the libraries of CUDA in it. Chosen, not measured."""
 HEAD_SLICES = 4
@@ -222,6 +228,7 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
     experts, counting, private = _experts_bytes(spec, layout), _counting_bytes(layout), _private_bytes(spec, layout)
     # with --store rolling or none the process that captures counts as well
     beside = writers + experts + (counting_bytes(spec, layout) + counting if spec.capture.store != "full" else 0)
+    process = PROCESS_BYTES + _products_bytes(spec, info, layout)
     counted = PROCESS_BYTES + private + counting if counting else 0  # and the totals of the columns
     return Demand(
         spec=spec,
@@ -234,8 +241,8 @@ def demand_of(spec: StudySpec, info: ModelInfo) -> Demand:
         vram_bytes=wider * sum(parts) + work,
         # while experts are merged from their files a layer is there twice; no pass runs then
         ram_bytes=max(
-            sum(parts) + gguf + max(layer, activations) + ring + beside + on_host + PROCESS_BYTES,
-            probe.model + gguf + probe.work + PROCESS_BYTES,
+            sum(parts) + gguf + max(layer, activations) + ring + beside + on_host + process,
+            probe.model + gguf + probe.work + process,
             counted,
         ),
         host_ram_bytes=max(host + pinned + beside + GPU_PROCESS_BYTES, counted),
@@ -259,6 +266,14 @@ def _experts_bytes(spec: StudySpec, layout: Layout) -> int:
         return table
     rows = tokens * (experts.slots * (experts.width + experts.hidden) + sum(experts.shared_widths) + experts.hidden)
     return experts.sums_bytes + table + 2 * rows * layout.itemsize
+
+
+def _products_bytes(spec: StudySpec, info: ModelInfo, layout: Layout) -> int:
+    """Memory that torch keeps on a CPU for the products of experts, two for each number of rows that one of them may get."""
+    if not info.num_experts or layout.itemsize > 2 or info.experts_implementation == "batched_mm":
+        return 0
+    rows = spec.capture.batch_sequences * layout.positions
+    return min(KEPT_PRODUCTS, 2 * rows) * PRODUCT_BYTES
 
 
 def _counting_bytes(layout: Layout) -> int:

@@ -142,3 +142,31 @@ def test_counting_the_experts_is_in_the_memory_of_the_plan_and_bounds_what_count
     assert plan.counting_bytes == demand.counting_bytes
     off = StudySpec.model_validate(spec.model_dump(mode="json") | {"capture": {"experts": "off"}})
     assert demand_of(off, info).counting_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "implementation", "batch", "products"),
+    [
+        ("Qwen3Moe", "bfloat16", "auto", 2, 2 * 64),
+        ("Qwen3Moe", "float16", "eager", 2, 2 * 64),
+        ("Qwen3Moe", "bfloat16", "auto", 40, 1024),
+        ("Qwen3Moe", "bfloat16", "batched_mm", 2, 0),
+        ("Qwen3Moe", "float32", "auto", 2, 0),
+        ("Llama", "bfloat16", "auto", 2, 0),
+    ],
+)
+def test_what_torch_keeps_for_products_of_experts_is_in_the_memory_of_a_machine_without_gpus(
+    tmp_path, workspace, monkeypatch, family, dtype, implementation, batch, products
+):
+    """Two for each number of rows of a batch, up to as many as torch keeps; a GPU's machine doesn't compute them."""
+    folder = tiny.make_model(tmp_path / family, family, dtype=dtype)
+    made = tiny.spec_for(folder, "builtin:python-docs", 40, 32, capture={"batch_sequences": batch})
+    spec = StudySpec.model_validate(made)
+    info = model_info(spec, workspace, weights=False)
+    if implementation != "auto":
+        info = info.model_copy(update={"experts_implementation": implementation})
+    with_them = demand_of(spec, info)
+    monkeypatch.setattr(demands, "PRODUCT_BYTES", 0)
+    without = demand_of(spec, info)
+    assert with_them.ram_bytes - without.ram_bytes == products * 850_000
+    assert with_them.host_ram_bytes == without.host_ram_bytes
