@@ -127,7 +127,10 @@ class ExpertStream:
             )
         if slots.shape != (rows,) or tokens.shape != (rows,) or not slots.dtype == tokens.dtype == torch.int64:
             raise self._wrong(f"{rows} rows of {tuple(slots.shape)} {slots.dtype} slots and {tokens.dtype} tokens")
-        return slots.cpu(), tokens.cpu(), _plain(down_in), _plain(output)
+        for dtype in (down_in.dtype, output.dtype):
+            if dtype not in KINDS:
+                raise no_kind(dtype)
+        return _plain(slots), _plain(tokens), _plain(down_in), _plain(output)
 
     def _ordered(self, given: NDArray[np.int64]) -> NDArray[np.int64]:
         """The numbers of some experts, whose slots have their places in the order of all."""
@@ -185,20 +188,10 @@ def _pieces(count: int, pieces: int) -> list[tuple[int, int]]:
 
 def _described(slots: torch.Tensor, tokens: torch.Tensor, down_in: torch.Tensor, output: torch.Tensor) -> list[int]:
     """What `order_experts` and `add_experts` are given of an expert."""
-    return [
-        tokens.shape[0],
-        tokens.data_ptr(),
-        tokens.stride(0),
-        slots.data_ptr(),
-        slots.stride(0),
-        down_in.data_ptr(),
-        output.data_ptr(),
-    ]
+    return [tokens.shape[0], tokens.data_ptr(), slots.data_ptr(), down_in.data_ptr(), output.data_ptr()]
 
 
 def _plain(values: torch.Tensor) -> torch.Tensor:
-    """The values in host memory, row by row; raises SiteError for a dtype without a kind."""
-    if values.dtype not in KINDS:
-        raise no_kind(values.dtype)
+    """The values in host memory, row by row."""
     own = values if values.is_contiguous() else values.contiguous()
     return own if own.is_cpu else own.cpu()

@@ -20,8 +20,8 @@ from outliers.experts.order_kernels import order_rows
 
 compiled = compiler([Path(__file__), Path(kernels.__file__), Path(order_kernels.__file__)])
 
-ROWS, TOKENS, TOKEN_STEP, PICKS, PICK_STEP, INPUTS, OUTPUTS = range(7)
-"""Columns of what is given of an expert: rows, and addresses; a step counts values."""
+ROWS, TOKENS, PICKS, INPUTS, OUTPUTS = range(5)
+"""Columns of what is given of an expert: how many rows, and the addresses of its tensors."""
 ALL, OUT_OF_ORDER, NOT_ITS_OWN = range(3)
 """What `order_experts` finds."""
 
@@ -40,7 +40,7 @@ def _pointer(_context, address):
 def order_experts(chosen, given, batch, own, state, numbers):
     """Sort the slots of some experts, as `order_rows` does one after the other.
 
-    chosen: (T, k) int64, experts of each token. given: (n, 7) int64, see ROWS. batch: lengths, (sequence,) int64, and positions.
+    chosen: (T, k) int64, experts of each token. given: (n, 5) int64, see ROWS. batch: lengths, (sequence,) int64, and positions.
     own: starts, (E + 1,) int64, places and slots, (T x k,) int64. state: (3,) int64, the next expert that may come, the rows that
     came, and the place in `given` of what is wrong. numbers: (n,) int64, set to the experts. Returns ALL, or why not.
     """
@@ -48,8 +48,8 @@ def order_experts(chosen, given, batch, own, state, numbers):
     experts = starts.size - 1
     for n in range(len(given)):
         rows, state[2] = given[n, ROWS], n
-        tokens = _numbers(given[n, TOKENS], rows, given[n, TOKEN_STEP])
-        picks = _numbers(given[n, PICKS], rows, given[n, PICK_STEP])
+        tokens = carray(_pointer(given[n, TOKENS]), (rows,), np.int64)
+        picks = carray(_pointer(given[n, PICKS]), (rows,), np.int64)
         expert = -1
         if 0 <= tokens[0] < chosen.shape[0] and 0 <= picks[0] < chosen.shape[1]:
             expert = chosen[tokens[0], picks[0]]
@@ -85,9 +85,3 @@ def add_experts(given, numbers, piece, values, tile, order, weights, arrays, his
         add_inputs((inputs, kind), limits, order, span, tile, sums, extremes, counts, histogram, largest[0])
         outputs = carray(_pointer(given[n, OUTPUTS]), (rows, counted[0].shape[1]), other_bits.dtype)
         add_outputs((outputs, other_kind), other_limits[0], weights, order, span, counted, largest[1])
-
-
-@compiled
-def _numbers(address, count, step):
-    """int64 at an address, each `step` values behind the one before."""
-    return carray(_pointer(address), (1 + (count - 1) * step,), np.int64)[::step]
