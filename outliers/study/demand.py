@@ -36,7 +36,7 @@ PRODUCT_BYTES = 850_000
 """Code and memory that torch keeps on a CPU for a product of 16-bit matrices with a number of rows that is new: 0.61 to 0.82 MB,
 measured with torch 2.13 on a processor with AMX for weights of 64 x 32 to 1,536 x 2,048. In float32 it keeps nothing."""
 KEPT_PRODUCTS = 1024
-"""How many of them it keeps. Experts get other numbers of rows in each pass: a tiny mixture of 8 experts in bfloat16 grew from
+"""How many of them it keeps. Experts get other numbers of rows in each pass: a tiny mixture of 4 experts in bfloat16 grew from
 0.28 GB to 1.14 GB in 2.4 million tokens, and no further than that."""
 GPU_PROCESS_BYTES = 4_000_000_000
 """The same where GPUs compute, with the libraries of CUDA in it. Chosen, not measured."""
