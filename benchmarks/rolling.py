@@ -109,7 +109,9 @@ def make_text(folder: Path, tokens: int, model: Path) -> None:
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(WORDS)]
     sample = " ".join(words[:SAMPLE_WORDS])
-    letters_of_token = len(sample) / len(transformers.AutoTokenizer.from_pretrained(model)(sample)["input_ids"])
+    letters_of_token = len(sample) / len(
+        transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)(sample)["input_ids"]
+    )
     folder.mkdir()
     written, number = 0, 0
     while written < tokens * letters_of_token * 1.05 + 10_000:
@@ -122,7 +124,7 @@ def spec_of(place: Path, arguments: argparse.Namespace, store: str, tokens: int)
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(arguments.model)
+    config = transformers.AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
     sequences = tokens // arguments.length
     features = SITES * config.num_hidden_layers * config.hidden_size
     each = arguments.length * features * (config.dtype or torch.float32).itemsize
