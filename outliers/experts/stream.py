@@ -21,9 +21,10 @@ from outliers.experts.rows import INFINITY, KINDS, Largest, Slots, counter_of, l
 from outliers.experts.stream_kernels import NOT_ITS_OWN, OUT_OF_ORDER, add_experts, order_experts
 from outliers.experts.sums import PATTERNS, ExpertSums
 
-WAITING_BYTES = 4_000_000
-"""Values for each thread, and once more, that are held until they are counted together. The sums and the histogram, 256 KB, leave
-a core's cache while the model computes, and come back once for all that wait; these values still lie in the last cache."""
+WAITING_BYTES = 16_000_000
+"""Values for each thread, and once more, that are held until they are counted together. To change from the model's products to
+counting and back costs more than to read these values again: the sums and the histogram come back into a core's cache once for
+all of them, and torch's threads are waited for once. 16 MB took 3 to 7% of a pass less than 4 MB (docs/performance.md)."""
 
 _Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """slots, tokens, down_in, output of an expert."""
