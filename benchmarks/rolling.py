@@ -127,11 +127,12 @@ def spec_of(place: Path, arguments: argparse.Namespace, store: str, tokens: int)
     config = transformers.AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
     sequences = tokens // arguments.length
     features = SITES * config.num_hidden_layers * config.hidden_size
-    each = arguments.length * features * (config.dtype or torch.float32).itemsize
+    dtype = (config.dtype or torch.float32) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    each = arguments.length * features * dtype.itemsize
     window = sequences * each / WINDOWS / GB
     rolling = {"store_sequences": arguments.batch, "disk_window": window} if store == "rolling" else {}
     return {
-        "model": str(arguments.model),
+        "model": {"id": str(arguments.model), "dtype": str(dtype).removeprefix("torch.")},
         "corpus": {"source": str(place / "text"), "num_sequences": sequences, "sequence_length": arguments.length},
         "capture": {"store": store, "batch_sequences": arguments.batch, **rolling},
         "criteria": {"magnitude": arguments.magnitude},
@@ -250,6 +251,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=16, help="features of the random model")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a pass")
     parser.add_argument("--model", type=Path, help="folder of a model (default: a random one of two layers is made)")
+    parser.add_argument("--dtype", default="auto", help="in which the model computes (default: as it is saved)")
     parser.add_argument("--magnitude", type=float, help="of an outlier feature (default: 1.5 for the random model, 6)")
     parser.add_argument("--scratch", type=Path, help="where the captures go (default: the system's temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")

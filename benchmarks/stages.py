@@ -216,6 +216,7 @@ class Bench:
             def submit(self, key: Any, tensor: torch.Tensor) -> None:
                 kept[key[1], key[2]] = tensor[0].contiguous().view(torch.uint16).numpy().copy()
 
+        # Keep takes the place of the buffer, and nothing is written: this batch has no journal and no files
         hooked = HookedPass(self.base, self.modules, Keep(), self.layout, lambda done: None)  # type: ignore[arg-type]
         batch = Batch(range(1), (self.layout.positions,), len(self.modules), None, None)  # type: ignore[arg-type]
         hooked.forward(batch, self.ids[:1])

@@ -194,6 +194,7 @@ def _start_or_end(
     try:
         return start_step(run, machine, verb, job_name, options=options, env=env, prepared=prepared)
     except Exception:
+        # it did not start: no job is there to end
         raise
     except BaseException:
         if machine.provider == HERE:

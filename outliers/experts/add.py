@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from outliers.errors import SiteError
 from outliers.experts.kernels import add_inputs, add_outputs, add_squares
 from outliers.experts.routed import Routed, Shared
-from outliers.experts.rows import INFINITY, Largest, Slots, bits_of, counter_of, limits_of, numpy_of, pool_of
+from outliers.experts.rows import INFINITY, Largest, Slots, bits_of, counter_of, limits_of, numpy_of, pool_of, spans
 from outliers.experts.stream import ExpertStream
 from outliers.experts.sums import PATTERNS, ExpertSums
 from outliers.experts.table import MARGIN
@@ -208,8 +207,7 @@ def _squares(energy: NDArray[np.float64], values: torch.Tensor, valid: NDArray[n
 
         return run
 
-    cuts = sorted({energy.size * n // pieces for n in range(pieces + 1)})
-    return [added(first, last) for first, last in pairwise(cuts)]
+    return [added(first, last) for first, last in spans(energy.size, pieces)]
 
 
 def _run(work: Work, threads: int) -> None:

@@ -100,6 +100,11 @@ def numpy_of(values: Any) -> NDArray[Any]:
     return np.ascontiguousarray((own if own.device.type == "cpu" else own.cpu()).numpy())
 
 
+def spans(count: int, pieces: int) -> list[tuple[int, int]]:
+    """`count` things in at most that many ranges of about equal lengths, none of them empty."""
+    return list(pairwise(sorted({count * n // pieces for n in range(pieces + 1)})))
+
+
 def no_kind(dtype: torch.dtype) -> SiteError:
     """The error for a dtype that is not counted."""
     return SiteError(f"experts compute in {dtype}, which is not one of {', '.join(map(str, KINDS))}")

@@ -8,7 +8,6 @@ expert are added in the order of their tokens, so the bits are those of `add.add
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,22 +16,35 @@ from numpy.typing import NDArray
 from outliers.errors import SiteError
 from outliers.experts.kernels import FLOAT32
 from outliers.experts.routed import Routing
-from outliers.experts.rows import INFINITY, KINDS, Largest, Slots, counter_of, limits_of, no_kind, numpy_of, pool_of
+from outliers.experts.rows import (
+    INFINITY,
+    KINDS,
+    Largest,
+    Slots,
+    counter_of,
+    limits_of,
+    no_kind,
+    numpy_of,
+    pool_of,
+    spans,
+)
 from outliers.experts.stream_kernels import NOT_ITS_OWN, OUT_OF_ORDER, add_experts, order_experts
 from outliers.experts.sums import PATTERNS, ExpertSums
 
 WAITING_BYTES = 16_000_000
 """Values for each thread, and once more, that are held until they are counted together. To change from the model's products to
 counting and back costs more than to read these values again: the sums and the histogram come back into a core's cache once for
-all of them, and torch's threads are waited for once. 16 MB took 3 to 7% of a pass less than 4 MB (docs/performance.md)."""
+all of them, and torch's threads are waited for once. At the widths of Qwen3-30B-A3B 16 MB took 3 to 7% of a pass less than 4 MB
+(docs/performance.md)."""
+
+PIECES = 4
+"""Pieces of work for each thread. A thread of torch that waits for its next product takes half of a core from one of ours; the
+others take the pieces that are left."""
+EMPTY = {kind: np.empty(0, np.uint32 if kind == FLOAT32 else np.uint16) for kind in INFINITY}
+"""Empty arrays: a compiled loop takes the dtype of bits from them."""
 
 _Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """slots, tokens, down_in, output of an expert."""
-PIECES = 4
-"""Pieces of work for each thread. A thread of torch that waits for its next product takes half of a core from one of ours; the
-other takes what is left."""
-EMPTY = {kind: np.empty(0, np.uint32 if kind == FLOAT32 else np.uint16) for kind in INFINITY}
-"""Arrays of the dtype of bits: how a compiled loop is told of it."""
 
 
 class ExpertStream:
@@ -101,13 +113,13 @@ class ExpertStream:
         return self._own, self._largest
 
     def _count(self) -> None:
-        """Count the experts that wait, each in one thread."""
+        """Count the experts that wait, each of them in one thread."""
         kept, self._waiting, self._held = [self._readable(*one) for one in self._waiting], [], 0
         if not kept:
             return
         given = np.array([_described(*one) for one in kept], np.int64)
         numbers = self._ordered(given)
-        pieces = iter(_pieces(len(kept), PIECES * self._threads if self._threads > 1 else 1))
+        pieces = iter(spans(len(kept), PIECES * self._threads if self._threads > 1 else 1))
         others = [
             pool_of(self._threads).submit(self._count_pieces, worker, pieces, kept, given, numbers)
             for worker in range(1, self._threads)
@@ -180,11 +192,6 @@ class ExpertStream:
             f"the experts of layer {self._layer} can't be added up as they are computed: {what}; --experts routing or --experts "
             "off reads less"
         )
-
-
-def _pieces(count: int, pieces: int) -> list[tuple[int, int]]:
-    """Ranges of about equal lengths, none empty."""
-    return list(pairwise(sorted({count * n // pieces for n in range(pieces + 1)})))
 
 
 def _described(slots: torch.Tensor, tokens: torch.Tensor, down_in: torch.Tensor, output: torch.Tensor) -> list[int]:

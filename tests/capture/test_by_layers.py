@@ -178,7 +178,7 @@ def test_the_record_of_layers_is_listed_and_a_damaged_one_as_damaged(tmp_path, m
     lines.write_bytes(lines.read_bytes().replace(b"{", b"[", 1))
     held = list_captures(workspace)[0]
     assert (held.model, held.of_sequences, held.of_layer_batches) == ("damaged", 0, 0)
-    # a plan that is sealed and is none
+    # a plan whose checksum is right and whose content is not that of a plan
     lines.unlink()
     write_sealed(lines.with_name("plan.json"), {"version": 1, "layers": "many"})
     assert list_captures(workspace)[0].model == "damaged"
