@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 from dataclasses import fields, replace
 
 import numpy as np
@@ -20,6 +22,8 @@ from outliers.experts.watch import ExpertWatch
 from tests.experts.test_add import DTYPES, E, K, added, made, shapes_of, table_of
 from tests.experts.test_watch import copied, info_of
 from tests.support import expert_oracle as oracle
+
+HISTOGRAM = list(inspect.signature(streams.add_experts.py_func).parameters).index("histogram")
 
 
 def experts_of(routed):
@@ -90,12 +94,34 @@ def test_tensors_that_do_not_lie_row_by_row_and_dtypes_that_change_give_the_same
         return both[:, 0], both[:, 1], *wide
 
     def wider(number, slots, tokens, down_in, output):
-        """float32 holds the same values; their patterns, rounded to bfloat16, are the same."""
-        return slots, tokens, down_in.float() if number % 2 else down_in, output.float() if number == 1 else output
+        """float32 holds the same values, and rounds to the same patterns of bfloat16; inputs, outputs, or both are of it."""
+        return slots, tokens, down_in.float() if number % 2 else down_in, output.float() if number in (1, 2) else output
 
     plain = sums_of(lambda _, *one: one)
     assert sums_of(strided) == plain
     assert sums_of(wider) == plain
+
+
+def test_each_thread_counts_patterns_of_its_own(monkeypatch):
+    """Two threads that add to one count lose some of them, now and then."""
+    lengths, positions = (4, 2), 4
+    routed = made(3, torch.bfloat16, lengths, positions)
+    both, threads, real = threading.Barrier(2), {}, streams.add_experts
+
+    def counted(*arguments):
+        if threading.get_ident() not in {one for found in threads.values() for one in found}:
+            both.wait(60)  # a thread goes on once the other has a piece too
+        threads.setdefault(id(arguments[HISTOGRAM]), set()).add(threading.get_ident())
+        real(*arguments)
+
+    monkeypatch.setattr(streams, "add_experts", counted)
+    stream = ExpertStream(
+        ExpertSums.zero(shapes_of()), 1, Routing(1, routed.experts, routed.weights), lengths, positions, 2
+    )
+    for one in experts_of(routed):
+        stream.add(*one)
+    stream.finish()
+    assert sorted(len(found) for found in threads.values()) == [1, 1]
 
 
 def test_rows_that_are_not_the_experts_own_are_refused():

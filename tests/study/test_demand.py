@@ -145,23 +145,24 @@ def test_counting_the_experts_is_in_the_memory_of_the_plan_and_bounds_what_count
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "implementation", "batch", "products"),
+    ("family", "dtype", "implementation", "batch", "probe", "products"),
     [
-        ("Qwen3Moe", "bfloat16", "auto", 2, 2 * 64),
-        ("Qwen3Moe", "float16", "eager", 2, 2 * 64),
-        ("Qwen3Moe", "bfloat16", "auto", 40, 1024),
-        ("Qwen3Moe", "bfloat16", "batched_mm", 2, 0),
-        ("Qwen3Moe", "float32", "auto", 2, 0),
-        ("Llama", "bfloat16", "auto", 2, 0),
+        ("Qwen3Moe", "bfloat16", "auto", 2, {}, 2 * 64),
+        ("Qwen3Moe", "float16", "eager", 2, {}, 2 * 64),
+        ("Qwen3Moe", "bfloat16", "auto", 2, {"zero": ["3"]}, 2 * 64),
+        ("Qwen3Moe", "bfloat16", "auto", 40, {}, 1024),
+        ("Qwen3Moe", "bfloat16", "batched_mm", 2, {}, 0),
+        ("Qwen3Moe", "float32", "auto", 2, {}, 0),
+        ("Llama", "bfloat16", "auto", 2, {}, 0),
     ],
 )
 def test_what_torch_keeps_for_products_of_experts_is_in_the_memory_of_a_machine_without_gpus(
-    tmp_path, workspace, monkeypatch, family, dtype, implementation, batch, products
+    tmp_path, workspace, monkeypatch, family, dtype, implementation, batch, probe, products
 ):
     """Two for each number of rows of a batch, up to as many as torch keeps; a GPU's machine doesn't compute them."""
     folder = tiny.make_model(tmp_path / family, family, dtype=dtype)
     made = tiny.spec_for(folder, "builtin:python-docs", 40, 32, capture={"batch_sequences": batch})
-    spec = StudySpec.model_validate(made)
+    spec = StudySpec.model_validate(made | {"probe": probe})
     info = model_info(spec, workspace, weights=False)
     if implementation != "auto":
         info = info.model_copy(update={"experts_implementation": implementation})
